@@ -1,0 +1,41 @@
+"""The hooks by which a plugin offers components: one for each interface.
+
+```python
+from flapkit import hookimpl
+
+@hookimpl
+def flapkit_metrics():
+    return [MyMetric]
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
+
+hookspec = pluggy.HookspecMarker("flapkit")
+hookimpl = pluggy.HookimplMarker("flapkit")
+
+
+@hookspec
+def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:  # type: ignore[empty-body]
+    """Offer importance metrics, as classes."""
+
+
+@hookspec
+def flapkit_searchers() -> Iterable[type[StructureSearcher]]:  # type: ignore[empty-body]
+    """Offer structure searchers, as classes."""
+
+
+@hookspec
+def flapkit_compensators() -> Iterable[type[Compensator]]:  # type: ignore[empty-body]
+    """Offer compensators, as classes."""
+
+
+@hookspec
+def flapkit_adapters() -> Iterable[type[ArchitectureAdapter]]:  # type: ignore[empty-body]
+    """Offer architecture adapters, as classes."""

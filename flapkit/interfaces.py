@@ -1,0 +1,147 @@
+"""The four interfaces that a plugin can implement.
+
+A component is a subclass written as a frozen dataclass: its fields are its options in a recipe, its class attribute
+``name`` is what a recipe calls it. Components hold options, never the state of a run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from flapkit.plan import Budget, PruningPlan
+from flapkit.sites import Site
+from flapkit.statistics import SiteStatistics, Statistic
+
+
+class Component(ABC):
+    """What all four interfaces share."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    """What recipes call the component."""
+
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    """What must be measured on the calibration text; nothing else is."""
+
+
+class ImportanceMetric(Component):
+    """How much each unit matters.
+
+    A whole metric of your own:
+
+    ```python
+    @dataclass(frozen=True)
+    class PeakToPeak(ImportanceMetric):
+        name = "mean_abs"
+        statistics = (Moments,)
+
+        def score(self, site, stats, weight):
+            return stats[Moments].mean.abs().view(site.units, -1)
+    ```
+    """
+
+    @abstractmethod
+    def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
+        """Score the units of one site; low goes first.
+
+        Args:
+            site: the place to score.
+            stats: what was measured about the consumer's input.
+            weight: the consumer's weight [out_features, channels], in the model's dtype.
+
+        Returns:
+            Scores [units, k]: k is ``site.channels_per_unit`` for a score of every channel, or 1 for one of the
+            whole unit.
+        """
+
+
+class StructureSearcher(Component):
+    """Which units go: it owns standardisation and ranking."""
+
+    @abstractmethod
+    def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
+        """Find the units to keep.
+
+        Args:
+            sites: the prunable sites, in the model's order.
+            scores: site name -> scores [units, k], float64 on the CPU.
+            budget: how many parameters to remove.
+
+        Returns:
+            A plan over exactly these sites.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What a compensator does to a consumer.
+
+    Args:
+        weight: the new weight [out_features, kept channels], or None to keep the old columns.
+        bias: what is added to the output [out_features], or None for nothing.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Compensator(Component):
+    """How the loss at a site is repaired, in closed form, before slicing."""
+
+    @abstractmethod
+    def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
+        """Compute the repair of one site.
+
+        Args:
+            site: the place that is pruned.
+            stats: what was measured about the consumer's input.
+            weight: the consumer's dense weight [out_features, channels], in the model's dtype.
+            keep: the kept units, ascending.
+
+        Returns:
+            The correction; its tensors may be of any floating dtype, and are cast to the model's.
+        """
+
+
+class ArchitectureAdapter(Component):
+    """Where the prunable places of a model family are."""
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, config: PreTrainedConfig) -> bool:
+        """Tell whether a model of this configuration can be described."""
+
+    @abstractmethod
+    def sites(self, config: PreTrainedConfig) -> tuple[Site, ...]:
+        """List the sites, in the model's order, from the configuration alone."""
+
+    def render(self, conversation: Sequence[Mapping[str, str]]) -> str | None:
+        """Render a calibration conversation as this family was trained on it.
+
+        Args:
+            conversation: messages with ``role`` (``system``, ``user``, ``assistant``) and ``content``.
+
+        Returns:
+            The text, or None to use the tokenizer's own chat template.
+        """
+        return None
+
+
+COMPONENT_KINDS: Mapping[str, type[Any]] = {
+    "metric": ImportanceMetric,
+    "searcher": StructureSearcher,
+    "compensator": Compensator,
+    "adapter": ArchitectureAdapter,
+}
+"""The kind of a component, as recipes and messages call it -> its interface."""

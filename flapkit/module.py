@@ -1,0 +1,74 @@
+"""The causal language model as a LightningModule: calibration, perplexity and training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How a model is trained: AdamW with a linear warm-up and a cosine decay to zero.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
+        warmup: fraction of the steps that the learning rate rises.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+
+
+class CausalLM(LightningModule):
+    """A causal language model under Lightning.
+
+    Batches are mappings with ``input_ids`` [windows, tokens] and ``attention_mask`` of the same shape.
+
+    - ``predict_step`` runs the backbone alone, without logits: the calibration forward.
+    - ``test_step`` returns each window's mean cross-entropy in nats.
+    - ``training_step`` is the language-modelling loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, optimization: Optimization | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.optimization = optimization or Optimization()
+
+    def predict_step(self, batch: Batch) -> None:
+        """Run the decoder layers, so that whatever hooks them sees the calibration text."""
+        self.model.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the next token, in nats."""
+        loss: Tensor = self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch) -> None:
+        """Log the mean cross-entropy of the next token, in nats, as ``validation/loss``."""
+        loss = self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        self.log("validation/loss", loss, prog_bar=True, on_epoch=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> Any:
+        """Build AdamW and its schedule over the trainer's own number of steps."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.optimization.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.optimization.lr, betas=(0.9, 0.95))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,16 @@
+"""flapkit's own compensators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flapkit import hookimpl
+from flapkit.interfaces import Compensator
+from flapkit_compensators.bias import Bias
+from flapkit_compensators.none import NoCompensation
+
+
+@hookimpl
+def flapkit_compensators() -> Iterable[type[Compensator]]:
+    """Offer the default compensators."""
+    return [Bias, NoCompensation]

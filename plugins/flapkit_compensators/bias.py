@@ -1,0 +1,29 @@
+"""Bias compensation, FLAP's own repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flapkit.interfaces import Compensator, Correction
+from flapkit.sites import Site
+from flapkit.statistics import Moments, SiteStatistics
+
+
+@dataclass(frozen=True)
+class Bias(Compensator):
+    """Add what the removed channels contribute on average: b' = b + W_:R m_R.
+
+    FLAP (arXiv 2312.11983), equation 4. Exact for a channel that is constant.
+    """
+
+    name = "bias"
+    statistics = (Moments,)
+
+    def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
+        """Return the removed channels' mean output [out_features]; the kept columns stay."""
+        removed = stats[Moments].mean.clone()
+        removed[site.channels_of(keep)] = 0
+        return Correction(bias=weight.double() @ removed)

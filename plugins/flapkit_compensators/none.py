@@ -1,0 +1,23 @@
+"""No compensation: the floor that any compensator must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flapkit.interfaces import Compensator, Correction
+from flapkit.sites import Site
+from flapkit.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class NoCompensation(Compensator):
+    """Repair nothing."""
+
+    name = "none"
+
+    def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
+        """Return an empty correction."""
+        return Correction()

@@ -1,0 +1,26 @@
+"""WIFV: weighted input-feature variance, FLAP's own metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flapkit.interfaces import ImportanceMetric
+from flapkit.sites import Site
+from flapkit.statistics import Moments, SiteStatistics
+
+
+@dataclass(frozen=True)
+class WIFV(ImportanceMetric):
+    """Variance of a channel, times the squared norm of its column: Var(x_j) · ||W_:j||².
+
+    What is lost when a channel is replaced by its mean (FLAP, arXiv 2312.11983, equation 5).
+    """
+
+    name = "wifv"
+    statistics = (Moments,)
+
+    def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
+        """Score every channel; [units, channels_per_unit]."""
+        return (stats[Moments].variance * weight.double().square().sum(dim=0)).view(site.units, -1)
