@@ -46,9 +46,7 @@ class CausalLM(LightningModule):
 
     def predict_step(self, batch: Batch) -> None:
         """Run the decoder layers, so that whatever hooks them sees the calibration text."""
-        self.model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the next token, in nats."""

@@ -52,6 +52,14 @@ class Registry:
         """
         return cls([*_installed_plugins(), *((_import_file(path), str(path)) for path in files)])
 
+    def add_file(self, path: Path) -> None:
+        """Load a local file as one more plugin.
+
+        Raises:
+            PluginError: the file is missing, fails to import, or is no plugin.
+        """
+        self._register(_import_file(path), str(path))
+
     def names(self, kind: str) -> dict[str, type[Any]]:
         """Map the names of a kind of component to their classes, sorted by name."""
         return {name: component for name, (component, _) in sorted(self._found[kind].items())}
@@ -85,7 +93,21 @@ class Registry:
             raise PluginError(f"{kind} {name!r}: {problems}") from error
 
     def _register(self, module: ModuleType, origin: str) -> None:
+        if self._manager.has_plugin(module.__name__):
+            raise PluginError(f"plugin {origin} is loaded already; name it once")
         self._manager.register(module)
+        try:
+            self._check_hooks(module, origin)
+        except PluginError:
+            self._manager.unregister(module)
+            raise
+        for kind, interface in COMPONENT_KINDS.items():
+            hook = getattr(module, f"flapkit_{kind}s", None)
+            if hook is not None:
+                for component in _call(hook, origin):
+                    self._add(kind, interface, component, origin)
+
+    def _check_hooks(self, module: ModuleType, origin: str) -> None:
         hooks = self._manager.get_hookcallers(module)
         if not hooks:
             known = [name for name in vars(hookspecs) if name.startswith("flapkit_")]
@@ -98,11 +120,6 @@ class Registry:
             raise PluginError(
                 f"plugin {origin} has an unknown hook {misspelt[0]!r}{did_you_mean(misspelt[0], known)}"
             ) from error
-        for kind, interface in COMPONENT_KINDS.items():
-            hook = getattr(module, f"flapkit_{kind}s", None)
-            if hook is not None:
-                for component in _call(hook, origin):
-                    self._add(kind, interface, component, origin)
 
     def _add(self, kind: str, interface: type[Any], component: Any, origin: str) -> None:
         label = getattr(component, "__qualname__", repr(component))
@@ -142,9 +159,11 @@ def _installed_plugins() -> list[tuple[ModuleType, str]]:
 def _import_file(path: Path) -> ModuleType:
     """Import a local plugin file under a name of its own, which ``sys.modules`` knows before the file executes."""
     path = path.resolve()
+    if not path.is_file():
+        raise PluginError(f"plugin {path}: there is no such file")
     name = f"flapkit_local_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if spec is None or spec.loader is None:
         raise PluginError(f"plugin {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -1,0 +1,43 @@
+"""Write a recipe as YAML that is read again as it was."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from flapkit.interfaces import COMPONENT_KINDS
+from flapkit.recipe.load import LoadedRecipe
+from flapkit.recipe.nodes import FLOAT, INTEGER
+from flapkit.recipe.schema import Recipe
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 would take for a number, and writes no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write repeated values out."""
+        return True
+
+
+for _tag, _pattern in (("int", INTEGER), ("float", FLOAT)):
+    _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, list("-+.0123456789"))
+
+
+def dump_recipe(recipe: LoadedRecipe | Recipe) -> str:
+    """Write a recipe with every default.
+
+    Args:
+        recipe: a loaded recipe, whose components' options are written out as well, or a bare one.
+
+    Returns:
+        YAML that loads to an equal recipe.
+    """
+    bare = recipe.recipe if isinstance(recipe, LoadedRecipe) else recipe
+    data = bare.model_dump(mode="json")
+    for kind in COMPONENT_KINDS:
+        if data[kind] is not None and set(data[kind]) == {"name"}:
+            data[kind] = data[kind]["name"]
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,57 @@
+"""Where recipes lie: files of the user's, and those that come with flapkit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flapkit
+from flapkit.errors import RecipeError, did_you_mean
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Map the names of the recipes that come with flapkit to their files, sorted by name."""
+    package = Path(flapkit.__file__).parent
+    folder = package / "_recipes"
+    if not folder.is_dir():
+        folder = package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: Path | str) -> Path:
+    """Find a recipe: a file, or one of those that come with flapkit by its name.
+
+    Args:
+        name_or_path: for example ``./mine.yaml`` or ``llama-7b-flap20``.
+
+    Raises:
+        RecipeError: there is neither such a file nor such a name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    what = "that is a folder" if path.is_dir() else "there is neither such a file nor a recipe of this name"
+    name = path.stem if path.suffix in _SUFFIXES else path.name
+    raise RecipeError(f"{name_or_path}: {what}{did_you_mean(name, shipped)}")
+
+
+def read(path: Path) -> str:
+    """Read a recipe's text.
+
+    Raises:
+        RecipeError: the file is missing or cannot be read, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8", errors="replace")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise RecipeError(f"{path}:{line}:{column}: not UTF-8; save the recipe as UTF-8") from error

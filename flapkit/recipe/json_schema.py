@@ -1,0 +1,63 @@
+"""The JSON schema of recipes, for editors and for the documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+
+from flapkit.errors import PluginError
+from flapkit.interfaces import COMPONENT_KINDS
+from flapkit.recipe.schema import Recipe
+from flapkit.registry import Registry
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def recipe_schema(registry: Registry) -> dict[str, Any]:
+    """Describe recipes as JSON schema (draft 2020-12), with the options of every component that is known.
+
+    Args:
+        registry: the components.
+
+    Raises:
+        PluginError: a component has an option that JSON cannot express.
+    """
+    components = {(kind, name): found for kind in COMPONENT_KINDS for name, found in registry.names(kind).items()}
+    types: dict[Any, type[Any]] = {"recipe": Recipe, **components}
+    inputs: list[tuple[Any, Any, pydantic.TypeAdapter[Any]]] = [
+        (key, "validation", pydantic.TypeAdapter(of)) for key, of in types.items()
+    ]
+    try:
+        schemas, definitions = pydantic.TypeAdapter.json_schemas(inputs)
+    except pydantic.errors.PydanticUserError as error:
+        raise PluginError(f"an option of a component has no JSON schema: {error.message}") from error
+    parts: dict[str, dict[str, Any]] = definitions["$defs"]
+    references = {key: schema["$ref"].rpartition("/")[2] for (key, _), schema in schemas.items()}
+    for key, reference in references.items():
+        if key != "recipe":
+            _add_name(parts[reference], key[1])
+    del parts["ComponentSpec"]
+    recipe = parts.pop(references["recipe"])
+    for kind in COMPONENT_KINDS:
+        known = {name: references[kind, name] for name in registry.names(kind)}
+        recipe["properties"][kind] = _component(recipe["properties"][kind], kind, known)
+    return {"$schema": DRAFT, **recipe, "$defs": parts}
+
+
+def _add_name(options: dict[str, Any], name: str) -> None:
+    """Make a component's section of its options, in place."""
+    named = {"const": name, "type": "string", "description": "What the component is called."}
+    options["properties"] = {"name": named, **options.get("properties", {})}
+    options["required"] = ["name", *options.get("required", [])]
+
+
+def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> dict[str, Any]:
+    """Describe a component's key: a name, or a section with that component's options."""
+    branches: list[dict[str, Any]] = [{"enum": sorted(references)}]
+    branches += [{"$ref": f"#/$defs/{reference}"} for reference in references.values()]
+    schema = {"description": field["description"], "oneOf": branches}
+    default = Recipe.model_fields[kind].default
+    if default is None:
+        branches.append({"type": "null"})
+    return {**schema, "default": default.name if default is not None else None}

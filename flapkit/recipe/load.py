@@ -1,0 +1,169 @@
+"""Load a recipe: read it, override it, check it, and build its components, with all problems said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from flapkit.errors import PluginError, RecipeError, closest
+from flapkit.interfaces import (
+    COMPONENT_KINDS,
+    ArchitectureAdapter,
+    Compensator,
+    Component,
+    ImportanceMetric,
+    StructureSearcher,
+)
+from flapkit.recipe.files import read
+from flapkit.recipe.nodes import Node, Position, Problem, parse
+from flapkit.recipe.overrides import override, override_position
+from flapkit.recipe.schema import ComponentSpec, Recipe
+from flapkit.recipe.validation import check
+from flapkit.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A recipe that is known to be right, and what it asks for.
+
+    Args:
+        recipe: the resolved recipe: every option of its components written out, plugin files as absolute paths.
+        path: the recipe's file.
+        registry: the installed components, and those of the recipe's own plugin files.
+        metric: the importance metric.
+        searcher: the structure searcher.
+        compensator: the compensator.
+        adapter: the architecture adapter, or None to find it from the model's configuration.
+    """
+
+    recipe: Recipe
+    path: Path
+    registry: Registry
+    metric: ImportanceMetric
+    searcher: StructureSearcher
+    compensator: Compensator
+    adapter: ArchitectureAdapter | None
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Load a recipe from a file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.path=value`` strings, which replace what the file says, the last one last.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe, one problem a line.
+        PluginError: an installed plugin cannot be loaded.
+    """
+    path = Path(path)
+    root, problems = _tree(path, overrides)
+    registry, plugin_problems = _registry(root, path)
+    components, component_problems = _components(root, registry, complete=not plugin_problems)
+    recipe = check(root, Recipe)
+    broken = {(problem.position, problem.key) for problem in problems}
+    found = [*plugin_problems, *component_problems, *(recipe if isinstance(recipe, list) else [])]
+    problems += [problem for problem in found if (problem.position, problem.key) not in broken]
+    if problems or isinstance(recipe, list):
+        raise _error(problems, overrides)
+    specs = {kind: _spec(component) for kind, component in components.items()}
+    plugins = tuple(str(_plugin_path(entry, path)) for entry in recipe.plugins)
+    resolved = recipe.model_copy(update={**specs, "plugins": plugins})
+    return LoadedRecipe(resolved, path, registry, **{"adapter": None, **components})
+
+
+def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+    """Read the file and apply the overrides."""
+    source = str(path)
+    root, problems = parse(read(path), lambda line, column: Position(source, line, column))
+    if root is None and problems:
+        raise _error(problems, overrides)
+    start = Position(source, 1, 1)
+    if root is None or root.value is None:
+        raise RecipeError(f"{start}: the recipe is empty; it needs model, calibration, budget and output")
+    if not isinstance(root.value, dict):
+        raise RecipeError(f"{root.position}: a recipe is a section of keys, such as `output: runs/mine`")
+    names = {kind: _default_name(kind) for kind in COMPONENT_KINDS}
+    for text in overrides:
+        problems += override(root, text, names)
+    return root, problems
+
+
+def _error(problems: Sequence[Problem], overrides: Sequence[str]) -> RecipeError:
+    """Put problems in the file's order, those of the command line last and in its order."""
+    sources = {str(override_position(text)): index for index, text in enumerate(overrides, start=1)}
+
+    def place(problem: Problem) -> tuple[int, int, int]:
+        position = problem.position
+        return sources.get(position.source, 0), position.line, position.column
+
+    return RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=place)))
+
+
+def _registry(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
+    """Load the installed plugins and the recipe's own files."""
+    registry = Registry.load()
+    problems = []
+    plugins = root.child("plugins")
+    entries = plugins.value if plugins is not None and isinstance(plugins.value, list) else []
+    for index, entry in enumerate(entries):
+        if isinstance(entry.value, str):
+            try:
+                registry.add_file(_plugin_path(entry.value, path))
+            except PluginError as error:
+                problems.append(Problem(entry.position, f"plugins.{index}", str(error)))
+    return registry, problems
+
+
+def _plugin_path(entry: str, path: Path) -> Path:
+    return (path.parent / Path(entry).expanduser()).resolve()
+
+
+def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict[str, Any], list[Problem]]:
+    """Build the components that the recipe names.
+
+    Args:
+        root: the recipe.
+        registry: the known components.
+        complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
+    """
+    components: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for kind in COMPONENT_KINDS:
+        node = root.child(kind) or Node(_default_name(kind), root.position, root.position)
+        name = node.child("name") if isinstance(node.value, dict) else node
+        if name is None or not isinstance(name.value, str):
+            continue
+        try:
+            component = registry.get(kind, name.value)
+        except PluginError as error:
+            if complete or closest(name.value, registry.names(kind)):
+                problems.append(Problem(name.position, kind, str(error)))
+            continue
+        built = check(_options(node), component, kind)
+        if isinstance(built, list):
+            problems += built
+        else:
+            components[kind] = built
+    return components, problems
+
+
+def _options(node: Node) -> Node:
+    entries = node.value if isinstance(node.value, dict) else {}
+    options: dict[str, Node] = {key: entry for key, entry in entries.items() if key != "name"}
+    return Node(options, node.position, node.key_position)
+
+
+def _default_name(kind: str) -> str | None:
+    default = Recipe.model_fields[kind].default
+    return default.name if isinstance(default, ComponentSpec) else None
+
+
+def _spec(component: Component) -> ComponentSpec:
+    """Name a component with every option written out."""
+    options: Mapping[str, Any] = pydantic.TypeAdapter(type(component)).dump_python(component, mode="json")
+    return ComponentSpec(name=component.name, **options)

@@ -1,0 +1,81 @@
+"""Overrides from the command line: ``--set budget.ratio=0.3``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flapkit.errors import did_you_mean
+from flapkit.recipe.nodes import Node, Position, Problem, parse
+
+
+def override_position(text: str) -> Position:
+    """Name an override as the place of what it sets."""
+    return Position(f"--set {text}")
+
+
+def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Problem]:
+    """Set one key of a recipe's tree, in place; sections on the way to it are made where they are missing.
+
+    Args:
+        root: the recipe.
+        text: ``key.path=value``; a part of the path is a key, or an index into a list. The value is YAML.
+        names: the keys whose section can be written as a plain name -> the name that holds where nothing is written.
+
+    Returns:
+        What is wrong with the override.
+    """
+    position = override_position(text)
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return [Problem(position, "", "expected key=value, such as budget.ratio=0.3")]
+    new, problems = parse(value, lambda line, column: position)
+    if problems:
+        return [Problem(position, key, problem.what) for problem in problems]
+    parent = root
+    for depth, part in enumerate(parts[:-1], start=1):
+        child = _child(parent, part, position, names if depth == 1 else {})
+        if isinstance(child, str):
+            return [Problem(position, ".".join(parts[:depth]), child)]
+        parent = child
+    wrong = _put(parent, parts[-1], new or Node(None, position, position))
+    return [Problem(position, key, wrong)] if wrong else []
+
+
+def _child(parent: Node, part: str, at: Position, names: Mapping[str, str | None]) -> Node | str:
+    """Go down one part of the path, and make what is found there a section; or say why that cannot be."""
+    if isinstance(parent.value, list):
+        if wrong := _no_entry(parent.value, part):
+            return wrong
+        child = parent.value[int(part)]
+    elif isinstance(parent.value, dict):
+        child = parent.value.setdefault(part, Node(names.get(part), at, at))
+    else:
+        return _nothing_below(parent)
+    if child.value is None:
+        child.value = {}
+    elif part in names and isinstance(child.value, str):
+        child.value = {"name": Node(child.value, child.position, child.key_position)}
+    return child
+
+
+def _put(parent: Node, part: str, new: Node) -> str:
+    """Set an entry; say why that cannot be, or nothing."""
+    if isinstance(parent.value, list):
+        if wrong := _no_entry(parent.value, part):
+            return wrong
+        parent.value[int(part)] = new
+    elif isinstance(parent.value, dict):
+        parent.value[part] = new
+    else:
+        return _nothing_below(parent)
+    return ""
+
+
+def _no_entry(entries: list[Node], part: str) -> str:
+    indices = [str(index) for index in range(len(entries))]
+    return "" if part in indices else f"the list has no entry {part!r}{did_you_mean(part, indices)}"
+
+
+def _nothing_below(parent: Node) -> str:
+    return f"there is nothing below {parent.value!r}, which stands at {parent.position}"

@@ -1,0 +1,178 @@
+"""What a recipe says: its sections, their keys, types, defaults and meaning."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from flapkit.plan import BudgetBase
+
+LARGEST_SEED = 2**32 - 1
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, its types taken at their word, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ComponentSpec(BaseModel):
+    """A component by name, and its options beside the name.
+
+    In a recipe either ``al_am`` or ``{name: al_am, min_units: 2}``.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str = Field(description="What the component is called; `flapkit list` names them all.")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options that are set, by name."""
+        return self.model_extra or {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, (Mapping, ComponentSpec)):
+            return value
+        raise PydanticCustomError("component", "expected a name, or a section with a name and options")
+
+
+class Model(Section):
+    """The model to prune."""
+
+    path: str = Field(
+        min_length=1,
+        description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that flapkit brings along.",
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Type that the weights are loaded in; `auto` is the checkpoint's own."
+    )
+
+
+class Text(Section):
+    """Text of a dataset, in windows of tokens."""
+
+    dataset: str = Field(
+        min_length=1,
+        description="A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder.",
+    )
+    subset: str | None = Field(default=None, description="Configuration of a hub dataset.")
+    split: str | None = Field(default=None, description="Split of the dataset; its usual one if not given.")
+    field: str | None = Field(
+        default=None, description="Field that holds the text or the conversation; found if not given."
+    )
+    length: int = Field(default=128, ge=2, description="Tokens in a window.")
+    batch_size: int = Field(default=8, ge=1, description="Windows that go through the model at once.")
+
+
+class Calibration(Text):
+    """The text on which statistics are measured."""
+
+    samples: int = Field(default=1024, ge=1, description="Windows to draw.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
+
+
+class Perplexity(Text):
+    """One measurement of perplexity, before and after pruning."""
+
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens from one window's beginning to the next's, so that each token is scored once, with the "
+        "window's earlier tokens as context. Without it windows do not overlap, and the perplexity is that of the "
+        "mean over windows: the protocol of FLAP's released code.",
+    )
+    windows: int | None = Field(
+        default=None, ge=1, description="Windows to measure, from the beginning of the text; all if not given."
+    )
+
+    @field_validator("stride")
+    @classmethod
+    def _no_gaps(cls, stride: int | None, info: ValidationInfo) -> int | None:
+        length = info.data.get("length")
+        if stride is not None and length is not None and stride > length:
+            raise PydanticCustomError(
+                "stride",
+                "expected at most the window's length, {length}, got {stride}; the tokens between are never scored",
+                {"length": length, "stride": stride},
+            )
+        return stride
+
+
+def _check_ratio(value: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and 0 < value < 1:
+        return value
+    shown = f"{value / 100:g}" if is_number and 1 < value < 100 else "0.2"
+    raise PydanticCustomError(
+        "ratio",
+        "{value} is not a ratio; give the fraction to remove, over 0 and under 1, for example {shown}",
+        {"value": repr(value) if isinstance(value, str) else json.dumps(value, default=str), "shown": shown},
+    )
+
+
+class BudgetSection(Section):
+    """How much to remove."""
+
+    ratio: Annotated[float, BeforeValidator(_check_ratio)] = Field(
+        gt=0, lt=1, description="Fraction of the parameters to remove."
+    )
+    of: BudgetBase = Field(
+        default="blocks",
+        description="What the ratio counts: `blocks` (every prunable parameter), `model` (all parameters, embeddings "
+        "and head included), `attention` or `mlp` (these alone, and only they are pruned).",
+    )
+
+
+class Evaluate(Section):
+    """What is measured before and after pruning."""
+
+    perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure the perplexity of.")
+
+
+class TrainerSection(Section):
+    """What PyTorch Lightning runs on."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = Field(
+        default="auto", description="Kind of device."
+    )
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default=1, description="How many devices.")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] | None = Field(
+        default=None, description="Lightning's precision; by default the model's own type, untouched."
+    )
+
+
+class Recipe(Section):
+    """A whole run: what is pruned, by what, on which text, and how far."""
+
+    model: Model = Field(description="The model to prune.")
+    adapter: ComponentSpec | None = Field(
+        default=None, description="Architecture adapter; found from the model's configuration if not given."
+    )
+    calibration: Calibration = Field(description="The text on which statistics are measured.")
+    metric: ComponentSpec = Field(
+        default=ComponentSpec(name="wifv"), description="Importance metric: how much a unit matters."
+    )
+    searcher: ComponentSpec = Field(
+        default=ComponentSpec(name="al_am"), description="Structure searcher: which units go."
+    )
+    compensator: ComponentSpec = Field(
+        default=ComponentSpec(name="bias"), description="Compensator: how the loss is repaired."
+    )
+    budget: BudgetSection = Field(description="How much to remove.")
+    evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
+    trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
+    plugins: tuple[str, ...] = Field(
+        default=(), description="Python files of your own plugins, relative to the recipe's folder."
+    )
+    output: str = Field(min_length=1, description="Folder to write, relative to the current directory.")

@@ -1,0 +1,167 @@
+"""Check a recipe's tree against types, and say what is wrong with it where it stands."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import pydantic
+
+from flapkit.errors import FlapkitError, closest, did_you_mean
+from flapkit.recipe.nodes import Node, Problem
+
+T = TypeVar("T")
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a section of keys",
+    "model_type": "a section of keys",
+    "dataclass_type": "a section of keys",
+    "path_type": "a path",
+}
+_BOUNDS = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "over {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "under {lt}",
+}
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_LONGEST_SHOWN = 60
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+
+
+def check(node: Node, of: type[T], key: str = "") -> T | list[Problem]:
+    """Build a section, or a component, from a tree.
+
+    A tree is JSON data, and is checked in pydantic's strict JSON mode: text is no number, 1.0 is no whole number, a
+    whole number is a number.
+
+    Args:
+        node: the tree.
+        of: a pydantic model or a dataclass.
+        key: the dotted key of the tree within the recipe.
+
+    Returns:
+        What was built, or everything that is wrong with it.
+    """
+    try:
+        return pydantic.TypeAdapter(of).validate_json(json.dumps(node.plain()), strict=True)
+    except pydantic.ValidationError as error:
+        return _problems(error.errors(include_url=False), node, of, key)
+    except pydantic.errors.PydanticUserError as error:
+        return [Problem(node.position, key, f"the options of {of.__qualname__} cannot be read: {error.message}")]
+    except FlapkitError as error:
+        return [Problem(node.position, key, str(error))]
+
+
+def _problems(errors: Sequence[Any], root: Node, of: type[Any], prefix: str) -> list[Problem]:
+    """Turn pydantic's errors into problems: one for each place, the branches of a union joined by ``or``."""
+    problems: list[Problem] = []
+    expected: dict[str, tuple[Node, list[str]]] = {}
+    intended = _intended(errors, root, of)
+    for error in errors:
+        node, path, rest = _find(root, error["loc"])
+        key = ".".join(part for part in (prefix, *map(str, path)) if part)
+        if error["type"] in _UNKNOWN:
+            problems.append(Problem(node.key_position, key, _unknown(of, path)))
+        elif error["type"] in _MISSING:
+            if (*path, rest[-1]) not in intended:
+                problems.append(Problem(node.position, f"{key}.{rest[-1]}".lstrip("."), "missing, and has no default"))
+        elif (phrase := _expectation(error)) is not None:
+            phrases = expected.setdefault(key, (node, []))[1]
+            phrases.extend([phrase] * (phrase not in phrases))
+        else:
+            problems.append(Problem(node.position, key, error["msg"].removeprefix("Value error, ")))
+    for key, (node, phrases) in expected.items():
+        what = f"expected {' or '.join(phrases)}, got {_shown(node)}{_hint(node, phrases)}"
+        problems.append(Problem(node.position, key, what))
+    return problems
+
+
+def _unknown(of: Any, path: Sequence[int | str]) -> str:
+    return f"unknown key{did_you_mean(str(path[-1]), _known(of, path[:-1]))}"
+
+
+def _find(root: Node, loc: Sequence[int | str]) -> tuple[Node, list[int | str], list[int | str]]:
+    """Follow an error's location as far as the tree goes; what pydantic adds to name a union's branch is left out."""
+    node, path, rest = root, [], []
+    for part in loc:
+        child = node.child(part)
+        if child is None:
+            rest.append(part)
+        else:
+            node = child
+            path.append(part)
+    return node, path, rest
+
+
+def _intended(errors: Sequence[Any], root: Node, of: type[Any]) -> set[tuple[int | str, ...]]:
+    """List the keys that misspelt ones were probably meant as: they are not reported as missing besides."""
+    paths = [_find(root, error["loc"])[1] for error in errors if error["type"] in _UNKNOWN]
+    return {(*path[:-1], closest(str(path[-1]), _known(of, path[:-1])) or "") for path in paths}
+
+
+def _known(of: Any, path: Sequence[int | str]) -> set[str]:
+    """List the keys that the section at a path can hold."""
+    sections = _sections(of)
+    for part in path:
+        if isinstance(part, str):
+            sections = [inner for section in sections for inner in _sections(_fields(section).get(part))]
+    return {name for section in sections for name in _fields(section)}
+
+
+def _sections(annotation: Any) -> list[type[Any]]:
+    """List the models and dataclasses that an annotation speaks of."""
+    if isinstance(annotation, type) and (issubclass(annotation, pydantic.BaseModel) or is_dataclass(annotation)):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _fields(section: type[Any]) -> dict[str, Any]:
+    """Map the keys of a section to the types of their values."""
+    if issubclass(section, pydantic.BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    hints = get_type_hints(section)
+    return {field.name: hints[field.name] for field in fields(section) if field.init}
+
+
+def _expectation(error: Any) -> str | None:
+    """Say what an error's place should hold, in words that follow ``expected``; None where there are no such words."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
+    return _TYPES.get(kind)
+
+
+def _shown(node: Node) -> str:
+    """Write a value as a recipe would, in short."""
+    if isinstance(node.value, dict):
+        return "a section of keys"
+    if isinstance(node.value, list):
+        return "a list"
+    if isinstance(node.value, str):
+        return repr(node.value if len(node.value) <= _LONGEST_SHOWN else node.value[:_LONGEST_SHOWN] + "…")
+    if isinstance(node.value, float) and not math.isfinite(node.value):
+        return str(node.value).replace("inf", ".inf").replace("nan", ".nan")
+    return json.dumps(node.value)
+
+
+def _hint(node: Node, phrases: Sequence[str]) -> str:
+    """Say which of the expected words was probably meant."""
+    words = [word for phrase in phrases for word in re.findall(r"'([^']*)'", phrase)]
+    close = closest(node.value, words) if isinstance(node.value, str) else None
+    return f"; did you mean {close!r}?" if close else ""
