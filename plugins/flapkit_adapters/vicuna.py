@@ -4,38 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from transformers import PreTrainedConfig
 
+from flapkit.errors import DataError
 from flapkit_adapters.llama import Llama
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+SPEAKERS: Mapping[str, tuple[str, str]] = {"user": ("USER", " "), "assistant": ("ASSISTANT", "</s>")}
+"""Role -> the speaker's name in the prompt, and what ends a message of theirs."""
 
 
 @dataclass(frozen=True)
 class Vicuna(Llama):
-    """Vicuna: LLaMA's sites, and calibration conversations in its v1.1 prompt format."""
+    """Vicuna: LLaMA's sites, and calibration conversations in its v1.1 prompt format.
+
+    A Vicuna's configuration is a plain LLaMA's, so the one mark that a checkpoint has is its name: the hub
+    repository's, or the name of the folder it was loaded from, has to contain "vicuna". The folders above it do not
+    count, nor does the repository's owner. A Vicuna of another name is chosen with ``adapter: vicuna``.
+    """
 
     name = "vicuna"
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Tell whether the configuration is a LLaMA's whose checkpoint calls itself Vicuna."""
-        return super().supports(config) and "vicuna" in str(config.name_or_path).lower()
+        """Tell whether the configuration is a LLaMA's whose checkpoint is called Vicuna."""
+        return super().supports(config) and "vicuna" in _checkpoint_name(str(config.name_or_path or "")).lower()
 
     def render(self, conversation: Sequence[Mapping[str, str]]) -> str:
-        """Render messages as ``SYSTEM USER: ... ASSISTANT: ...</s>`` (FastChat's vicuna_v1.1)."""
-        system = SYSTEM
-        text = ""
-        for message in conversation:
-            content = message["content"].strip()
-            if message["role"] == "system":
-                system = content
-            elif message["role"] == "user":
-                text += f" USER: {content}"
-            else:
-                text += f" ASSISTANT: {content}</s>"
-        return system + text
+        """Render messages as ``SYSTEM USER: ... ASSISTANT: ...</s>USER: ...`` (FastChat's vicuna_v1.1).
+
+        A system message at the beginning takes the place of Vicuna's own. A message without content is the open turn
+        that a generation would begin from: the speaker's name and a colon.
+
+        Args:
+            conversation: messages with ``role`` and ``content``.
+
+        Raises:
+            DataError: a system message that is not the first.
+        """
+        system, messages = SYSTEM, list(conversation)
+        if messages and messages[0]["role"] == "system":
+            system = messages.pop(0)["content"]
+        text = f"{system} "
+        for message in messages:
+            if message["role"] not in SPEAKERS:
+                raise DataError(f"Vicuna's format has no {message['role']} message but at the beginning")
+            speaker, end = SPEAKERS[message["role"]]
+            text += f"{speaker}: {message['content']}{end}" if message["content"] else f"{speaker}:"
+        return text
+
+
+def _checkpoint_name(path: str) -> str:
+    """Return the name of a hub repository, of a local folder, or of the repository that a cached snapshot is of."""
+    parts = PurePath(path.replace("\\", "/")).parts
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+    return next(iter(cached or parts[-1:]), "")

@@ -1,0 +1,170 @@
+"""The text of a run as a LightningDataModule: calibration and evaluation windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flapkit.errors import DataError
+from flapkit.windows import Windows
+
+Row = Mapping[str, Any]
+Batch = dict[str, Tensor]
+
+BATCH_KEYS = ("input_ids", "attention_mask", "labels")
+"""What batches hold; other columns of a dataset are not for the model."""
+
+
+class WindowRows(Dataset[Row]):
+    """Windows as a dataset of mappings, each a row of its tensors.
+
+    Args:
+        tensors: name -> [windows, tokens].
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors["input_ids"])
+
+    def __getitem__(self, index: int) -> Row:
+        """Return the tensors [tokens] of one window."""
+        return {name: tensor[index] for name, tensor in self._tensors.items()}
+
+
+class PruningData(LightningDataModule):
+    """The text of a run: ``predict_dataloader`` is calibration, ``test_dataloader`` a loader for each evaluation.
+
+    Batches are mappings with ``input_ids`` and ``attention_mask`` [windows, tokens], and ``labels`` for evaluation.
+    On several devices each window is seen exactly once: nothing is repeated to make the devices' shares equal.
+
+    Args:
+        calibration: tokens [windows, tokens]; or a dataset of mappings with ``input_ids`` [tokens] and, where rows
+            are padded, ``attention_mask`` [tokens].
+        evaluations: name -> windows, in the order of the loaders.
+        batch_size: calibration windows that go through the model at once.
+        evaluation_batch_size: the same for evaluation, or name -> the same for each.
+
+    Raises:
+        DataError: calibration tokens of a wrong shape or type, or no window at all.
+    """
+
+    def __init__(
+        self,
+        calibration: Tensor | Dataset[Row] | None = None,
+        evaluations: Mapping[str, Windows] | None = None,
+        *,
+        batch_size: int = 8,
+        evaluation_batch_size: int | Mapping[str, int] = 8,
+    ) -> None:
+        super().__init__()
+        self.calibration = None if calibration is None else _calibration_rows(calibration)
+        self.evaluations = dict(evaluations or {})
+        self._batch_size = batch_size
+        self._evaluation_batch_size = evaluation_batch_size
+
+    @property
+    def evaluation_names(self) -> tuple[str, ...]:
+        """The evaluations' names; ``dataloader_idx`` of a test step counts through them."""
+        return tuple(self.evaluations)
+
+    def predict_dataloader(self) -> DataLoader[Row]:
+        """Load the calibration windows, in their order.
+
+        Raises:
+            DataError: there are none, or fewer than devices.
+        """
+        if self.calibration is None:
+            raise DataError("calibration: there is no calibration text; give PruningData some")
+        return self._loader("calibration", self.calibration, self._batch_size)
+
+    def test_dataloader(self) -> list[DataLoader[Row]]:
+        """Load the windows of each evaluation, in their order.
+
+        Raises:
+            DataError: an evaluation has fewer windows than there are devices.
+        """
+        return [
+            self._loader(name, _evaluation_rows(windows), self._size(name))
+            for name, windows in self.evaluations.items()
+        ]
+
+    def _size(self, name: str) -> int:
+        size = self._evaluation_batch_size
+        return size if isinstance(size, int) else size[name]
+
+    def _loader(self, name: str, rows: Dataset[Row], batch_size: int) -> DataLoader[Row]:
+        # No workers: the windows are in memory already. Keywords: Lightning builds the loader anew to predict, and
+        # then mistakes a positional batch size for a second one.
+        return DataLoader(
+            rows, batch_size=batch_size, sampler=self._sampler(name, rows), collate_fn=collate, num_workers=0
+        )
+
+    def _sampler(self, name: str, rows: Dataset[Row]) -> Sampler[int] | None:
+        """Share the windows among the devices, where Lightning's own sampler for tests would repeat some."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        if not shares or shares["num_replicas"] == 1:
+            return None
+        if _count(rows) < shares["num_replicas"]:
+            raise DataError(
+                f"{name}: {_count(rows)} windows cannot be shared by {shares['num_replicas']} devices; "
+                "give more windows, or set trainer.devices lower"
+            )
+        return UnrepeatedDistributedSampler(rows, shuffle=False, **shares)
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Stack rows into a batch; rows without an attention mask are attended in full.
+
+    Args:
+        rows: mappings with ``input_ids`` [tokens], and perhaps ``attention_mask`` and ``labels`` of the same length.
+
+    Raises:
+        DataError: a row of another form, or rows of different lengths.
+    """
+    found: list[tuple[str, ...]] = []
+    for row in rows:
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            has = f"a mapping of {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise DataError(f"a dataset's rows must be mappings with `input_ids` and `attention_mask`; found {has}")
+        found.append(tuple(name for name in BATCH_KEYS if name in row))
+    columns = {name: [torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in found[0]}
+    shapes = sorted({tuple(value.shape) for column in columns.values() for value in column})
+    if len(set(found)) > 1 or len(shapes) > 1 or len(shapes[0]) != 1:
+        raise DataError(
+            f"a dataset's rows must be alike, each [tokens]; found shapes {', '.join(map(str, map(list, shapes)))} "
+            "in one batch; pad them, and give an `attention_mask` that is 0 on the padding"
+        )
+    batch = {name: torch.stack(column) for name, column in columns.items()}
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch
+
+
+def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.dtype != torch.long:
+            raise DataError(
+                "calibration: expected tokens as a LongTensor [windows, tokens], "
+                f"found {calibration.dtype} {list(calibration.shape)}"
+            )
+        calibration = WindowRows({"input_ids": calibration})
+    if not hasattr(calibration, "__len__") or not hasattr(calibration, "__getitem__"):
+        raise DataError("calibration: expected a tensor or a dataset with a length, so that devices can share it")
+    if _count(calibration) == 0:
+        raise DataError("calibration: there is no window in it")
+    return calibration
+
+
+def _evaluation_rows(windows: Windows) -> Dataset[Row]:
+    return WindowRows({name: getattr(windows, name) for name in BATCH_KEYS})
+
+
+def _count(rows: Dataset[Row]) -> int:
+    return len(rows)  # type: ignore[arg-type]
