@@ -11,6 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from flapkit.evaluation import cross_entropy
+from flapkit.pruning import run_backbone
+
 Batch = Mapping[str, Tensor]
 
 
@@ -35,7 +38,7 @@ class CausalLM(LightningModule):
     Batches are mappings with ``input_ids`` [windows, tokens] and ``attention_mask`` of the same shape.
 
     - ``predict_step`` runs the backbone alone, without logits: the calibration forward.
-    - ``test_step`` returns each window's mean cross-entropy in nats.
+    - ``test_step`` returns each window's cross-entropy in nats.
     - ``training_step`` is the language-modelling loss.
     """
 
@@ -44,9 +47,18 @@ class CausalLM(LightningModule):
         self.model = model
         self.optimization = optimization or Optimization()
 
-    def predict_step(self, batch: Batch) -> None:
-        """Run the decoder layers, so that whatever hooks them sees the calibration text."""
-        self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    def predict_step(self, batch: Batch) -> int:
+        """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
+        run_backbone(self.model, batch)
+        return len(batch["input_ids"])
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return each window's summed cross-entropy in nats and how many tokens it scores, both [windows]."""
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        nll, targets = cross_entropy(logits, batch["labels"])
+        return {"nll": nll, "targets": targets}
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the next token, in nats."""

@@ -116,7 +116,7 @@ def measure(
 
 def run_backbone(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Run the decoder layers on a batch, without computing logits."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
     model.base_model(**inputs, use_cache=False)
 

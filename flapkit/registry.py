@@ -17,10 +17,11 @@ from typing import Any
 
 import pluggy
 import pydantic
+from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
-from flapkit.errors import PluginError, did_you_mean
-from flapkit.interfaces import COMPONENT_KINDS, Component
+from flapkit.errors import ModelError, PluginError, did_you_mean
+from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component
 
 ENTRY_POINT_GROUP = "flapkit"
 
@@ -91,6 +92,27 @@ class Registry:
             known = [field.name for field in dataclasses.fields(component)]
             problems = "; ".join(_describe(problem, known) for problem in error.errors())
             raise PluginError(f"{kind} {name!r}: {problems}") from error
+
+    def adapter_for(self, config: PreTrainedConfig) -> ArchitectureAdapter:
+        """Find the adapter of a model; of several, the one that specialises all others (a Vicuna is a LLaMA).
+
+        Raises:
+            ModelError: no adapter supports the model.
+            PluginError: several do, and none specialises the others.
+        """
+        found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
+        if not found:
+            raise ModelError(
+                f"no adapter supports models of type {config.model_type!r} (known: {', '.join(self.names('adapter'))}); "
+                "write one: a subclass of flapkit.interfaces.ArchitectureAdapter in a file that the recipe's `plugins` "
+                "names; docs/interfaces/adapters.md shows how"
+            )
+        special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]
+        if not special:
+            names = ", ".join(adapter.name for adapter in found)
+            raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; name one")
+        adapter: ArchitectureAdapter = special[0]()
+        return adapter
 
     def _register(self, module: ModuleType, origin: str) -> None:
         if self._manager.has_plugin(module.__name__):

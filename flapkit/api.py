@@ -1,0 +1,95 @@
+"""Pruning in one call from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
+from flapkit.plan import Budget, BudgetBase, PruningPlan
+from flapkit.pruning import find_corrections, find_plan, measure, needed_statistics, score_sites
+from flapkit.registry import Registry
+from flapkit.sites import Site
+from flapkit.surgery import slice_
+
+
+def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = None) -> tuple[Site, ...]:
+    """List the prunable places of a model.
+
+    Args:
+        model: a transformers causal language model.
+        adapter: a name or an adapter; by default the one that supports the model's configuration.
+
+    Raises:
+        ModelError: no adapter supports the model.
+    """
+    registry = Registry.load()
+    if adapter is None:
+        return registry.adapter_for(model.config).sites(model.config)
+    found: ArchitectureAdapter = _component(registry, "adapter", adapter)
+    return found.sites(model.config)
+
+
+def prune_(
+    model: PreTrainedModel,
+    calibration: Tensor | Dataset[Any],
+    metric: str | ImportanceMetric = "wifv",
+    searcher: str | StructureSearcher = "al_am",
+    compensator: str | Compensator = "bias",
+    ratio: float = 0.2,
+    *,
+    of: BudgetBase = "blocks",
+    adapter: str | ArchitectureAdapter | None = None,
+    batch_size: int = 8,
+) -> PruningPlan:
+    """Prune a model in place, on the device where it is.
+
+    Args:
+        model: a transformers causal language model.
+        calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids`` [tokens] and, where rows
+            are padded, ``attention_mask`` [tokens].
+        metric: a name, or a component with its options.
+        searcher: a name, or a component with its options.
+        compensator: a name, or a component with its options.
+        ratio: fraction of the parameters to remove.
+        of: what the ratio counts.
+        adapter: a name or an adapter; by default the one that supports the model's configuration.
+        batch_size: calibration windows that go through the model at once.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+    """
+    registry = Registry.load()
+    scorer = _component(registry, "metric", metric)
+    search = _component(registry, "searcher", searcher)
+    repair = _component(registry, "compensator", compensator)
+    places = sites(model, adapter)
+    budget = Budget.over(places, ratio, of, model.num_parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        batches = _batches(calibration, batch_size)
+        statistics = measure(model, places, needed_statistics([scorer, repair]), batches)
+        plan = find_plan(places, score_sites(model, places, statistics, scorer), search, budget)
+        slice_(model, places, plan, find_corrections(model, places, statistics, repair, plan))
+    finally:
+        model.train(was_training)
+    return plan
+
+
+def _component(registry: Registry, kind: str, component: Any) -> Any:
+    return registry.create(kind, component) if isinstance(component, str) else component
+
+
+def _batches(calibration: Tensor | Dataset[Any], batch_size: int) -> Iterable[Mapping[str, Tensor]]:
+    # Lightning takes seconds to import, and only calibration needs it here.
+    from flapkit.data import PruningData
+
+    return PruningData(calibration, batch_size=batch_size).predict_dataloader()
