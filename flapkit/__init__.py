@@ -1,8 +1,38 @@
-"""flapkit: structured pruning of large language models without retraining."""
+"""flapkit: structured pruning of large language models without retraining.
+
+```python
+import flapkit
+
+plan = flapkit.prune_(model, calibration, metric="wifv", searcher="al_am", compensator="bias", ratio=0.2)
+flapkit.save(model, "pruned", plan)
+model = flapkit.load("pruned")
+```
+
+Importing flapkit makes transformers' Auto classes load pruned checkpoints.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from flapkit.api import prune_, sites
+from flapkit.checkpoint import load, save
+from flapkit.checkpoint.families import register
 from flapkit.errors import FlapkitError
 from flapkit.hookspecs import hookimpl
 
-__all__ = ["FlapkitError", "hookimpl"]
+if TYPE_CHECKING:
+    from flapkit.callbacks import FlapPruning
+
+__all__ = ["FlapPruning", "FlapkitError", "hookimpl", "load", "prune_", "save", "sites"]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds to import, and only the callback needs it.
+    if name == "FlapPruning":
+        from flapkit.callbacks import FlapPruning
+
+        return FlapPruning
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import find_corrections, find_plan, measure, needed_statistics, score_sites
+from flapkit.pruning import carry_out_, find_corrections, find_plan, measure, needed_statistics, score_sites
 from flapkit.registry import Registry
 from flapkit.sites import Site
-from flapkit.surgery import slice_
 
 
 def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = None) -> tuple[Site, ...]:
@@ -78,7 +77,7 @@ def prune_(
         batches = _batches(calibration, batch_size)
         statistics = measure(model, places, needed_statistics([scorer, repair]), batches)
         plan = find_plan(places, score_sites(model, places, statistics, scorer), search, budget)
-        slice_(model, places, plan, find_corrections(model, places, statistics, repair, plan))
+        carry_out_(model, places, plan, find_corrections(model, places, statistics, repair, plan))
     finally:
         model.train(was_training)
     return plan

@@ -18,10 +18,9 @@ from flapkit.evaluation import Perplexity
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import Collector, Statistics, find_corrections, find_plan, score_sites
+from flapkit.pruning import Collector, Statistics, carry_out_, find_corrections, find_plan, score_sites
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
-from flapkit.surgery import slice_
 
 
 def build_trainer(callbacks: Sequence[Callback], *, progress: bool = False, **options: Any) -> Trainer:
@@ -133,7 +132,7 @@ class Prune(Callback):
         model, statistics = _model_of(pl_module), self._calibrate.statistics
         scores = score_sites(model, self._sites, statistics, self._metric)
         plan = find_plan(self._sites, scores, self._searcher, self._budget)
-        slice_(model, self._sites, plan, find_corrections(model, self._sites, statistics, self._compensator, plan))
+        carry_out_(model, self._sites, plan, find_corrections(model, self._sites, statistics, self._compensator, plan))
         self.plan = plan
 
 

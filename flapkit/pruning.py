@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from flapkit.checkpoint.families import describe_
 from flapkit.errors import CalibrationError, InputError, PluginError
 from flapkit.interfaces import Compensator, Component, Correction, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
 from flapkit.statistics import SiteStatistics, Statistic
-from flapkit.surgery import check_sites, consumer_of
+from flapkit.surgery import check_sites, consumer_of, slice_
 
 Statistics = Mapping[str, SiteStatistics]
 """Site name -> what was measured there."""
@@ -202,3 +203,18 @@ def find_corrections(
                 raise PluginError(f"compensator {compensator.name!r} at {site.name}: its {part} is not finite")
         corrections[site.name] = correction
     return corrections
+
+
+def carry_out_(
+    model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction]
+) -> None:
+    """Slice the model and give it the configuration of what it has become, in place.
+
+    Args:
+        model: the dense model.
+        sites: its sites.
+        plan: the units to keep.
+        corrections: site name -> what a compensator does to the consumer.
+    """
+    slice_(model, sites, plan, corrections)
+    describe_(model, sites)

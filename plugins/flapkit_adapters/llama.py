@@ -22,15 +22,15 @@ class Llama(ArchitectureAdapter):
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Tell whether the configuration is a LLaMA's."""
-        return config.model_type == "llama"
+        """Tell whether the configuration is a LLaMA's, dense or pruned already."""
+        return config.model_type in ("llama", "flapkit_llama")
 
     def sites(self, config: PreTrainedConfig) -> tuple[Site, ...]:
         """List the attention and the MLP of every layer."""
         return tuple(
             site
-            for layer in range(config.num_hidden_layers)
-            for site in (_attention(config, layer), _mlp(config, layer))
+            for index, layer in enumerate(config.per_layer_config)
+            for site in (_attention(layer, index), _mlp(layer, index))
         )
 
 

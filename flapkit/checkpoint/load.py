@@ -1,0 +1,172 @@
+"""Load models, configurations and tokenizers from a folder, the hub, or what flapkit brings along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flapkit.bundled import PREFIX, bundled_models
+from flapkit.checkpoint.families import register
+from flapkit.errors import ModelError, did_you_mean
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+T = TypeVar("T")
+
+
+def load(
+    path: Path | str,
+    dtype: DType | torch.dtype = "auto",
+    *,
+    revision: str | None = None,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """Load a causal language model, pruned or dense.
+
+    Args:
+        path: a folder, a Hugging Face hub id, or ``builtin:NAME``.
+        dtype: type of the weights; ``auto`` is the checkpoint's own.
+        revision: branch, tag or commit of a hub model.
+        device_map: as transformers takes it.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: the model is missing, incomplete, damaged, pickled or quantised.
+    """
+    source = _source(path)
+    config = load_config(path, revision=revision)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"model {path}: its weights are quantised; give the model in float32, float16 or bfloat16")
+    if isinstance(source, Path):
+        _check_weights(path, source)
+    type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
+    model, info = _call(
+        path,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            str(source),
+            config=config,
+            dtype=type_,
+            revision=revision or "main",
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+        ),
+    )
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"model {path}: its weights lack {shown}; the checkpoint is not whole")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load a model's configuration alone; no weights are read.
+
+    Args:
+        path: a folder, a hub id, or ``builtin:NAME``.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ModelError: there is no such model, or its configuration cannot be read.
+    """
+    register()
+    source = _source(path)
+    config: PreTrainedConfig = _call(
+        path, lambda: AutoConfig.from_pretrained(str(source), revision=revision or "main")
+    )
+    return config
+
+
+def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        path: a folder, a hub id, or ``builtin:NAME``.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source = _source(path)
+    tokenizer: PreTrainedTokenizerBase = _call(
+        path, lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main"), what="tokenizer"
+    )
+    return tokenizer
+
+
+def _source(path: Path | str) -> Path | str:
+    """Resolve a model's name to a folder that is there, or to a hub id."""
+    name = str(path)
+    if name.startswith(PREFIX):
+        bundled = bundled_models()
+        if name.removeprefix(PREFIX) not in bundled:
+            known = [PREFIX + model for model in bundled]
+            raise ModelError(f"model {name}: flapkit brings no such model along{did_you_mean(name, known)}")
+        return bundled[name.removeprefix(PREFIX)]
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {name}: the folder holds no config.json; name the folder that does")
+        return folder
+    if folder.exists():
+        raise ModelError(f"model {name}: this is a file; name the folder of a Hugging Face checkpoint")
+    if isinstance(path, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name}: there is no such folder")
+    return name
+
+
+def _check_weights(name: Path | str, folder: Path) -> None:
+    """Find damaged files by their names before transformers stumbles over them."""
+    for file in _weight_files(name, folder):
+        if not file.is_file():
+            raise ModelError(f"model {name}: {file.name} is missing, though {INDEX} names it")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"model {name}: {file.name} is damaged or cut short ({error}); fetch or write it again"
+            ) from error
+
+
+def _weight_files(name: Path | str, folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"model {name}: {INDEX} is damaged: {error!r}") from error
+        return [folder / shard for shard in sorted(set(shards))]
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        raise ModelError(
+            f"model {name}: its weights are pickled, which can run any code; convert them to safetensors first"
+        )
+    raise ModelError(f"model {name}: the folder holds no weights ({WEIGHTS} or {INDEX})")
+
+
+def _call(path: Path | str, loader: Callable[[], T], what: str = "model") -> T:
+    try:
+        return loader()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{what} {path}: cannot be loaded: {' '.join(text)}") from error

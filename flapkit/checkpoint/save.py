@@ -1,0 +1,102 @@
+"""Save a pruned model: a folder that transformers loads, and that says what made it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.checkpoint.families import Family, family_of
+from flapkit.checkpoint.folder import MARK, new_folder
+from flapkit.errors import ModelError
+from flapkit.plan import PruningPlan
+
+PLAN = "plan.json"
+PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
+
+log = logging.getLogger(__name__)
+
+
+def save(
+    model: PreTrainedModel,
+    path: Path | str,
+    plan: PruningPlan,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Save a pruned model as a folder, which appears when it is complete and not before.
+
+    It holds safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
+    ``trust_remote_code=True``, ``plan.json`` (the kept units as indices into the dense model) and ``flapkit.json``
+    (versions, and the metadata given). Nothing in it is pickled.
+
+    Args:
+        model: a model that flapkit pruned.
+        path: the folder to write.
+        plan: the plan that was carried out.
+        tokenizer: goes along, if given.
+        metadata: what made the model, for ``flapkit.json``; anything that JSON holds.
+        files: name -> content of more files for the folder.
+        max_shard_size: weights beyond this size are split over several files.
+        overwrite: replace a folder that flapkit wrote.
+
+    Raises:
+        ModelError: flapkit has no class to load models of this family by.
+        OutputError: the folder exists, or cannot be written.
+    """
+    family = savable_family(model)
+    with new_folder(Path(path), overwrite=overwrite) as folder:
+        _check_generation(model)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_config(family, folder)
+        (folder / family.code.name).write_bytes(family.code.read_bytes())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        made = {"versions": {package: version(package) for package in PACKAGES}, **(metadata or {})}
+        (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def savable_family(model: PreTrainedModel) -> Family:
+    """Return the family that a pruned model is saved as.
+
+    Raises:
+        ModelError: there is none, or the model was not pruned by flapkit.
+    """
+    family = family_of(model.config)
+    if family is None:
+        raise ModelError(f"pruned models of type {model.config.model_type!r} cannot be saved: there is no class for them")
+    if not isinstance(model.config, family.config):
+        raise ModelError(f"this {type(model).__name__} was not pruned by flapkit; use its own save_pretrained")
+    return family
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    """Turn sampling on where the generation settings need it: transformers refuses to save them otherwise."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        log.warning("generation_config: sampling options without do_sample; do_sample is set, so that it can be saved")
+        settings.do_sample = True
+
+
+def _write_config(family: Family, folder: Path) -> None:
+    """Write the configuration again with what only a checkpoint says: its class, and where its code is."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"architectures": [family.causal_lm.__name__], "auto_map": family.auto_map}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
