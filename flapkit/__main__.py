@@ -1,0 +1,7 @@
+"""``python -m flapkit``."""
+
+from __future__ import annotations
+
+from flapkit.cli import main
+
+main()
