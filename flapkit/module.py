@@ -54,9 +54,8 @@ class CausalLM(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return each window's summed cross-entropy in nats and how many tokens it scores, both [windows]."""
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs, use_cache=False).logits
         nll, targets = cross_entropy(logits, batch["labels"])
         return {"nll": nll, "targets": targets}
 

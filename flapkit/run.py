@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,9 +251,19 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call Lightning without its advice on loader workers, which windows in memory do not need."""
+    """Call Lightning without its advice on loader workers, which windows in memory do not need.
+
+    Ctrl-C stays a ``KeyboardInterrupt``: Lightning would exit with code 1 and leave SIGINT ignored.
+    """
+    handler = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*treespec.*")
-        call(*args, **kwargs)
+        try:
+            call(*args, **kwargs)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise error.__context__ from None

@@ -61,9 +61,7 @@ FAMILIES = (
 
 def family_of(config: PreTrainedConfig) -> Family | None:
     """Find the family of a dense or a pruned model, if flapkit can save it."""
-    return next(
-        (family for family in FAMILIES if config.model_type in (family.dense, family.config.model_type)), None
-    )
+    return next((family for family in FAMILIES if config.model_type in (family.dense, family.config.model_type)), None)
 
 
 def register() -> None:

@@ -90,9 +90,7 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     """
     register()
     source = _source(path)
-    config: PreTrainedConfig = _call(
-        path, lambda: AutoConfig.from_pretrained(str(source), revision=revision or "main")
-    )
+    config: PreTrainedConfig = _call(path, lambda: AutoConfig.from_pretrained(str(source), revision=revision or "main"))
     return config
 
 

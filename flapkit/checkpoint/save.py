@@ -76,7 +76,9 @@ def savable_family(model: PreTrainedModel) -> Family:
     """
     family = family_of(model.config)
     if family is None:
-        raise ModelError(f"pruned models of type {model.config.model_type!r} cannot be saved: there is no class for them")
+        raise ModelError(
+            f"pruned models of type {model.config.model_type!r} cannot be saved: there is no class for them"
+        )
     if not isinstance(model.config, family.config):
         raise ModelError(f"this {type(model).__name__} was not pruned by flapkit; use its own save_pretrained")
     return family

@@ -1,0 +1,64 @@
+"""What tests share: one thread, and tiny LLaMAs of every form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+
+FORMS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"head_dim": 12},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}
+
+
+def make_llama(**options) -> LlamaForCausalLM:
+    """Build a random LLaMA of two layers, with biases that are not zero."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    # No end token: a random model that meets one would stop generating early.
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "eos_token_id": None, "initializer_range": 0.2, **options}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.fixture(params=FORMS)
+def llama(request) -> LlamaForCausalLM:
+    return make_llama(**FORMS[request.param])
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Calibration tokens [24, 16]."""
+    return torch.randint(0, 96, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def probe() -> torch.Tensor:
+    """Tokens [2, 12] to compare logits on."""
+    return torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(2))

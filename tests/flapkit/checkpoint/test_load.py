@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import make_llama
+
+from flapkit.checkpoint import load
+from flapkit.errors import ModelError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    make_llama().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    return tmp_path / "model"
+
+
+def refused(path, says):
+    with pytest.raises(ModelError, match=says) as caught:
+        load(path)
+    assert caught.value.exit_code == 2
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "none", "there is no such folder")
+    refused("./none/at/all", "there is no such folder")
+
+
+def test_unknown_builtin():
+    refused("builtin:tiny-lama", "did you mean 'builtin:tiny-llama'")
+
+
+def test_a_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    refused(tmp_path / "model.gguf", "this is a file")
+
+
+def test_no_configuration(folder):
+    (folder / "config.json").unlink()
+    refused(folder, r"holds no config\.json")
+
+
+def test_no_weights(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+    refused(folder, "holds no weights")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused(folder, "its weights are pickled")
+
+
+def test_truncated_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(folder, f"{shard.name} is damaged or cut short")
+
+
+def test_corrupt_header(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(b"\xff" * 64)
+    refused(folder, f"{shard.name} is damaged or cut short")
+
+
+def test_missing_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    refused(folder, f"{shard.name} is missing")
+
+
+def test_missing_weight(folder):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = sorted(set(content["weight_map"].values()))[-1]
+    kept = {name: file for name, file in content["weight_map"].items() if file != last}
+    index.write_text(json.dumps({**content, "weight_map": kept}))
+    refused(folder, "its weights lack")
+
+
+def test_wrong_shapes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    refused(folder, "cannot be loaded")
+
+
+def test_hub_id_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("nobody/no-such-model", "cannot be loaded")
+
+
+def test_quantised(folder):
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    refused(folder, "quantised")
+
+
+def test_copy_of_bundled_loads(tmp_path):
+    from flapkit.bundled import bundled_models
+
+    shutil.copytree(bundled_models()["tiny-llama"], tmp_path / "copy")
+    assert load(tmp_path / "copy").num_parameters() == load("builtin:tiny-llama").num_parameters()

@@ -1,0 +1,214 @@
+"""The command line, as a user meets it: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flapkit import cli
+
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama"},
+    "calibration": {"dataset": "stdlib", "samples": 8, "length": 32},
+    "budget": {"ratio": 0.2},
+    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
+    "trainer": {"accelerator": "cpu"},
+    "output": "out",
+}
+METRIC = """
+from dataclasses import dataclass
+import torch
+from flapkit import hookimpl
+from flapkit.interfaces import ImportanceMetric
+
+@dataclass(frozen=True)
+class Mine(ImportanceMetric):
+    name = "mine"
+
+    def score(self, site, stats, weight):
+        return {score}
+
+@hookimpl
+def {hook}():
+    return [Mine]
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    RECIPE["calibration"]["dataset"] = "text.txt"
+    return tmp_path
+
+
+def flapkit(monkeypatch, capsys, *arguments):
+    """Run a command; return its exit code and what it printed."""
+    monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def command(home, monkeypatch, capsys):
+    return lambda *arguments: flapkit(monkeypatch, capsys, *arguments)
+
+
+def write(home: Path, **changes) -> Path:
+    path = home / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
+
+
+def test_run_then_show(command, home):
+    code, out, err = command("run", write(home))
+    assert (code, "block parameters" in out) == (0, True), err
+    files = {path.name for path in (home / "out").iterdir()}
+    assert {"model.safetensors", "plan.json", "result.json", "recipe.yaml", "flapkit.json", "structure.png"} <= files
+    result = json.loads((home / "out" / "result.json").read_text())
+    assert result["params"]["dense"] - result["params"]["removed"] <= result["params"]["pruned"]
+    assert set(result["seconds"]) >= {"load", "calibrate and prune", "evaluate dense", "evaluate pruned"}
+    code, out, _ = command("show", "out")
+    assert code == 0
+    assert "of 512" in out
+    code, _, err = command("run", home / "recipe.yaml")
+    assert code == 2
+    assert "exists already" in err
+    assert command("run", home / "recipe.yaml", "--overwrite", "--quiet")[:2] == (0, "")
+
+
+def test_the_resolved_recipe_gives_the_same_plan(command, home):
+    assert command("run", write(home), "-q")[0] == 0
+    assert command("run", home / "out" / "recipe.yaml", "--set", "output=again", "-q")[0] == 0
+    assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
+
+
+def test_check(command, home):
+    code, out, err = command("check", write(home))
+    assert code == 0, err
+    assert "530,842 of 2,654,208 parameters of blocks" in out
+
+
+@pytest.mark.parametrize("kind", ["metrics", "searchers", "compensators", "adapters", "datasets", "recipes"])
+def test_list(command, kind):
+    code, out, _ = command("list", kind)
+    assert code == 0
+    named = {"metrics": "wifv", "searchers": "al_am", "compensators": "bias", "adapters": "vicuna"}
+    assert {**named, "datasets": "wikitext2", "recipes": "demo"}[kind] in out
+
+
+def test_schema_is_json(command):
+    code, out, _ = command("schema")
+    assert code == 0
+    assert "properties" in json.loads(out)
+
+
+def test_usage_error(command):
+    code, _, err = command("prune")
+    assert code == 2
+    assert "No such command" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"metrc": "wifv"}, "did you mean"),
+        ({"metric": "wifw"}, "did you mean 'wifv'"),
+        ({"searcher": {"name": "al_am", "min_unit": 2}}, "min_units"),
+        ({"budget": {"ratio": 0}}, "is not a ratio"),
+        ({"budget": {"ratio": 1}}, "is not a ratio"),
+        ({"budget": {"ratio": -0.5}}, "is not a ratio"),
+        ({"budget": {"ratio": float("nan")}}, "ratio"),
+        ({"budget": {"ratio": 0.99}}, "the largest ratio of blocks"),
+        ({"model": {"path": "./nowhere"}}, "there is no such folder"),
+        ({"calibration": {"dataset": "text.txt", "length": 100000}}, "calibration"),
+        ({"calibration": {"dataset": "text.tx"}}, "text.tx"),
+        ({"trainer": {"accelerator": "cuda"}}, "trainer"),
+        ({"plugins": ["./missing.py"]}, "there is no such file"),
+    ],
+)
+def test_bad_recipes(command, home, changes, says):
+    code, _, err = command("run", write(home, **changes))
+    assert code == 2, err
+    assert says in err
+    assert "Traceback" not in err
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("score", "hook", "says"),
+    [
+        ("weight.sum()", "flapkit_metrics", "expected scores"),
+        ("torch.full((site.units, 1), torch.nan)", "flapkit_metrics", "not finite"),
+        ("torch.ones(site.units, 1)", "flapkit_metric", "did you mean 'flapkit_metrics'"),
+        ("1 +", "flapkit_metrics", "fails to import"),
+    ],
+)
+def test_bad_plugins(command, home, score, hook, says):
+    (home / "mine.py").write_text(METRIC.replace("{score}", score).replace("{hook}", hook))
+    code, _, err = command("run", write(home, metric="mine", plugins=["./mine.py"]))
+    assert code == 2, err
+    assert says in err
+    assert not (home / "out").exists()
+
+
+def test_a_clash(command, home):
+    clash = METRIC.replace("{score}", "weight").replace("{hook}", "flapkit_metrics").replace('"mine"', '"wifv"')
+    (home / "mine.py").write_text(clash)
+    code, _, err = command("run", write(home, plugins=["./mine.py"]))
+    assert code == 2
+    assert "two plugins offer a metric named 'wifv'" in err
+
+
+def test_a_metric_of_ones_own(command, home):
+    own = METRIC.replace("{score}", "weight.abs().sum(dim=0).view(site.units, -1)").replace("{hook}", "flapkit_metrics")
+    (home / "mine.py").write_text(own)
+    code, _, err = command("run", write(home, metric="mine", plugins=["./mine.py"]), "-q")
+    assert code == 0, err
+    assert json.loads((home / "out" / "flapkit.json").read_text())["metric"]["name"] == "mine"
+
+
+def test_an_architecture_without_adapter(command, home):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(home / "gpt2")
+    code, _, err = command("check", write(home, model={"path": "./gpt2"}))
+    assert code == 2
+    assert "no adapter supports models of type 'gpt2'" in err
+    assert "ArchitectureAdapter" in err
+
+
+def test_ctrl_c_in_calibration(command, home, monkeypatch):
+    from flapkit.module import CausalLM
+
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CausalLM, "predict_step", interrupted)
+    code, _, err = command("run", write(home))
+    assert code == 130
+    assert "stopped" in err
+    assert sorted(path.name for path in home.iterdir()) == ["recipe.yaml", "text.txt"]
+
+
+def test_activations_that_are_not_finite(command, home):
+    import torch
+
+    from flapkit.checkpoint import load, load_tokenizer
+
+    model = load("builtin:tiny-llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3] = torch.inf
+    model.save_pretrained(home / "broken")
+    load_tokenizer("builtin:tiny-llama").save_pretrained(home / "broken")
+    code, _, err = command("run", write(home, model={"path": "./broken"}, evaluate={}))
+    assert code == 1
+    assert "model.layers.2.mlp.down_proj: its input is not finite" in err
