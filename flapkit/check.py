@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     params = _params(target)
     budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params)
     _check_floors(recipe, target, budget)
-    dtype = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
+    dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     size = BYTES.get(dtype, 4)
     return Estimate(target, params, budget, params * size, params * size + _working_memory(recipe, target, size))
 
@@ -91,4 +92,5 @@ def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
         (tokens(text) * target.config.vocab_size * (size + 4) for text in asked.evaluate.perplexity), default=0
     )
     statistics = len(needed_statistics([recipe.metric, recipe.compensator]))
-    return max(calibration, evaluation) + statistics * 8 * 2 * sum(site.channels for site in target.sites)
+    working: int = max(calibration, evaluation) + statistics * 8 * 2 * sum(site.channels for site in target.sites)
+    return working

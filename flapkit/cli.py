@@ -17,6 +17,9 @@ from rich.table import Table
 
 from flapkit.errors import FlapkitError, InputError, ModelError
 
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     help="Structured pruning of large language models without retraining.",
     no_args_is_help=True,
@@ -47,13 +50,11 @@ def main() -> None:
     # transformers and Lightning draw their own bars and give advice on what flapkit decides.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except FlapkitError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; nothing was written", 130)
     except Exception as error:
         # typer brings along, or depends on, the click whose usage errors these are.
         show = getattr(error, "show", None)
@@ -61,6 +62,9 @@ def main() -> None:
             raise
         show()
         sys.exit(InputError.exit_code)
+    # Without its standalone mode typer returns the code of Ctrl-C and of --help.
+    if code == INTERRUPTED:
+        _fail("stopped; nothing was written", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:

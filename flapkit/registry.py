@@ -103,8 +103,9 @@ class Registry:
         found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
         if not found:
             raise ModelError(
-                f"no adapter supports models of type {config.model_type!r} (known: {', '.join(self.names('adapter'))}); "
-                "write one: a subclass of flapkit.interfaces.ArchitectureAdapter in a file that the recipe's `plugins` "
+                f"no adapter supports models of type {config.model_type!r} "
+                f"(known: {', '.join(self.names('adapter'))}); write one: a subclass of "
+                "flapkit.interfaces.ArchitectureAdapter in a file that the recipe's `plugins` "
                 "names; docs/interfaces/adapters.md shows how"
             )
         special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]

@@ -123,7 +123,7 @@ class SiteStatistics(Mapping[type[Statistic], Statistic]):
     def __init__(self, statistics: Iterable[Statistic]) -> None:
         self._by_class = {type(statistic): statistic for statistic in statistics}
 
-    def __getitem__(self, key: type[S]) -> S:  # type: ignore[override]
+    def __getitem__(self, key: type[S]) -> S:
         """Return the statistic of a class, typed as that class."""
         if key not in self._by_class:
             measured = ", ".join(k.__name__ for k in self._by_class) or "none"

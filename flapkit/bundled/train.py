@@ -98,7 +98,7 @@ def main(output: Path) -> None:
         DataLoader(TensorDataset(heldout), BATCH, collate_fn=collate),
         ckpt_path=last if last.exists() else None,
     )
-    model = module.model.to(torch.float16)
+    model = module.model.half()
     model.save_pretrained(output / "tiny-llama")
     tokenizer.save_pretrained(output / "tiny-llama")
 

@@ -98,7 +98,7 @@ def describe_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     previous = model.config
     for module in model.modules():
         if getattr(module, "config", None) is previous:
-            module.config = config
+            setattr(module, "config", config)  # noqa: B010 - torch types attributes of modules as modules
 
 
 def _sizes(model: PreTrainedModel, site: Site) -> dict[str, Any]:

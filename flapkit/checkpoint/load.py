@@ -59,9 +59,10 @@ def load(
     if isinstance(source, Path):
         _check_weights(path, source)
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
+    load_model: Any = AutoModelForCausalLM.from_pretrained
     model, info = _call(
         path,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: load_model(
             str(source),
             config=config,
             dtype=type_,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -79,7 +80,9 @@ def _dense_sizes(config: FlapkitLlamaConfig) -> Iterator[None]:
 def _resize(owner: LlamaModel | LlamaForCausalLM, model: LlamaModel) -> None:
     """Give the linears of every layer the sizes that its configuration says."""
     for layer, config in zip(model.layers, model.config.per_layer_config, strict=True):
-        attention, mlp, hidden = layer.self_attn, layer.mlp, config.hidden_size
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        hidden = config.hidden_size
         query = config.num_attention_heads * config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
         width = config.intermediate_size
@@ -97,7 +100,7 @@ def _resize(owner: LlamaModel | LlamaForCausalLM, model: LlamaModel) -> None:
             linear = getattr(module, name)
             if (linear.in_features, linear.out_features, linear.bias is not None) != (in_features, out_features, bias):
                 linear = nn.Linear(in_features, out_features, bias, linear.weight.device, linear.weight.dtype)
-                owner._init_weights(linear)
+                owner._init_weights(linear)  # type: ignore[no-untyped-call]
                 setattr(module, name, linear)
         attention.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         mlp.intermediate_size = width
