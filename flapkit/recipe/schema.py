@@ -27,7 +27,7 @@ class ComponentSpec(BaseModel):
     In a recipe either ``al_am`` or ``{name: al_am, min_units: 2}``.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, ser_json_inf_nan="constants")
 
     name: str = Field(description="What the component is called; `flapkit list` names them all.")
 
