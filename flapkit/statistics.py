@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from flapkit.errors import CalibrationError
+
 S = TypeVar("S", bound="Statistic")
 
 
@@ -95,8 +97,16 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> Tensor:
-        """Sample variance of each channel (divided by tokens - 1), float64 [channels]."""
+        """Sample variance of each channel (divided by tokens - 1), float64 [channels].
+
+        Raises:
+            CalibrationError: fewer than two tokens were seen.
+        """
         tokens, _, squares = self._merged()
+        if tokens < 2:
+            raise CalibrationError(
+                f"calibration: a variance needs two tokens, and {int(tokens)} was seen; give more text"
+            )
         return squares / (tokens - 1)
 
     @property

@@ -18,7 +18,9 @@ LARGEST_SEED = 2**32 - 1
 class Section(BaseModel):
     """A part of a recipe: immutable, its types taken at their word, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class ComponentSpec(BaseModel):
