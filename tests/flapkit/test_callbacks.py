@@ -51,7 +51,7 @@ def test_trains_after_the_trainer_pruned(tokens):
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 def test_flap_pruning_before_training(tokens):
     """The optimizer holds the new weights: all of them move."""
-    model = make_llama()
+    model = make_llama().train()
     pruning = flapkit.FlapPruning(tokens, ratio=0.4)
     trainer = Trainer(
         max_steps=4,

@@ -1,0 +1,37 @@
+"""The generated pages are those of today's code, and the examples are plugins that load."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from flapkit.registry import Registry
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAMES = {"metrics": "input_power", "searchers": "raw", "compensators": "part_of_bias", "adapters": "opt"}
+
+
+def test_generated_pages_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name, text in generate.pages().items():
+        assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python docs/generate.py`: {name} is old"
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_examples_are_plugins(page, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "interfaces" / f"{page}.md").read_text(), flags=re.DOTALL)
+    (tmp_path / f"{page}.py").write_text(example)
+    registry = Registry.load([tmp_path / f"{page}.py"])
+    registry.create(page.removesuffix("s"), NAMES[page])
+
+
+def test_the_readme_metric_is_a_plugin(tmp_path):
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# my_metric\.py.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "my_metric.py").write_text(example)
+    Registry.load([tmp_path / "my_metric.py"]).create("metric", "my_magnitude")
