@@ -195,10 +195,13 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
 
 
 def _print(what: Any) -> None:
-    """Print a table or a line; where nobody looks at a terminal, no line is broken."""
+    """Print a table or a line; where nobody looks at a terminal, plain lines that are not broken."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=200)
+        if isinstance(what, Table):
+            what.box = None
+            what.title_justify = "left"
     console.print(what, markup=False) if isinstance(what, str) else console.print(what)
 
 

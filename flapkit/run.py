@@ -83,11 +83,15 @@ def find_target(recipe: LoadedRecipe) -> Target:
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
     adapter = recipe.adapter or recipe.registry.adapter_for(config)
-    if not adapter.supports(config) and recipe.adapter is None:
-        raise ModelError(f"model {model.path}: adapter {adapter.name!r} does not support it")
     if family_of(config) is None:
         raise ModelError(f"pruned models of type {config.model_type!r} cannot be saved: there is no class for them")
-    return Target(config, adapter, adapter.sites(config))
+    try:
+        return Target(config, adapter, adapter.sites(config))
+    except AttributeError as error:
+        raise ModelError(
+            f"model {model.path}: adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
+            f"({error}); leave `adapter` out, or name the right one"
+        ) from error
 
 
 def run(recipe: LoadedRecipe, *, overwrite: bool = False, progress: bool = False) -> Result:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports huggingface_hub: no test waits for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -186,6 +186,18 @@ def test_an_architecture_without_adapter(command, home):
     assert "ArchitectureAdapter" in err
 
 
+def test_an_adapter_that_does_not_fit(command, home):
+    from transformers import MambaConfig
+
+    from flapkit.checkpoint import families
+
+    MambaConfig().save_pretrained(home / "mamba")
+    code, _, err = command("check", write(home, model={"path": "./mamba"}, adapter="llama"))
+    assert families.family_of(MambaConfig()) is None
+    assert code == 2
+    assert "'mamba'" in err
+
+
 def test_ctrl_c_in_calibration(command, home, monkeypatch):
     from flapkit.module import CausalLM
 
