@@ -12,6 +12,8 @@ from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.nodes import FLOAT, INTEGER
 from flapkit.recipe.schema import Recipe
 
+_LINE_BREAKS = frozenset("\x85\u2028\u2029")
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.2 would take for a number, and writes no anchors."""
@@ -20,6 +22,13 @@ class _Dumper(yaml.SafeDumper):
         """Write repeated values out."""
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escape Unicode's line breaks, which outside double quotes would be read as spaces."""
+        style = '"' if _LINE_BREAKS.intersection(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _tag, _pattern in (("int", INTEGER), ("float", FLOAT)):
     _whole = re.compile(rf"(?:{_pattern.pattern})\Z")

@@ -91,8 +91,26 @@ def test_every_default_is_written(tmp_path: Path) -> None:
         st.text(st.characters(codec="utf-8")),
         st.from_regex(r"[-+.0-9eExo_:~]{1,8}", fullmatch=True),
         st.sampled_from(
-            ["no", "on", "null", "~", "1e-4", "0o7", "0x1F", "08", "1.", ".5e3", ".nan", "-.inf", "=", "<<"]
+            [
+                "no",
+                "on",
+                "null",
+                "~",
+                "1e-4",
+                "0o7",
+                "0x1F",
+                "08",
+                "1.",
+                ".5e3",
+                ".nan",
+                "-.inf",
+                "=",
+                "<<",
+                "\x85",
+                "a\u2028b\u2029",
+            ]
         ),
+        st.sampled_from(["\x85", "a\u2028b", "a\u2029"]),
         st.floats(allow_nan=False),
         st.integers(-(10**30), 10**30),
         st.booleans(),
