@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from flapkit.calibration import measure, needed_statistics
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import carry_out_, find_corrections, find_plan, measure, needed_statistics, score_sites
+from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
 from flapkit.registry import Registry
 from flapkit.sites import Site
 

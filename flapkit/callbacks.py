@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from flapkit.api import prune_
+from flapkit.calibration import Collector, Statistics
 from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation import Perplexity
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import Collector, Statistics, carry_out_, find_corrections, find_plan, score_sites
+from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -70,6 +71,13 @@ class Calibrate(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the consumers."""
         self._collector = Collector(_model_of(pl_module), self._sites, self._classes).__enter__()
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take note of which tokens count."""
+        if self._collector:
+            self._collector.begin(batch)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop at the first input that is not finite."""

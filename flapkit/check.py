@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from flapkit.calibration import needed_statistics
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.plan import Budget
-from flapkit.pruning import find_plan, needed_statistics
+from flapkit.pruning import find_plan
 from flapkit.recipe import LoadedRecipe, Text
 from flapkit.run import Target, find_target
 from flapkit.text import TextSource

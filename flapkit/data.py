@@ -18,7 +18,10 @@ Row = Mapping[str, Any]
 Batch = dict[str, Tensor]
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
-"""What batches hold; other columns of a dataset are not for the model."""
+"""What batches hold for every token; other columns of a dataset are not for the model."""
+
+HELD_OUT_ONE_IN = 4
+"""Of the calibration windows one in so many is held out, to judge what was fitted on the others."""
 
 
 class WindowRows(Dataset[Row]):
@@ -39,10 +42,27 @@ class WindowRows(Dataset[Row]):
         return {name: tensor[index] for name, tensor in self._tensors.items()}
 
 
+class _CalibrationRows(Dataset[Row]):
+    """Calibration windows, each marked as held out or not by its place."""
+
+    def __init__(self, rows: Dataset[Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return _count(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows[index]
+        if not isinstance(row, Mapping):
+            return row
+        return {**row, "held_out": torch.tensor(index % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1)}
+
+
 class PruningData(LightningDataModule):
     """The text of a run: ``predict_dataloader`` is calibration, ``test_dataloader`` a loader for each evaluation.
 
-    Batches are mappings with ``input_ids`` and ``attention_mask`` [windows, tokens], and ``labels`` for evaluation.
+    Batches are mappings with ``input_ids`` and ``attention_mask`` [windows, tokens], ``labels`` for evaluation, and
+    ``held_out`` [windows] for calibration: whether a window is kept to judge what was fitted on the others.
     On several devices each window is seen exactly once: nothing is repeated to make the devices' shares equal.
 
     Args:
@@ -144,6 +164,8 @@ def collate(rows: Sequence[Row]) -> Batch:
         )
     batch = {name: torch.stack(column) for name, column in columns.items()}
     batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    if "held_out" in rows[0]:
+        batch["held_out"] = torch.stack([row["held_out"] for row in rows])
     return batch
 
 
@@ -159,7 +181,7 @@ def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:
         raise DataError("calibration: expected a tensor or a dataset with a length, so that devices can share it")
     if _count(calibration) == 0:
         raise DataError("calibration: there is no window in it")
-    return calibration
+    return _CalibrationRows(calibration)
 
 
 def _evaluation_rows(windows: Windows) -> Dataset[Row]:

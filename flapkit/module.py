@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from flapkit.calibration import run_batch
 from flapkit.evaluation import cross_entropy
-from flapkit.pruning import run_backbone
 
 Batch = Mapping[str, Tensor]
 
@@ -37,19 +37,23 @@ class CausalLM(LightningModule):
 
     Batches are mappings with ``input_ids`` [windows, tokens] and ``attention_mask`` of the same shape.
 
-    - ``predict_step`` runs the backbone alone, without logits: the calibration forward.
+    - ``predict_step`` is the calibration forward: the backbone alone, without logits; with ``calibrate_gradient`` the
+      loss and its backward pass too.
     - ``test_step`` returns each window's cross-entropy in nats.
     - ``training_step`` is the language-modelling loss.
     """
 
-    def __init__(self, model: PreTrainedModel, optimization: Optimization | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, optimization: Optimization | None = None, *, calibrate_gradient: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.calibrate_gradient = calibrate_gradient
         self.optimization = optimization or Optimization()
 
     def predict_step(self, batch: Batch) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
-        run_backbone(self.model, batch)
+        run_batch(self.model, batch, gradient=self.calibrate_gradient)
         return len(batch["input_ids"])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:

@@ -1,125 +1,20 @@
-"""Sites, scores, plan, corrections, slice: one plain function for each stage."""
+"""From statistics to a pruned model: scores, plan, corrections, slice; one plain function for each stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from flapkit.calibration import Statistics
 from flapkit.checkpoint.families import describe_
-from flapkit.errors import CalibrationError, InputError, PluginError
-from flapkit.interfaces import Compensator, Component, Correction, ImportanceMetric, StructureSearcher
+from flapkit.errors import InputError, PluginError
+from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics, Statistic
-from flapkit.surgery import check_sites, consumer_of, slice_
-
-Statistics = Mapping[str, SiteStatistics]
-"""Site name -> what was measured there."""
-
-
-def needed_statistics(components: Iterable[Component]) -> tuple[type[Statistic], ...]:
-    """List the statistics that some components declare, each once."""
-    return tuple(dict.fromkeys(statistic for component in components for statistic in component.statistics))
-
-
-class Collector:
-    """Measure statistics of the consumers' inputs while the model runs, as a context manager.
-
-    The attention mask that the backbone is called with says which tokens count. The hooks are gone when the context
-    is left, whatever happened.
-
-    Args:
-        model: the dense model.
-        sites: where to measure.
-        statistics: what to measure, as classes.
-    """
-
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
-        self.statistics = {
-            site.name: SiteStatistics([statistic(site.channels) for statistic in statistics]) for site in sites
-        }
-        self._model = model
-        self._sites = sites
-        self._attended: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> Collector:
-        check_sites(self._model, self._sites)
-        backbone = self._model.base_model
-        self._handles.append(backbone.register_forward_pre_hook(self._see_mask, with_kwargs=True))
-        for site in self._sites:
-            self._handles.append(consumer_of(self._model, site).register_forward_pre_hook(self._see_input(site)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._attended = None
-
-    def check(self) -> None:
-        """Raise ``CalibrationError``, which names the first layer, if anything measured so far is not finite."""
-        for site in self._sites:
-            if not all(statistic.is_finite() for statistic in self.statistics[site.name].values()):
-                raise CalibrationError(
-                    f"{site.consumer}: its input is not finite on the calibration text; "
-                    "try model.dtype float32 or bfloat16, and check that the model's weights are sound"
-                )
-
-    def _see_mask(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        self._attended = None if mask is None else mask.bool()
-
-    def _see_input(self, site: Site) -> Any:
-        statistics = list(self.statistics[site.name].values())
-
-        def hook(consumer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            tokens = x.flatten(0, -2) if self._attended is None else x[self._attended.to(x.device)]
-            for statistic in statistics:
-                statistic.to(x.device).update(tokens)
-
-        return hook
-
-
-@torch.no_grad()
-def measure(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    statistics: Sequence[type[Statistic]],
-    batches: Iterable[Mapping[str, Tensor]],
-) -> Statistics:
-    """Run the backbone over calibration batches and measure the consumers' inputs.
-
-    Args:
-        model: the dense model, in evaluation mode.
-        sites: where to measure.
-        statistics: what to measure, as classes.
-        batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask`` of the same shape.
-
-    Raises:
-        CalibrationError: an input that is not finite, or no text at all.
-    """
-    with Collector(model, sites, statistics) as collector:
-        for batch in batches:
-            run_backbone(model, batch)
-            collector.check()
-    return collector.statistics
-
-
-def run_backbone(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Run the decoder layers on a batch, without computing logits."""
-    device = next(model.get_input_embeddings().parameters()).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-    model.base_model(**inputs, use_cache=False)
+from flapkit.surgery import slice_, weight_of
 
 
 @torch.no_grad()
@@ -136,7 +31,7 @@ def score_sites(
     """
     scores = {}
     for site in sites:
-        weight = consumer_of(model, site).weight
+        weight = weight_of(model, site)
         score = metric.score(site, statistics[site.name], weight)
         shapes = [(site.units, site.channels_per_unit), (site.units, 1)]
         found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
@@ -187,7 +82,7 @@ def find_corrections(
         keep = plan.keep[site.name]
         if len(keep) == site.units:
             continue
-        weight = consumer_of(model, site).weight
+        weight = weight_of(model, site)
         correction = compensator.correct(site, statistics[site.name], weight, keep)
         expected = {"weight": (site.out_features, len(keep) * site.channels_per_unit), "bias": (site.out_features,)}
         for part, shape in expected.items():

@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flapkit.calibration import needed_statistics, needs_gradient
 from flapkit.checkpoint import check_output, load, load_config, load_tokenizer, save
 from flapkit.checkpoint.families import family_of
 from flapkit.conversations import renderer
 from flapkit.errors import ModelError, RunError
 from flapkit.interfaces import ArchitectureAdapter
 from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import needed_statistics
 from flapkit.recipe import LoadedRecipe, Perplexity, Text, dump_recipe
 from flapkit.report.structure import draw_structure
 from flapkit.sites import Site
@@ -128,11 +128,12 @@ def run(recipe: LoadedRecipe, *, overwrite: bool = False, progress: bool = False
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
-    calibrate = Calibrate(target.sites, needed_statistics([recipe.metric, recipe.compensator]))
+    statistics = needed_statistics([recipe.metric, recipe.compensator])
+    calibrate = Calibrate(target.sites, statistics)
     prune = Prune(calibrate, target.sites, recipe.metric, recipe.searcher, recipe.compensator, budget)
     evaluate = Evaluate(data.evaluation_names)
     options = {name: value for name, value in asked.trainer.model_dump().items() if value is not None}
-    module = CausalLM(model)
+    module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
 
     def measure(stage: str) -> Measured:
         if not evaluations:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import Self
 
 from flapkit.errors import CalibrationError
+from flapkit.sites import Site
 
 S = TypeVar("S", bound="Statistic")
 
@@ -24,9 +26,17 @@ class Statistic(Metric):
 
     full_state_update = False
 
+    windows: ClassVar[Literal["all", "held_out"]] = "all"
+    """Which calibration windows are taken in: all, or those alone that are held out to judge what the rest fitted."""
+
     def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.channels = channels
+
+    @classmethod
+    def of(cls, site: Site) -> Self:
+        """Build the empty statistic of a site."""
+        return cls(site.channels)
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
@@ -39,6 +49,22 @@ class Statistic(Metric):
     @abstractmethod
     def is_finite(self) -> bool:
         """Tell whether all that was taken in so far was finite."""
+
+
+class GradientStatistic(Statistic):
+    """A statistic that also sees the gradient of the loss: calibration then runs a backward pass for each batch.
+
+    The loss is the cross-entropy of the next token, in nats, summed over the calibration text.
+    """
+
+    @abstractmethod
+    def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
+        """Take in inputs of the consumer, and the loss's gradient at its output.
+
+        Args:
+            x: [tokens, channels], any floating dtype, padding already left out.
+            gradient: [tokens, out_features], of the same tokens.
+        """
 
 
 class Moments(Statistic):

@@ -39,6 +39,11 @@ def consumer_of(model: nn.Module, site: Site) -> nn.Linear:
     return consumer
 
 
+def weight_of(model: nn.Module, site: Site) -> Tensor:
+    """Return the weight of a site's consumer, [out_features, channels]."""
+    return consumer_of(model, site).weight
+
+
 @torch.no_grad()
 def slice_(
     model: nn.Module, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction] | None = None

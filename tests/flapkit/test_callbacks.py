@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import flapkit
+from flapkit.calibration import measure
 from flapkit.callbacks import Calibrate, Evaluate, Prune, build_trainer
 from flapkit.data import PruningData, WindowRows, collate
 from flapkit.errors import CalibrationError, RecipeError
 from flapkit.module import CausalLM, Optimization
 from flapkit.plan import Budget
-from flapkit.pruning import measure
 from flapkit.registry import Registry
 from flapkit.statistics import Moments
 from flapkit.windows import cut_windows

@@ -79,7 +79,9 @@ def test_calibration_under_lightning() -> None:
     trainer().predict(recorder, datamodule=PruningData(tokens, batch_size=4), return_predictions=False)
     assert [len(batch["input_ids"]) for batch in recorder.calibrated] == [4, 4, 2]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in recorder.calibrated]), tokens)
-    assert all(batch.keys() == {"input_ids", "attention_mask"} for batch in recorder.calibrated)
+    assert all(batch.keys() == {"input_ids", "attention_mask", "held_out"} for batch in recorder.calibrated)
+    held_out = torch.cat([batch["held_out"] for batch in recorder.calibrated])
+    assert held_out.nonzero().flatten().tolist() == [3, 7]
     assert all(batch["attention_mask"].all() for batch in recorder.calibrated)
 
 
@@ -103,7 +105,7 @@ def test_a_dataset_of_mappings() -> None:
         {"input_ids": torch.tensor([4, 5, 6]), "attention_mask": torch.tensor([1, 1, 1]), "text": "y"},
     )
     (batch,) = PruningData(rows).predict_dataloader()
-    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch.keys() == {"input_ids", "attention_mask", "held_out"}
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import flapkit
+from flapkit.calibration import measure, needed_statistics
 from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import carry_out_, find_corrections, find_plan, measure, needed_statistics, score_sites
+from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
 from flapkit.registry import Registry
 from flapkit.statistics import Moments
 from flapkit.surgery import mask_, slice_

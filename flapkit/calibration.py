@@ -1,0 +1,179 @@
+"""Calibration: run text through the dense model, and measure what its consumers see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from flapkit.errors import CalibrationError
+from flapkit.interfaces import Component
+from flapkit.sites import Site
+from flapkit.statistics import GradientStatistic, SiteStatistics, Statistic
+from flapkit.surgery import check_sites, consumer_of
+
+Batch = Mapping[str, Tensor]
+"""``input_ids`` [windows, tokens]; perhaps ``attention_mask`` of the same shape, and ``held_out`` [windows]."""
+
+Statistics = Mapping[str, SiteStatistics]
+"""Site name -> what was measured there."""
+
+
+def needed_statistics(components: Iterable[Component]) -> tuple[type[Statistic], ...]:
+    """List the statistics that some components declare, each once."""
+    return tuple(dict.fromkeys(statistic for component in components for statistic in component.statistics))
+
+
+class Collector:
+    """Measure statistics at the consumers while calibration batches run, as a context manager.
+
+    Call ``begin`` before, and ``check`` after, each batch that runs through the model. The hooks are gone when the
+    context is left, whatever happened.
+
+    Args:
+        model: the dense model.
+        sites: where to measure.
+        statistics: what to measure, as classes.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
+        self.statistics: Statistics = {
+            site.name: SiteStatistics([statistic.of(site) for statistic in statistics]) for site in sites
+        }
+        self._model = model
+        self._sites = sites
+        self._attended = self._held_out = torch.empty(0)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Collector:
+        check_sites(self._model, self._sites)
+        for site in self._sites:
+            self._handles.append(consumer_of(self._model, site).register_forward_hook(self._see(site)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, batch: Batch) -> None:
+        """Take note of which of a batch's tokens count."""
+        self._attended = attended(batch)
+        self._held_out = batch.get("held_out", torch.zeros(len(self._attended))).to(self._attended.device).bool()
+
+    def check(self) -> None:
+        """Raise ``CalibrationError``, which names the first layer, if anything measured so far is not finite."""
+        for site in self._sites:
+            if not all(statistic.is_finite() for statistic in self.statistics[site.name].values()):
+                raise CalibrationError(
+                    f"{site.consumer}: its input is not finite on the calibration text; "
+                    "try model.dtype float32 or bfloat16, and check that the model's weights are sound"
+                )
+
+    def _see(self, site: Site) -> Any:
+        statistics = list(self.statistics[site.name].values())
+
+        def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            for statistic in statistics:
+                tokens = self._tokens_of(statistic, x.device)
+                statistic.to(x.device)
+                if not isinstance(statistic, GradientStatistic):
+                    statistic.update(x[tokens])
+                elif output.requires_grad:
+                    output.register_hook(_see_gradient(statistic, x, tokens))
+
+        return hook
+
+    def _tokens_of(self, statistic: Statistic, device: torch.device) -> Tensor:
+        """Return which tokens a statistic takes in, [windows, tokens]."""
+        if statistic.windows == "held_out":
+            return (self._attended & self._held_out[:, None]).to(device)
+        return self._attended.to(device)
+
+
+def _see_gradient(statistic: GradientStatistic, x: Tensor, tokens: Tensor) -> Any:
+    def hook(gradient: Tensor) -> None:
+        statistic.update(x[tokens], gradient[tokens])
+
+    return hook
+
+
+def attended(batch: Batch) -> Tensor:
+    """Tell which tokens of a batch are no padding, bool [windows, tokens]."""
+    tokens = batch["input_ids"]
+    return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
+
+
+def needs_gradient(statistics: Iterable[type[Statistic]]) -> bool:
+    """Tell whether calibration has to run a backward pass."""
+    return any(issubclass(statistic, GradientStatistic) for statistic in statistics)
+
+
+def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -> None:
+    """Run a calibration batch: the decoder layers alone, without logits; with a backward pass where it is asked for.
+
+    Args:
+        model: the dense model.
+        batch: goes to the device of the model's embeddings.
+        gradient: run the summed cross-entropy of the next token and its backward pass as well. No parameter keeps a
+            gradient.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    if gradient:
+        _backward(model, inputs)
+    else:
+        with torch.no_grad():
+            model.base_model(**inputs, use_cache=False)
+
+
+@torch.enable_grad()
+def _backward(model: PreTrainedModel, inputs: Batch) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    # With frozen weights, the gradients of the layers' outputs hang on the embedded tokens.
+    embedded = model.get_input_embeddings().register_forward_hook(lambda *seen: seen[2].requires_grad_())
+    try:
+        logits = model(**inputs, use_cache=False).logits
+        targets = torch.where(attended(inputs), inputs["input_ids"], -100)[:, 1:].to(logits.device)
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").backward()
+    finally:
+        embedded.remove()
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def measure(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Sequence[type[Statistic]],
+    batches: Iterable[Batch],
+) -> Statistics:
+    """Run calibration batches through the model and measure the consumers' inputs.
+
+    Args:
+        model: the dense model, in evaluation mode.
+        sites: where to measure.
+        statistics: what to measure, as classes.
+        batches: mappings with ``input_ids`` [windows, tokens], and perhaps ``attention_mask`` of the same shape and
+            ``held_out`` [windows].
+
+    Raises:
+        CalibrationError: an input that is not finite, or no text at all.
+    """
+    with Collector(model, sites, statistics) as collector:
+        for batch in batches:
+            collector.begin(batch)
+            run_batch(model, batch, gradient=needs_gradient(statistics))
+            collector.check()
+    return collector.statistics

@@ -1,0 +1,8 @@
+"""The command line: one module for each command."""
+
+from __future__ import annotations
+
+from flapkit.cli import check, listing, run, schema, show
+from flapkit.cli.app import app, main
+
+__all__ = ["app", "check", "listing", "main", "run", "schema", "show"]

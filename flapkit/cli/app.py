@@ -1,0 +1,48 @@
+"""The command line's frame: the application, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from flapkit.errors import FlapkitError, InputError
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
+
+app = typer.Typer(
+    help="Structured pruning of large language models without retraining.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; exit code 0, 1 where a run failed, 2 where the input was wrong, 130 for Ctrl-C."""
+    # transformers and Lightning draw their own bars and give advice on what flapkit decides.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code = app(standalone_mode=False)
+    except FlapkitError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:
+        # typer brings along, or depends on, the click whose usage errors these are.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(InputError.exit_code)
+    # Without its standalone mode typer returns the code of Ctrl-C and of --help.
+    if code == INTERRUPTED:
+        _fail("stopped; nothing was written", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
+    sys.exit(code)

@@ -1,0 +1,35 @@
+"""``flapkit check``."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.options import Overrides, Overwrite, RecipeArgument
+from flapkit.cli.output import print_, set_logging
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Check a recipe, and say what it will do and need, without running it."""
+    from flapkit.check import check as check_recipe
+    from flapkit.recipe import find_recipe, load_recipe
+
+    set_logging(quiet=True, verbose=False)
+    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    found = check_recipe(loaded, overwrite=overwrite)
+    asked = loaded.recipe
+    table = Table("", "", title=f"{loaded.path}: right", show_header=False)
+    table.add_row("model", f"{asked.model.path} ({found.target.config.model_type}), {found.params:,} parameters")
+    table.add_row("adapter", f"{found.target.adapter.name}: {len(found.target.sites)} sites")
+    for kind in ("metric", "searcher", "compensator"):
+        spec = getattr(asked, kind)
+        options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
+        table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
+    text = asked.calibration
+    table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens")
+    table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
+    table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
+    table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")
+    table.add_row("output", asked.output)
+    print_(table)

@@ -1,0 +1,54 @@
+"""``flapkit list``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.output import print_
+
+
+class Kind(str, Enum):
+    """What ``flapkit list`` can be asked for."""
+
+    METRICS = "metrics"
+    SEARCHERS = "searchers"
+    COMPENSATORS = "compensators"
+    ADAPTERS = "adapters"
+    DATASETS = "datasets"
+    RECIPES = "recipes"
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind | None, typer.Argument(help="One kind; all if not given.")] = None) -> None:
+    """List the components, datasets and recipes that are installed."""
+    for each in Kind if kind is None else [kind]:
+        table = Table("name", "what it is", "from", title=each.value)
+        for row in _rows(each):
+            table.add_row(*row)
+        print_(table)
+
+
+def _rows(kind: Kind) -> list[tuple[str, str, str]]:
+    if kind is Kind.DATASETS:
+        from flapkit.text import DATASETS
+
+        return [(name, dataset.description, "flapkit") for name, dataset in DATASETS.items()]
+    if kind is Kind.RECIPES:
+        from flapkit.recipe import shipped_recipes
+
+        return [
+            (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "), "flapkit")
+            for name, path in shipped_recipes().items()
+        ]
+    from flapkit.registry import Registry
+
+    registry, singular = Registry.load(), kind.value.removesuffix("s")
+    return [
+        (name, (component.__doc__ or "").split("\n")[0], registry.origin(singular, name))
+        for name, component in registry.names(singular).items()
+    ]

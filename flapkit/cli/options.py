@@ -1,0 +1,13 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `list recipes`.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in budget.ratio=0.3.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that flapkit wrote.")]

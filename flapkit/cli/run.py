@@ -1,0 +1,42 @@
+"""``flapkit run``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.options import Overrides, Overwrite, RecipeArgument
+from flapkit.cli.output import print_, set_logging
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+) -> None:
+    """Prune a model as a recipe says."""
+    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.run import run as run_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    set_logging(quiet=quiet, verbose=verbose)
+    result = run_recipe(loaded, overwrite=overwrite, progress=sys.stdout.isatty() and not quiet)
+    if quiet:
+        return
+    dense, pruned = result.params["dense"], result.params["pruned"]
+    table = Table("", "dense", "pruned", "change", title=f"{loaded.recipe.model.path} → {result.output}")
+    table.add_row("parameters", f"{dense:,}", f"{pruned:,}", f"{pruned / dense - 1:+.1%}")
+    blocks, removed = result.params["blocks"], result.params["removed"]
+    table.add_row("block parameters", f"{blocks:,}", f"{blocks - removed:,}", f"{-removed / blocks:+.1%}")
+    for name, measured in result.perplexity.items():
+        change = measured["pruned"] / measured["dense"] - 1
+        table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
+    print_(table)
+    print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
