@@ -9,10 +9,10 @@ demo: $(VENV)/demo
 	$(BIN)/flapkit run recipes/demo.yaml --overwrite
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest --numprocesses auto -m "slow or not slow"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

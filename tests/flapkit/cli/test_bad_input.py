@@ -1,0 +1,148 @@
+"""Bad input through the command line: one clear message, exit code 2, nothing written, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flapkit import cli
+from flapkit.bundled import bundled_models
+
+RECIPE = """\
+model: {path: MODEL}
+calibration: {dataset: text.txt, samples: 8, length: 32}
+budget: {ratio: 0.2}
+trainer: {accelerator: cpu}
+output: out
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(home, monkeypatch, capsys):
+    def run(recipe: str | bytes, says: str, code: int = 2) -> None:
+        before = sorted(home.rglob("*"))
+        path = home / "recipe.yaml"
+        path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
+        monkeypatch.setattr("sys.argv", ["flapkit", "run", "recipe.yaml"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr().err
+        assert says in printed
+        assert "Traceback" not in printed
+        assert stopped.value.code == code
+        path.unlink()
+        assert sorted(home.rglob("*")) == before
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("", "recipe.yaml:1:1: the recipe is empty"),
+        ("model: [", "not YAML"),
+        ("a plain sentence", "a recipe is a section of keys"),
+        (b"model: \xff", "not UTF-8"),
+        (RECIPE + "output: again\n", "recipe.yaml:6:1: output: repeated key"),
+        (RECIPE.replace("samples: 8", "samples: many"), "calibration.samples: expected a whole number, got 'many'"),
+        (RECIPE.replace("samples: 8", "samples: 1e-4"), "calibration.samples: expected a whole number, got 0.0001"),
+        (RECIPE.replace("samples: 8", "samples: no"), "calibration.samples: expected a whole number, got 'no'"),
+        (RECIPE.replace("ratio: 0.2", "ratio: 20"), "give the fraction to remove, over 0 and under 1, for example 0.2"),
+    ],
+)
+def test_recipes(refused, recipe, says):
+    refused(recipe, says)
+
+
+def test_all_mistakes_at_once(refused, home, capsys):
+    refused("modle: {path: m}\nmetric: wifw\ncalibration: {dataset: d}\nbudget: {ratio: 2}\noutput: 3\n", "wifv")
+
+
+def model(home: Path) -> Path:
+    folder = home / "model"
+    shutil.copytree(bundled_models()["tiny-llama"], folder)
+    return folder
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def corrupt(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without_weights, "the folder holds no weights"),
+        (truncated, "model.safetensors is damaged or cut short"),
+        (corrupt, "model.safetensors is damaged or cut short"),
+    ],
+)
+def test_models(refused, home, damage, says):
+    damage(model(home))
+    refused(RECIPE.replace("MODEL", "./model"), says)
+
+
+def test_disk_full(refused, home, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(RECIPE.replace("MODEL", "builtin:tiny-llama"), "out: the disk is full")
+
+
+def test_a_tokenizer_that_does_not_fit(refused, home):
+    folder = model(home)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"vocab_size": 2048', '"vocab_size": 100'))
+    refused(RECIPE.replace("MODEL", "./model"), "the tokenizer does not fit the model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped(home, sent):
+    """A real signal, while calibration runs in a process of its own."""
+    recipe = RECIPE.replace("MODEL", "builtin:tiny-llama").replace("samples: 8", "samples: 20000")
+    (home / "recipe.yaml").write_text(recipe)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLAPKIT_CACHE": str(home / "cache")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flapkit", "run", "recipe.yaml"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    said = ""
+    while "calibrate" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(2)
+    process.send_signal(sent)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL), said
+    assert "Traceback" not in said
+    assert not (home / "out").exists()
