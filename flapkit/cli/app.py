@@ -43,6 +43,13 @@ def main() -> None:
         _fail("stopped; nothing was written", INTERRUPTED)
 
 
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of what ended a command."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return error.exit_code if isinstance(error, FlapkitError) else FlapkitError.exit_code
+
+
 def _fail(message: str, code: int) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     sys.exit(code)
