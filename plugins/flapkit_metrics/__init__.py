@@ -6,10 +6,16 @@ from collections.abc import Iterable
 
 from flapkit import hookimpl
 from flapkit.interfaces import ImportanceMetric
+from flapkit_metrics.ifv import IFV
+from flapkit_metrics.magnitude import Magnitude
+from flapkit_metrics.random import Random
+from flapkit_metrics.taylor import Taylor
+from flapkit_metrics.wanda_sp import WandaSP
+from flapkit_metrics.wifn import WIFN
 from flapkit_metrics.wifv import WIFV
 
 
 @hookimpl
 def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:
     """Offer the default metrics."""
-    return [WIFV]
+    return [IFV, WIFN, WIFV, Magnitude, Random, Taylor, WandaSP]

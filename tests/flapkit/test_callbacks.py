@@ -114,3 +114,37 @@ def test_merged_ranks_are_one(tokens):
             setattr(merged, state, torch.stack([getattr(rank, state) for rank in ranks]))
         assert merged.tokens == tokens.numel()
         torch.testing.assert_close(merged.variance, whole[site.name][Moments].variance, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_under_the_trainer(tokens):
+    """``predict`` runs without gradients; the backward pass of calibration is the same there as by itself."""
+    model = make_llama()
+    metric = Registry.load().create("metric", "taylor")
+    sites = flapkit.sites(model)
+    calibrate = Calibrate(sites, metric.statistics)
+    module = CausalLM(model, calibrate_gradient=True)
+    build_trainer([calibrate], accelerator="cpu", devices=1).predict(
+        module, PruningData(tokens, batch_size=5), return_predictions=False
+    )
+    expected = measure(model, sites, metric.statistics, [{"input_ids": tokens}])
+    for site in sites:
+        ours, theirs = (found[site.name][metric.statistics[0]] for found in (calibrate.statistics, expected))
+        torch.testing.assert_close(ours.compute(), theirs.compute(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_flap_pruning_by_gradients(tokens):
+    expected = flapkit.prune_(make_llama(), tokens, "taylor", ratio=0.4)
+    model, pruning = make_llama().train(), flapkit.FlapPruning(tokens, ratio=0.4, metric="taylor")
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        callbacks=[pruning],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate)
+    trainer.fit(CausalLM(model), loader)
+    assert pruning.plan == expected

@@ -160,6 +160,12 @@ def test_bad_plugins(command, home, score, hook, says):
     assert not (home / "out").exists()
 
 
+def test_a_metric_from_gradients(command, home):
+    code, _, err = command("run", write(home, metric={"name": "taylor", "form": "vector"}))
+    assert code == 0, err
+    assert json.loads((home / "out" / "flapkit.json").read_text())["metric"] == {"name": "taylor", "form": "vector"}
+
+
 def test_a_clash(command, home):
     clash = METRIC.replace("{score}", "weight").replace("{hook}", "flapkit_metrics").replace('"mine"', '"wifv"')
     (home / "mine.py").write_text(clash)

@@ -1,0 +1,25 @@
+"""Magnitude: the size of the weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flapkit.interfaces import ImportanceMetric
+from flapkit.sites import Site
+from flapkit.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class Magnitude(ImportanceMetric):
+    """Euclidean norms of a unit's columns, summed: sum_j ||W_:j||. Needs no calibration.
+
+    The magnitude baseline (Mag-SP) of FLAP's released code, with the searcher ``ul_um`` and the compensator ``none``.
+    """
+
+    name = "magnitude"
+
+    def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
+        """Score every unit; [units, 1]."""
+        return weight.double().square().sum(dim=0).sqrt().view(site.units, -1).sum(dim=1, keepdim=True)

@@ -1,0 +1,83 @@
+"""Taylor: the first-order change of the loss, from gradients on the calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import Self
+
+from flapkit.interfaces import ImportanceMetric
+from flapkit.sites import Site
+from flapkit.statistics import GradientStatistic, SiteStatistics
+
+
+class WeightGradient(GradientStatistic):
+    """Gradient of the summed loss in the consumer's weight, dL/dW = sum_t g_t x_t', [out_features, channels].
+
+    A batch's product is taken in float32, or the inputs' type where that is wider, and added up in float64: as large
+    as the weights in float64.
+    """
+
+    _gradient: Tensor
+
+    def __init__(self, channels: int, out_features: int, **kwargs: Any) -> None:
+        super().__init__(channels, **kwargs)
+        empty = torch.zeros(out_features, channels, dtype=torch.float64)
+        self.add_state("_gradient", empty, dist_reduce_fx="sum", persistent=True)
+
+    @classmethod
+    def of(cls, site: Site) -> Self:
+        """Build the empty statistic of a site."""
+        return cls(site.channels, site.out_features)
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
+        """Add the outer products of gradients [tokens, out_features] and inputs [tokens, channels]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Mixed precision would round the products.
+        with torch.autocast(x.device.type, enabled=False):
+            self._gradient += gradient.to(dtype).T @ x.to(dtype)
+
+    def compute(self) -> Tensor:
+        """Return dL/dW, float64 [out_features, channels]."""
+        return self._gradient
+
+    def is_finite(self) -> bool:
+        """Tell whether all that was taken in so far was finite."""
+        return bool(torch.isfinite(self._gradient).all())
+
+
+@dataclass(frozen=True)
+class Taylor(ImportanceMetric):
+    """First-order change of the loss L when the consumer's weights W go: sum_i |W_ij · dL/dW_ij|.
+
+    LLM-Pruner (arXiv 2305.11627), equation 3, its ``param_first`` without the second-order term; the form ``vector``
+    is |sum_i W_ij · dL/dW_ij|, its ``vectorize``, for a whole column (equation 2). L is the cross-entropy of the next
+    token summed over the calibration text, so that gradients of different windows may cancel, as they do there.
+
+    LLM-Pruner sums such terms over all matrices of a group: the rows of q, k, v or of gate and up as well as the
+    consumer's columns. Here the consumer's columns stand for the group, as in every metric of FLAP's: they are what
+    every family has, and what the calibration hooks see. Little is lost by it. A column's ``vector`` is
+    |sum_t x_tj · dL/dx_tj|, the first-order change when the channel itself goes, and since a channel is linear in its
+    up row, and a head in its values, those rows' sums give the same number once more.
+
+    The scores are a few orders of magnitude apart between layers; a searcher standardises them. Needs a backward pass
+    of calibration, and a float64 copy of every consumer's weight.
+    """
+
+    name = "taylor"
+    statistics = (WeightGradient,)
+
+    form: Annotated[
+        Literal["element", "vector"],
+        Field(description="Absolute values are taken of each weight's term, or of the column's sum."),
+    ] = "element"
+
+    def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
+        """Score every channel; [units, channels_per_unit]."""
+        terms = weight.double() * stats[WeightGradient].compute()
+        scores = terms.sum(dim=0).abs() if self.form == "vector" else terms.abs().sum(dim=0)
+        return scores.view(site.units, -1)
