@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def prune_(
     calibration: Tensor | Dataset[Any],
     metric: str | ImportanceMetric = "wifv",
     searcher: str | StructureSearcher = "al_am",
-    compensator: str | Compensator = "bias",
+    compensator: str | Compensator | Sequence[str | Compensator] = "bias",
     ratio: float = 0.2,
     *,
     of: BudgetBase = "blocks",
@@ -54,7 +54,7 @@ def prune_(
             are padded, ``attention_mask`` [tokens].
         metric: a name, or a component with its options.
         searcher: a name, or a component with its options.
-        compensator: a name, or a component with its options.
+        compensator: a name, or a component with its options; or several.
         ratio: fraction of the parameters to remove.
         of: what the ratio counts.
         adapter: a name or an adapter; by default the one that supports the model's configuration.
@@ -69,16 +69,16 @@ def prune_(
     registry = Registry.load()
     scorer = _component(registry, "metric", metric)
     search = _component(registry, "searcher", searcher)
-    repair = _component(registry, "compensator", compensator)
+    repairs = [_component(registry, "compensator", each) for each in _several(compensator)]
     places = sites(model, adapter)
     budget = Budget.over(places, ratio, of, model.num_parameters())
     was_training = model.training
     model.eval()
     try:
         batches = _batches(calibration, batch_size)
-        statistics = measure(model, places, needed_statistics([scorer, repair]), batches)
+        statistics = measure(model, places, needed_statistics([scorer, *repairs]), batches)
         plan = find_plan(places, score_sites(model, places, statistics, scorer), search, budget)
-        carry_out_(model, places, plan, find_corrections(model, places, statistics, repair, plan))
+        carry_out_(model, places, plan, find_corrections(model, places, statistics, repairs, plan))
     finally:
         model.train(was_training)
     return plan
@@ -86,6 +86,10 @@ def prune_(
 
 def _component(registry: Registry, kind: str, component: Any) -> Any:
     return registry.create(kind, component) if isinstance(component, str) else component
+
+
+def _several(compensator: str | Compensator | Sequence[str | Compensator]) -> Sequence[str | Compensator]:
+    return [compensator] if isinstance(compensator, (str, Compensator)) else compensator
 
 
 def _batches(calibration: Tensor | Dataset[Any], batch_size: int) -> Iterable[Mapping[str, Tensor]]:

@@ -111,7 +111,7 @@ class Prune(Callback):
         sites: the model's sites.
         metric: scores the units.
         searcher: chooses the units to keep.
-        compensator: repairs the consumers.
+        compensators: repair the consumers.
         budget: how much to remove.
 
     Attributes:
@@ -124,14 +124,14 @@ class Prune(Callback):
         sites: Sequence[Site],
         metric: ImportanceMetric,
         searcher: StructureSearcher,
-        compensator: Compensator,
+        compensators: Sequence[Compensator],
         budget: Budget,
     ) -> None:
         self._calibrate = calibrate
         self._sites = sites
         self._metric = metric
         self._searcher = searcher
-        self._compensator = compensator
+        self._compensators = compensators
         self._budget = budget
         self.plan: PruningPlan | None = None
 
@@ -140,7 +140,7 @@ class Prune(Callback):
         model, statistics = _model_of(pl_module), self._calibrate.statistics
         scores = score_sites(model, self._sites, statistics, self._metric)
         plan = find_plan(self._sites, scores, self._searcher, self._budget)
-        carry_out_(model, self._sites, plan, find_corrections(model, self._sites, statistics, self._compensator, plan))
+        carry_out_(model, self._sites, plan, find_corrections(model, self._sites, statistics, self._compensators, plan))
         self.plan = plan
 
 
@@ -194,7 +194,7 @@ class FlapPruning(Callback):
         ratio: fraction to remove.
         metric: a name, or a component.
         searcher: a name, or a component.
-        compensator: a name, or a component.
+        compensator: a name, or a component; or several.
         of: what the ratio counts.
 
     Attributes:
@@ -207,7 +207,7 @@ class FlapPruning(Callback):
         ratio: float,
         metric: str | ImportanceMetric = "wifv",
         searcher: str | StructureSearcher = "al_am",
-        compensator: str | Compensator = "bias",
+        compensator: str | Compensator | Sequence[str | Compensator] = "bias",
         of: BudgetBase = "blocks",
     ) -> None:
         self._calibration = calibration

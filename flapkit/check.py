@@ -92,6 +92,6 @@ def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     evaluation = max(
         (tokens(text) * target.config.vocab_size * (size + 4) for text in asked.evaluate.perplexity), default=0
     )
-    statistics = len(needed_statistics([recipe.metric, recipe.compensator]))
+    statistics = len(needed_statistics([recipe.metric, *recipe.compensators]))
     working: int = max(calibration, evaluation) + statistics * 8 * 2 * sum(site.channels for site in target.sites)
     return working

@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from flapkit.errors import RecipeError
 from flapkit.plan import Budget, PruningPlan
 from flapkit.sites import Site
 from flapkit.statistics import SiteStatistics, Statistic
@@ -97,9 +98,16 @@ class Correction:
 
 
 class Compensator(Component):
-    """How the loss at a site is repaired, in closed form, before slicing."""
+    """How the loss at a site is repaired, in closed form, before slicing.
 
-    @abstractmethod
+    A recipe can name several compensators: at most one of them corrects, which is to override ``correct``.
+    """
+
+    @property
+    def corrects(self) -> bool:
+        """Tell whether it repairs in closed form."""
+        return type(self).correct is not Compensator.correct
+
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Compute the repair of one site.
 
@@ -112,6 +120,20 @@ class Compensator(Component):
         Returns:
             The correction; its tensors may be of any floating dtype, and are cast to the model's.
         """
+        return Correction()
+
+
+def corrector_of(compensators: Sequence[Compensator]) -> Compensator | None:
+    """Return the compensator that corrects weights in closed form, if there is one.
+
+    Raises:
+        RecipeError: several do, and each would repair the whole loss once more.
+    """
+    correctors = [compensator for compensator in compensators if compensator.corrects]
+    if len(correctors) > 1:
+        names = " and ".join(repr(compensator.name) for compensator in correctors)
+        raise RecipeError(f"compensators {names} correct the same weights; keep one of them")
+    return correctors[0] if correctors else None
 
 
 class ArchitectureAdapter(Component):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from flapkit.calibration import Statistics
 from flapkit.checkpoint.families import describe_
 from flapkit.errors import InputError, PluginError
-from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher
+from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher, corrector_of
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
 from flapkit.surgery import slice_, weight_of
@@ -69,14 +69,18 @@ def find_corrections(
     model: PreTrainedModel,
     sites: Sequence[Site],
     statistics: Statistics,
-    compensator: Compensator,
+    compensators: Sequence[Compensator],
     plan: PruningPlan,
 ) -> dict[str, Correction]:
-    """Compute the correction of every site that loses units.
+    """Compute the correction of every site that loses units, by the one compensator that corrects.
 
     Raises:
         PluginError: a correction of a wrong shape, or one that is not finite.
+        RecipeError: several compensators correct.
     """
+    compensator = corrector_of(compensators)
+    if compensator is None:
+        return {}
     corrections = {}
     for site in sites:
         keep = plan.keep[site.name]

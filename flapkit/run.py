@@ -128,9 +128,9 @@ def run(recipe: LoadedRecipe, *, overwrite: bool = False, progress: bool = False
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
-    statistics = needed_statistics([recipe.metric, recipe.compensator])
+    statistics = needed_statistics([recipe.metric, *recipe.compensators])
     calibrate = Calibrate(target.sites, statistics)
-    prune = Prune(calibrate, target.sites, recipe.metric, recipe.searcher, recipe.compensator, budget)
+    prune = Prune(calibrate, target.sites, recipe.metric, recipe.searcher, recipe.compensators, budget)
     evaluate = Evaluate(data.evaluation_names)
     options = {name: value for name, value in asked.trainer.model_dump().items() if value is not None}
     module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
@@ -193,7 +193,7 @@ def _save(
             "adapter": target.adapter.name,
             "metric": asked.metric.model_dump(),
             "searcher": asked.searcher.model_dump(),
-            "compensator": asked.compensator.model_dump(),
+            "compensator": [each.model_dump() for each in asked.compensator],
             "budget": asked.budget.model_dump(),
             "calibration": {**asked.calibration.model_dump(), "tokens_sha256": calibration_hash},
             "params": dict(result.params),

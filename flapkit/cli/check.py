@@ -22,8 +22,9 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     table = Table("", "", title=f"{loaded.path}: right", show_header=False)
     table.add_row("model", f"{asked.model.path} ({found.target.config.model_type}), {found.params:,} parameters")
     table.add_row("adapter", f"{found.target.adapter.name}: {len(found.target.sites)} sites")
-    for kind in ("metric", "searcher", "compensator"):
-        spec = getattr(asked, kind)
+    specs = [("metric", asked.metric), ("searcher", asked.searcher)]
+    specs += [("compensator", compensator) for compensator in asked.compensator]
+    for kind, spec in specs:
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
         table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
     text = asked.calibration

@@ -10,7 +10,7 @@ import yaml
 from flapkit.interfaces import COMPONENT_KINDS
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.nodes import FLOAT, INTEGER
-from flapkit.recipe.schema import Recipe
+from flapkit.recipe.schema import SEVERAL, Recipe
 
 _LINE_BREAKS = frozenset("\x85\u2028\u2029")
 
@@ -47,6 +47,11 @@ def dump_recipe(recipe: LoadedRecipe | Recipe) -> str:
     bare = recipe.recipe if isinstance(recipe, LoadedRecipe) else recipe
     data = bare.model_dump(mode="json")
     for kind in COMPONENT_KINDS:
-        if data[kind] is not None and set(data[kind]) == {"name"}:
-            data[kind] = data[kind]["name"]
+        specs = [_shortest(spec) for spec in (data[kind] if kind in SEVERAL else [data[kind]])]
+        data[kind] = specs[0] if len(specs) == 1 else specs
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _shortest(spec: dict[str, Any] | None) -> dict[str, Any] | str | None:
+    """Write a component without options as its name alone."""
+    return spec["name"] if spec is not None and set(spec) == {"name"} else spec

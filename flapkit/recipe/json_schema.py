@@ -8,7 +8,7 @@ import pydantic
 
 from flapkit.errors import PluginError
 from flapkit.interfaces import COMPONENT_KINDS
-from flapkit.recipe.schema import Recipe
+from flapkit.recipe.schema import SEVERAL, Recipe
 from flapkit.registry import Registry
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -53,11 +53,14 @@ def _add_name(options: dict[str, Any], name: str) -> None:
 
 
 def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> dict[str, Any]:
-    """Describe a component's key: a name, or a section with that component's options."""
+    """Describe a component's key: a name, or a section with that component's options, or a list where it may be one."""
     branches: list[dict[str, Any]] = [{"enum": sorted(references)}]
     branches += [{"$ref": f"#/$defs/{reference}"} for reference in references.values()]
-    schema = {"description": field["description"], "oneOf": branches}
     default = Recipe.model_fields[kind].default
     if default is None:
         branches.append({"type": "null"})
+    elif kind in SEVERAL:
+        branches.append({"type": "array", "items": {"oneOf": list(branches)}, "minItems": 1})
+        default = default[0]
+    schema = {"description": field["description"], "oneOf": branches}
     return {**schema, "default": default.name if default is not None else None}

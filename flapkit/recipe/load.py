@@ -17,11 +17,12 @@ from flapkit.interfaces import (
     Component,
     ImportanceMetric,
     StructureSearcher,
+    corrector_of,
 )
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
-from flapkit.recipe.schema import ComponentSpec, Recipe
+from flapkit.recipe.schema import SEVERAL, ComponentSpec, Recipe
 from flapkit.recipe.validation import check
 from flapkit.registry import Registry
 
@@ -36,7 +37,7 @@ class LoadedRecipe:
         registry: the installed components, and those of the recipe's own plugin files.
         metric: the importance metric.
         searcher: the structure searcher.
-        compensator: the compensator.
+        compensators: the compensators; at most one corrects.
         adapter: the architecture adapter, or None to find it from the model's configuration.
     """
 
@@ -45,7 +46,7 @@ class LoadedRecipe:
     registry: Registry
     metric: ImportanceMetric
     searcher: StructureSearcher
-    compensator: Compensator
+    compensators: tuple[Compensator, ...]
     adapter: ArchitectureAdapter | None
 
 
@@ -64,16 +65,20 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     root, problems = _tree(path, overrides)
     registry, plugin_problems = _registry(root, path)
     components, component_problems = _components(root, registry, complete=not plugin_problems)
+    problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
     broken = {(problem.position, problem.key) for problem in problems}
     found = [*plugin_problems, *component_problems, *(recipe if isinstance(recipe, list) else [])]
     problems += [problem for problem in found if (problem.position, problem.key) not in broken]
     if problems or isinstance(recipe, list):
         raise _error(problems, overrides)
-    specs = {kind: _spec(component) for kind, component in components.items()}
+    compensators = tuple(components.pop("compensator"))
+    single = {kind: found[0] for kind, found in components.items() if found}
+    specs: dict[str, Any] = {kind: _spec(component) for kind, component in single.items()}
+    specs["compensator"] = tuple(_spec(compensator) for compensator in compensators)
     plugins = tuple(str(_plugin_path(entry, path)) for entry in recipe.plugins)
     resolved = recipe.model_copy(update={**specs, "plugins": plugins})
-    return LoadedRecipe(resolved, path, registry, **{"adapter": None, **components})
+    return LoadedRecipe(resolved, path, registry, compensators=compensators, **{"adapter": None, **single})
 
 
 def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
@@ -87,7 +92,7 @@ def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
         raise RecipeError(f"{start}: the recipe is empty; it needs model, calibration, budget and output")
     if not isinstance(root.value, dict):
         raise RecipeError(f"{root.position}: a recipe is a section of keys, such as `output: runs/mine`")
-    names = {kind: _default_name(kind) for kind in COMPONENT_KINDS}
+    names = {kind: next(iter(_default_names(kind)), None) for kind in COMPONENT_KINDS}
     for text in overrides:
         problems += override(root, text, names)
     return root, problems
@@ -123,33 +128,60 @@ def _plugin_path(entry: str, path: Path) -> Path:
     return (path.parent / Path(entry).expanduser()).resolve()
 
 
-def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict[str, Any], list[Problem]]:
+def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict[str, list[Any]], list[Problem]]:
     """Build the components that the recipe names.
 
     Args:
         root: the recipe.
         registry: the known components.
         complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
+
+    Returns:
+        Kind -> its components, as many as are named and right; and what is wrong.
     """
-    components: dict[str, Any] = {}
+    components: dict[str, list[Any]] = {kind: [] for kind in COMPONENT_KINDS}
     problems: list[Problem] = []
     for kind in COMPONENT_KINDS:
-        node = root.child(kind) or Node(_default_name(kind), root.position, root.position)
-        name = node.child("name") if isinstance(node.value, dict) else node
-        if name is None or not isinstance(name.value, str):
-            continue
-        try:
-            component = registry.get(kind, name.value)
-        except PluginError as error:
-            if complete or closest(name.value, registry.names(kind)):
-                problems.append(Problem(name.position, kind, str(error)))
-            continue
-        built = check(_options(node), component, kind)
-        if isinstance(built, list):
-            problems += built
-        else:
-            components[kind] = built
+        for key, node in _named(root, kind):
+            built = _component(kind, key, node, registry, complete=complete)
+            if isinstance(built, list):
+                problems += built
+            else:
+                components[kind].append(built)
     return components, problems
+
+
+def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
+    """List what the recipe says of a kind of component, each with its dotted key; the default where it says nothing."""
+    node = root.child(kind)
+    if node is None:
+        return [(kind, Node(name, root.position, root.position)) for name in _default_names(kind)]
+    if kind in SEVERAL and isinstance(node.value, list):
+        return [(f"{kind}.{index}", entry) for index, entry in enumerate(node.value)]
+    return [(kind, node)]
+
+
+def _component(kind: str, key: str, node: Node, registry: Registry, *, complete: bool) -> Any:
+    """Build one component; or list what is wrong with it, which is nothing where the schema says it."""
+    name = node.child("name") if isinstance(node.value, dict) else node
+    if name is None or not isinstance(name.value, str):
+        return []
+    try:
+        component = registry.get(kind, name.value)
+    except PluginError as error:
+        known = complete or closest(name.value, registry.names(kind))
+        return [Problem(name.position, key, str(error))] if known else []
+    return check(_options(node), component, key)
+
+
+def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Problem]:
+    """Say what is wrong with compensators that are each right."""
+    node = root.child("compensator") or root
+    try:
+        corrector_of(compensators)
+    except RecipeError as error:
+        return [Problem(node.position, "compensator", str(error))]
+    return []
 
 
 def _options(node: Node) -> Node:
@@ -158,9 +190,10 @@ def _options(node: Node) -> Node:
     return Node(options, node.position, node.key_position)
 
 
-def _default_name(kind: str) -> str | None:
+def _default_names(kind: str) -> list[str]:
     default = Recipe.model_fields[kind].default
-    return default.name if isinstance(default, ComponentSpec) else None
+    specs = default if kind in SEVERAL else [default]
+    return [spec.name for spec in specs if spec is not None]
 
 
 def _spec(component: Component) -> ComponentSpec:

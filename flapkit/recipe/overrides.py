@@ -34,7 +34,9 @@ def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Pro
         return [Problem(position, key, problem.what) for problem in problems]
     parent = root
     for depth, part in enumerate(parts[:-1], start=1):
-        child = _child(parent, part, position, names if depth == 1 else {})
+        in_list = isinstance(parent.value, list)
+        is_component = parts[0] in names and depth == (2 if in_list else 1)
+        child = _child(parent, part, position, names.get(part) if depth == 1 else None, is_component)
         if isinstance(child, str):
             return [Problem(position, ".".join(parts[:depth]), child)]
         parent = child
@@ -42,19 +44,27 @@ def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Pro
     return [Problem(position, key, wrong)] if wrong else []
 
 
-def _child(parent: Node, part: str, at: Position, names: Mapping[str, str | None]) -> Node | str:
-    """Go down one part of the path, and make what is found there a section; or say why that cannot be."""
+def _child(parent: Node, part: str, at: Position, default: str | None, is_component: bool) -> Node | str:
+    """Go down one part of the path, and make what is found there a section; or say why that cannot be.
+
+    Args:
+        parent: where the path has come to.
+        part: the key or the index.
+        at: the override's place.
+        default: what a key stands for where nothing is written.
+        is_component: what is found may be a plain name.
+    """
     if isinstance(parent.value, list):
         if wrong := _no_entry(parent.value, part):
             return wrong
         child = parent.value[int(part)]
     elif isinstance(parent.value, dict):
-        child = parent.value.setdefault(part, Node(names.get(part), at, at))
+        child = parent.value.setdefault(part, Node(default, at, at))
     else:
         return _nothing_below(parent)
     if child.value is None:
         child.value = {}
-    elif part in names and isinstance(child.value, str):
+    elif is_component and isinstance(child.value, str):
         child.value = {"name": Node(child.value, child.position, child.key_position)}
     return child
 

@@ -14,6 +14,9 @@ from flapkit.plan import BudgetBase
 
 LARGEST_SEED = 2**32 - 1
 
+SEVERAL = ("compensator",)
+"""The kinds of component of which a recipe can name a list."""
+
 
 class Section(BaseModel):
     """A part of a recipe: immutable, its types taken at their word, unknown keys refused."""
@@ -142,6 +145,22 @@ class Evaluate(Section):
     perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure the perplexity of.")
 
 
+def _as_list(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values:
+        raise PydanticCustomError("component", "the list is empty; name a component, or leave the key out")
+    return values
+
+
+Compensators = Annotated[
+    tuple[ComponentSpec, ...],
+    BeforeValidator(
+        _as_list, json_schema_input_type=ComponentSpec | Annotated[list[ComponentSpec], Field(min_length=1)]
+    ),
+]
+"""One compensator, or a list."""
+
+
 class TrainerSection(Section):
     """What PyTorch Lightning runs on."""
 
@@ -168,8 +187,10 @@ class Recipe(Section):
     searcher: ComponentSpec = Field(
         default=ComponentSpec(name="al_am"), description="Structure searcher: which units go."
     )
-    compensator: ComponentSpec = Field(
-        default=ComponentSpec(name="bias"), description="Compensator: how the loss is repaired."
+    compensator: Compensators = Field(
+        default=(ComponentSpec(name="bias"),),
+        description="Compensator, or a list of them: how the loss is repaired. At most one of a list corrects weights "
+        "in closed form.",
     )
     budget: BudgetSection = Field(description="How much to remove.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")

@@ -22,11 +22,12 @@ from flapkit.windows import cut_windows
 
 def prune_by_trainer(model, tokens):
     registry = Registry.load()
-    names = {"metric": "wifv", "searcher": "al_am", "compensator": "bias"}
+    names = {"metric": "wifv", "searcher": "al_am"}
     components = {kind: registry.create(kind, name) for kind, name in names.items()}
+    bias = registry.create("compensator", "bias")
     sites = flapkit.sites(model)
     calibrate = Calibrate(sites, [Moments])
-    prune = Prune(calibrate, sites, budget=Budget.over(sites, 0.4), **components)
+    prune = Prune(calibrate, sites, compensators=[bias], budget=Budget.over(sites, 0.4), **components)
     trainer = build_trainer([calibrate, prune], accelerator="cpu", devices=1)
     trainer.predict(CausalLM(model), PruningData(tokens), return_predictions=False)
     return prune.plan

@@ -23,7 +23,7 @@ def planned(model, tokens, ratio=0.4, compensator="bias"):
     statistics = measure(model, sites, needed_statistics([metric, repair]), [{"input_ids": tokens}])
     scores = score_sites(model, sites, statistics, metric)
     plan = find_plan(sites, scores, registry.create("searcher", "al_am"), Budget.over(sites, ratio))
-    return sites, plan, find_corrections(model, sites, statistics, repair, plan)
+    return sites, plan, find_corrections(model, sites, statistics, [repair], plan)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_constant_channels_cost_nothing(llama, tokens):
     expected = llama(tokens).logits
     plan = PruningPlan({site.name: tuple(range(5, site.units)) for site in sites})
     repair = Registry.load().create("compensator", "bias")
-    slice_(llama, sites, plan, find_corrections(llama, sites, statistics, repair, plan))
+    slice_(llama, sites, plan, find_corrections(llama, sites, statistics, [repair], plan))
     torch.testing.assert_close(llama(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -122,7 +122,7 @@ def test_the_papers_protocol() -> None:
             128,
             None,
         )
-        assert (recipe.metric.name, recipe.searcher.name, recipe.compensator.name) == ("wifv", "al_am", "bias")
+        assert (recipe.metric.name, recipe.searcher.name, recipe.compensator[0].name) == ("wifv", "al_am", "bias")
 
 
 def test_vicuna_is_calibrated_on_conversations() -> None:

@@ -120,3 +120,9 @@ def test_an_option_that_json_cannot_express(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(source.replace("ge=1, ", ""))
     with pytest.raises(PluginError, match="an option of a component has no JSON schema"):
         recipe_schema(Registry.load([tmp_path / "mine.py"]))
+
+
+def test_compensators_may_be_a_list(schema: dict[str, Any]) -> None:
+    *single, several = schema["properties"]["compensator"]["oneOf"]
+    assert several == {"type": "array", "items": {"oneOf": single}, "minItems": 1}
+    assert schema["properties"]["compensator"]["default"] == "bias"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flapkit.errors import InputError, RecipeError
-from flapkit.recipe import ComponentSpec, LoadedRecipe, find_recipe, load_recipe, shipped_recipes
+from flapkit.recipe import ComponentSpec, LoadedRecipe, dump_recipe, find_recipe, load_recipe, shipped_recipes
 
 GOOD = """\
 model: {path: somewhere}
@@ -87,7 +87,7 @@ def replaced(line: int, text: str) -> str:
 def test_the_smallest_recipe(tmp_path: Path) -> None:
     loaded = load(tmp_path, GOOD)
     assert loaded.path == tmp_path / "r.yaml"
-    assert (loaded.metric.name, loaded.searcher.name, loaded.compensator.name) == ("wifv", "al_am", "bias")
+    assert (loaded.metric.name, loaded.searcher.name, loaded.compensators[0].name) == ("wifv", "al_am", "bias")
     assert loaded.adapter is None
     assert loaded.recipe.calibration.samples == 1024
     assert loaded.recipe.budget.of == "blocks"
@@ -376,3 +376,49 @@ def test_shipped_recipes_of_a_wheel_and_of_a_checkout(tmp_path: Path, monkeypatc
     (tmp_path / "flapkit" / "_recipes").mkdir()
     wheel = write(tmp_path / "flapkit" / "_recipes", GOOD, "mine.yaml")
     assert shipped_recipes() == {"mine": wheel}
+
+
+CORRECTOR = """\
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from flapkit import hookimpl
+from flapkit.interfaces import Compensator
+
+
+@dataclass(frozen=True)
+class Idle(Compensator):
+    name = "idle"
+
+    rank: Annotated[int, Field(ge=1)] = 8
+
+
+@hookimpl
+def flapkit_compensators():
+    return [Idle]
+"""
+
+
+def test_several_compensators(tmp_path: Path) -> None:
+    (tmp_path / "idle.py").write_text(CORRECTOR)
+    text = GOOD + "plugins: [./idle.py]\ncompensator: [bias, {name: idle, rank: 4}]\n"
+    loaded = load(tmp_path, text)
+    assert [compensator.name for compensator in loaded.compensators] == ["bias", "idle"]
+    assert [spec.options for spec in loaded.recipe.compensator] == [{}, {"rank": 4}]
+    assert "compensator:\n- bias\n- name: idle\n  rank: 4\n" in dump_recipe(loaded)
+
+
+@pytest.mark.parametrize(
+    ("compensator", "expected"),
+    [
+        ("[]", "compensator: the list is empty"),
+        ("[bias, bais]", "compensator.1: unknown compensator 'bais'; did you mean 'bias'?"),
+        ("[bias, {name: bias, rank: 1}]", "compensator.1.rank: unknown key"),
+        ("[bias, none]", "compensator: compensators 'bias' and 'none' correct the same weights; keep one of them"),
+        ("[bias, 3]", "compensator.1: expected a name, or a section with a name and options"),
+    ],
+)
+def test_problems_of_several_compensators(tmp_path: Path, compensator: str, expected: str) -> None:
+    assert any(f": {expected}" in problem for problem in problems(tmp_path, f"{GOOD}compensator: {compensator}\n"))

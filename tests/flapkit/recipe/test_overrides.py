@@ -62,7 +62,7 @@ def test_a_value_can_be_a_list_or_a_section(tmp_path: Path) -> None:
 
 def test_a_component_is_replaced_whole(tmp_path: Path) -> None:
     loaded = load(tmp_path, "compensator=none", text=TEXT + "compensator: {name: bias}\n")
-    assert loaded.compensator.name == "none"
+    assert [compensator.name for compensator in loaded.compensators] == ["none"]
 
 
 @pytest.mark.parametrize("searcher", ["", "searcher: al_am\n", "searcher: {name: al_am, attention_power: 2}\n"])
@@ -70,6 +70,15 @@ def test_an_option_of_a_component(tmp_path: Path, searcher: str) -> None:
     loaded = load(tmp_path, "searcher.min_units=2", text=TEXT + searcher)
     assert loaded.searcher.name == "al_am"
     assert loaded.searcher.min_units == 2  # type: ignore[attr-defined]
+
+
+def test_an_option_of_one_of_several(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "compensator=[none]", "compensator.0=bias")
+    assert [compensator.name for compensator in loaded.compensators] == ["bias"]
+    text = TEXT + "compensator: [bias]\n"
+    assert problem(tmp_path, "compensator.0.rank=4", text=text).startswith(
+        "--set compensator.0.rank=4: compensator.0.rank: unknown key"
+    )
 
 
 @pytest.mark.parametrize(
