@@ -26,8 +26,8 @@ Statistics = Mapping[str, SiteStatistics]
 
 
 def needed_statistics(components: Iterable[Component]) -> tuple[type[Statistic], ...]:
-    """List the statistics that some components declare, each once."""
-    return tuple(dict.fromkeys(statistic for component in components for statistic in component.statistics))
+    """List the statistics that some components need, each once."""
+    return tuple(dict.fromkeys(statistic for component in components for statistic in component.measures()))
 
 
 class Collector:

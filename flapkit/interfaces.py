@@ -32,6 +32,10 @@ class Component(ABC):
     statistics: ClassVar[tuple[type[Statistic], ...]] = ()
     """What must be measured on the calibration text; nothing else is."""
 
+    def measures(self) -> tuple[type[Statistic], ...]:
+        """List what must be measured: ``statistics``, unless that depends on the options."""
+        return self.statistics
+
 
 class ImportanceMetric(Component):
     """How much each unit matters.
@@ -91,10 +95,12 @@ class Correction:
     Args:
         weight: the new weight [out_features, kept channels], or None to keep the old columns.
         bias: what is added to the output [out_features], or None for nothing.
+        note: what is worth knowing about this site, in a short sentence; it is logged and goes into the output.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
+    note: str | None = None
 
 
 class Compensator(Component):

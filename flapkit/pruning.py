@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from flapkit.interfaces import Compensator, Correction, ImportanceMetric, Struct
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
 from flapkit.surgery import slice_, weight_of
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -100,6 +103,8 @@ def find_corrections(
                 )
             if not torch.isfinite(tensor).all():
                 raise PluginError(f"compensator {compensator.name!r} at {site.name}: its {part} is not finite")
+        if correction.note:
+            log.info("%s: %s", site.name, correction.note)
         corrections[site.name] = correction
     return corrections
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from functools import reduce
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,11 +69,50 @@ class GradientStatistic(Statistic):
         """
 
 
-class Moments(Statistic):
-    """Token count, mean and variance of every channel, merged exactly.
+class Spread(NamedTuple):
+    """How inputs lie about their mean, over some tokens.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), in float64.
+    Args:
+        tokens: how many, float64 [1].
+        mean: float64 [channels].
+        squares: summed squares of the deviations [channels]; or summed products of the deviations of channels of one
+            block [blocks, width, width], blocks being runs of ``width`` channels.
     """
+
+    tokens: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def products(self, deviation: Tensor) -> Tensor:
+        """Return the squares of a deviation from the mean [channels], or its products, of ``squares``' shape."""
+        if self.squares.dim() == 1:
+            return deviation.square()
+        blocks = deviation.to(self.squares.dtype).view(len(self.squares), -1)
+        return blocks[:, :, None] * blocks[:, None, :]
+
+    def merged(self, other: Spread) -> Spread:
+        """Take in other tokens: Chan, Golub and LeVeque (1979), equation 2.1."""
+        tokens = self.tokens + other.tokens
+        if not tokens:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.tokens / tokens)
+        between = self.products(delta).mul_((self.tokens * other.tokens / tokens).to(self.squares.dtype))
+        return Spread(tokens, mean, between.add_(self.squares).add_(other.squares))
+
+    def without(self, part: Spread) -> Spread:
+        """Take out some of the tokens: the inverse of ``merged``.
+
+        What is left must not be much less than what is taken out, or it drowns in rounding.
+        """
+        tokens = self.tokens - part.tokens
+        mean = self.mean + (self.mean - part.mean) * (part.tokens / tokens)
+        between = self.products(part.mean - mean).mul_((-part.tokens * tokens / self.tokens).to(self.squares.dtype))
+        return Spread(tokens, mean, between.add_(self.squares).sub_(part.squares))
+
+
+class _SpreadStatistic(Statistic):
+    """A statistic whose state is a ``Spread``, merged exactly over batches and ranks."""
 
     _tokens: Tensor
     _mean: Tensor
@@ -79,9 +120,57 @@ class Moments(Statistic):
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(channels, **kwargs)
-        # No reduction: ranks arrive stacked, and are merged when a figure is asked for.
-        for name, shape in (("_tokens", (1,)), ("_mean", (channels,)), ("_squares", (channels,))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=None, persistent=True)
+        # No reduction: ranks arrive stacked, and are merged when a figure is asked for. The state takes memory when
+        # the first batch comes, since a torchmetrics default would be a second copy of it.
+        for name in ("_tokens", "_mean", "_squares"):
+            self.add_state(name, torch.zeros(0, dtype=torch.float64), dist_reduce_fx=None, persistent=True)
+
+    @abstractmethod
+    def _empty(self) -> Spread:
+        """Return the spread of no tokens."""
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the ranks' states, also of a rank that saw nothing."""
+        self._keep(self.spread)
+        super().sync(*args, **kwargs)
+
+    def _keep(self, spread: Spread) -> None:
+        self._tokens, self._mean, self._squares = (part.to(self.device) for part in spread)
+
+    @property
+    def spread(self) -> Spread:
+        """What was seen, by all ranks where they were gathered."""
+        if not self._tokens.numel():
+            return self._empty()
+        if self._mean.dim() == 1:
+            return Spread(self._tokens, self._mean, self._squares)
+        ranks = zip(self._tokens, self._mean, self._squares, strict=True)
+        return reduce(Spread.merged, itertools.starmap(Spread, ranks))
+
+    def is_finite(self) -> bool:
+        """Tell whether all that was taken in so far was finite."""
+        return bool(torch.isfinite(self._mean).all() and torch.isfinite(self._squares).all())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen."""
+        return int(self.spread.tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, float64 [channels]."""
+        return self.spread.mean
+
+
+class Moments(_SpreadStatistic):
+    """Token count, mean and variance of every channel, merged exactly.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), in float64.
+    """
+
+    def _empty(self) -> Spread:
+        zeros = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+        return Spread(zeros.new_zeros(1), zeros, zeros)
 
     def update(self, x: Tensor) -> None:
         """Merge the moments of ``x`` [tokens, channels]."""
@@ -90,36 +179,11 @@ class Moments(Statistic):
         x = x.double()
         mean = x.mean(dim=0)
         squares = (x - mean).square_().sum(dim=0)
-        self._tokens, self._mean, self._squares = _merge(
-            (self._tokens, self._mean, self._squares), (torch.full_like(self._tokens, len(x)), mean, squares)
-        )
+        self._keep(self.spread.merged(Spread(squares.new_full((1,), len(x)), mean, squares)))
 
     def compute(self) -> Tensor:
         """Return the variance [channels]."""
         return self.variance
-
-    def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite."""
-        return bool(torch.isfinite(self._squares).all())
-
-    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._mean.dim() == 1:
-            return self._tokens, self._mean, self._squares
-        ranks = list(zip(self._tokens, self._mean, self._squares, strict=True))
-        total = ranks[0]
-        for rank in ranks[1:]:
-            total = _merge(total, rank)
-        return total
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens were seen."""
-        return int(self._merged()[0])
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each channel, float64 [channels]."""
-        return self._merged()[1]
 
     @property
     def variance(self) -> Tensor:
@@ -128,29 +192,93 @@ class Moments(Statistic):
         Raises:
             CalibrationError: fewer than two tokens were seen.
         """
-        tokens, _, squares = self._merged()
-        if tokens < 2:
-            raise CalibrationError(
-                f"calibration: a variance needs two tokens, and {int(tokens)} was seen; give more text"
-            )
-        return squares / (tokens - 1)
+        spread = self.spread
+        return spread.squares / (_enough(spread, "a variance") - 1)
 
     @property
     def second_moment(self) -> Tensor:
         """Mean square E[x²] of each channel, float64 [channels]."""
-        tokens, mean, squares = self._merged()
-        return squares / tokens + mean.square()
+        spread = self.spread
+        return spread.squares / spread.tokens + spread.mean.square()
 
 
-def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge two (tokens, mean, sum of squared deviations) triples; Chan et al. (1979), equation 2.1."""
-    tokens = a[0] + b[0]
-    if not tokens:
-        return a
-    delta = b[1] - a[1]
-    mean = a[1] + delta * (b[0] / tokens)
-    squares = a[2] + b[2] + delta.square() * (a[0] * b[0] / tokens)
-    return tokens, mean, squares
+class Gram(_SpreadStatistic):
+    """Token count, mean and covariance of all channels of a consumer, merged exactly.
+
+    The covariance of up to 4096 channels is kept in float64. That of more is kept in float32, in half the memory:
+    each batch's products of deviations from its own mean are small enough to be exact to 1e-6.
+
+    Args:
+        channels: channels of the consumer.
+        blocks: runs of channels, all as long; only products within a run are kept.
+    """
+
+    widest_in_float64: ClassVar[int] = 4096
+
+    def __init__(self, channels: int, blocks: int = 1, **kwargs: Any) -> None:
+        super().__init__(channels, **kwargs)
+        self.blocks = blocks
+
+    def _empty(self) -> Spread:
+        width = self.channels // self.blocks
+        dtype = torch.float64 if width <= self.widest_in_float64 else torch.float32
+        zeros = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+        squares = torch.zeros((self.blocks, width, width), dtype=dtype, device=self.device)
+        return Spread(zeros.new_zeros(1), zeros, squares)
+
+    def update(self, x: Tensor) -> None:
+        """Merge the products of ``x`` [tokens, channels]."""
+        if not self._tokens.numel():
+            self._keep(self._empty())
+        if len(x) == 0:
+            return
+        x = x.double()
+        mean = x.mean(dim=0)
+        batch, seen, delta = mean.new_full((1,), len(x)), self._tokens, mean - self._mean
+        # Spread.merged, but in place, since the matrix may be large; delta becomes one more deviation.
+        between = delta * (seen * batch / (seen + batch)).sqrt()
+        deviations = torch.cat([x - mean, between[None]]).to(self._squares.dtype)
+        rows = deviations.view(len(deviations), self.blocks, -1).transpose(0, 1)
+        self._squares.baddbmm_(rows.mT, rows)
+        self._mean = self._mean + delta * (batch / (seen + batch))
+        self._tokens = seen + batch
+
+    def compute(self) -> Tensor:
+        """Return the covariance [blocks, width, width]."""
+        return self.covariance
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the channels of each block (divided by tokens) [blocks, width, width].
+
+        Raises:
+            CalibrationError: fewer than two tokens were seen.
+        """
+        spread = self.spread
+        return spread.squares / _enough(spread, "a covariance").to(spread.squares)
+
+
+class HeldOutGram(Gram):
+    """The same over the held-out calibration windows alone, to judge what the others fitted."""
+
+    windows = "held_out"
+
+
+class UnitGram(Gram):
+    """The same for the channels of each unit alone: small, and all that a score of single units needs."""
+
+    @classmethod
+    def of(cls, site: Site) -> Self:
+        """Build the empty statistic of a site: one block for each unit."""
+        return cls(site.channels, site.units)
+
+
+def _enough(spread: Spread, what: str) -> Tensor:
+    if spread.tokens < 2:
+        raise CalibrationError(
+            f"calibration: {what} needs two tokens, and {int(spread.tokens)} was seen; give more text"
+        )
+    return spread.tokens
 
 
 class SiteStatistics(Mapping[type[Statistic], Statistic]):

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from flapkit import hookimpl
 from flapkit.interfaces import Compensator
 from flapkit_compensators.bias import Bias
+from flapkit_compensators.least_squares import LeastSquares
 from flapkit_compensators.none import NoCompensation
 
 
 @hookimpl
 def flapkit_compensators() -> Iterable[type[Compensator]]:
     """Offer the default compensators."""
-    return [Bias, NoCompensation]
+    return [Bias, LeastSquares, NoCompensation]

@@ -8,8 +8,10 @@ from flapkit import hookimpl
 from flapkit.interfaces import ImportanceMetric
 from flapkit_metrics.ifv import IFV
 from flapkit_metrics.magnitude import Magnitude
+from flapkit_metrics.obs import OBS
 from flapkit_metrics.random import Random
 from flapkit_metrics.taylor import Taylor
+from flapkit_metrics.trace import Trace
 from flapkit_metrics.wanda_sp import WandaSP
 from flapkit_metrics.wifn import WIFN
 from flapkit_metrics.wifv import WIFV
@@ -18,4 +20,4 @@ from flapkit_metrics.wifv import WIFV
 @hookimpl
 def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:
     """Offer the default metrics."""
-    return [IFV, WIFN, WIFV, Magnitude, Random, Taylor, WandaSP]
+    return [IFV, OBS, WIFN, WIFV, Magnitude, Random, Taylor, Trace, WandaSP]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flapkit.errors import CalibrationError
-from flapkit.statistics import Moments, SiteStatistics
+from flapkit.statistics import Gram, HeldOutGram, Moments, SiteStatistics, UnitGram
 
 
 def moments(*batches: torch.Tensor) -> Moments:
@@ -55,3 +55,88 @@ def test_what_is_not_finite_is_known(value):
 def test_a_statistic_that_was_not_measured():
     with pytest.raises(KeyError, match="declare it in `statistics`"):
         SiteStatistics([])[Moments]
+
+
+def gram(*batches: torch.Tensor, of: type[Gram] = Gram, **options) -> Gram:
+    found = of(batches[0].shape[1], **options)
+    for batch in batches:
+        found.update(batch)
+    return found
+
+
+def correlated(seed: int, tokens: int = 60, channels: int = 6) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=draw, dtype=torch.float64)
+    return x @ torch.randn(channels, channels, generator=draw, dtype=torch.float64) + 100
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_the_gram_is_torchs_own_covariance(sizes, seed):
+    x = correlated(seed, 2 + sum(sizes))
+    found = gram(*x.split([2, *sizes]))
+    assert found.tokens == len(x)
+    torch.testing.assert_close(found.mean, x.mean(dim=0))
+    torch.testing.assert_close(found.covariance[0], torch.cov(x.T, correction=0))
+
+
+def test_the_gram_knows_no_order():
+    x = correlated(0)
+    one, other = gram(*x.split(7)), gram(*x.flip(0).split(11))
+    torch.testing.assert_close(one.covariance, other.covariance)
+
+
+def test_blocks_are_the_grams_own():
+    x = correlated(1)
+    whole, blocks = gram(x).covariance[0], gram(*x.split(9), of=UnitGram, blocks=3).covariance
+    for unit in range(3):
+        channels = slice(2 * unit, 2 * unit + 2)
+        torch.testing.assert_close(blocks[unit], whole[channels, channels])
+
+
+def test_a_wide_gram_is_kept_in_float32(monkeypatch):
+    monkeypatch.setattr(Gram, "widest_in_float64", 5)
+    x = correlated(2)
+    found = gram(*x.split(9))
+    assert found.spread.squares.dtype == torch.float32
+    expected = torch.cov(x.T, correction=0)
+    torch.testing.assert_close(found.covariance[0].double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("taken", [5, 30])
+def test_a_part_is_taken_out_again(taken):
+    x = correlated(3)
+    whole, part, rest = gram(*x.split(8)), gram(x[:taken], of=HeldOutGram), gram(x[taken:])
+    left = whole.spread.without(part.spread)
+    assert left.tokens == rest.tokens
+    torch.testing.assert_close(left.mean, rest.mean)
+    torch.testing.assert_close(left.squares, rest.spread.squares)
+
+
+@pytest.mark.parametrize(("of", "options"), [(Moments, {}), (Gram, {}), (UnitGram, {"blocks": 2})])
+def test_ranks_are_merged_exactly(of, options):
+    """Three ranks' states, stacked as torchmetrics gathers them; one of the ranks saw nothing."""
+    x = correlated(4)
+    ranks = [of(6, **options) for _ in range(3)]
+    for rank, part in zip(ranks, (x[:7], x[7:], x[:0]), strict=True):
+        rank.update(part)
+        rank.sync()
+    merged, whole = of(6, **options), of(6, **options)
+    whole.update(x)
+    for state in ("_tokens", "_mean", "_squares"):
+        setattr(merged, state, torch.stack([getattr(rank, state) for rank in ranks]))
+    assert merged.tokens == len(x)
+    torch.testing.assert_close(merged.mean, whole.mean)
+    torch.testing.assert_close(merged.spread.squares, whole.spread.squares)
+
+
+def test_a_covariance_needs_two_tokens():
+    with pytest.raises(CalibrationError, match="a covariance needs two tokens, and 1 was seen"):
+        _ = gram(torch.ones(1, 2)).covariance
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gram_that_is_not_finite(value):
+    x = torch.zeros(4, 2)
+    x[1, 1] = value
+    assert not gram(x).is_finite()

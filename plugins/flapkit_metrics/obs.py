@@ -1,0 +1,43 @@
+"""OBS: what a unit contributes that the others cannot take over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.interfaces import ImportanceMetric
+from flapkit.sites import Site
+from flapkit.statistics import Gram, SiteStatistics
+
+
+@dataclass(frozen=True)
+class OBS(ImportanceMetric):
+    """Mean square of what is lost when a unit is removed and least squares lets the others take its place.
+
+    tr(W_u [(C^-1)_uu]^-1 W_u'), with C the covariance of all channels: the optimal brain surgeon's saliency (Hassibi
+    and Stork, 1993) of a group of columns, as used by SparseGPT (arXiv 2301.00774) for single weights. It goes with
+    the compensator ``least_squares``.
+    """
+
+    name = "obs"
+    statistics = (Gram,)
+
+    ridge: Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a part of its mean.")] = (
+        1e-3
+    )
+
+    def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
+        """Score every unit; [units, 1]."""
+        covariance = stats[Gram].covariance[0]
+        damping = self.ridge * covariance.diagonal().mean()
+        covariance.diagonal().add_(damping or 1)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        width = site.channels_per_unit
+        blocks = inverse.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = weight.to(inverse).view(site.out_features, site.units, width).permute(1, 2, 0)
+        solved: Tensor = torch.linalg.solve(blocks, columns)
+        return (columns * solved).sum(dim=(1, 2)).view(site.units, 1)

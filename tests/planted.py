@@ -1,0 +1,37 @@
+"""Sites by hand, and their statistics from given inputs, for tests of single components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flapkit.calibration import needed_statistics
+from flapkit.interfaces import Component
+from flapkit.sites import Site
+from flapkit.statistics import SiteStatistics
+
+
+def site_of(units: int, width: int, out_features: int = 4) -> Site:
+    """Describe an MLP of some units, or, where they are wider than a channel, an attention."""
+    return Site(
+        name="layers.0.site",
+        layer=0,
+        kind="mlp" if width == 1 else "attention",
+        consumer="consumer",
+        units=units,
+        channels_per_unit=width,
+        out_features=out_features,
+        couplings=(),
+    )
+
+
+def measured(
+    x: torch.Tensor, *components: Component, width: int = 1, held_out: torch.Tensor | Sequence[int] = ()
+) -> SiteStatistics:
+    """Measure what components need from inputs [tokens, channels], some tokens of which are held out."""
+    site = site_of(x.shape[1] // width, width)
+    statistics = [statistic.of(site) for statistic in needed_statistics(components)]
+    for statistic in statistics:
+        statistic.update(x[held_out] if statistic.windows == "held_out" else x)
+    return SiteStatistics(statistics)
