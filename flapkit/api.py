@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flapkit.calibration import measure, needed_statistics
+from flapkit.calibration import measure
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
+from flapkit.pruning import Method, prune_sites_
 from flapkit.registry import Registry
 from flapkit.sites import Site
 
@@ -67,21 +67,21 @@ def prune_(
         FlapkitError: whatever keeps the model from being pruned; it is then as it was.
     """
     registry = Registry.load()
-    scorer = _component(registry, "metric", metric)
-    search = _component(registry, "searcher", searcher)
-    repairs = [_component(registry, "compensator", each) for each in _several(compensator)]
+    method = Method(
+        _component(registry, "metric", metric),
+        _component(registry, "searcher", searcher),
+        tuple(_component(registry, "compensator", each) for each in _several(compensator)),
+    )
     places = sites(model, adapter)
     budget = Budget.over(places, ratio, of, model.num_parameters())
     was_training = model.training
     model.eval()
     try:
         batches = _batches(calibration, batch_size)
-        statistics = measure(model, places, needed_statistics([scorer, *repairs]), batches)
-        plan = find_plan(places, score_sites(model, places, statistics, scorer), search, budget)
-        carry_out_(model, places, plan, find_corrections(model, places, statistics, repairs, plan))
+        statistics = measure(model, places, method.statistics, batches)
+        return prune_sites_(model, places, statistics, method, budget).plan
     finally:
         model.train(was_training)
-    return plan
 
 
 def _component(registry: Registry, kind: str, component: Any) -> Any:

@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from flapkit.api import prune_
 from flapkit.calibration import Collector, Statistics
+from flapkit.checkpoint import save
 from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation import Perplexity
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
+from flapkit.progress import Stage
+from flapkit.pruning import Method, Pruned, prune_sites_
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
 
-def build_trainer(callbacks: Sequence[Callback], *, progress: bool = False, **options: Any) -> Trainer:
-    """Build the trainer of a run: no logger and no checkpoints of Lightning's own.
+def build_trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
+    """Build the trainer of a run: no logger, no checkpoints and no progress bar of Lightning's own.
 
     Args:
         callbacks: the stages.
-        progress: show a progress bar.
         options: ``accelerator``, ``devices``, ``precision``, as Lightning takes them.
 
     Raises:
         RecipeError: a device that this machine does not have.
     """
-    bars = [RichProgressBar()] if progress else []
     try:
         return Trainer(
-            callbacks=[*callbacks, *bars],
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=progress,
+            enable_progress_bar=False,
             enable_model_summary=False,
             # Parameters made under inference mode could never be trained.
             inference_mode=False,
@@ -49,6 +49,29 @@ def build_trainer(callbacks: Sequence[Callback], *, progress: bool = False, **op
         )
     except (MisconfigurationException, RuntimeError) as error:
         raise RecipeError(f"trainer: {error}; choose an accelerator that is here, or `auto`") from error
+
+
+class Advance(Callback):
+    """Tell a stage of each batch that calibration or evaluation is done with.
+
+    Args:
+        stage: counts windows.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: Any
+    ) -> None:
+        """Count a calibration batch."""
+        self._stage.advance(len(batch["input_ids"]))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: Any
+    ) -> None:
+        """Count an evaluation batch."""
+        self._stage.advance(len(batch["input_ids"]))
 
 
 class Calibrate(Callback):
@@ -109,39 +132,59 @@ class Prune(Callback):
     Args:
         calibrate: where the statistics come from.
         sites: the model's sites.
-        metric: scores the units.
-        searcher: chooses the units to keep.
-        compensators: repair the consumers.
+        method: the metric, the searcher and the compensators.
         budget: how much to remove.
 
     Attributes:
-        plan: the plan that was carried out.
+        pruned: the scores, and the plan that was carried out, once it was.
     """
 
-    def __init__(
-        self,
-        calibrate: Calibrate,
-        sites: Sequence[Site],
-        metric: ImportanceMetric,
-        searcher: StructureSearcher,
-        compensators: Sequence[Compensator],
-        budget: Budget,
-    ) -> None:
+    def __init__(self, calibrate: Calibrate, sites: Sequence[Site], method: Method, budget: Budget) -> None:
         self._calibrate = calibrate
         self._sites = sites
-        self._metric = metric
-        self._searcher = searcher
-        self._compensators = compensators
+        self._method = method
         self._budget = budget
-        self.plan: PruningPlan | None = None
+        self.pruned: Pruned | None = None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune the model in place."""
         model, statistics = _model_of(pl_module), self._calibrate.statistics
-        scores = score_sites(model, self._sites, statistics, self._metric)
-        plan = find_plan(self._sites, scores, self._searcher, self._budget)
-        carry_out_(model, self._sites, plan, find_corrections(model, self._sites, statistics, self._compensators, plan))
-        self.plan = plan
+        self.pruned = prune_sites_(model, self._sites, statistics, self._method, self._budget)
+
+
+class SaveCheckpoint(Callback):
+    """Save the pruned model when a loop of the trainer ends. Comes after ``Prune`` in the trainer's list.
+
+    Args:
+        prune: where the plan comes from.
+        path: the folder to write.
+        after: the loop whose end it waits for: ``predict`` right after pruning, ``fit`` after a recovery.
+        options: as ``flapkit.save`` takes them: ``tokenizer``, ``metadata``, ``files``, ``overwrite``.
+    """
+
+    def __init__(
+        self, prune: Prune, path: Path | str, *, after: Literal["predict", "fit"] = "predict", **options: Any
+    ) -> None:
+        self._prune = prune
+        self._path = path
+        self._after = after
+        self._options = options
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after pruning, if that was asked for."""
+        if self._after == "predict":
+            self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after training, if that was asked for."""
+        if self._after == "fit":
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._prune.pruned is None:
+            raise RunError("SaveCheckpoint: the model is not pruned yet; put Prune before it in the trainer's list")
+        if trainer.is_global_zero:
+            save(_model_of(pl_module), self._path, self._prune.pruned.plan, **self._options)
 
 
 class Evaluate(Callback):

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from flapkit.calibration import needed_statistics
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.plan import Budget
 from flapkit.pruning import find_plan
 from flapkit.recipe import LoadedRecipe, Text
-from flapkit.run import Target, find_target
-from flapkit.text import TextSource
+from flapkit.stages.target import Target, find_target
+from flapkit.stages.text import source_of
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
@@ -51,7 +50,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     check_output(Path(asked.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
     for text in (asked.calibration, *asked.evaluate.perplexity):
-        TextSource(text.dataset, text.subset, text.split, text.field).check()
+        source_of(text).check()
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     params = _params(target)
     budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params)
@@ -92,6 +91,6 @@ def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     evaluation = max(
         (tokens(text) * target.config.vocab_size * (size + 4) for text in asked.evaluate.perplexity), default=0
     )
-    statistics = len(needed_statistics([recipe.metric, *recipe.compensators]))
+    statistics = len(recipe.method.statistics)
     working: int = max(calibration, evaluation) + statistics * 8 * 2 * sum(site.channels for site in target.sites)
     return working

@@ -4,20 +4,76 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flapkit.calibration import Statistics
+from flapkit.calibration import Statistics, needed_statistics
 from flapkit.checkpoint.families import describe_
 from flapkit.errors import InputError, PluginError
 from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher, corrector_of
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
+from flapkit.statistics import Statistic
 from flapkit.surgery import slice_, weight_of
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What prunes: the components that a recipe chooses.
+
+    Args:
+        metric: scores the units.
+        searcher: chooses the units to keep.
+        compensators: repair the loss; at most one corrects.
+    """
+
+    metric: ImportanceMetric
+    searcher: StructureSearcher
+    compensators: tuple[Compensator, ...]
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """What must be measured for the components, each statistic once."""
+        return needed_statistics([self.metric, self.searcher, *self.compensators])
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was decided when a model was pruned.
+
+    Args:
+        scores: site name -> scores [units, k], float64 on the CPU.
+        plan: the plan that was carried out.
+    """
+
+    scores: Mapping[str, Tensor]
+    plan: PruningPlan
+
+
+def prune_sites_(
+    model: PreTrainedModel, sites: Sequence[Site], statistics: Statistics, method: Method, budget: Budget
+) -> Pruned:
+    """Prune a calibrated model in place: score, search, correct and slice.
+
+    Args:
+        model: the dense model.
+        sites: its sites.
+        statistics: site name -> what was measured there.
+        method: the components.
+        budget: how much to remove.
+
+    Raises:
+        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+    """
+    scores = score_sites(model, sites, statistics, method.metric)
+    plan = find_plan(sites, scores, method.searcher, budget)
+    carry_out_(model, sites, plan, find_corrections(model, sites, statistics, method.compensators, plan))
+    return Pruned(scores, plan)
 
 
 @torch.no_grad()

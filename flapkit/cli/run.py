@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from rich.table import Table
 from flapkit.cli.app import app
 from flapkit.cli.options import Overrides, Overwrite, RecipeArgument
 from flapkit.cli.output import print_, set_logging
+from flapkit.cli.progress import progress_listener
 
 
 @app.command()
@@ -22,12 +22,13 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
 ) -> None:
     """Prune a model as a recipe says."""
+    from flapkit.progress import Progress
     from flapkit.recipe import find_recipe, load_recipe
     from flapkit.run import run as run_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
-    result = run_recipe(loaded, overwrite=overwrite, progress=sys.stdout.isatty() and not quiet)
+    result = run_recipe(loaded, overwrite=overwrite, progress=Progress(progress_listener(quiet=quiet)))
     if quiet:
         return
     dense, pruned = result.params["dense"], result.params["pruned"]

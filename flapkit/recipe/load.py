@@ -19,6 +19,7 @@ from flapkit.interfaces import (
     StructureSearcher,
     corrector_of,
 )
+from flapkit.pruning import Method
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
@@ -48,6 +49,11 @@ class LoadedRecipe:
     searcher: StructureSearcher
     compensators: tuple[Compensator, ...]
     adapter: ArchitectureAdapter | None
+
+    @property
+    def method(self) -> Method:
+        """The components that prune."""
+        return Method(self.metric, self.searcher, self.compensators)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:

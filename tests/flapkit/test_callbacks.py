@@ -10,27 +10,27 @@ from torch.utils.data import DataLoader
 
 import flapkit
 from flapkit.calibration import measure
-from flapkit.callbacks import Calibrate, Evaluate, Prune, build_trainer
+from flapkit.callbacks import Calibrate, Evaluate, Prune, SaveCheckpoint, build_trainer
 from flapkit.data import PruningData, WindowRows, collate
-from flapkit.errors import CalibrationError, RecipeError
+from flapkit.errors import CalibrationError, RecipeError, RunError
 from flapkit.module import CausalLM, Optimization
 from flapkit.plan import Budget
+from flapkit.pruning import Method
 from flapkit.registry import Registry
 from flapkit.statistics import Moments
 from flapkit.windows import cut_windows
 
 
-def prune_by_trainer(model, tokens):
+def prune_by_trainer(model, tokens, more=lambda prune: []):
     registry = Registry.load()
-    names = {"metric": "wifv", "searcher": "al_am"}
-    components = {kind: registry.create(kind, name) for kind, name in names.items()}
     bias = registry.create("compensator", "bias")
+    method = Method(registry.create("metric", "wifv"), registry.create("searcher", "al_am"), (bias,))
     sites = flapkit.sites(model)
     calibrate = Calibrate(sites, [Moments])
-    prune = Prune(calibrate, sites, compensators=[bias], budget=Budget.over(sites, 0.4), **components)
-    trainer = build_trainer([calibrate, prune], accelerator="cpu", devices=1)
+    prune = Prune(calibrate, sites, method, Budget.over(sites, 0.4))
+    trainer = build_trainer([calibrate, prune, *more(prune)], accelerator="cpu", devices=1)
     trainer.predict(CausalLM(model), PruningData(tokens), return_predictions=False)
-    return prune.plan
+    return prune.pruned.plan
 
 
 def test_the_trainer_prunes_as_the_function_does(llama, tokens, probe):
@@ -38,6 +38,20 @@ def test_the_trainer_prunes_as_the_function_does(llama, tokens, probe):
     other.load_state_dict(llama.state_dict())
     assert prune_by_trainer(llama, tokens) == flapkit.prune_(other, tokens, ratio=0.4)
     assert torch.equal(llama(probe).logits, other(probe).logits)
+
+
+def test_saves_what_it_pruned(tokens, probe, tmp_path):
+    model = make_llama()
+    plan = prune_by_trainer(model, tokens, lambda prune: [SaveCheckpoint(prune, tmp_path / "saved")])
+    assert (tmp_path / "saved" / "plan.json").read_text() == plan.to_json()
+    assert torch.equal(flapkit.load(tmp_path / "saved")(probe).logits, model(probe).logits)
+
+
+def test_saves_nothing_that_is_not_pruned(tokens, tmp_path):
+    model = make_llama()
+    with pytest.raises(RunError, match="put Prune before it"):
+        prune_by_trainer(model, tokens, lambda prune: [SaveCheckpoint(Prune(None, [], None, None), tmp_path / "saved")])
+    assert not (tmp_path / "saved").exists()
 
 
 def test_trains_after_the_trainer_pruned(tokens):

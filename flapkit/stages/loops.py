@@ -1,0 +1,123 @@
+"""The stages that run a model over text, under Lightning: calibration and evaluation."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from flapkit.calibration import Statistics, needs_gradient
+from flapkit.callbacks import Advance, Calibrate, Evaluate, build_trainer
+from flapkit.data import PruningData
+from flapkit.errors import RunError
+from flapkit.module import CausalLM
+from flapkit.progress import Progress
+from flapkit.recipe import TrainerSection
+from flapkit.sites import Site
+from flapkit.stages.text import EvaluationText, RunText
+from flapkit.statistics import SiteStatistics, Statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Loops:
+    """What Lightning's loops run on, and whom they tell how far they are; every stage builds its own trainer.
+
+    Args:
+        options: ``accelerator``, ``devices``, ``precision``, as Lightning takes them.
+        progress: the run's.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def of(cls, asked: TrainerSection, progress: Progress) -> Loops:
+        """Take over what a recipe says; what it leaves open is Lightning's to choose."""
+        return cls({name: value for name, value in asked.model_dump().items() if value is not None}, progress)
+
+    def place_(self, model: nn.Module) -> None:
+        """Move a model to the device that the loops run on."""
+        model.to(self.trainer([]).strategy.root_device)
+
+    def trainer(self, callbacks: Sequence[Any]) -> Any:
+        """Build the trainer of one stage.
+
+        Raises:
+            RecipeError: a device that this machine does not have.
+        """
+        return build_trainer(callbacks, **self.options)
+
+
+def calibrate(
+    model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]], text: RunText, loops: Loops
+) -> Statistics:
+    """Measure statistics of the dense model on the calibration text; without any to measure, nothing is run.
+
+    Raises:
+        CalibrationError: an input that is not finite.
+        RunError: the loop was stopped before its end.
+    """
+    if not statistics:
+        return {site.name: SiteStatistics([]) for site in sites}
+    measured = Calibrate(sites, statistics)
+    module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
+    data = PruningData(text.calibration, batch_size=text.batch_size)
+    with loops.progress.stage("calibrate", total=len(text.calibration), unit="windows") as stage:
+        quietly(loops.trainer([measured, Advance(stage)]).predict, module, data, return_predictions=False)
+    if not measured.statistics:
+        raise RunError("the run was stopped before the model was calibrated")
+    return measured.statistics
+
+
+def evaluate(
+    model: PreTrainedModel, texts: Mapping[str, EvaluationText], loops: Loops, name: str = "evaluate"
+) -> dict[str, float]:
+    """Measure the perplexity of each text, by the protocol that its recipe entry asks for.
+
+    Args:
+        model: dense or pruned.
+        texts: name -> text.
+        loops: what it runs on.
+        name: what the stage is called.
+
+    Raises:
+        RunError: a loss that is not finite.
+    """
+    if not texts:
+        return {}
+    data = PruningData(
+        evaluations={name: text.windows for name, text in texts.items()},
+        evaluation_batch_size={name: text.asked.batch_size for name, text in texts.items()},
+    )
+    measured = Evaluate(data.evaluation_names)
+    total = sum(len(text.windows) for text in texts.values())
+    with loops.progress.stage(name, total, "windows") as stage:
+        quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
+    return {
+        text: float(values.over_windows if texts[text].asked.stride is None else values.over_tokens)
+        for text, values in measured.results.items()
+    }
+
+
+def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call Lightning without its advice on loader workers, which windows in memory do not need.
+
+    Ctrl-C stays a ``KeyboardInterrupt``: Lightning would exit with code 1 and leave SIGINT ignored.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*treespec.*")
+        try:
+            call(*args, **kwargs)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise error.__context__ from None

@@ -1,0 +1,121 @@
+"""What a run leaves: its record, and the output folder that is written from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.calibration import Statistics
+from flapkit.checkpoint import save
+from flapkit.plan import Budget, PruningPlan
+from flapkit.pruning import Pruned
+from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.report.structure import draw_structure
+from flapkit.stages.target import Target
+from flapkit.stages.text import RunText
+from flapkit.windows import tokens_hash
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """All that is known at the end of a run, but for the model itself: what reports and exports are made of.
+
+    Args:
+        recipe: what was asked for.
+        target: what was pruned.
+        tokenizer: the model's.
+        text: the run's text, as tokens.
+        budget: how much was to go.
+        statistics: site name -> what was measured there.
+        pruned: the scores, and the plan that was carried out.
+        params: parameters of the dense model, of the pruned one (added biases included), and of the blocks, with what
+            the plan removed of them.
+        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity.
+        seconds: stage -> wall time.
+        warnings: what flapkit warned of.
+    """
+
+    recipe: LoadedRecipe
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    text: RunText
+    budget: Budget
+    statistics: Statistics
+    pruned: Pruned
+    params: Mapping[str, int]
+    perplexity: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    warnings: Sequence[str]
+
+    @property
+    def output(self) -> Path:
+        """The folder that the run writes."""
+        return Path(self.recipe.recipe.output).expanduser()
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan that was carried out."""
+        return self.pruned.plan
+
+    def result_json(self) -> str:
+        """Write what was measured as JSON."""
+        data = {
+            "params": dict(self.params),
+            "perplexity": self.perplexity,
+            "seconds": dict(self.seconds),
+            "warnings": list(self.warnings),
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+    def metadata(self) -> dict[str, Any]:
+        """Say what made the model, for ``flapkit.json``."""
+        asked = self.recipe.recipe
+        return {
+            "model": asked.model.model_dump(),
+            "adapter": self.target.adapter.name,
+            "metric": asked.metric.model_dump(),
+            "searcher": asked.searcher.model_dump(),
+            "compensator": [each.model_dump() for each in asked.compensator],
+            "budget": asked.budget.model_dump(),
+            "calibration": {**asked.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
+            "params": dict(self.params),
+        }
+
+
+def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> dict[str, int]:
+    """Gather the parameter counts of a run."""
+    blocks = sum(site.params for site in target.sites)
+    return {"dense": dense, "pruned": pruned, "blocks": blocks, "removed": plan.removed_params(target.sites)}
+
+
+def compare(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
+    return {name: {"dense": dense[name], "pruned": pruned[name]} for name in dense}
+
+
+def save_run(record: RunRecord, model: PreTrainedModel, *, overwrite: bool = False) -> None:
+    """Write the output folder of a run: the checkpoint, and the files that say what made it.
+
+    Raises:
+        OutputError: the folder exists, or cannot be written.
+    """
+    asked = record.recipe.recipe
+    title = f"{asked.model.path}: {asked.budget.ratio:.0%} of {asked.budget.of} by {asked.metric.name}"
+    save(
+        model.cpu(),
+        record.output,
+        record.plan,
+        tokenizer=record.tokenizer,
+        metadata=record.metadata(),
+        files={
+            "result.json": record.result_json(),
+            "recipe.yaml": dump_recipe(record.recipe),
+            "structure.png": draw_structure(record.target.sites, record.plan, title),
+        },
+        overwrite=overwrite,
+    )

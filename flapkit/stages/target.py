@@ -1,0 +1,49 @@
+"""What a recipe prunes, from the model's configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from flapkit.checkpoint import load_config
+from flapkit.checkpoint.families import family_of
+from flapkit.errors import ModelError
+from flapkit.interfaces import ArchitectureAdapter
+from flapkit.recipe import LoadedRecipe
+from flapkit.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a recipe prunes, as far as the model's configuration tells.
+
+    Args:
+        config: the dense model's configuration.
+        adapter: describes the model.
+        sites: its prunable places.
+    """
+
+    config: PreTrainedConfig
+    adapter: ArchitectureAdapter
+    sites: tuple[Site, ...]
+
+
+def find_target(recipe: LoadedRecipe) -> Target:
+    """Read the model's configuration, and find its adapter and its sites.
+
+    Raises:
+        ModelError: the model is missing, has no adapter, or could not be saved once pruned.
+    """
+    model = recipe.recipe.model
+    config = load_config(model.path, revision=model.revision)
+    adapter = recipe.adapter or recipe.registry.adapter_for(config)
+    if family_of(config) is None:
+        raise ModelError(f"pruned models of type {config.model_type!r} cannot be saved: there is no class for them")
+    try:
+        return Target(config, adapter, adapter.sites(config))
+    except AttributeError as error:
+        raise ModelError(
+            f"model {model.path}: adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
+            f"({error}); leave `adapter` out, or name the right one"
+        ) from error

@@ -1,0 +1,61 @@
+"""A run, and a Lightning script of one's own that does the same."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+import flapkit
+from flapkit.callbacks import Calibrate, Prune, SaveCheckpoint, build_trainer
+from flapkit.data import PruningData
+from flapkit.module import CausalLM
+from flapkit.plan import Budget
+from flapkit.recipe import load_recipe
+from flapkit.run import run
+
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
+    "budget": {"ratio": 0.3},
+    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
+    "trainer": {"accelerator": "cpu"},
+    "output": "out",
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_script_of_callbacks_does_what_a_run_does(recipe, tmp_path):
+    record = run(recipe)
+    model = flapkit.load("builtin:tiny-llama", "float32")
+    sites = flapkit.sites(model)
+    calibrate = Calibrate(sites, recipe.method.statistics)
+    prune = Prune(calibrate, sites, recipe.method, Budget.over(sites, 0.3))
+    trainer = build_trainer([calibrate, prune, SaveCheckpoint(prune, "script")], accelerator="cpu", devices=1)
+    trainer.predict(CausalLM(model), PruningData(record.text.calibration), return_predictions=False)
+    for name in ("plan.json", "config.json", "model.safetensors"):
+        assert (tmp_path / "script" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_the_record_holds_what_reports_need(recipe):
+    record = run(recipe)
+    names = {site.name for site in record.target.sites}
+    assert set(record.statistics) == set(record.pruned.scores) == set(record.plan.keep) == names
+    assert record.params["removed"] == record.plan.removed_params(record.target.sites)
+    (measured,) = record.perplexity.values()
+    assert set(measured) == {"dense", "pruned"}
+    assert list(record.seconds) == ["text", "load", "evaluate dense", "calibrate", "prune", "evaluate pruned", "save"]
+
+
+def test_what_needs_no_statistics_is_not_calibrated(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: pytest.fail("calibrated"))
+    changes = ["metric=magnitude", "compensator=none", "evaluate={}"]
+    record = run(load_recipe(tmp_path / "recipe.yaml", changes))
+    assert "calibrate" not in record.seconds
+    assert record.params["removed"] > 0
