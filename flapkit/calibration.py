@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from flapkit.errors import CalibrationError
+from flapkit.experts import See, unwatch, watch
 from flapkit.interfaces import Component
 from flapkit.sites import Site
 from flapkit.statistics import GradientStatistic, SiteStatistics, Statistic
@@ -50,11 +51,20 @@ class Collector:
         self._sites = sites
         self._attended = self._held_out = torch.empty(0)
         self._handles: list[RemovableHandle] = []
+        self._watched: list[nn.Module] = []
 
     def __enter__(self) -> Collector:
         check_sites(self._model, self._sites)
+        experts: dict[nn.Module, dict[int, Site]] = {}
         for site in self._sites:
-            self._handles.append(consumer_of(self._model, site).register_forward_hook(self._see(site)))
+            consumer = consumer_of(self._model, site)
+            if site.expert is None:
+                self._handles.append(consumer.register_forward_hook(self._hook(site)))
+            else:
+                experts.setdefault(consumer, {})[site.expert] = site
+        for module, sites in experts.items():
+            self._watched.append(module)
+            watch(module, self._watcher(sites))
         return self
 
     def __exit__(
@@ -63,6 +73,9 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._watched:
+            unwatch(module)
+        self._watched.clear()
 
     def begin(self, batch: Batch) -> None:
         """Take note of which of a batch's tokens count."""
@@ -78,20 +91,30 @@ class Collector:
                     "try model.dtype float32 or bfloat16, and check that the model's weights are sound"
                 )
 
-    def _see(self, site: Site) -> Any:
-        statistics = list(self.statistics[site.name].values())
-
+    def _hook(self, site: Site) -> Any:
         def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            for statistic in statistics:
-                tokens = self._tokens_of(statistic, x.device)
-                statistic.to(x.device)
-                if not isinstance(statistic, GradientStatistic):
-                    statistic.update(x[tokens])
-                elif output.requires_grad:
-                    output.register_hook(_see_gradient(statistic, x, tokens))
+            self._see(site, args[0].flatten(0, -2), output, None)
 
         return hook
+
+    def _watcher(self, sites: Mapping[int, Site]) -> See:
+        def see(expert: int, x: Tensor, output: Tensor, routed: Tensor) -> None:
+            if expert in sites:
+                self._see(sites[expert], x, output, routed)
+
+        return see
+
+    def _see(self, site: Site, x: Tensor, output: Tensor, routed: Tensor | None) -> None:
+        """Show a consumer's input [tokens, channels] to the statistics; of an expert, that of the routed tokens."""
+        x = x.detach()
+        for statistic in self.statistics[site.name].values():
+            tokens = self._tokens_of(statistic, x.device).flatten()
+            tokens = tokens if routed is None else tokens[routed]
+            statistic.to(x.device)
+            if not isinstance(statistic, GradientStatistic):
+                statistic.update(x[tokens])
+            elif output.requires_grad:
+                output.register_hook(_see_gradient(statistic, x, tokens))
 
     def _tokens_of(self, statistic: Statistic, device: torch.device) -> Tensor:
         """Return which tokens a statistic takes in, [windows, tokens]."""
@@ -102,7 +125,7 @@ class Collector:
 
 def _see_gradient(statistic: GradientStatistic, x: Tensor, tokens: Tensor) -> Any:
     def hook(gradient: Tensor) -> None:
-        statistic.update(x[tokens], gradient[tokens])
+        statistic.update(x[tokens], gradient.flatten(0, -2)[tokens])
 
     return hook
 

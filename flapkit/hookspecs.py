@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import pluggy
 
+from flapkit.architecture import Family
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
 
 hookspec = pluggy.HookspecMarker("flapkit")
@@ -37,5 +38,5 @@ def flapkit_compensators() -> Iterable[type[Compensator]]:  # type: ignore[empty
 
 
 @hookspec
-def flapkit_adapters() -> Iterable[type[ArchitectureAdapter]]:  # type: ignore[empty-body]
-    """Offer architecture adapters, as classes."""
+def flapkit_adapters() -> Iterable[type[ArchitectureAdapter] | Family]:  # type: ignore[empty-body]
+    """Offer architecture adapters: declarations, or classes where the declaration depends on the configuration."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from flapkit.errors import BudgetError, InputError, did_you_mean
-from flapkit.sites import Site
+from flapkit.sites import Site, groups
 
 BudgetBase = Literal["blocks", "model", "attention", "mlp"]
 
@@ -80,8 +80,14 @@ class PruningPlan:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
             if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= known[name].units:
                 raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
+            run = known[name].units // known[name].runs
+            if len({sum(unit // run == index for unit in units) for index in range(known[name].runs)}) > 1:
+                raise InputError(f"plan: {name}: each {run} units in a row have to keep the same number")
         if missing := sorted(known.keys() - self.keep.keys()):
             raise InputError(f"plan: it says nothing of {', '.join(missing)}")
+        for together in groups(sites):
+            if len({len(self.keep[site.name]) for site in together}) > 1:
+                raise InputError(f"plan: the experts of {together[0].group} have to keep the same number of units")
 
     def removed_units(self, site: Site) -> list[int]:
         """List the units of a site that the plan removes, ascending."""

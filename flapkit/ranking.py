@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flapkit.errors import BudgetError
 from flapkit.plan import Budget, PruningPlan
-from flapkit.sites import Site
+from flapkit.sites import Site, groups
 
 
 def standardise(scores: Tensor) -> Tensor:
@@ -58,51 +58,72 @@ def remove_lowest(
     Raises:
         BudgetError: the floors do not allow the budget.
     """
-    queues = [_Queue.of(site, ranking[site.name], min_units, multiple_of) for site in sites]
+    queues = [_Queue.of(together, ranking, min_units, multiple_of) for together in groups(sites)]
     _check_possible(queues, budget)
     left = budget.params
-    removed = [0] * len(queues)
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([queue.values for queue in queues]), stable=True)
     taken = [0] * len(queues)
     for owner in owners[order].tolist():
         queue = queues[owner]
         size = queue.sizes[taken[owner]] if taken[owner] < len(queue.sizes) else 0
-        cost = size * queue.site.params_per_unit
+        cost = size * queue.params_per_step
         if cost <= left:
             taken[owner] += 1
-            removed[owner] += size
             left -= cost
-    return PruningPlan(
-        {queue.site.name: tuple(sorted(queue.units[count:])) for queue, count in zip(queues, removed, strict=True)}
-    )
+    keep: dict[str, tuple[int, ...]] = {}
+    for queue, count in zip(queues, taken, strict=True):
+        keep |= queue.kept(sum(queue.sizes[:count]))
+    return PruningPlan({site.name: keep[site.name] for site in sites})
 
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The units of one site, ascending, and the blocks of them that may go, in that order."""
+    """The units of a site, ascending, and the blocks of them that may go, in that order.
 
-    site: Site
-    units: list[int]
+    Where several lots of units have to keep the same number (the experts of a layer, the query heads of each key/value
+    head), one unit of each lot goes at a time, and the mean of their values ranks them.
+    """
+
+    lots: list[tuple[Site, list[int]]]
     sizes: list[int]
     values: Tensor
 
     @classmethod
-    def of(cls, site: Site, ranking: Tensor, min_units: int, multiple_of: int) -> _Queue:
+    def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int, multiple_of: int) -> _Queue:
+        site = together[0]
         multiple = multiple_of if site.kind == "mlp" else 1
-        values, units = ranking.cpu().sort(stable=True)
-        floor = math.ceil(min_units / multiple) * multiple
-        removable = values[: max(site.units - floor, 0)]
+        length = site.units // site.runs
+        lots, columns = [], []
+        for each in together:
+            values, order = ranking[each.name].cpu().view(site.runs, length).sort(dim=1, stable=True)
+            lots += [(each, (order[run] + run * length).tolist()) for run in range(site.runs)]
+            columns.append(values)
+        values = torch.cat(columns).mean(dim=0)
+        floor = math.ceil(math.ceil(min_units / site.runs) / multiple) * multiple
+        removable = values[: max(length - floor, 0)]
         odd = len(removable) % multiple
         means = removable[odd:].view(-1, multiple).mean(dim=1)
         if odd:
             means = torch.cat([removable[:odd].mean().view(1), means])
-        return cls(site, units.tolist(), [odd] * bool(odd) + [multiple] * (len(removable) // multiple), means)
+        return cls(lots, [odd] * bool(odd) + [multiple] * (len(removable) // multiple), means)
+
+    @property
+    def params_per_step(self) -> int:
+        """Parameters that one unit of each lot saves."""
+        return sum(site.params_per_unit for site, _ in self.lots)
 
     @property
     def params(self) -> int:
         """Parameters that can go."""
-        return sum(self.sizes) * self.site.params_per_unit
+        return sum(self.sizes) * self.params_per_step
+
+    def kept(self, removed: int) -> dict[str, tuple[int, ...]]:
+        """Return the units that each site keeps once so many of each lot are removed."""
+        kept: dict[str, list[int]] = {}
+        for site, units in self.lots:
+            kept.setdefault(site.name, []).extend(units[removed:])
+        return {name: tuple(sorted(units)) for name, units in kept.items()}
 
 
 def _check_possible(queues: Sequence[_Queue], budget: Budget) -> None:

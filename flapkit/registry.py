@@ -20,6 +20,7 @@ import pydantic
 from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
+from flapkit.architecture import Family
 from flapkit.errors import ModelError, PluginError, did_you_mean
 from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component
 
@@ -49,17 +50,26 @@ class Registry:
         """Load every installed plugin, then a recipe's local files.
 
         Args:
-            files: Python files, each loaded as a plugin.
+            files: Python files, each loaded as a plugin, and YAML files, each an architecture's declaration.
         """
-        return cls([*_installed_plugins(), *((_import_file(path), str(path)) for path in files)])
+        registry = cls(_installed_plugins())
+        for path in files:
+            registry.add_file(path)
+        return registry
 
     def add_file(self, path: Path) -> None:
-        """Load a local file as one more plugin.
+        """Load a local file as one more plugin: Python, or an architecture's declaration as YAML.
 
         Raises:
             PluginError: the file is missing, fails to import, or is no plugin.
         """
-        self._register(_import_file(path), str(path))
+        if path.suffix in (".yaml", ".yml"):
+            # flapkit.recipe imports this module.
+            from flapkit.recipe.family import load_family
+
+            self._add("adapter", ArchitectureAdapter, load_family(path), str(path))
+        else:
+            self._register(_import_file(path), str(path))
 
     def names(self, kind: str) -> dict[str, type[Any]]:
         """Map the names of a kind of component to their classes, sorted by name."""
@@ -102,18 +112,21 @@ class Registry:
         """
         found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
         if not found:
-            raise ModelError(
-                f"no adapter supports models of type {config.model_type!r} "
-                f"(known: {', '.join(self.names('adapter'))}); write one: a subclass of "
-                "flapkit.interfaces.ArchitectureAdapter in a file that the recipe's `plugins` "
-                "names; docs/interfaces/adapters.md shows how"
-            )
+            return self._undeclared(config)
         special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]
         if not special:
             names = ", ".join(adapter.name for adapter in found)
             raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; name one")
         adapter: ArchitectureAdapter = special[0]()
         return adapter
+
+    def _undeclared(self, config: PreTrainedConfig) -> ArchitectureAdapter:
+        """Find an adapter for a model that nobody declared."""
+        raise ModelError(
+            f"no adapter supports models of type {config.model_type!r} (known: {', '.join(self.names('adapter'))}); "
+            "declare it: a flapkit.architecture.Family in a Python or YAML file that the recipe's `plugins` names; "
+            "docs/architectures.md shows how"
+        )
 
     def _register(self, module: ModuleType, origin: str) -> None:
         if self._manager.has_plugin(module.__name__):
@@ -145,6 +158,8 @@ class Registry:
             ) from error
 
     def _add(self, kind: str, interface: type[Any], component: Any, origin: str) -> None:
+        if kind == "adapter" and isinstance(component, Family):
+            component = component.adapter()
         label = getattr(component, "__qualname__", repr(component))
         if not (isinstance(component, type) and issubclass(component, interface)):
             raise PluginError(f"plugin {origin}: {label} is not a subclass of {interface.__name__}")

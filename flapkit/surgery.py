@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from flapkit.checkpoint.modeling_flapkit import add_bias_, replace_, settle_
 from flapkit.errors import ModelError
 from flapkit.interfaces import Correction
 from flapkit.plan import PruningPlan
-from flapkit.sites import Site
+from flapkit.sites import Site, groups
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise ``ModelError`` unless every consumer and coupled parameter of the sites has the size they say."""
-    params = dict(model.named_parameters())
+    """Raise ``ModelError`` unless every consumer and coupled parameter of the sites is there, large enough, and free.
+
+    Free is a parameter that no other name shares: what is tied across layers, or to an embedding, would be cut twice.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, param in params.items():
+        names.setdefault(id(param), []).append(name)
     for site in sites:
-        expected = {f"{site.consumer}.weight": (1, site.channels)}
-        for coupling in site.couplings:
-            _, length = expected.get(coupling.param, (coupling.dim, 0))
-            expected[coupling.param] = (coupling.dim, length + site.units * coupling.per_unit)
-        for name, (dim, length) in expected.items():
+        needed = [(site.weight, site.dim, site.channels)]
+        needed += [(c.param, c.dim, c.start(site.units - 1) + c.per_unit) for c in site.couplings]
+        for name, dim, length in needed:
             if name not in params:
                 raise ModelError(f"{site.name}: the adapter names {name}, which this {type(model).__name__} has not")
             if params[name].shape[dim] < length:
@@ -29,19 +35,26 @@ def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
                     f"{site.name}: the adapter expects {length} entries in dimension {dim} of {name}, "
                     f"which has the shape {list(params[name].shape)}"
                 )
+            if len(shared := names[id(params[name])]) > 1:
+                raise ModelError(f"{site.name}: {' and '.join(shared)} are one tensor; a shared one cannot be pruned")
 
 
-def consumer_of(model: nn.Module, site: Site) -> nn.Linear:
-    """Return the linear whose input channels a site prunes."""
+def consumer_of(model: nn.Module, site: Site) -> nn.Module:
+    """Return the module whose input channels a site prunes: a linear, or the module that holds all experts."""
+    if site.expert is not None:
+        return model.get_submodule(site.path)
     consumer = model.get_submodule(site.consumer)
-    if not isinstance(consumer, nn.Linear):
+    if not isinstance(consumer, (nn.Linear, Conv1D)):
         raise ModelError(f"{site.name}: the consumer {site.consumer} is a {type(consumer).__name__}, not a linear")
     return consumer
 
 
 def weight_of(model: nn.Module, site: Site) -> Tensor:
     """Return the weight of a site's consumer, [out_features, channels]."""
-    return consumer_of(model, site).weight
+    weight: Tensor = model.get_parameter(site.weight)
+    if site.expert is None:
+        return weight if site.dim == 1 else weight.T
+    return weight[site.expert] if site.dim == 2 else weight[site.expert].T
 
 
 @torch.no_grad()
@@ -57,17 +70,20 @@ def slice_(
         corrections: site name -> what a compensator does to the consumer.
     """
     plan.check(sites)
-    for site in sites:
-        removed = plan.removed_units(site)
-        if not removed:
+    for together in groups(sites):
+        first, removed = together[0], {site.name: plan.removed_units(site) for site in together}
+        if not removed[first.name]:
             continue
-        consumer = consumer_of(model, site)
-        correction = (corrections or {}).get(site.name, Correction())
-        weight = _keep(consumer.weight, 1, site.channels_of(removed))
-        _replace(model, f"{site.consumer}.weight", weight if correction.weight is None else correction.weight)
-        _add_bias(consumer, correction.bias)
-        for (name, dim), indices in _coupled(site, removed).items():
-            _replace(model, name, _keep(model.get_parameter(name), dim, indices))
+        channels = [site.channels_of(plan.keep[site.name]) for site in together]
+        _keep(model, first.weight, first.dim, channels, stacked=first.expert is not None)
+        _correct(model, together, corrections or {})
+        for (name, dim), gone in _coupled(first, removed[first.name]).items():
+            length = model.get_parameter(name).shape[dim]
+            indices = [_without(length, gone)]
+            if first.expert is not None:
+                indices = [_without(length, _coupled(site, removed[site.name])[name, dim]) for site in together]
+            _keep(model, name, dim, indices, stacked=first.expert is not None)
+        _settle(model, first, plan.keep[first.name])
 
 
 @torch.no_grad()
@@ -83,51 +99,84 @@ def mask_(
         corrections: site name -> what a compensator does to the consumer.
     """
     plan.check(sites)
-    for site in sites:
-        removed = plan.removed_units(site)
-        if not removed:
-            continue
-        consumer = consumer_of(model, site)
-        correction = (corrections or {}).get(site.name, Correction())
+    for together in groups(sites):
+        for site in together:
+            removed = plan.removed_units(site)
+            correction = (corrections or {}).get(site.name, Correction())
+            weight = weight_of(model, site)
+            if removed and correction.weight is not None:
+                weight[:, site.channels_of(plan.keep[site.name])] = correction.weight.to(weight)
+            weight[:, site.channels_of(removed)] = 0
+        _add_biases(model, together, corrections or {})
+
+
+def _correct(model: nn.Module, together: Sequence[Site], corrections: Mapping[str, Correction]) -> None:
+    """Write the corrected weights of sites that are sliced already, and add the biases."""
+    for site in together:
+        correction = corrections.get(site.name, Correction())
         if correction.weight is not None:
-            consumer.weight[:, site.channels_of(plan.keep[site.name])] = correction.weight.to(consumer.weight)
-        consumer.weight[:, site.channels_of(removed)] = 0
-        _add_bias(consumer, correction.bias)
+            weight = weight_of(model, site)
+            weight.copy_(correction.weight)
+    _add_biases(model, together, corrections)
+
+
+def _add_biases(model: nn.Module, together: Sequence[Site], corrections: Mapping[str, Correction]) -> None:
+    biases = {site.name: corrections[site.name].bias for site in together if site.name in corrections}
+    for site in together:
+        bias = biases.get(site.name)
+        if bias is None:
+            continue
+        if not _has(model, site.bias):
+            _make_bias(model, site)
+        old = model.get_parameter(site.bias)
+        part = old if site.expert is None else old[site.expert]
+        part.copy_(part.to(bias) + bias.to(part.device))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None) is not None
+
+
+def _make_bias(model: nn.Module, site: Site) -> None:
+    if site.block is not None:
+        add_bias_(model.get_submodule(site.path), site.block.data)
+        return
+    consumer, weight = model.get_submodule(site.consumer), weight_of(model, site)
+    consumer.bias = nn.Parameter(weight.new_zeros(site.out_features), requires_grad=weight.requires_grad)
 
 
 def _coupled(site: Site, removed: Sequence[int]) -> dict[tuple[str, int], list[int]]:
     """Gather the indices that go from each coupled parameter, which may have several parts."""
     indices: dict[tuple[str, int], list[int]] = {}
     for coupling in site.couplings:
-        gone = indices.setdefault((coupling.param, coupling.dim), [])
-        for unit in removed:
-            start = coupling.offset + unit * coupling.per_unit
-            gone.extend(range(start, start + coupling.per_unit))
+        indices.setdefault((coupling.param, coupling.dim), []).extend(coupling.indices_of(removed))
     return indices
 
 
-def _keep(tensor: Tensor, dim: int, removed: Sequence[int]) -> Tensor:
-    """Drop some indices of one dimension; the result shares no memory with ``tensor``."""
-    kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    kept[list(removed)] = False
-    return tensor.index_select(dim, kept.nonzero().squeeze(1).to(tensor.device))
+def _without(length: int, removed: Iterable[int]) -> list[int]:
+    gone = set(removed)
+    return [index for index in range(length) if index not in gone]
 
 
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in a parameter's place, in its dtype and on its device, and let a linear know its new size."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = model.get_parameter(name)
-    setattr(module, attribute, nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad))
-    if isinstance(module, nn.Linear) and attribute == "weight":
-        module.out_features, module.in_features = module.weight.shape
+def _keep(model: nn.Module, name: str, dim: int, indices: Sequence[Sequence[int]], *, stacked: bool) -> None:
+    """Keep some indices of one dimension, in a stack those of each expert; the result shares no memory with the old."""
+    tensor = model.get_parameter(name).detach()
+    kept = [torch.tensor(each, device=tensor.device) for each in indices]
+    if stacked:
+        experts = [expert.index_select(dim - 1, each) for expert, each in zip(tensor, kept, strict=True)]
+        replace_(model, name, torch.stack(experts))
+    else:
+        replace_(model, name, tensor.index_select(dim, kept[0]))
 
 
-def _add_bias(consumer: nn.Linear, bias: Tensor | None) -> None:
-    if bias is None:
+def _settle(model: nn.Module, site: Site, keep: Sequence[int]) -> None:
+    """Let what is no tensor follow the cut."""
+    if site.block is None:
         return
-    old = consumer.bias
-    if old is not None:
-        bias = old.to(bias) + bias.to(old.device)
-    requires_grad = consumer.weight.requires_grad
-    consumer.bias = nn.Parameter(bias.to(consumer.weight), requires_grad=requires_grad)
+    module, block = model.get_submodule(site.path), site.block.data
+    heads = None
+    if block["arguments"] or block["outputs"]:
+        before = getattr(module, "kept_heads", range(site.heads))
+        heads = [before[head] for head in site.heads_of(keep)]
+    settle_(module, block, site.sizes(len(keep)), {"H": site.heads, "K": site.kv_heads}, heads)

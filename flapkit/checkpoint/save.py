@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flapkit.checkpoint.families import Family, family_of
+from flapkit.checkpoint.families import PrunedClasses, pruned_classes
 from flapkit.checkpoint.folder import MARK, new_folder
 from flapkit.errors import ModelError
 from flapkit.plan import PruningPlan
@@ -53,12 +53,12 @@ def save(
         ModelError: flapkit has no class to load models of this family by.
         OutputError: the folder exists, or cannot be written.
     """
-    family = savable_family(model)
+    classes = savable_classes(model)
     with new_folder(Path(path), overwrite=overwrite) as folder:
         _check_generation(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _write_config(family, folder)
-        (folder / family.code.name).write_bytes(family.code.read_bytes())
+        _write_config(classes, folder)
+        (folder / classes.file).write_text(classes.code, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -68,20 +68,19 @@ def save(
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
-def savable_family(model: PreTrainedModel) -> Family:
-    """Return the family that a pruned model is saved as.
+def savable_classes(model: PreTrainedModel) -> PrunedClasses:
+    """Return the classes that a pruned model is loaded by.
 
     Raises:
-        ModelError: there is none, or the model was not pruned by flapkit.
+        ModelError: there are none, or the model was not pruned by flapkit.
     """
-    family = family_of(model.config)
-    if family is None:
+    classes = pruned_classes(model.config.model_type)
+    if classes is None or not isinstance(model.config, classes.config):
         raise ModelError(
-            f"pruned models of type {model.config.model_type!r} cannot be saved: there is no class for them"
+            f"this {type(model).__name__} does not say which of its layers differ: it was not pruned by flapkit, or by "
+            "an adapter whose sites come from no declaration; use its own save_pretrained"
         )
-    if not isinstance(model.config, family.config):
-        raise ModelError(f"this {type(model).__name__} was not pruned by flapkit; use its own save_pretrained")
-    return family
+    return classes
 
 
 def _check_generation(model: PreTrainedModel) -> None:
@@ -96,9 +95,9 @@ def _check_generation(model: PreTrainedModel) -> None:
         settings.do_sample = True
 
 
-def _write_config(family: Family, folder: Path) -> None:
+def _write_config(classes: PrunedClasses, folder: Path) -> None:
     """Write the configuration again with what only a checkpoint says: its class, and where its code is."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"architectures": [family.causal_lm.__name__], "auto_map": family.auto_map}
+    config |= {"architectures": [classes.causal_lm.__name__], "auto_map": classes.auto_map}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

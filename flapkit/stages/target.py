@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from flapkit.checkpoint import load_config
-from flapkit.checkpoint.families import family_of
 from flapkit.errors import ModelError
 from flapkit.interfaces import ArchitectureAdapter
 from flapkit.recipe import LoadedRecipe
@@ -38,12 +37,16 @@ def find_target(recipe: LoadedRecipe) -> Target:
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
     adapter = recipe.adapter or recipe.registry.adapter_for(config)
-    if family_of(config) is None:
-        raise ModelError(f"pruned models of type {config.model_type!r} cannot be saved: there is no class for them")
     try:
-        return Target(config, adapter, adapter.sites(config))
+        sites = adapter.sites(config)
     except AttributeError as error:
         raise ModelError(
             f"model {model.path}: adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
             f"({error}); leave `adapter` out, or name the right one"
         ) from error
+    if any(site.block is None for site in sites):
+        raise ModelError(
+            f"models pruned by adapter {adapter.name!r} cannot be saved: its sites come from no declaration "
+            "(flapkit.architecture.Family), so that there is no class to load them by"
+        )
+    return Target(config, adapter, sites)

@@ -11,7 +11,7 @@ import pytest
 from flapkit.registry import Registry
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAMES = {"metrics": "input_power", "searchers": "raw", "compensators": "part_of_bias", "adapters": "opt"}
+NAMES = {"metrics": "input_power", "searchers": "raw", "compensators": "part_of_bias", "adapters": "stablelm"}
 
 
 def test_generated_pages_are_up_to_date():

@@ -1,0 +1,243 @@
+"""A transformers model whose decoder layers differ in heads and widths: the stock classes, with their tensors resized.
+
+This file needs torch and transformers. It is part of flapkit and lies in every checkpoint that flapkit writes, so
+that ``from_pretrained(..., trust_remote_code=True)`` loads one without flapkit. The configuration says what is resized:
+``flapkit`` declares the blocks of a decoder layer, ``per_layer_config`` gives each layer's sizes.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+SIZES = {"q": "H", "k": "K", "i": "I"}
+OPERATORS: Any = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+class FlapkitConfig:
+    """What a pruned model's configuration adds: the dense sizes stand globally, a layer's own where they differ."""
+
+    flapkit: Any = None
+
+    def validate_architecture(self) -> None:
+        """Leave the head counts to the tensors: nothing has to divide the hidden size."""
+
+
+class Resized:
+    """A stock model whose layers are resized as its configuration says, once they are built."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        layers, blocks = config.to_dict().get("per_layer_config"), config.flapkit["blocks"]
+        # transformers builds a dense model around this very object, which its modules go on to hold.
+        config.per_layer_config = None
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            dense = [heads_of(config, block) for block in blocks]
+        finally:
+            config.per_layer_config = layers
+        path = config.flapkit["layers"]
+        if self is self.base_model:
+            path = path.removeprefix(f"{self.base_model_prefix}.")
+        for layer, shape in zip(self.get_submodule(path), config.per_layer_config, strict=True):
+            for block, heads in zip(blocks, dense, strict=True):
+                if (module := find(layer, block)) is not None:
+                    resize_(module, block, heads, shape)
+
+
+def heads_of(config: Any, block: Any) -> dict[str, int]:
+    """Read an attention's heads; an MLP's width stands in its tensors alone."""
+    if block["kind"] != "attention":
+        return {}
+    heads, kv_heads = getattr(config, block["heads"]), block["kv_heads"]
+    return {"H": heads, "K": kv_heads if isinstance(kv_heads, int) else getattr(config, kv_heads, None) or heads}
+
+
+def find(layer: Any, block: Any) -> Any:
+    """Return a block's module, or None where this layer has no such block."""
+    try:
+        module = layer.get_submodule(block["path"])
+        module.get_parameter(columns_of(module, block)[0])
+    except AttributeError:
+        return None
+    return module
+
+
+def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
+    """Cut the tensors of a freshly built block to a layer's sizes."""
+    consumer, dim = columns_of(module, block)
+    channels = kept = module.get_parameter(consumer).shape[dim]
+    if block["kind"] == "attention":
+        sizes = {"H": shape.num_attention_heads, "K": shape.num_key_value_heads, "D": channels // dense["H"]}
+        kept = sizes["H"] * sizes["D"]
+    else:
+        dense, kept = {"I": channels}, getattr(shape, block["width"])
+        sizes = {"I": kept}
+    cuts = [(consumer, dim, kept)]
+    for name, layout in block["parameters"].items():
+        for parameter, rows in rows_of(module, block, name):
+            length = module.get_parameter(parameter).shape[rows]
+            cuts.append((parameter, rows, length * count(layout, sizes) // count(layout, dense)))
+    for name, axis, size in cuts:
+        replace_(module, name, module.get_parameter(name).data.narrow(axis, 0, size).clone())
+    if getattr(shape, f"{block['name']}_out_bias"):
+        add_bias_(module, block)
+    settle_(module, block, sizes, dense, getattr(shape, "kept_heads", None))
+
+
+def columns_of(module: Any, block: Any) -> tuple[str, int]:
+    """Return the name of the consumer's weight, and the dimension of it that counts the input channels."""
+    name = block["consumer"]
+    if block["kind"] == "experts":
+        return name, 1 if module.is_transposed else 2
+    return f"{name}.weight", 0 if isinstance(module.get_submodule(name), Conv1D) else 1
+
+
+def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
+    """Return the parameters of a coupled name, and the dimension of each that counts its rows; a bias goes along."""
+    owner, _, leaf = name.removesuffix("?").rpartition(".")
+    found = getattr(module.get_submodule(owner), leaf, None)
+    if found is None:
+        if name.endswith("?"):
+            return []
+        raise AttributeError(f"{name} is not there")
+    if isinstance(found, nn.Parameter):
+        stacked = block["kind"] == "experts"
+        return [(name.removesuffix("?"), 2 if stacked and found.dim() == 3 and module.is_transposed else int(stacked))]
+    names = [each for each in ("weight", "bias") if getattr(found, each, None) is not None]
+    return [(f"{name.removesuffix('?')}.{each}", int(isinstance(found, Conv1D) and each == "weight")) for each in names]
+
+
+def count(layout: str, sizes: dict[str, int]) -> int:
+    """Count the rows of a layout such as ``q+k+k``, in heads or in channels."""
+    return sum(sizes[SIZES[part]] for part in layout.strip("()").split("+"))
+
+
+def replace_(module: Any, name: str, value: Tensor) -> None:
+    """Put a tensor in a parameter's place, and let a linear know its new size."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=getattr(owner, leaf).requires_grad))
+    if leaf == "weight" and isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = value.shape
+    elif leaf == "weight" and isinstance(owner, Conv1D):
+        owner.nx, owner.nf = value.shape
+
+
+def add_bias_(module: Any, block: Any) -> None:
+    """Give a consumer a bias of zeros where its stock class has none; experts add theirs by their routing weights."""
+    name, dim = columns_of(module, block)
+    weight = module.get_parameter(name)
+    zeros = nn.Parameter(weight.data.select(dim, 0).clone().zero_(), requires_grad=weight.requires_grad)
+    if block["kind"] != "experts":
+        owner = module.get_submodule(block["consumer"])
+        owner.bias = zeros if owner.bias is None else owner.bias
+    elif getattr(module, f"{name}_bias", None) is None:
+        setattr(module, f"{name}_bias", zeros)
+        module.register_forward_hook(ExpertBias(f"{name}_bias"), with_kwargs=True)
+
+
+def settle_(module: Any, block: Any, sizes: dict[str, int], dense: dict[str, int], heads: list[int] | None) -> None:
+    """Let everything but the tensors follow a cut: cached counts, and what forward reads and takes.
+
+    ``sizes`` and ``dense`` are what is left and what there was; ``heads`` are the dense model's query heads that are
+    left, where forward has to know them.
+    """
+    for name, expression in block["attributes"].items():
+        setattr(module, name, evaluate(expression, sizes))
+    if block["reads"]:
+        values = {name: evaluate(expression, sizes) for name, expression in block["reads"].items()}
+        module.config = ConfigView(getattr(module.config, "of", module.config), values)
+    if heads is None:
+        return
+    first, module.kept_heads = not hasattr(module, "kept_heads"), heads
+    module.dense_heads = dense = dense if first else module.dense_heads
+    names = list(signature(module.forward).parameters)
+    for name, dim in block["arguments"].items() if first else ():
+        module.register_forward_pre_hook(KeptArgument(dense["H"], name, dim, names.index(name)), with_kwargs=True)
+    index = {"q": heads, "k": sorted({head * dense["K"] // dense["H"] for head in heads})}
+    for name, part in block["outputs"].items():
+        owner = module.get_submodule(name)
+        owner.kept_heads = index[part]
+        if first:
+            owner.register_forward_hook(KeptOutput(dense[SIZES[part]]))
+
+
+def evaluate(expression: str, sizes: dict[str, int]) -> int:
+    """Compute an expression of sizes and whole numbers with ``+``, ``*`` and ``//``."""
+
+    def value(node: Any) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return int(OPERATORS[type(node.op)](value(node.left), value(node.right)))
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        raise ValueError(f"{expression!r} is no expression of {', '.join(sizes)} with +, * and //")
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+class ConfigView:
+    """The model's own configuration, but for what differs in one layer; a copy would miss what is set later."""
+
+    def __init__(self, of: Any, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, of=of)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.of, name)
+
+
+class ExpertBias:
+    """Add every expert's output bias, weighted as the router weights the expert, whatever computes the experts."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Follow ``forward(hidden_states, top_k_index, top_k_weights)`` of an experts module."""
+        _, index, weights = (*args, *kwargs.values())
+        bias = module.get_parameter(self.name)
+        routed = weights.new_zeros(len(index), len(bias)).scatter_add(1, index, weights)
+        return output + (routed.to(bias.dtype) @ bias).to(output.dtype)
+
+
+class KeptArgument:
+    """Pick the kept heads of an argument whose dimension ``dim`` counts heads, or batch times heads."""
+
+    def __init__(self, total: int, name: str, dim: int, position: int) -> None:
+        self.total, self.name, self.dim, self.position = total, name, dim, position
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Go before the module's forward."""
+        if self.name in kwargs:
+            return args, {**kwargs, self.name: self.pick(kwargs[self.name], module.kept_heads)}
+        return tuple(self.pick(x, module.kept_heads) if i == self.position else x for i, x in enumerate(args)), kwargs
+
+    def pick(self, tensor: Any, heads: list[int]) -> Any:
+        """Leave alone what is no tensor, or is the same for all heads."""
+        if not isinstance(tensor, Tensor) or tensor.shape[self.dim] % self.total:
+            return tensor
+        parts = tensor.unflatten(self.dim, (-1, self.total))
+        return parts.index_select(self.dim + 1, torch.tensor(heads, device=tensor.device)).flatten(
+            self.dim, self.dim + 1
+        )
+
+
+class KeptOutput:
+    """Pick the kept heads' features of a module's output [..., heads * features]."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        """Follow the module's forward."""
+        index = torch.tensor(module.kept_heads, device=output.device)
+        return output.unflatten(-1, (self.total, -1)).index_select(-2, index).flatten(-2)
