@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import pluggy
 
 from flapkit.architecture import Family
-from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
+from flapkit.interfaces import ArchitectureAdapter, Compensator, Exporter, ImportanceMetric, StructureSearcher
 
 hookspec = pluggy.HookspecMarker("flapkit")
 hookimpl = pluggy.HookimplMarker("flapkit")
@@ -40,3 +40,8 @@ def flapkit_compensators() -> Iterable[type[Compensator]]:  # type: ignore[empty
 @hookspec
 def flapkit_adapters() -> Iterable[type[ArchitectureAdapter] | Family]:  # type: ignore[empty-body]
     """Offer architecture adapters: declarations, or classes where the declaration depends on the configuration."""
+
+
+@hookspec
+def flapkit_exporters() -> Iterable[type[Exporter]]:  # type: ignore[empty-body]
+    """Offer exporters, as classes."""

@@ -1,4 +1,4 @@
-"""The four interfaces that a plugin can implement.
+"""The five interfaces that a plugin can implement.
 
 A component is a subclass written as a frozen dataclass: its fields are its options in a recipe, its class attribute
 ``name`` is what a recipe calls it. Components hold options, never the state of a run.
@@ -7,22 +7,24 @@ A component is a subclass written as a frozen dataclass: its fields are its opti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flapkit.errors import RecipeError
 from flapkit.plan import Budget, PruningPlan
-from flapkit.sites import Site
+from flapkit.sites import Kind, Site
 from flapkit.statistics import SiteStatistics, Statistic
 
 
 class Component(ABC):
-    """What all four interfaces share."""
+    """What all interfaces share."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -71,6 +73,9 @@ class ImportanceMetric(Component):
 class StructureSearcher(Component):
     """Which units go: it owns standardisation and ranking."""
 
+    uniform: ClassVar[bool] = False
+    """Whether every plan leaves all layers alike, which some export formats need."""
+
     @abstractmethod
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Find the units to keep.
@@ -113,6 +118,11 @@ class Compensator(Component):
     def corrects(self) -> bool:
         """Tell whether it repairs in closed form."""
         return type(self).correct is not Compensator.correct
+
+    @property
+    def adds_bias(self) -> bool:
+        """Tell whether pruned consumers get a bias, which some export formats cannot hold."""
+        return self.corrects
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Compute the repair of one site.
@@ -166,10 +176,107 @@ class ArchitectureAdapter(Component):
         return None
 
 
+Runner: TypeAlias = Callable[[Tensor], Tensor]
+"""Runs an exported file: tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A pruned model as far as it is known: before a run from the recipe, afterwards from the model itself.
+
+    Args:
+        family: model type of the dense models, such as ``llama``.
+        config: the dense model's configuration before the run, the pruned one's afterwards.
+        sites: the prunable places, at the sizes that the configuration has.
+        uniform: all layers are alike, or will be.
+        biases: the kinds of sites whose consumers hold a bias, or will.
+    """
+
+    family: str
+    config: PreTrainedConfig
+    sites: tuple[Site, ...]
+    uniform: bool
+    biases: frozenset[Kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A pruned checkpoint to export.
+
+    Args:
+        folder: where it lies; ``flapkit.load`` and safetensors read it.
+        prospect: what it is.
+        tokenizer: its tokenizer, if it has one.
+    """
+
+    folder: Path
+    prospect: Prospect
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+@dataclass(frozen=True)
+class Exporter(Component):
+    """A form that a pruned model is written in, for other programs to run.
+
+    Every export is then run and compared with the pruned model.
+
+    Args:
+        verify: run what was written, and compare its logits with the pruned model's.
+    """
+
+    verify: Annotated[bool, Field(description="Run what was written, and compare it with the pruned model.")] = True
+
+    suffix: ClassVar[str] = ""
+    """Ending of the file that is written; empty for a folder."""
+
+    extra: ClassVar[str] = ""
+    """The extra of flapkit that installs ``packages``."""
+
+    @property
+    def packages(self) -> Sequence[str]:
+        """Import names of the packages that the export needs beyond flapkit's own."""
+        return ()
+
+    @property
+    def label(self) -> str:
+        """What a recipe's export is called in the output folder; two exports of a recipe need two labels."""
+        return self.name
+
+    @property
+    def tolerance(self) -> float | None:
+        """The largest difference of a logit that passes, as a share of the largest logit; None: any finite one."""
+        return 1e-4
+
+    def check(self, prospect: Prospect) -> None:
+        """Raise ``ModelError`` where such a model cannot be written, and say the way out; asked before a run, too."""
+        return None
+
+    @abstractmethod
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Write the model.
+
+        Args:
+            checkpoint: what to write; ``check`` has passed.
+            path: a file that is not there yet, or an empty folder: see ``suffix``.
+        """
+
+    @abstractmethod
+    def open(self, path: Path) -> AbstractContextManager[Runner]:
+        """Load what ``write`` wrote into the program that it is for.
+
+        Args:
+            path: the file or folder.
+
+        Returns:
+            What runs it, for as long as the context lasts.
+        """
+
+
 COMPONENT_KINDS: Mapping[str, type[Any]] = {
     "metric": ImportanceMetric,
     "searcher": StructureSearcher,
     "compensator": Compensator,
     "adapter": ArchitectureAdapter,
+    "exporter": Exporter,
 }
-"""The kind of a component, as recipes and messages call it -> its interface."""
+"""The kind of a component, as messages call it -> its interface."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
+from flapkit.export import export_all
 from flapkit.plan import Budget
 from flapkit.progress import Progress
 from flapkit.pruning import prune_sites_
@@ -66,4 +68,7 @@ def _run(recipe: LoadedRecipe, progress: Progress, warnings: Sequence[str], *, o
     )
     with progress.stage("save"):
         save_run(record, model, overwrite=overwrite)
-    return record
+    if not recipe.exporters:
+        return record
+    with progress.stage("export", len(recipe.exporters), "exports") as stage:
+        return replace(record, exports=export_all(record.output, recipe.exporters, recipe.registry, stage))

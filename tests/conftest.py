@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import flapkit
 
 torch.set_num_threads(1)
 
@@ -67,3 +70,11 @@ def tokens() -> torch.Tensor:
 def probe() -> torch.Tensor:
     """Tokens [2, 12] to compare logits on."""
     return torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def pruned_folder(tokens, tmp_path) -> Path:
+    """A pruned LLaMA whose layers differ, saved."""
+    model = make_llama(num_key_value_heads=2)
+    flapkit.save(model, tmp_path / "pruned", flapkit.prune_(model, tokens, ratio=0.4))
+    return tmp_path / "pruned"

@@ -32,6 +32,10 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
             raise OutputError(f"output {path}: exists already; choose another folder, or give --overwrite")
         if not (path / MARK).is_file() and any(path.iterdir()):
             raise OutputError(f"output {path}: was not written by flapkit (it holds no {MARK}); remove it yourself")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"output {path}: {parent} is not a folder")
@@ -71,6 +75,52 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _failure(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Write a file under a temporary name beside its own, and rename it when all is written.
+
+    Args:
+        path: the file to write.
+        overwrite: replace a file.
+
+    Yields:
+        The temporary file to write, which is not there yet.
+
+    Raises:
+        OutputError: the file exists, cannot be written, or the disk is full.
+    """
+    check_output_file(path, overwrite=overwrite)
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise _failure(path, error) from error
+    try:
+        yield folder / path.name
+        _sync(folder)
+        _open_up(folder)
+        (folder / path.name).replace(path)
+    except (OSError, SafetensorError) as error:
+        raise _failure(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output_file(path: Path, *, overwrite: bool = False) -> None:
+    """Raise ``OutputError`` unless a file can be written.
+
+    Args:
+        path: the file to write.
+        overwrite: it may replace a file.
+    """
+    if path.is_dir() or path.is_symlink():
+        raise OutputError(f"output {path}: exists and is no file; choose another")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output {path}: exists already; choose another file, or give --overwrite")
+    _check_parent(path)
 
 
 def _open_up(folder: Path) -> None:

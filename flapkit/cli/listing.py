@@ -19,6 +19,7 @@ class Kind(str, Enum):
     SEARCHERS = "searchers"
     COMPENSATORS = "compensators"
     ADAPTERS = "adapters"
+    EXPORTERS = "exporters"
     DATASETS = "datasets"
     RECIPES = "recipes"
 

@@ -40,4 +40,6 @@ def run(
         change = measured["pruned"] / measured["dense"] - 1
         table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
     print_(table)
+    for name, agreed in result.exports.items():
+        print_(f"exports/{name}: {agreed}")
     print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))

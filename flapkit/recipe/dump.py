@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from flapkit.interfaces import COMPONENT_KINDS
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.nodes import FLOAT, INTEGER
-from flapkit.recipe.schema import SEVERAL, Recipe
+from flapkit.recipe.schema import KEYS, SEVERAL, Recipe
 
 _LINE_BREAKS = frozenset("\x85\u2028\u2029")
 
@@ -46,9 +45,9 @@ def dump_recipe(recipe: LoadedRecipe | Recipe) -> str:
     """
     bare = recipe.recipe if isinstance(recipe, LoadedRecipe) else recipe
     data = bare.model_dump(mode="json")
-    for kind in COMPONENT_KINDS:
-        specs = [_shortest(spec) for spec in (data[kind] if kind in SEVERAL else [data[kind]])]
-        data[kind] = specs[0] if len(specs) == 1 else specs
+    for kind, key in KEYS.items():
+        specs = [_shortest(spec) for spec in (data[key] if kind in SEVERAL else [data[key]])]
+        data[key] = specs[0] if len(specs) == 1 else specs
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

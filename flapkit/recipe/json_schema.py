@@ -8,7 +8,7 @@ import pydantic
 
 from flapkit.errors import PluginError
 from flapkit.interfaces import COMPONENT_KINDS
-from flapkit.recipe.schema import SEVERAL, Recipe
+from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
 from flapkit.registry import Registry
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -39,9 +39,9 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             _add_name(parts[reference], key[1])
     del parts["ComponentSpec"]
     recipe = parts.pop(references["recipe"])
-    for kind in COMPONENT_KINDS:
+    for kind, key in KEYS.items():
         known = {name: references[kind, name] for name in registry.names(kind)}
-        recipe["properties"][kind] = _component(recipe["properties"][kind], kind, known)
+        recipe["properties"][key] = _component(recipe["properties"][key], kind, known)
     return {"$schema": DRAFT, **recipe, "$defs": parts}
 
 
@@ -56,11 +56,12 @@ def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> 
     """Describe a component's key: a name, or a section with that component's options, or a list where it may be one."""
     branches: list[dict[str, Any]] = [{"enum": sorted(references)}]
     branches += [{"$ref": f"#/$defs/{reference}"} for reference in references.values()]
-    default = Recipe.model_fields[kind].default
+    default = Recipe.model_fields[KEYS[kind]].default
     if default is None:
         branches.append({"type": "null"})
-    elif kind in SEVERAL:
-        branches.append({"type": "array", "items": {"oneOf": list(branches)}, "minItems": 1})
-        default = default[0]
+    if kind in SEVERAL:
+        some = {"minItems": 1} if default else {}
+        branches.append({"type": "array", "items": {"oneOf": list(branches)}, **some})
     schema = {"description": field["description"], "oneOf": branches}
-    return {**schema, "default": default.name if default is not None else None}
+    first = next(iter(default), []) if kind in SEVERAL else default
+    return {**schema, "default": first.name if isinstance(first, ComponentSpec) else first}

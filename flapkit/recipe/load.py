@@ -15,6 +15,7 @@ from flapkit.interfaces import (
     ArchitectureAdapter,
     Compensator,
     Component,
+    Exporter,
     ImportanceMetric,
     StructureSearcher,
     corrector_of,
@@ -23,7 +24,7 @@ from flapkit.pruning import Method
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
-from flapkit.recipe.schema import SEVERAL, ComponentSpec, Recipe
+from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
 from flapkit.recipe.validation import check
 from flapkit.registry import Registry
 
@@ -40,6 +41,7 @@ class LoadedRecipe:
         searcher: the structure searcher.
         compensators: the compensators; at most one corrects.
         adapter: the architecture adapter, or None to find it from the model's configuration.
+        exporters: the exporters.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class LoadedRecipe:
     searcher: StructureSearcher
     compensators: tuple[Compensator, ...]
     adapter: ArchitectureAdapter | None
+    exporters: tuple[Exporter, ...]
 
     @property
     def method(self) -> Method:
@@ -78,13 +81,20 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     problems += [problem for problem in found if (problem.position, problem.key) not in broken]
     if problems or isinstance(recipe, list):
         raise _error(problems, overrides)
-    compensators = tuple(components.pop("compensator"))
+    several = {kind: tuple(components.pop(kind)) for kind in SEVERAL}
     single = {kind: found[0] for kind, found in components.items() if found}
     specs: dict[str, Any] = {kind: _spec(component) for kind, component in single.items()}
-    specs["compensator"] = tuple(_spec(compensator) for compensator in compensators)
+    specs |= {KEYS[kind]: tuple(_spec(component) for component in found) for kind, found in several.items()}
     plugins = tuple(str(_plugin_path(entry, path)) for entry in recipe.plugins)
     resolved = recipe.model_copy(update={**specs, "plugins": plugins})
-    return LoadedRecipe(resolved, path, registry, compensators=compensators, **{"adapter": None, **single})
+    return LoadedRecipe(
+        resolved,
+        path,
+        registry,
+        compensators=several["compensator"],
+        exporters=several["exporter"],
+        **{"adapter": None, **single},
+    )
 
 
 def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
@@ -98,7 +108,7 @@ def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
         raise RecipeError(f"{start}: the recipe is empty; it needs model, calibration, budget and output")
     if not isinstance(root.value, dict):
         raise RecipeError(f"{root.position}: a recipe is a section of keys, such as `output: runs/mine`")
-    names = {kind: next(iter(_default_names(kind)), None) for kind in COMPONENT_KINDS}
+    names = {key: next(iter(_default_names(kind)), None) for kind, key in KEYS.items()}
     for text in overrides:
         problems += override(root, text, names)
     return root, problems
@@ -159,12 +169,13 @@ def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict
 
 def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
     """List what the recipe says of a kind of component, each with its dotted key; the default where it says nothing."""
-    node = root.child(kind)
+    key = KEYS[kind]
+    node = root.child(key)
     if node is None:
-        return [(kind, Node(name, root.position, root.position)) for name in _default_names(kind)]
+        return [(key, Node(name, root.position, root.position)) for name in _default_names(kind)]
     if kind in SEVERAL and isinstance(node.value, list):
-        return [(f"{kind}.{index}", entry) for index, entry in enumerate(node.value)]
-    return [(kind, node)]
+        return [(f"{key}.{index}", entry) for index, entry in enumerate(node.value)]
+    return [(key, node)]
 
 
 def _component(kind: str, key: str, node: Node, registry: Registry, *, complete: bool) -> Any:
@@ -197,7 +208,7 @@ def _options(node: Node) -> Node:
 
 
 def _default_names(kind: str) -> list[str]:
-    default = Recipe.model_fields[kind].default
+    default = Recipe.model_fields[KEYS[kind]].default
     specs = default if kind in SEVERAL else [default]
     return [spec.name for spec in specs if spec is not None]
 

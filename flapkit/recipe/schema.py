@@ -14,7 +14,16 @@ from flapkit.plan import BudgetBase
 
 LARGEST_SEED = 2**32 - 1
 
-SEVERAL = ("compensator",)
+KEYS: Mapping[str, str] = {
+    "metric": "metric",
+    "searcher": "searcher",
+    "compensator": "compensator",
+    "adapter": "adapter",
+    "exporter": "export",
+}
+"""Kind of a component -> the key by which a recipe names it."""
+
+SEVERAL = ("compensator", "exporter")
 """The kinds of component of which a recipe can name a list."""
 
 
@@ -146,7 +155,11 @@ class Evaluate(Section):
 
 
 def _as_list(value: Any) -> tuple[Any, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _as_list_of_some(value: Any) -> tuple[Any, ...]:
+    values = _as_list(value)
     if not values:
         raise PydanticCustomError("component", "the list is empty; name a component, or leave the key out")
     return values
@@ -155,10 +168,15 @@ def _as_list(value: Any) -> tuple[Any, ...]:
 Compensators = Annotated[
     tuple[ComponentSpec, ...],
     BeforeValidator(
-        _as_list, json_schema_input_type=ComponentSpec | Annotated[list[ComponentSpec], Field(min_length=1)]
+        _as_list_of_some, json_schema_input_type=ComponentSpec | Annotated[list[ComponentSpec], Field(min_length=1)]
     ),
 ]
 """One compensator, or a list."""
+
+Exporters = Annotated[
+    tuple[ComponentSpec, ...], BeforeValidator(_as_list, json_schema_input_type=ComponentSpec | list[ComponentSpec])
+]
+"""One exporter, or a list, which may be empty."""
 
 
 class TrainerSection(Section):
@@ -195,6 +213,10 @@ class Recipe(Section):
     budget: BudgetSection = Field(description="How much to remove.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
     trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
+    export: Exporters = Field(
+        default=(),
+        description="Exporter, or a list of them: forms that the pruned model is written in besides, below `exports/`.",
+    )
     plugins: tuple[str, ...] = Field(
         default=(), description="Python files of your own plugins, relative to the recipe's folder."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class RunRecord:
         perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity.
         seconds: stage -> wall time.
         warnings: what flapkit warned of.
+        exports: name of the file or folder below ``exports`` -> what agreed to what.
     """
 
     recipe: LoadedRecipe
@@ -51,6 +52,7 @@ class RunRecord:
     perplexity: Mapping[str, Mapping[str, float]]
     seconds: Mapping[str, float]
     warnings: Sequence[str]
+    exports: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:

@@ -8,7 +8,9 @@ from transformers import PreTrainedConfig
 
 from flapkit.checkpoint import load_config
 from flapkit.errors import ModelError
-from flapkit.interfaces import ArchitectureAdapter
+from flapkit.export import biased_kinds, check_exports, dense_type
+from flapkit.interfaces import ArchitectureAdapter, Prospect
+from flapkit.plan import prunable
 from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
 
@@ -32,7 +34,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.
 
     Raises:
-        ModelError: the model is missing, has no adapter, or could not be saved once pruned.
+        ModelError: the model is missing, has no adapter, or could not be saved or exported once pruned.
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
@@ -49,4 +51,14 @@ def find_target(recipe: LoadedRecipe) -> Target:
             f"models pruned by adapter {adapter.name!r} cannot be saved: its sites come from no declaration "
             "(flapkit.architecture.Family), so that there is no class to load them by"
         )
+    if recipe.exporters:
+        check_exports(recipe.exporters, _prospect(recipe, config, sites))
     return Target(config, adapter, sites)
+
+
+def _prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
+    """Say what the pruned model will be, as far as the recipe tells."""
+    biases = biased_kinds(config, sites)
+    if any(each.adds_bias for each in recipe.compensators):
+        biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.of)}
+    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases)

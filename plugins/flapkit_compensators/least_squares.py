@@ -44,6 +44,11 @@ class LeastSquares(Compensator):
         ),
     ] = "auto"
 
+    @property
+    def adds_bias(self) -> bool:
+        """Without the intercept it adds none."""
+        return self.intercept
+
     def measures(self) -> tuple[type[Statistic], ...]:
         """List what must be measured: held-out windows only where the ridge is to be chosen."""
         return (Gram, HeldOutGram) if self.ridge == "auto" else (Gram,)

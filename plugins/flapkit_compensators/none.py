@@ -18,6 +18,11 @@ class NoCompensation(Compensator):
 
     name = "none"
 
+    @property
+    def adds_bias(self) -> bool:
+        """It adds nothing."""
+        return False
+
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return an empty correction."""
         return Correction()

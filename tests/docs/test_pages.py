@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from flapkit.export import export
 from flapkit.registry import Registry
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAMES = {"metrics": "input_power", "searchers": "raw", "compensators": "part_of_bias", "adapters": "stablelm"}
+NAMES = {
+    "metrics": "input_power",
+    "searchers": "raw",
+    "compensators": "part_of_bias",
+    "adapters": "stablelm",
+    "exporters": "numpy",
+}
 
 
 def test_generated_pages_are_up_to_date():
@@ -28,6 +35,13 @@ def test_examples_are_plugins(page, tmp_path):
     (tmp_path / f"{page}.py").write_text(example)
     registry = Registry.load([tmp_path / f"{page}.py"])
     registry.create(page.removesuffix("s"), NAMES[page])
+
+
+def test_the_exporter_example_exports(pruned_folder, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "interfaces" / "exporters.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(example)
+    registry = Registry.load([tmp_path / "mine.py"])
+    assert export(pruned_folder, registry.create("exporter", "numpy"), tmp_path / "out.npz").difference == 0
 
 
 def test_the_readme_metric_is_a_plugin(tmp_path):

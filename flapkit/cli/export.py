@@ -1,0 +1,47 @@
+"""``flapkit export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from flapkit.cli.app import app
+from flapkit.cli.output import print_, set_logging
+from flapkit.errors import RecipeError
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint that flapkit wrote.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="A name of `list exporters`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Set an option of the exporter.")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run what was written.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was exported there before.")] = False,
+) -> None:
+    """Write a pruned checkpoint in another form, run that, and compare its logits with the pruned model's."""
+    from flapkit.export import export as export_checkpoint
+    from flapkit.registry import Registry
+
+    set_logging(quiet=False, verbose=False)
+    registry = Registry.load()
+    chosen = dict(_option(text) for text in options or [])
+    exporter = registry.create("exporter", to, {**chosen, **({"verify": False} if no_verify else {})})
+    found = export_checkpoint(checkpoint, exporter, output, overwrite=overwrite, registry=registry)
+    print_(f"{output}: {exporter.name} of {checkpoint}")
+    print_(str(found) if found else "not verified")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"--set {text}: expected option=value, such as dtype=bfloat16")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not YAML") from error

@@ -1,0 +1,16 @@
+"""flapkit's own exporters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flapkit import hookimpl
+from flapkit.interfaces import Exporter
+from flapkit_exporters.hf import HuggingFace
+from flapkit_exporters.torch_export import TorchExport
+
+
+@hookimpl
+def flapkit_exporters() -> Iterable[type[Exporter]]:
+    """Offer the default exporters."""
+    return [HuggingFace, TorchExport]

@@ -1,0 +1,82 @@
+"""``flapkit export``, and a recipe's ``export``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from flapkit import cli
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_export(command, pruned_folder, tmp_path):
+    code, out, err = command("export", pruned_folder, "--to", "hf", "--output", "out", "--set", "dtype=bfloat16")
+    assert code == 0, err
+    assert "logits of 64 tokens agree" in out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    code, out, _ = command("export", pruned_folder, "--to", "hf", "-o", "again", "--no-verify")
+    assert (code, "not verified" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--to", "gguff"], "unknown exporter 'gguff'"),
+        (["--to", "hf", "--set", "dtype=int3"], "option 'dtype'"),
+        (["--to", "hf", "--set", "dtyp=float16"], "did you mean 'dtype'"),
+        (["--to", "hf", "--set", "dtype"], "expected option=value"),
+    ],
+)
+def test_bad_input(command, pruned_folder, tmp_path, arguments, says):
+    code, _, err = command("export", pruned_folder, *arguments, "--output", "out")
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_checkpoint(command, tmp_path):
+    code, _, err = command("export", tmp_path, "--to", "hf", "--output", "out")
+    assert code == 2
+    assert "holds no config.json" in err
+
+
+def test_a_recipe_exports(command, tmp_path):
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    recipe = {
+        "model": {"path": "builtin:tiny-llama"},
+        "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
+        "budget": {"ratio": 0.2},
+        "trainer": {"accelerator": "cpu"},
+        "export": ["hf"],
+        "output": "out",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = command("run", "recipe.yaml")
+    assert code == 0, err
+    assert "exports/hf: logits of 64 tokens agree" in out
+    assert (tmp_path / "out" / "exports" / "hf" / "config.json").is_file()
+    assert "exporter" not in (tmp_path / "out" / "recipe.yaml").read_text()
+    code, _, err = command("run", "recipe.yaml", "--set", "export=[hf, {name: hf, dtype: bfloat16}]", "--overwrite")
+    assert code == 2
+    assert "asked for twice" in err
+    code, _, err = command("check", "recipe.yaml", "--set", "export=[hf, hg]", "--overwrite")
+    assert code == 2
+    assert "export.1: unknown exporter 'hg'" in err
