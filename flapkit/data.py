@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class PruningData(LightningDataModule):
     def evaluation_names(self) -> tuple[str, ...]:
         """The evaluations' names; ``dataloader_idx`` of a test step counts through them."""
         return tuple(self.evaluations)
+
+    def calibration_rows(self) -> Iterator[Row]:
+        """Yield the calibration windows one by one, as the model gets them."""
+        rows = self.calibration
+        return (rows[index] for index in range(_count(rows))) if rows is not None else iter(())
 
     def predict_dataloader(self) -> DataLoader[Row]:
         """Load the calibration windows, in their order.

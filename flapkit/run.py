@@ -12,30 +12,36 @@ from flapkit.plan import Budget
 from flapkit.progress import Progress
 from flapkit.pruning import prune_sites_
 from flapkit.recipe import LoadedRecipe
-from flapkit.stages.loops import Loops, calibrate, evaluate
+from flapkit.stages.calibrate import find_statistics
+from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
 from flapkit.stages.target import find_target
 from flapkit.stages.text import read_text
 
 
-def run(recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None) -> RunRecord:
+def run(
+    recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None, cache: Path | None = None
+) -> RunRecord:
     """Carry out a recipe, and write its output folder as the last thing.
 
     Args:
         recipe: what to do.
         overwrite: replace an output folder that flapkit wrote.
         progress: whom the stages tell how far they are.
+        cache: folder in which statistics are looked for and kept (``flapkit.cache.cache_folder``); None for none.
 
     Raises:
         FlapkitError: whatever keeps the run from its end; nothing is written then.
     """
     check_output(Path(recipe.recipe.output).expanduser(), overwrite=overwrite)
     with noted_warnings() as warnings:
-        return _run(recipe, progress or Progress(), warnings, overwrite=overwrite)
+        return _run(recipe, progress or Progress(), cache, warnings, overwrite=overwrite)
 
 
-def _run(recipe: LoadedRecipe, progress: Progress, warnings: Sequence[str], *, overwrite: bool) -> RunRecord:
+def _run(
+    recipe: LoadedRecipe, progress: Progress, cache: Path | None, warnings: Sequence[str], *, overwrite: bool
+) -> RunRecord:
     asked = recipe.recipe
     loops = Loops.of(asked.trainer, progress)
     with progress.stage("text"):
@@ -47,7 +53,7 @@ def _run(recipe: LoadedRecipe, progress: Progress, warnings: Sequence[str], *, o
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
-    statistics = calibrate(model, target.sites, recipe.method.statistics, text, loops)
+    statistics = find_statistics(model, target.sites, recipe.method.statistics, text, loops, cache)
     with progress.stage("prune"):
         # Lightning leaves the model on the CPU when a loop ends.
         loops.place_(model)

@@ -55,6 +55,14 @@ def make_llama(**options) -> LlamaForCausalLM:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """Keep statistics in a folder of the test's own, and out of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FLAPKIT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(params=FORMS)
 def llama(request) -> LlamaForCausalLM:
     return make_llama(**FORMS[request.param])

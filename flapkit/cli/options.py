@@ -11,3 +11,4 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in budget.ratio=0.3.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that flapkit wrote.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure all statistics anew, and keep none.")]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needs_gradient
@@ -40,9 +40,20 @@ class Loops:
         """Take over what a recipe says; what it leaves open is Lightning's to choose."""
         return cls({name: value for name, value in asked.model_dump().items() if value is not None}, progress)
 
-    def place_(self, model: nn.Module) -> None:
+    @property
+    def device(self) -> torch.device:
+        """The device that the loops run on."""
+        device: torch.device = self.trainer([]).strategy.root_device
+        return device
+
+    @property
+    def numerics(self) -> str:
+        """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
+        return f"{self.device.type} {self.trainer([]).precision}"
+
+    def place_(self, model: PreTrainedModel) -> None:
         """Move a model to the device that the loops run on."""
-        model.to(self.trainer([]).strategy.root_device)
+        model.to(self.device)  # type: ignore[arg-type]
 
     def trainer(self, callbacks: Sequence[Any]) -> Any:
         """Build the trainer of one stage.
@@ -66,12 +77,17 @@ def calibrate(
         return {site.name: SiteStatistics([]) for site in sites}
     measured = Calibrate(sites, statistics)
     module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
-    data = PruningData(text.calibration, batch_size=text.batch_size)
+    data = calibration_data(text)
     with loops.progress.stage("calibrate", total=len(text.calibration), unit="windows") as stage:
         quietly(loops.trainer([measured, Advance(stage)]).predict, module, data, return_predictions=False)
     if not measured.statistics:
         raise RunError("the run was stopped before the model was calibrated")
     return measured.statistics
+
+
+def calibration_data(text: RunText) -> PruningData:
+    """Return the calibration text as Lightning loads it."""
+    return PruningData(text.calibration, batch_size=text.batch_size)
 
 
 def evaluate(

@@ -59,3 +59,12 @@ def test_what_needs_no_statistics_is_not_calibrated(recipe, tmp_path, monkeypatc
     record = run(load_recipe(tmp_path / "recipe.yaml", changes))
     assert "calibrate" not in record.seconds
     assert record.params["removed"] > 0
+
+
+def test_a_run_that_finds_its_statistics_gives_the_same(recipe, tmp_path, cache, monkeypatch):
+    run(recipe, cache=cache)
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: pytest.fail("calibrated"))
+    again = run(load_recipe(tmp_path / "recipe.yaml", ["output=again"]), cache=cache)
+    assert "calibrate" not in again.seconds
+    for name in ("plan.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

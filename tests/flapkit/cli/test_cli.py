@@ -91,6 +91,16 @@ def test_the_resolved_recipe_gives_the_same_plan(command, home):
     assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
 
 
+def test_cache(command, home):
+    assert command("run", write(home), "-q", "--no-cache")[0] == 0
+    assert "0 files" in command("cache")[1]
+    assert command("run", home / "recipe.yaml", "-q", "--overwrite")[0] == 0
+    code, out, _ = command("cache")
+    assert (code, "1 files" in out, "Moments" in out) == (0, True, True)
+    assert "1 files removed" in command("cache", "--clear")[1]
+    assert "0 files" in command("cache")[1]
+
+
 def test_check(command, home):
     code, out, err = command("check", write(home))
     assert code == 0, err

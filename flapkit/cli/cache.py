@@ -1,0 +1,29 @@
+"""``flapkit cache``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.output import print_
+
+
+@app.command()
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statistics from it.")] = False) -> None:
+    """Show the statistics that runs have kept, where they are and how large."""
+    from flapkit.cache import cache_folder, entries
+    from flapkit.cache import clear as clear_cache
+
+    folder = cache_folder()
+    found = clear_cache(folder) if clear else entries(folder)
+    size = f"{sum(entry.size for entry in found) / 1e6:,.1f} MB"
+    if clear:
+        print_(f"{folder}: {len(found)} files removed, {size}")
+        return
+    table = Table("statistic", "model", "MB", "file", title=f"{folder}: {len(found)} files, {size}")
+    for entry in found:
+        table.add_row(entry.statistic or "unreadable", entry.model, f"{entry.size / 1e6:,.1f}", entry.path.name)
+    print_(table)
