@@ -77,7 +77,7 @@ def prune_(
     was_training = model.training
     model.eval()
     try:
-        batches = _batches(calibration, batch_size)
+        batches = _batches(calibration, batch_size) if method.statistics else []
         statistics = measure(model, places, method.statistics, batches)
         return prune_sites_(model, places, statistics, method, budget).plan
     finally:

@@ -73,8 +73,13 @@ class ImportanceMetric(Component):
 class StructureSearcher(Component):
     """Which units go: it owns standardisation and ranking."""
 
-    uniform: ClassVar[bool] = False
-    """Whether every plan leaves all layers alike, which some export formats need."""
+    uses_scores: ClassVar[bool] = True
+    """Whether it looks at the metric's scores; where it does not, nothing is measured for them, and it gets none."""
+
+    @property
+    def uniform(self) -> bool:
+        """Tell whether every plan leaves all layers alike, which some export formats need."""
+        return False
 
     @abstractmethod
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
@@ -82,7 +87,7 @@ class StructureSearcher(Component):
 
         Args:
             sites: the prunable sites, in the model's order.
-            scores: site name -> scores [units, k], float64 on the CPU.
+            scores: site name -> scores [units, k], float64 on the CPU; empty where ``uses_scores`` is false.
             budget: how many parameters to remove.
 
         Returns:

@@ -38,8 +38,9 @@ class Method:
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
-        """What must be measured for the components, each statistic once."""
-        return needed_statistics([self.metric, self.searcher, *self.compensators])
+        """What must be measured for the components, each statistic once; nothing for scores that nobody uses."""
+        metrics = [self.metric] if self.searcher.uses_scores else []
+        return needed_statistics([*metrics, self.searcher, *self.compensators])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Pruned:
     """What was decided when a model was pruned.
 
     Args:
-        scores: site name -> scores [units, k], float64 on the CPU.
+        scores: site name -> scores [units, k], float64 on the CPU; empty where the searcher uses none.
         plan: the plan that was carried out.
     """
 
@@ -70,7 +71,7 @@ def prune_sites_(
     Raises:
         FlapkitError: whatever keeps the model from being pruned; it is then as it was.
     """
-    scores = score_sites(model, sites, statistics, method.metric)
+    scores = score_sites(model, sites, statistics, method.metric) if method.searcher.uses_scores else {}
     plan = find_plan(sites, scores, method.searcher, budget)
     carry_out_(model, sites, plan, find_corrections(model, sites, statistics, method.compensators, plan))
     return Pruned(scores, plan)
@@ -115,7 +116,7 @@ def find_plan(
     if budget.params == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
     pruned = prunable(sites, budget.of)
-    found = searcher.search(pruned, {site.name: scores[site.name] for site in pruned}, budget)
+    found = searcher.search(pruned, {site.name: scores[site.name] for site in pruned if site.name in scores}, budget)
     try:
         found.check(pruned)
     except InputError as error:

@@ -13,6 +13,8 @@ from flapkit.errors import BudgetError
 from flapkit.plan import Budget, PruningPlan
 from flapkit.sites import Site, groups
 
+_FLOOR = "with every site at its floor only"
+
 
 def standardise(scores: Tensor) -> Tensor:
     """Subtract the mean of a site's scores and divide by their standard deviation.
@@ -32,10 +34,106 @@ def standardise(scores: Tensor) -> Tensor:
     return centred / deviation
 
 
+def raise_attention(sites: Sequence[Site], scores: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
+    """Raise the scores of attention to a power, keeping their sign.
+
+    FLAP's released code squares them; the paper (arXiv 2312.11983) does not say so.
+
+    Args:
+        sites: the sites that are pruned.
+        scores: site name -> scores [units, k].
+        power: the power.
+
+    Returns:
+        Site name -> scores [units, k], those of the MLP as they were.
+    """
+    return {
+        site.name: scores[site.name].sign() * scores[site.name].abs().pow(power)
+        if site.kind == "attention"
+        else scores[site.name]
+        for site in sites
+    }
+
+
+def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], list[Site]]:
+    """Part the sites into attention and MLP.
+
+    Raises:
+        BudgetError: there are none of one kind, so that a budget cannot be split between them.
+    """
+    attention = [site for site in sites if site.kind == "attention"]
+    mlp = [site for site in sites if site.kind != "attention"]
+    if not attention or not mlp:
+        raise BudgetError(
+            f"budget.of: {budget.of} leaves {'no MLP' if attention else 'no attention'} to prune, and this searcher "
+            "splits the budget between the two; choose `blocks`, or another searcher"
+        )
+    return attention, mlp
+
+
+def whole_units(sites: Sequence[Site], ratio: float) -> int:
+    """Count the whole units, all of one size, that a ratio of some sites' parameters takes."""
+    params = sum(site.params for site in sites)
+    return round(ratio * params) * sum(site.units for site in sites) // max(params, 1)
+
+
+def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float] = ()) -> dict[int, float]:
+    """Share a budget among the layers.
+
+    Args:
+        sites: the sites that are pruned.
+        budget: how many parameters to remove.
+        profile: what the ratios of the layers are to be in proportion to, in order; empty for equal ones.
+
+    Returns:
+        Layer -> the fraction of its sites' parameters to remove; over all layers they add up to the budget.
+
+    Raises:
+        BudgetError: the profile has another length, is all zero, or takes more than all of a layer.
+    """
+    params: dict[int, int] = {}
+    for site in sites:
+        params[site.layer] = params.get(site.layer, 0) + site.params
+    if profile and (len(profile) != len(params) or not any(profile)):
+        shown = ", ".join(f"{ratio:g}" for ratio in profile)
+        raise BudgetError(f"profile: expected {len(params)} ratios, one a layer and not all of them 0, got {shown}")
+    weights = dict(zip(params, profile or [1.0] * len(params), strict=True))
+    total = sum(weight * params[layer] for layer, weight in weights.items())
+    ratios = {layer: weight * budget.params / total for layer, weight in weights.items()}
+    for layer, ratio in ratios.items():
+        if ratio > 1:
+            raise BudgetError(f"profile: scaled to the budget, it takes {ratio:.0%} of layer {layer}")
+    return ratios
+
+
+def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: int, min_units: int = 1) -> PruningPlan:
+    """Remove a number of units, the lowest of all sites together, whatever their parameters.
+
+    Where several go at once (the query heads of each key/value head), fewer may go than were asked for.
+
+    Args:
+        sites: the sites to prune, in the model's order.
+        ranking: site name -> one value per unit [units]; low goes first.
+        count: how many units to remove.
+        min_units: units that every site keeps.
+
+    Returns:
+        The units to keep at each site.
+
+    Raises:
+        BudgetError: the floors do not allow so many.
+    """
+    queues = [_Queue.of(together, ranking, min_units, 1) for together in groups(sites)]
+    possible = sum(sum(queue.sizes) * len(queue.lots) for queue in queues)
+    if count > possible:
+        raise BudgetError(f"{count} units are to go from {_named(sites)}, but {_FLOOR} {possible} can")
+    return _take(sites, queues, count, [len(queue.lots) for queue in queues])
+
+
 def remove_lowest(
     sites: Sequence[Site],
     ranking: Mapping[str, Tensor],
-    budget: Budget,
+    budget: Budget | int,
     min_units: int = 1,
     multiple_of: int = 1,
 ) -> PruningPlan:
@@ -48,7 +146,7 @@ def remove_lowest(
     Args:
         sites: the sites to prune, in the model's order.
         ranking: site name -> one value per unit [units]; low goes first.
-        budget: how many parameters to remove.
+        budget: how much to remove; or a number of parameters.
         min_units: units that every site keeps.
         multiple_of: an MLP's kept width is a multiple of this.
 
@@ -60,17 +158,21 @@ def remove_lowest(
     """
     queues = [_Queue.of(together, ranking, min_units, multiple_of) for together in groups(sites)]
     _check_possible(queues, budget)
-    left = budget.params
+    params = budget if isinstance(budget, int) else budget.params
+    return _take(sites, queues, params, [queue.params_per_step for queue in queues])
+
+
+def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, step_costs: Sequence[int]) -> PruningPlan:
+    """Take blocks in ascending order as long as they can be paid for."""
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
-    order = torch.argsort(torch.cat([queue.values for queue in queues]), stable=True)
+    order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
     taken = [0] * len(queues)
     for owner in owners[order].tolist():
         queue = queues[owner]
         size = queue.sizes[taken[owner]] if taken[owner] < len(queue.sizes) else 0
-        cost = size * queue.params_per_step
-        if cost <= left:
+        if size * step_costs[owner] <= left:
             taken[owner] += 1
-            left -= cost
+            left -= size * step_costs[owner]
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
         keep |= queue.kept(sum(queue.sizes[:count]))
@@ -126,11 +228,20 @@ class _Queue:
         return {name: tuple(sorted(units)) for name, units in kept.items()}
 
 
-def _check_possible(queues: Sequence[_Queue], budget: Budget) -> None:
+def _check_possible(queues: Sequence[_Queue], budget: Budget | int) -> None:
     possible = sum(queue.params for queue in queues)
-    if budget.params > possible:
+    if isinstance(budget, int):
+        if budget > possible:
+            names = _named([site for queue in queues for site, _ in queue.lots])
+            raise BudgetError(f"{budget:,} parameters are to go from {names}, but {_FLOOR} {possible:,} can")
+    elif budget.params > possible:
         largest = math.floor(1e4 * possible / budget.base) / 1e4
         raise BudgetError(
-            f"budget.ratio: {budget.ratio} asks for {budget.params:,} parameters, but with every site at its floor "
-            f"only {possible:,} can go; the largest ratio of {budget.of} is {largest}"
+            f"budget.ratio: {budget.ratio} asks for {budget.params:,} parameters, but {_FLOOR} {possible:,} can go; "
+            f"the largest ratio of {budget.of} is {largest}"
         )
+
+
+def _named(sites: Sequence[Site]) -> str:
+    """Name one site, or the first and the last of several."""
+    return " to ".join(dict.fromkeys((sites[0].name, sites[-1].name))) if sites else "no site"

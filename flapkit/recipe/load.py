@@ -73,7 +73,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     path = Path(path)
     root, problems = _tree(path, overrides)
     registry, plugin_problems = _registry(root, path)
-    components, component_problems = _components(root, registry, complete=not plugin_problems)
+    components, component_problems = _components(root, registry, path.parent, complete=not plugin_problems)
     problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
     broken = {(problem.position, problem.key) for problem in problems}
@@ -144,12 +144,15 @@ def _plugin_path(entry: str, path: Path) -> Path:
     return (path.parent / Path(entry).expanduser()).resolve()
 
 
-def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict[str, list[Any]], list[Problem]]:
+def _components(
+    root: Node, registry: Registry, folder: Path, *, complete: bool
+) -> tuple[dict[str, list[Any]], list[Problem]]:
     """Build the components that the recipe names.
 
     Args:
         root: the recipe.
         registry: the known components.
+        folder: the recipe's, which options' files are relative to.
         complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
 
     Returns:
@@ -159,7 +162,7 @@ def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict
     problems: list[Problem] = []
     for kind in COMPONENT_KINDS:
         for key, node in _named(root, kind):
-            built = _component(kind, key, node, registry, complete=complete)
+            built = _component(kind, key, node, registry, folder, complete=complete)
             if isinstance(built, list):
                 problems += built
             else:
@@ -178,7 +181,7 @@ def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
     return [(key, node)]
 
 
-def _component(kind: str, key: str, node: Node, registry: Registry, *, complete: bool) -> Any:
+def _component(kind: str, key: str, node: Node, registry: Registry, folder: Path, *, complete: bool) -> Any:
     """Build one component; or list what is wrong with it, which is nothing where the schema says it."""
     name = node.child("name") if isinstance(node.value, dict) else node
     if name is None or not isinstance(name.value, str):
@@ -188,7 +191,7 @@ def _component(kind: str, key: str, node: Node, registry: Registry, *, complete:
     except PluginError as error:
         known = complete or closest(name.value, registry.names(kind))
         return [Problem(name.position, key, str(error))] if known else []
-    return check(_options(node), component, key)
+    return check(_options(node), component, key, folder)
 
 
 def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Problem]:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import pydantic
@@ -42,7 +43,7 @@ _LONGEST_SHOWN = 60
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 
 
-def check(node: Node, of: type[T], key: str = "") -> T | list[Problem]:
+def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) -> T | list[Problem]:
     """Build a section, or a component, from a tree.
 
     A tree is JSON data, and is checked in pydantic's strict JSON mode: text is no number, 1.0 is no whole number, a
@@ -52,12 +53,14 @@ def check(node: Node, of: type[T], key: str = "") -> T | list[Problem]:
         node: the tree.
         of: a pydantic model or a dataclass.
         key: the dotted key of the tree within the recipe.
+        folder: what the paths of files in it are relative to; the current directory if not given.
 
     Returns:
         What was built, or everything that is wrong with it.
     """
     try:
-        return pydantic.TypeAdapter(of).validate_json(json.dumps(node.plain()), strict=True)
+        context = {"folder": folder or Path()}
+        return pydantic.TypeAdapter(of).validate_json(json.dumps(node.plain()), strict=True, context=context)
     except pydantic.ValidationError as error:
         return _problems(error.errors(include_url=False), node, of, key)
     except pydantic.errors.PydanticUserError as error:

@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from flapkit import hookimpl
 from flapkit.interfaces import StructureSearcher
 from flapkit_searchers.al_am import ALAM
+from flapkit_searchers.al_mm import ALMM
+from flapkit_searchers.plan import Plan
+from flapkit_searchers.ul_mm import ULMM
+from flapkit_searchers.ul_um import ULUM
 
 
 @hookimpl
 def flapkit_searchers() -> Iterable[type[StructureSearcher]]:
     """Offer the default searchers."""
-    return [ALAM]
+    return [ALAM, ALMM, ULMM, ULUM, Plan]

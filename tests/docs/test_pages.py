@@ -14,7 +14,7 @@ from flapkit.registry import Registry
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {
     "metrics": "input_power",
-    "searchers": "raw",
+    "searchers": "early_first",
     "compensators": "part_of_bias",
     "adapters": "stablelm",
     "exporters": "numpy",

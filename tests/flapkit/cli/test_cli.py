@@ -176,6 +176,26 @@ def test_a_metric_from_gradients(command, home):
     assert json.loads((home / "out" / "flapkit.json").read_text())["metric"] == {"name": "taylor", "form": "vector"}
 
 
+def test_a_saved_plan_beside_the_recipe(command, home):
+    assert command("run", write(home), "-q")[0] == 0
+    (home / "elsewhere").mkdir()
+    (home / "elsewhere" / "mine.json").write_text((home / "out" / "plan.json").read_text())
+    path = write(home / "elsewhere", searcher={"name": "plan", "path": "mine.json"}, output="again", compensator="none")
+    assert command("check", path)[0] == 0
+    code, _, err = command("run", path)
+    assert code == 0, err
+    assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
+    assert command("run", home / "again" / "recipe.yaml", "--set", "output=third", "-q")[0] == 0
+    code, _, err = command("check", path, "--set", "budget.ratio=0.3", "--overwrite")
+    assert (code, "set budget.ratio to 0.1998" in err) == (2, True), err
+
+
+def test_a_plan_that_is_not_there(command, home):
+    code, _, err = command("run", write(home, searcher={"name": "plan", "path": "mine.json"}))
+    assert code == 2
+    assert f"searcher.path: there is no such file: {home / 'mine.json'}" in err
+
+
 def test_a_clash(command, home):
     clash = METRIC.replace("{score}", "weight").replace("{hook}", "flapkit_metrics").replace('"mine"', '"wifv"')
     (home / "mine.py").write_text(clash)

@@ -1,0 +1,56 @@
+"""AL-MM: the heads of all layers ranked together, and the neurons, with a number of heads between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.errors import BudgetError
+from flapkit.interfaces import StructureSearcher
+from flapkit.plan import Budget, PruningPlan
+from flapkit.ranking import raise_attention, remove_lowest, remove_units, split_modules, standardise, whole_units
+from flapkit.sites import Site
+from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+
+
+@dataclass(frozen=True)
+class ALMM(StructureSearcher):
+    """Rank the heads of all layers together, and the neurons; a number of heads splits the budget between the two.
+
+    FLAP (arXiv 2312.11983), section 4.4, with the scores standardised as in ``al_am``. The released code's
+    ``remove_heads`` is the number for all layers together: ``heads`` times the layers.
+    """
+
+    name = "al_mm"
+
+    heads: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="Heads to remove from a layer, as a mean over the layers; under grouped-query attention these "
+            "are KV heads with their query heads. By default as many as the budget's ratio takes.",
+        ),
+    ] = None
+    min_units: MinUnits = 1
+    attention_power: AttentionPower = 2.0
+    multiple_of: MultipleOf = 1
+
+    def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
+        """Remove the lowest heads, then the lowest neurons until the budget is met."""
+        attention, mlp = split_modules(sites, budget)
+        raised = raise_attention(sites, scores, self.attention_power)
+        ranking = {name: standardise(values).mean(dim=1) for name, values in raised.items()}
+        heads = whole_units(attention, budget.params / sum(site.params for site in sites))
+        if self.heads is not None:
+            heads = round(self.heads * len(attention))
+        keep = remove_units(attention, ranking, heads, self.min_units)
+        left = budget.params - keep.removed_params(attention)
+        if left < 0:
+            raise BudgetError(f"al_mm: {heads} heads are more than the whole budget of {budget.params:,} parameters")
+        neurons = remove_lowest(mlp, ranking, left, self.min_units, self.multiple_of)
+        kept = {**keep.keep, **neurons.keep}
+        return PruningPlan({site.name: kept[site.name] for site in sites})

@@ -1,0 +1,16 @@
+"""Options that several searchers share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+MinUnits = Annotated[int, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
+
+MultipleOf = Annotated[int, Field(ge=1, description="A pruned MLP's width is a multiple of this.")]
+
+AttentionPower = Annotated[
+    float,
+    Field(gt=0, description="Attention scores are raised to this power: 2 in the released code, 1 in the paper."),
+]

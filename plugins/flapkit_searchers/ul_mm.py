@@ -1,0 +1,68 @@
+"""UL-MM: the same ratio in every layer, with a number of heads between the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.errors import BudgetError
+from flapkit.interfaces import StructureSearcher
+from flapkit.plan import Budget, PruningPlan
+from flapkit.ranking import raise_attention, remove_lowest, remove_units, split_modules, whole_units
+from flapkit.sites import Site
+from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+
+
+@dataclass(frozen=True)
+class ULMM(StructureSearcher):
+    """Remove the same ratio of every layer, the lowest sums of raw scores first; a number of heads splits it.
+
+    FLAP (arXiv 2312.11983), section 4.4. The MLP takes what the heads leave of the layer's ratio. The released code's
+    ``remove_heads`` is the number for all layers together: ``heads`` times the layers.
+    """
+
+    name = "ul_mm"
+
+    heads: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Heads to remove from every layer; under grouped-query attention these are KV heads with "
+            "their query heads. By default as many whole ones as the layer's ratio takes.",
+        ),
+    ] = None
+    min_units: MinUnits = 1
+    attention_power: AttentionPower = 2.0
+    multiple_of: MultipleOf = 1
+
+    @property
+    def uniform(self) -> bool:
+        """Tell whether all layers stay alike."""
+        return True
+
+    def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
+        """Remove each layer's share of the budget."""
+        attention, mlp = split_modules(sites, budget)
+        raised = raise_attention(sites, scores, self.attention_power)
+        sums = {name: values.sum(dim=1) for name, values in raised.items()}
+        ratio = budget.params / sum(site.params for site in sites)
+        keep: dict[str, tuple[int, ...]] = {}
+        for layer in dict.fromkeys(site.layer for site in sites):
+            heads, neurons = ([site for site in module if site.layer == layer] for module in (attention, mlp))
+            keep |= self._search_layer(heads, neurons, sums, ratio)
+        return PruningPlan({site.name: keep[site.name] for site in sites})
+
+    def _search_layer(
+        self, attention: Sequence[Site], mlp: Sequence[Site], sums: Mapping[str, Tensor], ratio: float
+    ) -> dict[str, tuple[int, ...]]:
+        """Remove the heads of one layer, then neurons until its ratio is met."""
+        heads = whole_units(attention, ratio) if self.heads is None else self.heads
+        kept = remove_units(attention, sums, heads, self.min_units)
+        left = round(ratio * sum(site.params for site in (*attention, *mlp))) - kept.removed_params(attention)
+        if left < 0:
+            raise BudgetError(f"ul_mm: {heads} heads are more than the budget takes of layer {attention[0].layer}")
+        return {**kept.keep, **remove_lowest(mlp, sums, left, self.min_units, self.multiple_of).keep}

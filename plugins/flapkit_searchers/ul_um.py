@@ -1,0 +1,55 @@
+"""UL-UM: the same ratio in every layer and module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.interfaces import StructureSearcher
+from flapkit.plan import Budget, PruningPlan
+from flapkit.ranking import layer_ratios, raise_attention, remove_lowest, whole_units
+from flapkit.sites import Site, groups
+from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+
+
+@dataclass(frozen=True)
+class ULUM(StructureSearcher):
+    """Remove the same ratio of every site, the lowest sums of raw scores first.
+
+    FLAP (arXiv 2312.11983), section 4.4. No site loses more than its ratio: where that is no whole number of heads,
+    it is rounded down, and the model keeps a little more than asked for; ``ul_mm`` takes the rest from the MLPs.
+    """
+
+    name = "ul_um"
+
+    profile: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...],
+        Field(
+            description="Ratios by hand, one a layer, in order; all are scaled alike to meet the budget, and 0 leaves "
+            "a layer whole. Empty for the same ratio in every layer."
+        ),
+    ] = ()
+    min_units: MinUnits = 1
+    attention_power: AttentionPower = 2.0
+    multiple_of: MultipleOf = 1
+
+    @property
+    def uniform(self) -> bool:
+        """Tell whether all layers stay alike."""
+        return not self.profile
+
+    def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
+        """Remove each site's own share of the budget."""
+        ratios = layer_ratios(sites, budget, self.profile)
+        raised = raise_attention(sites, scores, self.attention_power)
+        keep: dict[str, tuple[int, ...]] = {}
+        for together in groups(sites):
+            units = whole_units(together, ratios[together[0].layer])
+            ranking = {site.name: raised[site.name].sum(dim=1) for site in together}
+            params = units * together[0].params_per_unit
+            keep |= remove_lowest(together, ranking, params, self.min_units, self.multiple_of).keep
+        return PruningPlan({site.name: keep[site.name] for site in sites})
