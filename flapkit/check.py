@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
+from flapkit.evaluation.batch_size import CPU_TOKENS
 from flapkit.plan import Budget
 from flapkit.pruning import find_plan
-from flapkit.recipe import LoadedRecipe, Text
+from flapkit.recipe import Calibration, LoadedRecipe, Perplexity
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import source_of
+from flapkit.stages.zero_shot import check_tasks
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
@@ -51,6 +53,8 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     target = find_target(recipe)
     for text in (asked.calibration, *asked.evaluate.perplexity):
         source_of(text).check()
+    if asked.evaluate.zero_shot is not None:
+        check_tasks(asked.evaluate.zero_shot)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     params = _params(target)
     budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params)
@@ -83,8 +87,8 @@ def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     hidden = target.config.hidden_size
     asked = recipe.recipe
 
-    def tokens(text: Text) -> int:
-        return text.batch_size * text.length
+    def tokens(text: Calibration | Perplexity) -> int:
+        return max(text.length, CPU_TOKENS) if text.batch_size == "auto" else text.batch_size * text.length
 
     # A layer's inputs and outputs, and the MLP's three products; the statistics' copy of an input in float64.
     calibration = tokens(asked.calibration) * (size * (4 * hidden + 3 * widest) + 8 * 2 * widest)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
+from flapkit.evaluation.zero_shot import side_by_side
 from flapkit.export import export_all
 from flapkit.plan import Budget
 from flapkit.progress import Progress
@@ -18,6 +19,7 @@ from flapkit.stages.noted import noted_warnings
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
 from flapkit.stages.target import find_target
 from flapkit.stages.text import read_text
+from flapkit.stages.zero_shot import ask, load_tasks
 
 
 def run(
@@ -48,17 +50,20 @@ def _run(
         target = find_target(recipe)
         tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
         text = read_text(asked, target, tokenizer)
+        tasks = load_tasks(asked.evaluate.zero_shot)
     with progress.stage("load"):
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
+    answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
     statistics = find_statistics(model, target.sites, recipe.method.statistics, text, loops, cache)
     with progress.stage("prune"):
         # Lightning leaves the model on the CPU when a loop ends.
         loops.place_(model)
         pruned = prune_sites_(model, target.sites, statistics, recipe.method, budget)
     after = evaluate(model, text.evaluations, loops, "evaluate pruned")
+    pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
     record = RunRecord(
         recipe,
         target,
@@ -71,6 +76,7 @@ def _run(
         compare(before, after),
         progress.seconds,
         warnings,
+        zero_shot=side_by_side(answers, pruned_answers),
     )
     with progress.stage("save"):
         save_run(record, model, overwrite=overwrite)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -55,15 +56,64 @@ def encode(
     Raises:
         DataError: the tokenizer does not fit the model.
     """
+    return encode_measured(tokenizer, documents, separator, vocab_size, measure=False).tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text as tokens.
+
+    Args:
+        tokens: [tokens], int64.
+        sizes: the UTF-8 bytes of text that each token stands for, int64 [tokens]; they add up to the text's. None
+            where the tokenizer does not say.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None
+
+
+def encode_measured(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    separator: str,
+    vocab_size: int | None = None,
+    *,
+    measure: bool = True,
+) -> Encoded:
+    """Do as ``encode`` does, and measure the text that each token stands for.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        documents: at least one.
+        separator: what stands between documents.
+        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+        measure: false to leave the sizes out.
+
+    Raises:
+        DataError: the tokenizer does not fit the model.
+    """
     start = tokenizer.bos_token
     complete = bool(start) and all(document.startswith(start) for document in documents)
     text = ("" if complete else separator).join(documents)
+    offsets = measure and tokenizer.is_fast
     # verbose=False: that the whole is longer than the model's context is no surprise, it is cut into windows.
-    encoded = tokenizer(text, add_special_tokens=not complete, verbose=False)["input_ids"]
-    tokens = torch.tensor(encoded, dtype=torch.long)
+    encoded = tokenizer(text, add_special_tokens=not complete, verbose=False, return_offsets_mapping=offsets)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
-    return tokens
+    return Encoded(tokens, _sizes(text, encoded["offset_mapping"]) if offsets else None)
+
+
+def _sizes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """Share a text's bytes among its tokens: each has what lies between the end of those before it and its own.
+
+    What a tokenizer skips belongs to the token after it, and a character that several tokens spell to the first.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    widths = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
+    ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+    return torch.from_numpy(np.diff(np.concatenate([[0], np.cumsum(widths)])[ends], prepend=0).astype(np.int64))
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,3 +13,7 @@ Overrides = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that flapkit wrote.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure all statistics anew, and keep none.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")
+]
+OutputFile = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON to a new file as well.")]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.options import NoCache, Overrides, Overwrite, RecipeArgument
-from flapkit.cli.output import print_, set_logging
+from flapkit.cli.output import add_zero_shot, print_, set_logging
 from flapkit.cli.progress import progress_listener
 
 
@@ -42,6 +42,7 @@ def run(
     for name, measured in result.perplexity.items():
         change = measured["pruned"] / measured["dense"] - 1
         table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
+    add_zero_shot(table, result.zero_shot)
     print_(table)
     for name, agreed in result.exports.items():
         print_(f"exports/{name}: {agreed}")

@@ -43,10 +43,12 @@ class PerplexityValues(NamedTuple):
     Args:
         over_windows: exp of the mean over windows of each window's mean, float64 []: the released code's protocol.
         over_tokens: exp of the mean over all scored tokens, float64 []: the strided protocol.
+        nll: the summed cross-entropy in nats, float64 [].
     """
 
     over_windows: Tensor
     over_tokens: Tensor
+    nll: Tensor
 
 
 class Perplexity(Metric):
@@ -95,7 +97,9 @@ class Perplexity(Metric):
         if not self.targets:
             raise RunError("perplexity: no token was scored; the evaluation saw no text")
         return PerplexityValues(
-            over_windows=(self.window_means / self.windows).exp(), over_tokens=(self.nll / self.targets).exp()
+            over_windows=(self.window_means / self.windows).exp(),
+            over_tokens=(self.nll / self.targets).exp(),
+            nll=self.nll.clone(),
         )
 
     def is_finite(self) -> bool:

@@ -16,6 +16,7 @@ from flapkit.recipe.schema import (
     Recipe,
     Text,
     TrainerSection,
+    ZeroShot,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Text",
     "TrainerSection",
+    "ZeroShot",
     "dump_recipe",
     "find_recipe",
     "load_recipe",

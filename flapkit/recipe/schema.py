@@ -86,7 +86,6 @@ class Text(Section):
         default=None, description="Field that holds the text or the conversation; found if not given."
     )
     length: int = Field(default=128, ge=2, description="Tokens in a window.")
-    batch_size: int = Field(default=8, ge=1, description="Windows that go through the model at once.")
 
 
 class Calibration(Text):
@@ -94,6 +93,10 @@ class Calibration(Text):
 
     samples: int = Field(default=1024, ge=1, description="Windows to draw.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
+    batch_size: int = Field(default=8, ge=1, description="Windows that go through the model at once.")
+
+
+BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class Perplexity(Text):
@@ -109,6 +112,9 @@ class Perplexity(Text):
     windows: int | None = Field(
         default=None, ge=1, description="Windows to measure, from the beginning of the text; all if not given."
     )
+    batch_size: BatchSize = Field(
+        default="auto", description="Windows that go through the model at once; `auto` finds how many."
+    )
 
     @field_validator("stride")
     @classmethod
@@ -121,6 +127,22 @@ class Perplexity(Text):
                 {"length": length, "stride": stride},
             )
         return stride
+
+
+class ZeroShot(Section):
+    """Zero-shot tasks by lm-eval, asked before and after pruning; they need the extra `flapkit[zeroshot]`."""
+
+    tasks: tuple[str, ...] = Field(
+        min_length=1, description="lm-eval's names of tasks and groups; `lm-eval ls tasks` lists them."
+    )
+    data_dir: str | None = Field(
+        default=None,
+        description="Folder with a .jsonl file for each of boolq, piqa, hellaswag, winogrande, arc_easy, "
+        "arc_challenge and openbookqa that is asked for, for machines without a network; without it lm-eval fetches "
+        "the official rows.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Items of each task, from the first; all if not given.")
+    batch_size: BatchSize = Field(default="auto", description="Requests at once; `auto` finds how many.")
 
 
 def _check_ratio(value: Any) -> Any:
@@ -152,6 +174,7 @@ class Evaluate(Section):
     """What is measured before and after pruning."""
 
     perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure the perplexity of.")
+    zero_shot: ZeroShot | None = Field(default=None, description="Zero-shot tasks; none if not given.")
 
 
 def _as_list(value: Any) -> tuple[Any, ...]:

@@ -15,6 +15,9 @@ from flapkit.calibration import Statistics, needs_gradient
 from flapkit.callbacks import Advance, Calibrate, Evaluate, build_trainer
 from flapkit.data import PruningData
 from flapkit.errors import RunError
+from flapkit.evaluation.batch_size import first_batch_size, halving
+from flapkit.evaluation.perplexity import PerplexityValues
+from flapkit.evaluation.protocol import bits_per_byte, perplexity
 from flapkit.module import CausalLM
 from flapkit.progress import Progress
 from flapkit.recipe import TrainerSection
@@ -90,9 +93,26 @@ def calibration_data(text: RunText) -> PruningData:
     return PruningData(text.calibration, batch_size=text.batch_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's perplexity of one text.
+
+    Args:
+        text: the text, and how it was measured.
+        perplexity: by the mean that the text's protocol names.
+        bits_per_byte: cross-entropy for each byte of scored text; None where the tokenizer does not say which bytes.
+        batch_size: windows that went through the model at once.
+    """
+
+    text: EvaluationText
+    perplexity: float
+    bits_per_byte: float | None
+    batch_size: int
+
+
 def evaluate(
     model: PreTrainedModel, texts: Mapping[str, EvaluationText], loops: Loops, name: str = "evaluate"
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Measure the perplexity of each text, by the protocol that its recipe entry asks for.
 
     Args:
@@ -102,22 +122,38 @@ def evaluate(
         name: what the stage is called.
 
     Raises:
-        RunError: a loss that is not finite.
+        RunError: a loss that is not finite, or a window that the device's memory does not hold.
     """
     if not texts:
         return {}
-    data = PruningData(
-        evaluations={name: text.windows for name, text in texts.items()},
-        evaluation_batch_size={name: text.asked.batch_size for name, text in texts.items()},
-    )
+    device = loops.trainer([]).strategy.root_device
+    sizes: Mapping[str, int] = {
+        name: first_batch_size(model, text.asked.length, device)
+        if text.asked.batch_size == "auto"
+        else text.asked.batch_size
+        for name, text in texts.items()
+    }
+    results, sizes = halving(sizes, lambda sizes: _test(model, texts, sizes, loops, name))
+    return {
+        name: Measured(
+            texts[name],
+            perplexity(values, texts[name].protocol),
+            bits_per_byte(values, texts[name].protocol),
+            sizes[name],
+        )
+        for name, values in results.items()
+    }
+
+
+def _test(
+    model: PreTrainedModel, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], loops: Loops, name: str
+) -> dict[str, PerplexityValues]:
+    data = PruningData(evaluations={name: text.windows for name, text in texts.items()}, evaluation_batch_size=sizes)
     measured = Evaluate(data.evaluation_names)
     total = sum(len(text.windows) for text in texts.values())
     with loops.progress.stage(name, total, "windows") as stage:
         quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
-    return {
-        text: float(values.over_windows if texts[text].asked.stride is None else values.over_tokens)
-        for text, values in measured.results.items()
-    }
+    return measured.results
 
 
 def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned
 from flapkit.recipe import LoadedRecipe, dump_recipe
 from flapkit.report.structure import draw_structure
+from flapkit.stages.loops import Measured
 from flapkit.stages.target import Target
 from flapkit.stages.text import RunText
 from flapkit.windows import tokens_hash
@@ -35,10 +36,12 @@ class RunRecord:
         pruned: the scores, and the plan that was carried out.
         params: parameters of the dense model, of the pruned one (added biases included), and of the blocks, with what
             the plan removed of them.
-        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity.
+        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and how it was measured, as in
+            ``result.json``.
         seconds: stage -> wall time.
         warnings: what flapkit warned of.
         exports: name of the file or folder below ``exports`` -> what agreed to what.
+        zero_shot: task -> what was asked, and the scores of both models, as in ``result.json``.
     """
 
     recipe: LoadedRecipe
@@ -49,10 +52,11 @@ class RunRecord:
     statistics: Statistics
     pruned: Pruned
     params: Mapping[str, int]
-    perplexity: Mapping[str, Mapping[str, float]]
+    perplexity: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
     warnings: Sequence[str]
     exports: Mapping[str, str] = field(default_factory=dict)
+    zero_shot: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -69,6 +73,7 @@ class RunRecord:
         data = {
             "params": dict(self.params),
             "perplexity": self.perplexity,
+            "zero_shot": self.zero_shot,
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
         }
@@ -95,9 +100,21 @@ def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> 
     return {"dense": dense, "pruned": pruned, "blocks": blocks, "removed": plan.removed_params(target.sites)}
 
 
-def compare(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def compare(dense: Mapping[str, Measured], pruned: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
-    return {name: {"dense": dense[name], "pruned": pruned[name]} for name in dense}
+    return {name: _side_by_side(before, pruned[name]) for name, before in dense.items()}
+
+
+def _side_by_side(dense: Measured, pruned: Measured) -> dict[str, Any]:
+    text = dense.text
+    return {
+        "dense": dense.perplexity,
+        "pruned": pruned.perplexity,
+        "bits_per_byte": {"dense": dense.bits_per_byte, "pruned": pruned.bits_per_byte},
+        "batch_size": {"dense": dense.batch_size, "pruned": pruned.batch_size},
+        "protocol": asdict(text.protocol),
+        "overlap": None if text.overlap is None else asdict(text.overlap),
+    }
 
 
 def save_run(record: RunRecord, model: PreTrainedModel, *, overwrite: bool = False) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.conversations import renderer
+from flapkit.evaluation.overlap import NOTEWORTHY, Overlap, find_overlap
+from flapkit.evaluation.protocol import Protocol, cut_text
 from flapkit.recipe import Calibration, Perplexity, Recipe, Text
 from flapkit.stages.target import Target
-from flapkit.text import TextSource
-from flapkit.windows import Windows, cut_windows, draw_windows, encode
+from flapkit.text import Render, TextSource
+from flapkit.windows import Windows, draw_windows, encode_measured
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +27,14 @@ class EvaluationText:
     Args:
         asked: the recipe's entry.
         windows: the text.
+        protocol: how it is measured.
+        overlap: what it shares with the calibration text; None where there is no calibration.
     """
 
     asked: Perplexity
     windows: Windows
+    protocol: Protocol
+    overlap: Overlap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +58,51 @@ def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase
     Raises:
         DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
     """
-    evaluations = {
-        name: EvaluationText(asked, evaluation_windows(asked, target, tokenizer))
-        for name, asked in name_evaluations(recipe.evaluate.perplexity).items()
-    }
+    render = renderer(target.adapter, tokenizer)
+    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
     calibration = calibration_windows(recipe.calibration, target, tokenizer)
-    return RunText(calibration, recipe.calibration.batch_size, evaluations)
+    compared = {name: _compared(name, text, calibration) for name, text in evaluations.items()}
+    return RunText(calibration, recipe.calibration.batch_size, compared)
+
+
+def read_evaluations(
+    texts: Sequence[Perplexity], tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+) -> dict[str, EvaluationText]:
+    """Read evaluation texts, by their names.
+
+    Args:
+        texts: the recipe's entries.
+        tokenizer: the model's.
+        render: turns a conversation into text; None where nothing can.
+        vocab_size: the model's.
+
+    Raises:
+        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+    """
+    return {name: _evaluation(asked, tokenizer, render, vocab_size) for name, asked in name_evaluations(texts).items()}
+
+
+def _evaluation(
+    asked: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+) -> EvaluationText:
+    source = source_of(asked)
+    documents = source.documents("evaluation", render)
+    text = encode_measured(tokenizer, documents, source.separator("evaluation") or "\n\n", vocab_size)
+    return EvaluationText(asked, *cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id))
+
+
+def _compared(name: str, text: EvaluationText, calibration: Tensor) -> EvaluationText:
+    """Note what a text shares with the calibration windows, and warn where it is much."""
+    overlap = find_overlap(calibration, text.windows)
+    if overlap.share >= NOTEWORTHY:
+        log.warning(
+            "%s: %.1f %% of its scored tokens lie in rows of %d tokens that the calibration text holds as well, "
+            "which flatters its perplexity",
+            name,
+            100 * overlap.share,
+            overlap.ngram,
+        )
+    return replace(text, overlap=overlap)
 
 
 def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -69,14 +117,6 @@ def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTraine
         seed=asked.seed,
         vocab_size=target.config.vocab_size,
     )
-
-
-def evaluation_windows(asked: Perplexity, target: Target, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """Cut the windows of one evaluation."""
-    source = source_of(asked)
-    documents = source.documents("evaluation", renderer(target.adapter, tokenizer))
-    tokens = encode(tokenizer, documents, source.separator("evaluation") or "\n\n", target.config.vocab_size)
-    return cut_windows(tokens, asked.length, asked.stride, asked.windows)
 
 
 def source_of(text: Text) -> TextSource:

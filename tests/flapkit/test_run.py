@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -43,13 +45,19 @@ def test_a_script_of_callbacks_does_what_a_run_does(recipe, tmp_path):
         assert (tmp_path / "script" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_the_record_holds_what_reports_need(recipe):
+def test_the_record_holds_what_reports_need(recipe, caplog):
+    caplog.set_level("WARNING", "flapkit")
     record = run(recipe)
     names = {site.name for site in record.target.sites}
     assert set(record.statistics) == set(record.pruned.scores) == set(record.plan.keep) == names
     assert record.params["removed"] == record.plan.removed_params(record.target.sites)
     (measured,) = record.perplexity.values()
-    assert set(measured) == {"dense", "pruned"}
+    assert measured["protocol"]["tokens"] == 4 * 31
+    assert measured["protocol"]["bytes"] < len((record.output.parent / "text.txt").read_text())
+    # The calibration text is the same: of its few lines none is new.
+    assert measured["overlap"] == {"ngram": 16, "tokens": 4 * 31, "share": 1.0}
+    assert "100.0 % of its scored tokens" in record.warnings[0]
+    assert json.loads((record.output / "result.json").read_text())["perplexity"] == record.perplexity
     assert list(record.seconds) == ["text", "load", "evaluate dense", "calibrate", "prune", "evaluate pruned", "save"]
 
 
@@ -68,3 +76,16 @@ def test_a_run_that_finds_its_statistics_gives_the_same(recipe, tmp_path, cache,
     assert "calibrate" not in again.seconds
     for name in ("plan.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_zero_shot_tasks_are_asked_of_both_models(recipe, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"query": "def", "choices": ["pruned", "x"], "gold": 0}] * 3
+    (tmp_path / "openbook_qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = "evaluate.zero_shot={tasks: [openbookqa], data_dir: ., limit: 2}"
+    record = run(load_recipe(tmp_path / "recipe.yaml", [asked]))
+    found = json.loads((record.output / "result.json").read_text())["zero_shot"]["openbookqa"]
+    assert (found["items"], found["few_shot"], found["source"]) == (2, 0, "openbook_qa.jsonl")
+    assert set(found["metrics"]) == {"acc", "acc_norm"}
+    assert set(found["metrics"]["acc"]) == {"dense", "pruned", "paired"}
+    assert {"zero-shot dense", "zero-shot pruned"} <= set(record.seconds)

@@ -1,0 +1,121 @@
+"""Zero-shot tasks by lm-eval, on a model in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flapkit.errors import InputError
+from flapkit.evaluation.local_tasks import TASKS, find_task
+from flapkit.evaluation.significance import compare
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
+
+BatchSize = int | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric of a task.
+
+    Args:
+        value: as lm-eval aggregates it.
+        stderr: its standard error; None where lm-eval gives none.
+        items: the metric of each item, in the task's order; empty where an item's is no number.
+    """
+
+    value: float
+    stderr: float | None
+    items: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """A task's scores.
+
+    Args:
+        source: the local file of its rows, or lm-eval's own dataset.
+        items: questions that were asked.
+        sha256: hash of every text that was scored and of the right answers: equal where the questions are.
+        few_shot: solved examples in front of each question.
+        truncated: requests that lost their beginning since they are longer than the model's context.
+        scores: metric -> score.
+    """
+
+    source: str
+    items: int
+    sha256: str
+    few_shot: int
+    truncated: int
+    scores: Mapping[str, Score]
+
+
+def load_harness(
+    tasks: Sequence[str], *, data_dir: Path | None = None, limit: int | None = None, batch_size: BatchSize = "auto"
+) -> Harness:
+    """Load tasks and their rows, so that what is wrong with them is known before any model is loaded.
+
+    Args:
+        tasks: lm-eval's names of tasks and groups.
+        data_dir: a folder with a file for each of the seven tasks of ``TASKS`` that is asked for; other tasks, or all
+            of them where there is no folder, come as lm-eval fetches them.
+        limit: items of each task, from the first; all if not given.
+        batch_size: requests at once; ``auto`` finds it.
+
+    Raises:
+        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be had.
+    """
+    check_installed()
+    local = {name: find_task(name, data_dir) for name in tasks if data_dir is not None and name in TASKS}
+    # lm-eval takes seconds to import; runs without zero-shot tasks do without.
+    from flapkit.evaluation.harness import Harness
+
+    return Harness.load(tasks, local, limit, batch_size)
+
+
+def check_installed() -> None:
+    """Raise ``InputError``, which says what to install, where lm-eval is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError('zero-shot tasks need lm-eval; install it with: pip install "flapkit[zeroshot]"')
+
+
+def side_by_side(dense: Mapping[str, TaskScores], pruned: Mapping[str, TaskScores]) -> dict[str, Any]:
+    """Put two models' scores beside each other, with a paired test where a metric is right or wrong for each item.
+
+    Returns:
+        Task -> its items, and metric -> ``dense``, ``pruned`` (``value``, ``stderr``) and ``paired``, as in
+        ``result.json``.
+    """
+    return {name: describe(first) | {"metrics": _metrics(first, pruned[name])} for name, first in dense.items()}
+
+
+def describe(scores: TaskScores) -> dict[str, Any]:
+    """Say what was asked, without the scores."""
+    return {name: value for name, value in asdict(scores).items() if name != "scores"}
+
+
+def mean_accuracy(scores: Mapping[str, TaskScores]) -> float | None:
+    """Return the mean over tasks of ``acc_norm``, or of ``acc`` where a task has no such: the tables' usual mean.
+
+    None where a task has neither.
+    """
+    found = [each.scores.get("acc_norm", each.scores.get("acc")) for each in scores.values()]
+    values = [score.value for score in found if score is not None]
+    return sum(values) / len(values) if values and len(values) == len(found) else None
+
+
+def _metrics(dense: TaskScores, pruned: TaskScores) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    for name, first in dense.scores.items():
+        second = pruned.scores[name]
+        metrics[name] = {
+            "dense": {"value": first.value, "stderr": first.stderr},
+            "pruned": {"value": second.value, "stderr": second.stderr},
+        }
+        if first.items and set(first.items) | set(second.items) <= {0.0, 1.0}:
+            metrics[name]["paired"] = asdict(compare(first.items, second.items))
+    return metrics
