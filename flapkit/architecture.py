@@ -19,10 +19,12 @@ query heads, its key and its value. A bias follows its weight's rows.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,7 +35,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from flapkit.checkpoint.modeling_flapkit import columns_of, count, evaluate, find, heads_of, rows_of
+from flapkit.checkpoint.modeling_flapkit import columns_of, count, find, heads_of, rows_of
 from flapkit.errors import InputError, ModelError
 from flapkit.interfaces import ArchitectureAdapter
 from flapkit.sites import Coupling, Site
@@ -43,6 +45,32 @@ Unit = Literal["kv_group", "query_head"]
 LAYOUT = re.compile(r"[qk](\+[qk])*|\([qk](\+[qk])*\)|i(\+i)*|\(i(\+i)*\)")
 NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I": 1}}
 """Kind of a block -> what its expressions can name, with a value to try them on."""
+
+
+OPERATORS: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """Compute an expression of sizes and whole numbers with ``+``, ``*`` and ``//``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        raise ValueError(f"{expression!r} is no expression of {', '.join(sizes)} with +, * and //")
+
+    return value(ast.parse(expression, mode="eval").body)
 
 
 @dataclass(frozen=True)
@@ -104,6 +132,14 @@ class Block:
     def data(self) -> dict[str, Any]:
         """The declaration as a checkpoint's configuration holds it."""
         return dataclasses.asdict(self)
+
+    def counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the module's attributes where so much is left."""
+        return {name: evaluate(expression, sizes) for name, expression in self.attributes.items()}
+
+    def readings(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return what the module's forward is to read from the configuration where so much is left."""
+        return {name: evaluate(expression, sizes) for name, expression in self.reads.items()}
 
     @property
     def takes_query_heads(self) -> bool:

@@ -174,9 +174,10 @@ def _settle(model: nn.Module, site: Site, keep: Sequence[int]) -> None:
     """Let what is no tensor follow the cut."""
     if site.block is None:
         return
-    module, block = model.get_submodule(site.path), site.block.data
+    module, block, sizes = model.get_submodule(site.path), site.block, site.sizes(len(keep))
     heads = None
-    if block["arguments"] or block["outputs"]:
+    if block.arguments or block.outputs:
         before = getattr(module, "kept_heads", range(site.heads))
         heads = [before[head] for head in site.heads_of(keep)]
-    settle_(module, block, site.sizes(len(keep)), {"H": site.heads, "K": site.kv_heads}, heads)
+    dense = {"H": site.heads, "K": site.kv_heads}
+    settle_(module, block.data, block.counts(sizes), block.readings(sizes), dense, heads)

@@ -193,6 +193,7 @@ def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             setattr(module, "config", config)  # noqa: B010 - torch types attributes of modules as modules
         elif isinstance(held, modeling_flapkit.ConfigView) and held.of is previous:
             held.__dict__["of"] = config
+    modeling_flapkit.hold_heads_(model)
 
 
 def _layers_of(site: Site) -> str:
@@ -219,6 +220,9 @@ def _sizes(model: PreTrainedModel, site: Site) -> dict[str, Any]:
     has_bias = getattr(module.get_submodule(".".join(path)), leaf, None) is not None
     found: dict[str, Any] = {f"{block.name}_out_bias": has_bias}
     sizes = site.sizes(kept)
+    for what, values in (("counts", block.counts(sizes)), ("reads", block.readings(sizes))):
+        if values:
+            found[f"{block.name}_{what}"] = values
     if site.kind == "mlp":
         return {**found, block.width: sizes["I"]}
     found |= {"num_attention_heads": sizes["H"], block.heads: sizes["H"], "num_key_value_heads": sizes["K"]}

@@ -7,8 +7,6 @@ that ``from_pretrained(..., trust_remote_code=True)`` loads one without flapkit.
 
 from __future__ import annotations
 
-import ast
-import operator
 from inspect import signature
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SIZES = {"q": "H", "k": "K", "i": "I"}
-OPERATORS: Any = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 class FlapkitConfig:
@@ -27,6 +24,9 @@ class FlapkitConfig:
 
     def validate_architecture(self) -> None:
         """Leave the head counts to the tensors: nothing has to divide the hidden size."""
+
+    def validate_rope(self) -> None:
+        """Leave the rotary embedding as the dense model has it: a check would ask for the one head count there was."""
 
 
 class Resized:
@@ -48,6 +48,17 @@ class Resized:
             for block, heads in zip(blocks, dense, strict=True):
                 if (module := find(layer, block)) is not None:
                     resize_(module, block, heads, shape)
+        hold_heads_(self)
+
+
+def hold_heads_(model: Any) -> None:
+    """Let rotary embeddings go on reading the dense model's head count, by which they know the width of a head."""
+    config = model.config
+    values, names = config.to_dict(), {block["heads"] for block in config.flapkit["blocks"]}
+    heads = {name: values[key] for name in names if (key := config.attribute_map.get(name, name)) in values}
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+            module.config = ConfigView(config, heads)
 
 
 def heads_of(config: Any, block: Any) -> dict[str, int]:
@@ -73,8 +84,8 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
     consumer, dim = columns_of(module, block)
     channels = kept = module.get_parameter(consumer).shape[dim]
     if block["kind"] == "attention":
-        sizes = {"H": shape.num_attention_heads, "K": shape.num_key_value_heads, "D": channels // dense["H"]}
-        kept = sizes["H"] * sizes["D"]
+        sizes = {"H": shape.num_attention_heads, "K": shape.num_key_value_heads}
+        kept = channels // dense["H"] * sizes["H"]
     else:
         dense, kept = {"I": channels}, getattr(shape, block["width"])
         sizes = {"I": kept}
@@ -87,7 +98,8 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
         replace_(module, name, module.get_parameter(name).data.narrow(axis, 0, size).clone())
     if getattr(shape, f"{block['name']}_out_bias"):
         add_bias_(module, block)
-    settle_(module, block, sizes, dense, getattr(shape, "kept_heads", None))
+    counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
+    settle_(module, block, counts, reads, dense, getattr(shape, "kept_heads", None))
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:
@@ -142,17 +154,16 @@ def add_bias_(module: Any, block: Any) -> None:
         module.register_forward_hook(ExpertBias(f"{name}_bias"), with_kwargs=True)
 
 
-def settle_(module: Any, block: Any, sizes: dict[str, int], dense: dict[str, int], heads: list[int] | None) -> None:
-    """Let everything but the tensors follow a cut: cached counts, and what forward reads and takes.
+def settle_(module: Any, block: Any, counts: Any, reads: Any, dense: dict[str, int], heads: list[int] | None) -> None:
+    """Let everything but the tensors follow a cut.
 
-    ``sizes`` and ``dense`` are what is left and what there was; ``heads`` are the dense model's query heads that are
-    left, where forward has to know them.
+    ``counts`` are the module's own attributes, ``reads`` what its forward reads of the configuration, ``heads`` the
+    dense model's query heads that are left, where forward has to know them.
     """
-    for name, expression in block["attributes"].items():
-        setattr(module, name, evaluate(expression, sizes))
-    if block["reads"]:
-        values = {name: evaluate(expression, sizes) for name, expression in block["reads"].items()}
-        module.config = ConfigView(getattr(module.config, "of", module.config), values)
+    for name, value in (counts or {}).items():
+        setattr(module, name, value)
+    if reads:
+        module.config = ConfigView(getattr(module.config, "of", module.config), reads)
     if heads is None:
         return
     first, module.kept_heads = not hasattr(module, "kept_heads"), heads
@@ -166,21 +177,6 @@ def settle_(module: Any, block: Any, sizes: dict[str, int], dense: dict[str, int
         owner.kept_heads = index[part]
         if first:
             owner.register_forward_hook(KeptOutput(dense[SIZES[part]]))
-
-
-def evaluate(expression: str, sizes: dict[str, int]) -> int:
-    """Compute an expression of sizes and whole numbers with ``+``, ``*`` and ``//``."""
-
-    def value(node: Any) -> int:
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return int(OPERATORS[type(node.op)](value(node.left), value(node.right)))
-        if isinstance(node, ast.Name) and node.id in sizes:
-            return sizes[node.id]
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        raise ValueError(f"{expression!r} is no expression of {', '.join(sizes)} with +, * and //")
-
-    return value(ast.parse(expression, mode="eval").body)
 
 
 class ConfigView:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import FORMS, make_llama
 
 import flapkit
 from flapkit.calibration import measure, needed_statistics
@@ -118,6 +119,36 @@ def test_saved_is_loaded_bit_for_bit(llama, tokens, probe, tmp_path, dtype):
     assert torch.equal(again.eval()(probe).logits, expected)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(flapkit.load(tmp_path / "again")(probe).logits, expected)
+
+
+ROPES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "factor": 2.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": FORMS["llama3 rope"]["rope_parameters"],
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rope_type(tokens, probe, tmp_path, rope):
+    """Positions are no matter of heads: the pruned model turns them as the dense one does, saved and loaded."""
+    model = make_llama(rope_parameters={"rope_theta": 10000.0, **ROPES[rope], "rope_type": rope})
+    sites, plan, corrections = planned(model, tokens)
+    masked = copy.deepcopy(model)
+    mask_(masked, sites, plan, corrections)
+    carry_out_(model, sites, plan, corrections)
+    expected = masked(probe).logits
+    torch.testing.assert_close(model(probe).logits, expected, atol=1e-5, rtol=0)
+    flapkit.save(model, tmp_path / "pruned", plan)
+    assert torch.equal(flapkit.load(tmp_path / "pruned")(probe).logits, model(probe).logits)
 
 
 def test_a_pruned_model_is_pruned_again(llama, tokens, probe):
