@@ -47,6 +47,9 @@ NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I"
 """Kind of a block -> what its expressions can name, with a value to try them on."""
 
 
+EXPERT_MULTIPLE = 8
+"""Grouped matrix products take widths of whole 16 bytes; experts of other widths run one by one."""
+
 OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Mult: operator.mul,
@@ -93,6 +96,7 @@ class Block:
         heads: the configuration's name for the number of query heads.
         kv_heads: its name for the number of key/value heads, or that number; that of the query heads if it has none.
         width: the configuration's name for the channels of an MLP, under which a pruned layer's are saved.
+        optional: a model may have it in none of its layers.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -109,6 +113,7 @@ class Block:
     heads: str = "num_attention_heads"
     kv_heads: str | int = "num_key_value_heads"
     width: str = "intermediate_size"
+    optional: bool = False
 
     def __post_init__(self) -> None:
         """Fill in the name, and refuse layouts and expressions that say nothing.
@@ -137,9 +142,12 @@ class Block:
         """Return the module's attributes where so much is left."""
         return {name: evaluate(expression, sizes) for name, expression in self.attributes.items()}
 
-    def readings(self, sizes: Mapping[str, int]) -> dict[str, int]:
+    def readings(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Return what the module's forward is to read from the configuration where so much is left."""
-        return {name: evaluate(expression, sizes) for name, expression in self.reads.items()}
+        values: dict[str, Any] = {name: evaluate(expression, sizes) for name, expression in self.reads.items()}
+        if self.kind == "experts" and sizes["I"] % EXPERT_MULTIPLE:
+            values["_experts_implementation"] = "eager"
+        return values
 
     @property
     def takes_query_heads(self) -> bool:
@@ -258,7 +266,7 @@ def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") ->
                 path = ".".join(part for part in (family.layers, str(index), block.path) if part)
                 found += _Place(model, module, block, path, index).sites(unit)
     for number, block in enumerate(family.blocks):
-        if number not in used:
+        if number not in used and not block.optional:
             where = ".".join(part for part in (block.path, block.consumer) if part)
             raise ModelError(f"adapter {family.name!r}: no layer of {family.layers} has {where}, its {block.name}")
     return tuple(found)
@@ -295,6 +303,7 @@ class _Place:
                 dim=dim,
                 expert=expert,
                 group="" if expert is None else name,
+                multiple=1 if expert is None or units % EXPERT_MULTIPLE else EXPERT_MULTIPLE,
                 runs=runs,
                 heads=counts.get("H", 0),
                 kv_heads=counts.get("K", 0),

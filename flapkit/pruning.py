@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needed_statistics
 from flapkit.checkpoint.families import describe_
-from flapkit.errors import InputError, PluginError
+from flapkit.errors import CalibrationError, InputError, PluginError
 from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher, corrector_of
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
-from flapkit.statistics import Statistic
+from flapkit.statistics import Moments, Statistic
 from flapkit.surgery import slice_, weight_of
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,12 @@ def prune_sites_(
     return Pruned(scores, plan)
 
 
+FEW_TOKENS = 128
+"""An expert that calibration routed fewer tokens to is named in a warning."""
+
+log = logging.getLogger(__name__)
+
+
 @torch.no_grad()
 def score_sites(
     model: PreTrainedModel, sites: Sequence[Site], statistics: Statistics, metric: ImportanceMetric
@@ -90,6 +96,7 @@ def score_sites(
         PluginError: the metric returns a wrong shape, or scores that are not finite.
     """
     scores = {}
+    check_experts(sites, statistics)
     for site in sites:
         weight = weight_of(model, site)
         score = metric.score(site, statistics[site.name], weight)
@@ -102,6 +109,34 @@ def score_sites(
             raise PluginError(f"metric {metric.name!r} at {site.name}: some scores are not finite")
         scores[site.name] = score.double().cpu()
     return scores
+
+
+def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
+    """Refuse experts that calibration routed next to nothing to, and warn of those that saw little.
+
+    Raises:
+        CalibrationError: an expert of which no variance is known.
+    """
+    few = {}
+    for site in sites:
+        if site.expert is not None and Moments in statistics[site.name]:
+            few[site.name] = statistics[site.name][Moments].tokens
+    if unseen := [name for name, tokens in few.items() if tokens < 2]:
+        raise CalibrationError(
+            f"calibration: {len(unseen)} experts saw fewer than two tokens, {unseen[0]} the first of them; "
+            "give more text (calibration.samples)"
+        )
+    rare = {name: tokens for name, tokens in few.items() if tokens < FEW_TOKENS}
+    if rare:
+        name = min(rare, key=lambda each: rare[each])
+        log.warning(
+            "calibration: %d of %d experts saw fewer than %d tokens (%s the fewest: %d); their scores are uncertain",
+            len(rare),
+            len(few),
+            FEW_TOKENS,
+            name,
+            rare[name],
+        )
 
 
 def find_plan(

@@ -194,7 +194,7 @@ class _Queue:
     @classmethod
     def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int, multiple_of: int) -> _Queue:
         site = together[0]
-        multiple = multiple_of if site.kind == "mlp" else 1
+        multiple = math.lcm(multiple_of, site.multiple) if site.kind == "mlp" else 1
         length = site.units // site.runs
         lots, columns = [], []
         for each in together:

@@ -76,6 +76,7 @@ class Site:
         group: sites of one group keep the same number of units: the experts of a layer are one tensor.
         runs: the units come in this many equal runs, each of which keeps the same number: the query heads of each
             key/value head.
+        multiple: a kept number that is a multiple of this runs faster.
         heads: query heads of an attention site.
         kv_heads: its key/value heads.
         path: full name of the module that the block is.
@@ -94,6 +95,7 @@ class Site:
     expert: int | None = None
     group: str = ""
     runs: int = 1
+    multiple: int = 1
     heads: int = 0
     kv_heads: int = 0
     path: str = ""

@@ -72,6 +72,8 @@ def slice_(
     plan.check(sites)
     for together in groups(sites):
         first, removed = together[0], {site.name: plan.removed_units(site) for site in together}
+        # What keeps all its units settles as well: forward cannot read a common count from the configuration any more.
+        _settle(model, first, plan.keep[first.name])
         if not removed[first.name]:
             continue
         channels = [site.channels_of(plan.keep[site.name]) for site in together]
@@ -83,7 +85,6 @@ def slice_(
             if first.expert is not None:
                 indices = [_without(length, _coupled(site, removed[site.name])[name, dim]) for site in together]
             _keep(model, name, dim, indices, stacked=first.expert is not None)
-        _settle(model, first, plan.keep[first.name])
 
 
 @torch.no_grad()

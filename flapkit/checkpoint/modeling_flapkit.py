@@ -99,7 +99,8 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
     if getattr(shape, f"{block['name']}_out_bias"):
         add_bias_(module, block)
     counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
-    settle_(module, block, counts, reads, dense, getattr(shape, "kept_heads", None))
+    heads = getattr(shape, "kept_heads", None) if block["arguments"] or block["outputs"] else None
+    settle_(module, block, counts, reads, dense, heads)
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:
@@ -188,6 +189,9 @@ class ConfigView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        found = getattr(type(self.of), name, None)
+        if isinstance(found, property) and found.fget:
+            return found.fget(self)
         return getattr(self.of, name)
 
 

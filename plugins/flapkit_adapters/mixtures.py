@@ -1,0 +1,74 @@
+"""Mixtures of experts: the experts of a layer are stacked in 3-D parameters, and keep the same width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flapkit.architecture import Block, Family
+from flapkit_adapters.llama import ATTENTION, MLP
+
+EXPERTS = Block("experts", "mlp.experts", "down_proj", {"gate_up_proj": "i+i"}, width="moe_intermediate_size")
+LATENT = Block(
+    "attention",
+    "self_attn",
+    "o_proj",
+    {"q_proj?": "q", "q_b_proj?": "q", "kv_b_proj": "q"},
+    attributes={"num_heads": "H"},
+    kv_heads="num_attention_heads",
+)
+"""Multi-head latent attention: keys and values come from one latent vector, which no head owns. The cache stays."""
+
+DENSE_MLP = replace(MLP, optional=True)
+SHARED = Block(
+    "mlp", "mlp.shared_experts", "down_proj", {"gate_proj": "i", "up_proj": "i"}, name="shared_experts", optional=True
+)
+
+MIXTURES = (
+    Family(
+        "mixtral",
+        ("mixtral",),
+        "model.layers",
+        (ATTENTION, replace(EXPERTS, width="intermediate_size")),
+        "Mixtral.",
+    ),
+    Family(
+        "qwen2_moe",
+        ("qwen2_moe",),
+        "model.layers",
+        (
+            ATTENTION,
+            DENSE_MLP,
+            EXPERTS,
+            replace(SHARED, path="mlp.shared_expert", name="shared_expert", width="shared_expert_intermediate_size"),
+        ),
+        "Qwen 1.5 and 2 with experts, and the expert that all tokens share.",
+    ),
+    Family("qwen3_moe", ("qwen3_moe",), "model.layers", (ATTENTION, DENSE_MLP, EXPERTS), "Qwen 3 with experts."),
+    Family(
+        "gpt_oss",
+        ("gpt_oss",),
+        "model.layers",
+        (
+            replace(ATTENTION, parameters={**ATTENTION.parameters, "sinks": "q"}),
+            replace(
+                EXPERTS,
+                parameters={"gate_up_proj": "(i+i)", "gate_up_proj_bias": "(i+i)"},
+                width="intermediate_size",
+            ),
+        ),
+        "gpt-oss, with attention sinks.",
+    ),
+    *(
+        Family(
+            model_type,
+            (model_type,),
+            "model.layers",
+            (LATENT, DENSE_MLP, EXPERTS, replace(SHARED, width="shared_intermediate_size")),
+            about,
+        )
+        for model_type, about in {
+            "deepseek_v2": "DeepSeek V2, with latent attention and shared experts.",
+            "deepseek_v3": "DeepSeek V3 and R1, with latent attention and shared experts.",
+        }.items()
+    ),
+)
