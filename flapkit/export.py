@@ -163,7 +163,11 @@ def biased_kinds(config: PreTrainedConfig, sites: Sequence[Site]) -> frozenset[K
 
 def is_uniform(sites: Sequence[Site]) -> bool:
     """Tell whether all layers are alike."""
-    return all(len({site.units for site in sites if site.kind == kind}) == 1 for kind in {site.kind for site in sites})
+    sizes: dict[str, set[tuple[int, ...]]] = {}
+    for site in sites:
+        role = site.block.name if site.block else site.kind
+        sizes.setdefault(role, set()).add((site.units, site.heads, site.kv_heads))
+    return all(len(found) == 1 for found in sizes.values())
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ from flapkit.sites import Site
 
 PREFIX = "flapkit_"
 
+ADDED = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
+"""What a pruned checkpoint's configuration says that a dense one does not, or says otherwise."""
+
 TAIL = '''
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
@@ -151,6 +154,15 @@ def register() -> None:
         if f"{PREFIX}{dense}" not in CONFIG_MAPPING:
             deferred: Any = _Deferred(f"{PREFIX}{dense}")
             CONFIG_MAPPING.register(f"{PREFIX}{dense}", deferred)
+
+
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the dense form of a pruned model's configuration; a dense one stays as it is."""
+    if not config.model_type.startswith(PREFIX):
+        return config
+    kept = {key: value for key, value in config.to_dict().items() if key not in ADDED}
+    dense: PreTrainedConfig = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](**kept)
+    return dense
 
 
 def describe_(model: PreTrainedModel, sites: Sequence[Site]) -> None:

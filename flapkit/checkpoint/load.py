@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,6 +111,19 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
         path, lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main"), what="tokenizer"
     )
     return tokenizer
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read a checkpoint's tensors one by one, each with its name; tied ones come once.
+
+    Raises:
+        ModelError: a file is missing, damaged or pickled.
+    """
+    _check_weights(folder, folder)
+    for file in _weight_files(folder, folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                yield name, tensors.get_tensor(name)
 
 
 def _source(path: Path | str) -> Path | str:

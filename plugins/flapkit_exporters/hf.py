@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flapkit.checkpoint import load
 from flapkit.checkpoint.load import DType
+from flapkit.export import EXPORTS
 from flapkit.interfaces import Checkpoint, Exporter, Runner
 
 
@@ -41,8 +42,7 @@ class HuggingFace(Exporter):
         """Write the checkpoint again, with all that lies beside its weights."""
         model = load(checkpoint.folder, self.dtype)
         model.save_pretrained(path, max_shard_size=self.max_shard_size)
-        weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "exports")
-        shutil.copytree(checkpoint.folder, path, ignore=weights, dirs_exist_ok=True)
+        copy_beside(checkpoint.folder, path)
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(model.dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -57,3 +57,15 @@ class HuggingFace(Exporter):
             return logits
 
         yield run
+
+
+def copy_beside(source: Path, path: Path, *but: str) -> None:
+    """Copy what lies beside a checkpoint's weights: tokenizer, plan, recipe, model card.
+
+    Args:
+        source: the checkpoint.
+        path: the folder to copy to.
+        but: patterns of names to leave out.
+    """
+    ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", EXPORTS, *but)
+    shutil.copytree(source, path, ignore=ignored, dirs_exist_ok=True)

@@ -1,0 +1,235 @@
+"""GGUF: the pruned model for llama.cpp, layer by layer of its own size."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.checkpoint import read_tensors
+from flapkit.checkpoint.families import dense_config
+from flapkit.errors import ModelError, RunError
+from flapkit.interfaces import Checkpoint, Exporter, Prospect, Runner
+from flapkit.sites import Site
+from flapkit_exporters.gguf_rope import add_rope
+from flapkit_exporters.gguf_vocabulary import add_vocabulary, compare_vocabulary
+from flapkit_exporters.llama_cpp_quiet import load_llama_cpp
+from flapkit_exporters.padding import Sizes, padder, rounded_up, sizes_of
+
+Type = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "Q4_0"]
+UNQUANTISED = ("F32", "F16", "BF16")
+
+FAMILIES = ("llama", "mistral", "qwen2", "seed_oss")
+"""Families that compute what llama.cpp's architecture ``deci`` computes, but for the order of q's and k's rows."""
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""transformers' modules -> GGUF's tensors; those of a layer go without its prefix."""
+
+CONTEXT = 512
+"""Tokens that llama.cpp has room for when an export is compared."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GGUF(Exporter):
+    """A GGUF file for llama.cpp, whose architecture `deci` takes layers of different sizes.
+
+    Args:
+        type: type of the matrices; norms and biases stay in F32.
+        pad_to: zeros widen each layer's attention output and MLP to a multiple of this, which computes the same:
+            llama.cpp's quantised types work on rows of 32 (Q8_0, Q4_0) or 256 (K) values.
+        pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
+    """
+
+    name = "gguf"
+    suffix = ".gguf"
+    extra = "gguf"
+
+    type: Annotated[Type, Field(description="Type of the matrices; norms and biases stay in F32.")] = "F16"
+    pad_to: Annotated[
+        int, Field(ge=1, description="Zeros widen attention outputs and MLPs to a multiple of this; 32 or 256 help.")
+    ] = 1
+    pre: Annotated[
+        str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; found if not given.")
+    ] = None
+
+    @property
+    def packages(self) -> Sequence[str]:
+        """llama-cpp-python quantises, and runs what was written."""
+        return ["gguf", "llama_cpp"] if self.verify or self.type not in UNQUANTISED else ["gguf"]
+
+    @property
+    def label(self) -> str:
+        """One file a type."""
+        return f"{self.name}-{self.type}"
+
+    @property
+    def tolerance(self) -> float | None:
+        """What rounding weights and activations to 24, 11 or 8 bits may move; quantised types are told, not judged."""
+        return {"F32": 1e-4, "F16": 2e-2, "BF16": 8e-2}.get(self.type)
+
+    def check(self, prospect: Prospect) -> None:
+        """Refuse families that llama.cpp has no architecture with layers of different sizes for."""
+        config = prospect.config
+        if prospect.family not in FAMILIES:
+            raise ModelError(
+                f"export gguf: llama.cpp has no architecture with layers of different sizes for "
+                f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); where all layers are alike, export to "
+                "hf-stock, and convert that by llama.cpp's convert_hf_to_gguf.py"
+            )
+        if config.hidden_act not in ("silu", "swish"):
+            raise ModelError(f"export gguf: llama.cpp's `deci` has the activation silu alone, not {config.hidden_act}")
+        window = getattr(config, "sliding_window", None)
+        if window and getattr(config, "use_sliding_window", True):
+            raise ModelError(
+                f"export gguf: llama.cpp's `deci` has no sliding window (here {window} tokens); set sliding_window to "
+                "null in config.json and keep texts shorter than it"
+            )
+
+    def write(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Write the file; quantised types by way of F32."""
+        self._warn(checkpoint.prospect.sites)
+        if self.type in UNQUANTISED:
+            self._write(checkpoint, path, self.type)
+        else:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                self._write(checkpoint, Path(folder) / "F32.gguf", "F32")
+                _quantise(Path(folder) / "F32.gguf", path, self.type)
+        if self.verify and checkpoint.tokenizer is not None:
+            compare_vocabulary(path, checkpoint.tokenizer)
+
+    def _write(self, checkpoint: Checkpoint, path: Path, type_: str) -> None:
+        import gguf
+
+        prospect = checkpoint.prospect
+        config = dense_config(prospect.config)
+        sizes = {site.name: rounded_up(site, self.pad_to) for site in prospect.sites}
+        attention = [sizes[site.name] for site in prospect.sites if site.kind == "attention"]
+        mlp = [sizes[site.name] for site in prospect.sites if site.kind == "mlp"]
+        if not (
+            len(attention) == len(mlp) == config.num_hidden_layers and all(all(s.values()) for s in sizes.values())
+        ):
+            raise ModelError("export gguf: every layer needs an attention and an MLP that keep something")
+        writer = gguf.GGUFWriter(path, "deci", use_temp_file=True)
+        writer.add_name(checkpoint.folder.resolve().name)
+        writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if type_ == "F32" else f"MOSTLY_{type_}"))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_block_count(len(mlp))
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_head_count([layer["H"] for layer in attention])
+        writer.add_head_count_kv([layer["K"] for layer in attention])
+        writer.add_feed_forward_length([layer["I"] for layer in mlp])
+        width = next(site.channels // site.heads for site in prospect.sites if site.heads)
+        writer.add_key_length(width)
+        writer.add_value_length(width)
+        writer.add_rope_dimension_count(width)
+        add_rope(writer, config, width)
+        add_vocabulary(writer, checkpoint.tokenizer, config.vocab_size, self.pre)
+        pad = padder(prospect, sizes)
+        for name, tensor in read_tensors(checkpoint.folder):
+            self._add(writer, name, pad(name, tensor), attention, type_)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _add(self, writer: Any, name: str, tensor: Tensor, attention: Sequence[Sizes], type_: str) -> None:
+        import gguf
+
+        module, _, leaf = name.rpartition(".")
+        if module.startswith("model.layers."):
+            layer, _, module = module.removeprefix("model.layers.").partition(".")
+            prefix, heads = f"blk.{layer}.", attention[int(layer)]
+            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+                tensor = _rotary_pairs(tensor, heads["H" if module.endswith("q_proj") else "K"])
+        else:
+            prefix = ""
+        if module not in NAMES:
+            raise ModelError(f"export gguf: llama.cpp's `deci` has no tensor for {name}")
+        values = tensor.float().contiguous().numpy()
+        kind = gguf.GGMLQuantizationType[type_ if tensor.dim() == 2 else "F32"]
+        writer.add_tensor(f"{prefix}{NAMES[module]}.{leaf}", gguf.quantize(values, kind), raw_dtype=kind)
+
+    def _warn(self, sites: Sequence[Site]) -> None:
+        """Say which rows llama.cpp cannot quantise as asked, and what that costs."""
+        block = 1 if self.type in UNQUANTISED else 256 if "_K" in self.type else 32
+        for kind, what in (("mlp", "MLP widths"), ("attention", "attention outputs (heads times head size)")):
+            found = [
+                site.channels // old * rounded_up(site, self.pad_to)[name]
+                for site in sites
+                for name, old in [next(iter(sizes_of(site).items()))]
+                if site.kind == kind
+            ]
+            odd = [width for width in found if width % block]
+            unquantised = sum(1 for width in odd if width % 32)
+            if odd:
+                log.warning(
+                    "export gguf: %d of %d %s are no multiple of %d: llama.cpp writes %d of these consumers in F16 and "
+                    "the others in another type than %s; prune with budget.multiple_of, or give pad_to",
+                    len(odd), len(found), what, block, unquantised, self.type,
+                )  # fmt: skip
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Runner]:
+        """Load it in llama.cpp, with a cache in float32."""
+        llama_cpp = load_llama_cpp()
+        model = llama_cpp.Llama(
+            str(path),
+            n_ctx=CONTEXT,
+            n_gpu_layers=0,
+            logits_all=True,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            yarn_attn_factor=-1.0,
+            verbose=False,
+        )
+
+        def run(tokens: Tensor) -> Tensor:
+            model.reset()
+            model.eval(tokens.tolist())
+            return torch.tensor(model.scores[: len(tokens)])
+
+        try:
+            yield run
+        finally:
+            model.close()
+
+
+def _rotary_pairs(tensor: Tensor, heads: int) -> Tensor:
+    """Turn the halves of each head's rows, which transformers rotates against each other, into llama.cpp's pairs."""
+    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return pairs
+
+
+def _quantise(source: Path, path: Path, type_: str) -> None:
+    """Let llama.cpp quantise a file."""
+    llama_cpp = load_llama_cpp()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type_}")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), options):
+        raise RunError(f"export gguf: llama.cpp could not quantise the model to {type_}")

@@ -1,0 +1,125 @@
+"""Other sizes of a model's layers, and the zeros that widen its tensors to them without changing what they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flapkit.architecture import skeleton
+from flapkit.checkpoint.modeling_flapkit import count, rows_of
+from flapkit.errors import ModelError
+from flapkit.interfaces import Prospect
+from flapkit.sites import Site
+
+Sizes = Mapping[str, int]
+"""``H`` query heads and ``K`` key/value heads of an attention, or ``I`` channels of an MLP."""
+
+
+def sizes_of(site: Site) -> Sizes:
+    """Return a site's sizes."""
+    return {"H": site.heads, "K": site.kv_heads} if site.kind == "attention" else {"I": site.units}
+
+
+def rounded_up(site: Site, multiple_of: int) -> Sizes:
+    """Return the next sizes whose channels are a multiple of a number; attentions grow by key/value heads."""
+    if site.kind == "mlp":
+        return {"I": math.ceil(site.units / multiple_of) * multiple_of}
+    group = site.heads // site.kv_heads
+    step = multiple_of // math.gcd(multiple_of, group * site.channels // site.heads)
+    kv_heads = math.ceil(site.kv_heads / step) * step
+    return {"H": kv_heads * group, "K": kv_heads}
+
+
+def one_less(site: Site) -> Sizes:
+    """Return the sizes without a unit: any that a plan may leave, as far as a class's form goes."""
+    if site.kind == "mlp":
+        return {"I": max(1, site.units - 1)}
+    if site.kv_heads == 1:
+        return {"H": max(1, site.heads - 1), "K": 1}
+    return {"H": site.heads - site.heads // site.kv_heads, "K": site.kv_heads - 1}
+
+
+def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
+    """Return sizes that all layers can be widened to, by the sites' names.
+
+    Raises:
+        ModelError: the layers keep different numbers of query heads for a key/value head.
+    """
+    roles: dict[str, dict[str, int]] = {}
+    for site in sites:
+        largest = roles.setdefault(_role(site), {})
+        for name, size in sizes_of(site).items():
+            largest[name] = max(size, largest.get(name, 0))
+    for site in sites:
+        wanted = roles[_role(site)]
+        if wanted.get("K", 1) > 1 and site.heads * wanted["K"] != wanted["H"] * site.kv_heads:
+            raise ModelError(
+                f"{site.name}: {site.heads} query heads for {site.kv_heads} key/value heads cannot be widened to "
+                f"{wanted['H']} for {wanted['K']} by zeros; prune whole key/value groups (unit: kv_group)"
+            )
+    return {site.name: roles[_role(site)] for site in sites}
+
+
+def lengths(prospect: Prospect, sizes: Mapping[str, Sizes]) -> dict[tuple[str, int], tuple[str, int]]:
+    """Return how long the dimensions of a model's parameters become with other sizes.
+
+    Args:
+        prospect: the model.
+        sizes: site name -> its new sizes.
+
+    Returns:
+        (parameter, dimension) -> (layout, length) of every dimension that the sizes determine.
+    """
+    return {
+        (param, dim): (layout, length * count(layout, dict(sizes[site.name])) // count(layout, dict(sizes_of(site))))
+        for site in prospect.sites
+        for param, dim, layout, length in _parts(prospect, site)
+    }
+
+
+def padder(prospect: Prospect, sizes: Mapping[str, Sizes]) -> Callable[[str, Tensor], Tensor]:
+    """Return what widens a model's tensors by zeros, which compute nothing: they meet zeros in the consumer.
+
+    Args:
+        prospect: the model.
+        sizes: site name -> its new sizes, none smaller.
+
+    Returns:
+        A function from a tensor's name and value to the widened tensor.
+
+    Raises:
+        ModelError: a tensor that would have to grow holds several parts.
+    """
+    wanted = lengths(prospect, sizes)
+
+    def pad(name: str, tensor: Tensor) -> Tensor:
+        for dim, length in enumerate(tensor.shape):
+            layout, new = wanted.get((name, dim), ("", length))
+            if new == length:
+                continue
+            if len(layout) > 1:
+                raise ModelError(f"{name}: zeros cannot be added to a tensor of several parts ({layout})")
+            zeros = tensor.new_zeros([*tensor.shape[:dim], new - length, *tensor.shape[dim + 1 :]])
+            tensor = torch.cat([tensor, zeros], dim)
+        return tensor
+
+    return pad
+
+
+def _role(site: Site) -> str:
+    """Return what a site is within its layer, such as ``attention``; all experts are one."""
+    return site.block.name if site.block else site.kind
+
+
+def _parts(prospect: Prospect, site: Site) -> Iterator[tuple[str, int, str, int]]:
+    """List a site's parameters: name, dimension that counts its rows or columns, layout, length of that dimension."""
+    block: Any = site.block
+    module = skeleton(prospect.config).get_submodule(site.path)
+    yield site.weight, site.dim, "q" if site.kind == "attention" else "i", site.channels
+    for name, layout in block.parameters.items():
+        for param, dim in rows_of(module, block.data, name):
+            yield f"{site.path}.{param}", dim, layout, module.get_parameter(param).shape[dim]

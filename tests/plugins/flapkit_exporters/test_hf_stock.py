@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import FORMS, make_llama
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+    SeedOssForCausalLM,
+)
+
+import flapkit
+from flapkit.architecture import Block, Family
+from flapkit.errors import ModelError
+from flapkit.export import export, prospect_of
+from flapkit.interfaces import Correction, Prospect
+from flapkit.plan import PruningPlan
+from flapkit.pruning import carry_out_
+from flapkit.registry import Registry
+
+
+def stock(**options):
+    return Registry.load().create("exporter", "hf-stock", options)
+
+
+def uniform(model, folder, heads, bias=True):
+    """Save a model that has lost so many heads and seven channels in every layer."""
+    sites = flapkit.sites(model)
+    lost = {"attention": heads, "mlp": 7}
+    plan = PruningPlan({site.name: tuple(range(lost[site.kind], site.units)) for site in sites})
+    corrections = {site.name: Correction(bias=torch.ones(site.out_features)) for site in sites} if bias else {}
+    carry_out_(model, sites, plan, corrections)
+    flapkit.save(model, folder, plan)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_uniform_layers_need_no_code(tmp_path, form):
+    folder = uniform(make_llama(**FORMS[form]), tmp_path / "pruned", heads=1)
+    found = export(folder, stock(), tmp_path / "out")
+    assert found.relative < 1e-6
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert "per_layer_config" not in config
+    assert not list((tmp_path / "out").glob("*.py"))
+    # Three of four heads do not divide the hidden size, which LLaMA's classes ask for.
+    classes = {"mha": SeedOssForCausalLM, "gqa": LlamaForCausalLM, "biases": LlamaForCausalLM}
+    if form in classes:
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is classes[form]
+
+
+def test_zeros_make_layers_alike(pruned_folder, tmp_path, probe):
+    with pytest.raises(ModelError, match="pad: true"):
+        export(pruned_folder, stock(), tmp_path / "out")
+    found = export(pruned_folder, stock(pad=True), tmp_path / "out")
+    assert found.relative < 1e-5
+    sizes = flapkit.load(tmp_path / "out").config
+    kept = flapkit.load(pruned_folder).config.per_layer_config
+    assert sizes.intermediate_size == max(layer.intermediate_size for layer in kept)
+
+
+def test_a_type_and_a_form(tmp_path):
+    folder = uniform(make_llama(), tmp_path / "pruned", heads=2)
+    export(folder, stock(form="seed_oss", dtype="bfloat16"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is SeedOssForCausalLM
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="no such numbers of heads"):
+        export(uniform(make_llama(), tmp_path / "odd", heads=1), stock(form="llama"), tmp_path / "out2")
+
+
+def declared(model_type):
+    """Make an adapter of one of a few families."""
+    opt = model_type == "opt"
+    attention = Block(
+        "attention", "self_attn", "out_proj" if opt else "o_proj", {"q_proj": "q", "k_proj": "k", "v_proj": "k"}
+    )
+    mlp = Block("mlp", "mlp", "down_proj", {"gate_proj": "i", "up_proj": "i"})
+    fc = Block("mlp", "", "fc2", {"fc1": "i"}, width="ffn_dim")
+    layers = "model.decoder.layers" if opt else "model.layers"
+    return Family("declared", (model_type,), layers, (attention, fc if opt else mlp)).adapter()()
+
+
+@pytest.mark.parametrize(
+    ("config", "biases", "says"),
+    [
+        (MistralConfig(sliding_window=None, num_hidden_layers=1), {"attention", "mlp"}, ""),
+        (MistralConfig(sliding_window=64, num_hidden_layers=1), {"attention", "mlp"}, "hold no bias"),
+        (MistralConfig(sliding_window=64, num_hidden_layers=1), set(), ""),
+        (Qwen3Config(num_hidden_layers=1), {"attention"}, ""),
+        (Qwen3Config(num_hidden_layers=1), {"attention", "mlp"}, "intercept: false"),
+        (OPTConfig(num_hidden_layers=1), {"attention", "mlp"}, "no such numbers of heads"),
+    ],
+)
+def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, says):
+    found = prospect_of(config, declared(config.model_type))
+    prospect = Prospect(found.family, config, found.sites, True, frozenset(biases) | found.biases)
+    if says:
+        with pytest.raises(ModelError, match=says):
+            stock().check(prospect)
+    else:
+        stock().check(prospect)
