@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_llama
 
+import flapkit
 from flapkit.checkpoint import load
 from flapkit.errors import ModelError
 
@@ -100,3 +102,16 @@ def test_copy_of_bundled_loads(tmp_path):
 
     shutil.copytree(bundled_models()["tiny-llama"], tmp_path / "copy")
     assert load(tmp_path / "copy").num_parameters() == load("builtin:tiny-llama").num_parameters()
+
+
+@pytest.mark.parametrize("rope", ["yarn", "dynamic", "longrope"])
+@torch.no_grad()
+def test_rotary_embeddings_that_read_the_configuration(tokens, probe, tmp_path, rope):
+    """Some kinds derive a head's size from the number of heads, which differs over the layers."""
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 8}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
+    model = make_llama(rope_parameters=parameters)
+    flapkit.save(model, tmp_path / "pruned", flapkit.prune_(model, tokens, ratio=0.4))
+    for part in (probe, probe[:, :6]):
+        assert torch.equal(flapkit.load(tmp_path / "pruned")(part).logits, model(part).logits)
