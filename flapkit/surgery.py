@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from flapkit.errors import ModelError
 from flapkit.interfaces import Correction
 from flapkit.plan import PruningPlan
 from flapkit.sites import Site, groups
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -55,6 +60,20 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     if site.expert is None:
         return weight if site.dim == 1 else weight.T
     return weight[site.expert] if site.dim == 2 else weight[site.expert].T
+
+
+def share(model: M, sites: Sequence[Site]) -> M:
+    """Copy a model but for its weights: slicing the copy leaves the original as it is, and takes little memory.
+
+    Training the copy, or masking it, would change the original too.
+
+    Args:
+        model: the dense model.
+        sites: its sites; of what slicing writes in place, the consumers' biases, the copy gets its own.
+    """
+    written = {site.bias for site in sites}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in named if name not in written})
 
 
 @torch.no_grad()

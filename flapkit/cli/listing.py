@@ -22,6 +22,7 @@ class Kind(str, Enum):
     EXPORTERS = "exporters"
     DATASETS = "datasets"
     RECIPES = "recipes"
+    SWEEPS = "sweeps"
 
 
 @app.command("list")
@@ -39,12 +40,12 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
         from flapkit.text import DATASETS
 
         return [(name, dataset.description, "flapkit") for name, dataset in DATASETS.items()]
-    if kind is Kind.RECIPES:
-        from flapkit.recipe import shipped_recipes
+    if kind in (Kind.RECIPES, Kind.SWEEPS):
+        from flapkit.recipe.files import shipped_recipes, shipped_sweeps
 
         return [
             (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "), "flapkit")
-            for name, path in shipped_recipes().items()
+            for name, path in (shipped_recipes() if kind is Kind.RECIPES else shipped_sweeps()).items()
         ]
     from flapkit.registry import Registry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import flapkit
@@ -12,11 +13,29 @@ _SUFFIXES = (".yaml", ".yml")
 
 def shipped_recipes() -> dict[str, Path]:
     """Map the names of the recipes that come with flapkit to their files, sorted by name."""
+    return _shipped("*.yaml")
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Map the names of the sweeps that come with flapkit to their files, sorted by name."""
+    return _shipped("sweeps/*.yaml")
+
+
+def _shipped(pattern: str) -> dict[str, Path]:
     package = Path(flapkit.__file__).parent
     folder = package / "_recipes"
     if not folder.is_dir():
         folder = package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob(pattern))}
+
+
+def find_sweep(name_or_path: Path | str) -> Path:
+    """Find a sweep: a file, or one of those that come with flapkit by its name.
+
+    Raises:
+        RecipeError: there is neither such a file nor such a name.
+    """
+    return _find(name_or_path, shipped_sweeps(), "sweep")
 
 
 def find_recipe(name_or_path: Path | str) -> Path:
@@ -28,15 +47,18 @@ def find_recipe(name_or_path: Path | str) -> Path:
     Raises:
         RecipeError: there is neither such a file nor such a name.
     """
+    return _find(name_or_path, shipped_recipes(), "recipe")
+
+
+def _find(name_or_path: Path | str, shipped: Mapping[str, Path], what: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = shipped_recipes()
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
-    what = "that is a folder" if path.is_dir() else "there is neither such a file nor a recipe of this name"
+    wrong = "that is a folder" if path.is_dir() else f"there is neither such a file nor a {what} of this name"
     name = path.stem if path.suffix in _SUFFIXES else path.name
-    raise RecipeError(f"{name_or_path}: {what}{did_you_mean(name, shipped)}")
+    raise RecipeError(f"{name_or_path}: {wrong}{did_you_mean(name, shipped)}")
 
 
 def read(path: Path) -> str:

@@ -71,16 +71,34 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
         PluginError: an installed plugin cannot be loaded.
     """
     path = Path(path)
-    root, problems = _tree(path, overrides)
-    registry, plugin_problems = _registry(root, path)
-    components, component_problems = _components(root, registry, path.parent, complete=not plugin_problems)
+    root, problems = read_tree(path, overrides)
+    registry, plugin_problems = load_plugins(root, path)
+    loaded = build_recipe(root, path, registry, complete=not plugin_problems)
+    if problems or plugin_problems or isinstance(loaded, list):
+        broken = {(problem.position, problem.key) for problem in problems}
+        found = [*plugin_problems, *(loaded if isinstance(loaded, list) else [])]
+        problems += [problem for problem in found if (problem.position, problem.key) not in broken]
+        raise _error(problems, overrides)
+    return loaded
+
+
+def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool = True) -> LoadedRecipe | list[Problem]:
+    """Check a recipe's tree and build its components.
+
+    Args:
+        root: the recipe.
+        path: its file.
+        registry: the known components.
+        complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
+
+    Returns:
+        The recipe, or everything that is wrong with it; where a plugin file failed that may be nothing more.
+    """
+    components, problems = _components(root, registry, path.parent, complete=complete)
     problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
-    broken = {(problem.position, problem.key) for problem in problems}
-    found = [*plugin_problems, *component_problems, *(recipe if isinstance(recipe, list) else [])]
-    problems += [problem for problem in found if (problem.position, problem.key) not in broken]
-    if problems or isinstance(recipe, list):
-        raise _error(problems, overrides)
+    if problems or not complete or isinstance(recipe, list):
+        return [*problems, *(recipe if isinstance(recipe, list) else [])]
     several = {kind: tuple(components.pop(kind)) for kind in SEVERAL}
     single = {kind: found[0] for kind, found in components.items() if found}
     specs: dict[str, Any] = {kind: _spec(component) for kind, component in single.items()}
@@ -97,8 +115,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     )
 
 
-def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
-    """Read the file and apply the overrides."""
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Node, list[Problem]]:
+    """Read a recipe's file and apply the overrides.
+
+    Raises:
+        RecipeError: there is no tree to speak of.
+    """
     source = str(path)
     root, problems = parse(read(path), lambda line, column: Position(source, line, column))
     if root is None and problems:
@@ -108,10 +130,15 @@ def _tree(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
         raise RecipeError(f"{start}: the recipe is empty; it needs model, calibration, budget and output")
     if not isinstance(root.value, dict):
         raise RecipeError(f"{root.position}: a recipe is a section of keys, such as `output: runs/mine`")
-    names = {key: next(iter(_default_names(kind)), None) for kind, key in KEYS.items()}
+    names = component_names()
     for text in overrides:
         problems += override(root, text, names)
     return root, problems
+
+
+def component_names() -> dict[str, str | None]:
+    """Map the keys whose section can be written as a plain name to the name that holds where nothing is written."""
+    return {key: next(iter(_default_names(kind)), None) for kind, key in KEYS.items()}
 
 
 def _error(problems: Sequence[Problem], overrides: Sequence[str]) -> RecipeError:
@@ -125,7 +152,7 @@ def _error(problems: Sequence[Problem], overrides: Sequence[str]) -> RecipeError
     return RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=place)))
 
 
-def _registry(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
+def load_plugins(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
     """Load the installed plugins and the recipe's own files."""
     registry = Registry.load()
     problems = []
@@ -152,7 +179,7 @@ def _components(
     Args:
         root: the recipe.
         registry: the known components.
-        folder: the recipe's, which options' files are relative to.
+        folder: what options' files are relative to, where no file says the option.
         complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
 
     Returns:
@@ -191,7 +218,8 @@ def _component(kind: str, key: str, node: Node, registry: Registry, folder: Path
     except PluginError as error:
         known = complete or closest(name.value, registry.names(kind))
         return [Problem(name.position, key, str(error))] if known else []
-    return check(_options(node), component, key, folder)
+    written_in = Path(node.position.source).parent if node.position.line else folder
+    return check(_options(node), component, key, written_in)
 
 
 def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Problem]:

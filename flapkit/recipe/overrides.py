@@ -26,12 +26,29 @@ def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Pro
     """
     position = override_position(text)
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         return [Problem(position, "", "expected key=value, such as budget.ratio=0.3")]
     new, problems = parse(value, lambda line, column: position)
     if problems:
         return [Problem(position, key, problem.what) for problem in problems]
+    return put(root, key.strip(), new or Node(None, position, position), names)
+
+
+def put(root: Node, key: str, new: Node, names: Mapping[str, str | None]) -> list[Problem]:
+    """Set one key of a recipe's tree to a tree, in place; sections on the way to it are made where they are missing.
+
+    Args:
+        root: the recipe.
+        key: the dotted key.
+        new: the value, and where it comes from.
+        names: as in ``override``.
+
+    Returns:
+        What is wrong with the key.
+    """
+    position, parts = new.key_position, key.split(".")
+    if not all(parts):
+        return [Problem(position, key, "expected a dotted key, such as budget.ratio")]
     parent = root
     for depth, part in enumerate(parts[:-1], start=1):
         in_list = isinstance(parent.value, list)
@@ -40,7 +57,7 @@ def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Pro
         if isinstance(child, str):
             return [Problem(position, ".".join(parts[:depth]), child)]
         parent = child
-    wrong = _put(parent, parts[-1], new or Node(None, position, position))
+    wrong = _put(parent, parts[-1], new)
     return [Problem(position, key, wrong)] if wrong else []
 
 

@@ -173,3 +173,19 @@ def test_trains_after_slicing(llama, tokens):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(not torch.equal(parameter, before[name]) for name, parameter in llama.named_parameters())
+
+
+def test_pruning_a_copy_that_shares_weights_leaves_the_model_as_it_is(llama, tokens, probe):
+    """Also its biases, to which the compensator adds; and the copy is what a whole copy would be."""
+    from flapkit.surgery import share
+
+    sites = flapkit.sites(llama)
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    logits = llama(probe).logits
+    whole, shared = copy.deepcopy(llama), share(llama, sites)
+    storage = {tensor.data_ptr() for tensor in llama.parameters()}
+    assert all(parameter.data_ptr() in storage for parameter in shared.parameters() if parameter.dim() > 1)
+    assert flapkit.prune_(shared, tokens, ratio=0.4) == flapkit.prune_(whole, tokens, ratio=0.4)
+    assert torch.equal(shared(probe).logits, whole(probe).logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+    assert torch.equal(llama(probe).logits, logits)

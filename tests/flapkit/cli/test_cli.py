@@ -107,12 +107,12 @@ def test_check(command, home):
     assert "530,842 of 2,654,208 parameters of blocks" in out
 
 
-@pytest.mark.parametrize("kind", ["metrics", "searchers", "compensators", "adapters", "datasets", "recipes"])
+@pytest.mark.parametrize("kind", ["metrics", "searchers", "compensators", "adapters", "datasets", "recipes", "sweeps"])
 def test_list(command, kind):
     code, out, _ = command("list", kind)
     assert code == 0
     named = {"metrics": "wifv", "searchers": "al_am", "compensators": "bias", "adapters": "vicuna"}
-    assert {**named, "datasets": "wikitext2", "recipes": "demo"}[kind] in out
+    assert {**named, "datasets": "wikitext2", "recipes": "demo", "sweeps": "ablation"}[kind] in out
 
 
 def test_schema_is_json(command):
@@ -257,3 +257,19 @@ def test_activations_that_are_not_finite(command, home):
     code, _, err = command("run", write(home, model={"path": "./broken"}, evaluate={}))
     assert code == 1
     assert "model.layers.2.mlp.down_proj: its input is not finite" in err
+
+
+def test_sweep(command, home):
+    from sweeps import write_sweep
+
+    path = write_sweep(home, points=[{"budget.ratio": 0.99}])
+    code, out, err = command("sweep", path)
+    assert code == 1
+    assert "1 of 5 points failed\nbudget.ratio=0.99: BudgetError" in err
+    assert "magnitude" in out
+    assert {path.name for path in (home / "out").iterdir()} == {"results.jsonl", "table.csv", "plot.png", "plot.svg"}
+    write_sweep(home)
+    assert command("sweep", path, "--output", "out", "-q")[:2] == (0, "")
+    assert len((home / "out" / "results.jsonl").read_text().splitlines()) == 5
+    code, _, err = command("sweep", path, "--set", "metrc=wifv")
+    assert (code, "did you mean 'metric'" in err) == (2, True)

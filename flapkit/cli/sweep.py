@@ -1,0 +1,76 @@
+"""``flapkit sweep``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.options import NoCache, Overrides
+from flapkit.cli.output import print_, set_logging
+from flapkit.cli.progress import progress_listener
+from flapkit.errors import RunError
+
+if TYPE_CHECKING:
+    from flapkit.sweep.load import Sweep
+    from flapkit.sweep.results import Row
+
+
+@app.command()
+def sweep(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or a name of `list sweeps`.")],
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
+    no_cache: NoCache = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+) -> None:
+    """Prune by a recipe with many values, calibrated once; started again, carry on with what is missing."""
+    from flapkit.cache import cache_folder
+    from flapkit.progress import Progress
+    from flapkit.recipe.files import find_sweep
+    from flapkit.sweep.load import label, load_sweep
+    from flapkit.sweep.results import Results
+    from flapkit.sweep.run import run_sweep
+
+    loaded = load_sweep(find_sweep(sweep), overrides or [])
+    set_logging(quiet=quiet, verbose=verbose)
+    folder = Path(output or loaded.asked.output).expanduser()
+    results = Results(folder)
+    progress = Progress(progress_listener(quiet=quiet))
+    rows = run_sweep(loaded, results, progress=progress, cache=None if no_cache else cache_folder())
+    _write(loaded, rows, folder)
+    if not quiet:
+        _print(loaded, rows, folder)
+    failed = [f"{label(row.settings)}: {row.error}" for row in rows if row.error is not None]
+    if failed:
+        raise RunError("\n".join([f"{len(failed)} of {len(rows)} points failed", *failed]))
+
+
+def _write(loaded: Sweep, rows: list[Row], folder: Path) -> None:
+    from flapkit.sweep.plot import draw
+    from flapkit.sweep.table import to_csv
+
+    (folder / "table.csv").write_text(to_csv(loaded.keys, rows), encoding="utf-8")
+    for kind in ("png", "svg"):
+        (folder / f"plot.{kind}").write_bytes(draw(rows, loaded.keys, loaded.asked.plot, kind))
+
+
+def _print(loaded: Sweep, rows: list[Row], folder: Path) -> None:
+    from flapkit.sweep.table import table
+
+    names, cells = table(loaded.keys, rows)
+    shown = [index for index, name in enumerate(names) if name != "error" and any(row[index] for row in cells)]
+    printed = Table(*(names[index] for index in shown), title=f"{loaded.path} → {folder}")
+    for row in cells:
+        printed.add_row(*(_cell(names[index], row[index]) for index in shown))
+    print_(printed)
+
+
+def _cell(name: str, value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if name == "removed of blocks" else f"{value:.3f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,94 @@
+"""The rows of a sweep, one JSON object a line, written as they come and found again by whoever carries on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flapkit.errors import OutputError
+
+RESULTS = "results.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one point.
+
+    Args:
+        id: a hash of the point's whole recipe, of the weights and of the text.
+        settings: dotted key -> value.
+        error: why it failed; None where it did not.
+        params: as in a run's ``result.json``.
+        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and more.
+        seconds: stage -> wall time.
+        warnings: what flapkit warned of.
+    """
+
+    id: str
+    settings: Mapping[str, Any]
+    error: str | None = None
+    params: Mapping[str, int] = field(default_factory=dict)
+    perplexity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Results:
+    """The rows in a folder.
+
+    Args:
+        folder: made if it is missing.
+
+    Raises:
+        OutputError: the folder holds something else, cannot be written, or its rows are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RESULTS
+        if folder.is_dir() and not self._path.is_file() and any(folder.iterdir()):
+            raise OutputError(f"output {folder}: it holds no {RESULTS}, but something else; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows = self._read()
+        except OSError as error:
+            raise OutputError(f"output {folder}: cannot be written: {error}") from error
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is on the disk when this returns."""
+        line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written: {error}; what is in it stays") from error
+        self.rows[row.id] = row
+
+    def done(self, id_: str) -> bool:
+        """Tell whether a point has been carried out and did not fail."""
+        return id_ in self.rows and self.rows[id_].error is None
+
+    def _read(self) -> dict[str, Row]:
+        if not self._path.is_file():
+            return {}
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.warning("%s: its last line is half-written, as by a kill; it is taken away", self._path)
+            os.truncate(self._path, whole)
+        rows = {}
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                row = Row(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise OutputError(f"{self._path}:{number}: damaged: {error}; remove this line") from error
+            rows[row.id] = row
+        return rows

@@ -1,0 +1,75 @@
+"""A sweep: each point is what a run of it alone gives, and one calibration serves all."""
+
+from __future__ import annotations
+
+import pytest
+from sweeps import write_sweep
+
+from flapkit.module import CausalLM
+from flapkit.run import run
+from flapkit.sweep.load import load_sweep
+from flapkit.sweep.results import Results
+from flapkit.sweep.run import run_sweep
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Count the batches that calibration runs."""
+    seen, step = [], CausalLM.predict_step
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
+    return seen
+
+
+def test_every_point_is_what_a_run_of_it_gives(home, forwards):
+    changes = {"grid": {"metric": ["wifv", "obs"], "compensator": ["bias", "none"]}}
+    sweep = load_sweep(write_sweep(home, **changes))
+    rows = run_sweep(sweep, Results(home / "out"))
+    assert len(forwards) == 1
+    for point, row in zip(sweep.points, rows, strict=True):
+        record = run(point.recipe, overwrite=True)
+        assert row.error is None
+        assert (row.params, row.perplexity) == (record.params, record.perplexity)
+
+
+def test_carries_on_with_what_is_missing(home, monkeypatch):
+    sweep = load_sweep(write_sweep(home))
+    run_sweep(load_sweep(write_sweep(home, grid={"metric": ["wifv"], "budget.ratio": [0.2]})), Results(home / "out"))
+    results, added = Results(home / "out"), []
+    add = results.add
+    monkeypatch.setattr(results, "add", lambda row: added.append(row) or add(row))
+    rows = run_sweep(sweep, results)
+    assert (len(rows), len(added)) == (4, 3)
+    assert [row.settings for row in rows] == [point.settings for point in sweep.points]
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: pytest.fail("calibrated"))
+    assert run_sweep(sweep, results) == rows
+
+
+def test_other_text_or_weights_are_other_points(home):
+    path = write_sweep(home, grid={"metric": ["magnitude"]})
+    results = Results(home / "out")
+    (first,) = run_sweep(load_sweep(path), results)
+    (home / "text.txt").write_text("import flapkit\n" * 500)
+    (second,) = run_sweep(load_sweep(path), results)
+    assert first.id != second.id
+    assert len(results.rows) == 2
+
+
+def test_a_point_that_fails_does_not_stop_the_others(home):
+    points = [{"budget.ratio": 0.99}, {"calibration.samples": 2, "compensator": "least_squares"}, {"metric": "random"}]
+    rows = run_sweep(load_sweep(write_sweep(home, grid={}, points=points)), Results(home / "out"))
+    assert [row.error is None for row in rows] == [False, False, True]
+    assert "the largest ratio of blocks" in rows[0].error
+    assert "held-out" in rows[1].error
+
+
+def test_two_calibrations(home, forwards):
+    sweep = load_sweep(write_sweep(home, grid={"calibration.samples": [4, 8], "budget.ratio": [0.2, 0.3]}))
+    rows = run_sweep(sweep, Results(home / "out"))
+    assert len(forwards) == 2
+    assert len({row.perplexity["text.txt, 32 tokens"]["pruned"] for row in rows}) == 4

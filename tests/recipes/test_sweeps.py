@@ -1,0 +1,41 @@
+"""The sweeps that come with flapkit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from flapkit.recipe.files import find_sweep, shipped_sweeps
+from flapkit.sweep.load import load_sweep
+
+SWEEPS = shipped_sweeps()
+
+
+def test_they_are_all_there():
+    assert set(SWEEPS) >= {"ablation", "calibration", "ratio"}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_it_loads_and_says_what_it_does(name):
+    sweep = load_sweep(find_sweep(name))
+    first = SWEEPS[name].read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) < 120
+    assert sweep.asked.output == f"runs/sweeps/{name}"
+    assert {point.recipe.recipe.model.path for point in sweep.points} == {"builtin:tiny-llama"}
+    assert len({point.label for point in sweep.points}) == len(sweep.points) >= 12
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_it_can_be_pointed_at_another_model(name):
+    sweep = load_sweep(SWEEPS[name], ["model.path=./mine", "calibration.dataset=mine.txt", "calibration.split=null"])
+    assert {point.recipe.recipe.model.path for point in sweep.points} == {"./mine"}
+    assert {point.recipe.recipe.calibration.dataset for point in sweep.points} == {"mine.txt"}
+
+
+def test_the_ablation_holds_the_papers_metrics_and_structures():
+    points = load_sweep(SWEEPS["ablation"]).points
+    found = {(point.recipe.metric.name, point.recipe.searcher.name) for point in points}
+    assert found >= set(itertools.product(("wifv", "ifv", "wifn"), ("al_am", "al_mm", "ul_mm", "ul_um")))
+    assert "random" in {metric for metric, _ in found}
