@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flapkit.calibration import measure
+from flapkit.calibration import Batch, Statistics, collect, measure
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
+from flapkit.passes import prune_in_passes_, size_of
 from flapkit.plan import Budget, BudgetBase, PruningPlan
 from flapkit.pruning import Method, prune_sites_
 from flapkit.registry import Registry
+from flapkit.sequence import PrefixCollector
 from flapkit.sites import Site
+from flapkit.statistics import Statistic
 
 
 def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = None) -> tuple[Site, ...]:
@@ -45,6 +49,8 @@ def prune_(
     of: BudgetBase = "blocks",
     adapter: str | ArchitectureAdapter | None = None,
     batch_size: int = 8,
+    statistics_memory: float = 4e9,
+    sequential: bool = False,
 ) -> PruningPlan:
     """Prune a model in place, on the device where it is.
 
@@ -59,6 +65,8 @@ def prune_(
         of: what the ratio counts.
         adapter: a name or an adapter; by default the one that supports the model's configuration.
         batch_size: calibration windows that go through the model at once.
+        statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
+        sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
 
     Returns:
         The plan that was carried out.
@@ -78,10 +86,31 @@ def prune_(
     model.eval()
     try:
         batches = _batches(calibration, batch_size) if method.statistics else []
-        statistics = measure(model, places, method.statistics, batches)
-        return prune_sites_(model, places, statistics, method, budget).plan
+        if not sequential and size_of(method.statistics, places) <= statistics_memory:
+            statistics = measure(model, places, method.statistics, batches)
+            return prune_sites_(model, places, statistics, method, budget).plan
+        gather = partial(_gather, model, batches)
+        behind = partial(_gather_behind, model, places, batches) if sequential else None
+        return prune_in_passes_(model, places, gather, method, budget, int(statistics_memory), behind).plan
     finally:
         model.train(was_training)
+
+
+def _gather(
+    model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site], statistics: Sequence[type[Statistic]]
+) -> Statistics:
+    return measure(model, sites, statistics, batches if statistics else (), stop_early=True)
+
+
+def _gather_behind(
+    dense: PreTrainedModel,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    pruned: PreTrainedModel,
+    site: Site,
+    statistics: Sequence[type[Statistic]],
+) -> Statistics:
+    return collect(PrefixCollector(dense, pruned, sites, site, statistics), pruned, batches)
 
 
 def _component(registry: Registry, kind: str, component: Any) -> Any:

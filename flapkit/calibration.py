@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,10 @@ def needed_statistics(components: Iterable[Component]) -> tuple[type[Statistic],
     return tuple(dict.fromkeys(statistic for component in components for statistic in component.measures()))
 
 
+class AllSeen(Exception):  # noqa: N818 - no error: it ends a forward pass whose rest nobody needs
+    """All sites were seen in a forward pass."""
+
+
 class Collector:
     """Measure statistics at the consumers while calibration batches run, as a context manager.
 
@@ -41,9 +46,17 @@ class Collector:
         model: the dense model.
         sites: where to measure.
         statistics: what to measure, as classes.
+        stop_early: leave each forward pass when all sites were seen in it; ``run_batch`` takes care of that.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        statistics: Sequence[type[Statistic]],
+        *,
+        stop_early: bool = False,
+    ) -> None:
         self.statistics: Statistics = {
             site.name: SiteStatistics([statistic.of(site) for statistic in statistics]) for site in sites
         }
@@ -52,6 +65,8 @@ class Collector:
         self._attended = self._held_out = torch.empty(0)
         self._handles: list[RemovableHandle] = []
         self._watched: list[nn.Module] = []
+        self._stop_early = stop_early and not needs_gradient(statistics)
+        self._unseen: set[str] = set()
 
     def __enter__(self) -> Collector:
         check_sites(self._model, self._sites)
@@ -81,6 +96,7 @@ class Collector:
         """Take note of which of a batch's tokens count."""
         self._attended = attended(batch)
         self._held_out = batch.get("held_out", torch.zeros(len(self._attended))).to(self._attended.device).bool()
+        self._unseen = {site.name for site in self._sites}
 
     def check(self) -> None:
         """Raise ``CalibrationError``, which names the first layer, if anything measured so far is not finite."""
@@ -115,6 +131,9 @@ class Collector:
                 statistic.update(x[tokens])
             elif output.requires_grad:
                 output.register_hook(_see_gradient(statistic, x, tokens))
+        self._unseen.discard(site.name)
+        if self._stop_early and not self._unseen:
+            raise AllSeen
 
     def _tokens_of(self, statistic: Statistic, device: torch.device) -> Tensor:
         """Return which tokens a statistic takes in, [windows, tokens]."""
@@ -155,7 +174,7 @@ def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -
     if gradient:
         _backward(model, inputs)
     else:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(AllSeen):
             model.base_model(**inputs, use_cache=False)
 
 
@@ -181,6 +200,8 @@ def measure(
     sites: Sequence[Site],
     statistics: Sequence[type[Statistic]],
     batches: Iterable[Batch],
+    *,
+    stop_early: bool = False,
 ) -> Statistics:
     """Run calibration batches through the model and measure the consumers' inputs.
 
@@ -190,13 +211,22 @@ def measure(
         statistics: what to measure, as classes.
         batches: mappings with ``input_ids`` [windows, tokens], and perhaps ``attention_mask`` of the same shape and
             ``held_out`` [windows].
+        stop_early: leave each forward pass after the last of the sites.
 
     Raises:
         CalibrationError: an input that is not finite, or no text at all.
     """
-    with Collector(model, sites, statistics) as collector:
+    collector = Collector(model, sites, statistics, stop_early=stop_early)
+    return collect(collector, model, batches, gradient=needs_gradient(statistics))
+
+
+def collect(
+    collector: Collector, model: PreTrainedModel, batches: Iterable[Batch], *, gradient: bool = False
+) -> Statistics:
+    """Run calibration batches through the model that a collector watches, and return what it measured."""
+    with collector:
         for batch in batches:
             collector.begin(batch)
-            run_batch(model, batch, gradient=needs_gradient(statistics))
+            run_batch(model, batch, gradient=gradient)
             collector.check()
     return collector.statistics

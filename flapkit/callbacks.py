@@ -22,6 +22,7 @@ from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
 from flapkit.progress import Stage
 from flapkit.pruning import Method, Pruned, prune_sites_
+from flapkit.sequence import PrefixCollector
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -80,20 +81,28 @@ class Calibrate(Callback):
     Args:
         sites: where to measure.
         statistics: what to measure, as classes.
+        stop_early: leave each forward pass after the last of the sites.
 
     Attributes:
         statistics: site name -> what was measured; merged over ranks at the end.
     """
 
-    def __init__(self, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
+    def __init__(
+        self, sites: Sequence[Site], statistics: Sequence[type[Statistic]], *, stop_early: bool = False
+    ) -> None:
         self._sites = sites
         self._classes = statistics
+        self._stop_early = stop_early
         self._collector: Collector | None = None
         self.statistics: Statistics = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the consumers."""
-        self._collector = Collector(_model_of(pl_module), self._sites, self._classes).__enter__()
+        self._collector = self._collect(_model_of(pl_module))
+        self._collector.__enter__()
+
+    def _collect(self, model: PreTrainedModel) -> Collector:
+        return Collector(model, self._sites, self._classes, stop_early=self._stop_early)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -124,6 +133,28 @@ class Calibrate(Callback):
         if self._collector:
             self._collector.__exit__(None, None, None)
             self._collector = None
+
+
+class CalibrateBehind(Calibrate):
+    """Measure one site of a model whose earlier sites are pruned, which is the trainer's, against the dense model.
+
+    Args:
+        dense: the dense model, on the trainer's device.
+        sites: all sites.
+        site: where to measure.
+        statistics: what to measure, as classes.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, sites: Sequence[Site], site: Site, statistics: Sequence[type[Statistic]]
+    ) -> None:
+        super().__init__([site], statistics)
+        self._dense = dense
+        self._all_sites = sites
+
+    def _collect(self, model: PreTrainedModel) -> Collector:
+        self._dense.to(model.device)  # type: ignore[arg-type]
+        return PrefixCollector(self._dense, model, self._all_sites, self._sites[0], self._classes)
 
 
 class Prune(Callback):

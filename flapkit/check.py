@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from flapkit.calibration import needed_statistics
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.evaluation.batch_size import CPU_TOKENS
+from flapkit.passes import count_passes, peak_memory, size_of
 from flapkit.plan import Budget
 from flapkit.pruning import find_plan
 from flapkit.recipe import Calibration, LoadedRecipe, Perplexity
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import source_of
 from flapkit.stages.zero_shot import check_tasks
+from flapkit.statistics import Gram
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
@@ -32,7 +35,8 @@ class Estimate:
         budget: how many parameters will go.
         weights: bytes of the dense weights.
         memory: bytes at the peak: weights, the activations of a calibration batch, the logits of an evaluation
-            batch, and the statistics.
+            batch, the statistics, and what corrections take.
+        passes: how often the calibration text runs through the model.
     """
 
     target: Target
@@ -40,6 +44,7 @@ class Estimate:
     budget: Budget
     weights: int
     memory: int
+    passes: int
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
@@ -61,7 +66,10 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     _check_floors(recipe, target, budget)
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     size = BYTES.get(dtype, 4)
-    return Estimate(target, params, budget, params * size, params * size + _working_memory(recipe, target, size))
+    memory = params * size + _working_memory(recipe, target, size)
+    text = asked.calibration
+    passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
+    return Estimate(target, params, budget, params * size, memory, passes)
 
 
 def _params(target: Target) -> int:
@@ -95,6 +103,16 @@ def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     evaluation = max(
         (tokens(text) * target.config.vocab_size * (size + 4) for text in asked.evaluate.perplexity), default=0
     )
-    statistics = len(recipe.method.statistics)
-    working: int = max(calibration, evaluation) + statistics * 8 * 2 * sum(site.channels for site in target.sites)
+    working: int = max(calibration, evaluation) + _statistics_memory(recipe, target, size)
     return working
+
+
+def _statistics_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Estimate the bytes of statistics, of one correction, and of the new weights that wait to be written."""
+    text, method, sites = recipe.recipe.calibration, recipe.method, target.sites
+    statistics = peak_memory(sites, method, text.statistics_bytes, sequential=text.sequential)
+    repair = needed_statistics(method.compensators)
+    # Least squares works on copies of its products: of all, of the fitted and of the held-out windows, and of the kept.
+    solving = 3 * max(size_of(repair, [site]) for site in sites)
+    consumers = size * sum(site.channels * site.out_features for site in sites)
+    return statistics + solving + consumers * (int(Gram in repair) + int(text.sequential))

@@ -119,6 +119,14 @@ class Compensator(Component):
     A recipe can name several compensators: at most one of them corrects, which is to override ``correct``.
     """
 
+    def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
+        """List what must be measured of a site whose earlier sites are pruned already.
+
+        The statistics are then those of the pruned model's inputs. A compensator that can make good what the earlier
+        sites lost names statistics with targets here, such as ``TargetGram``.
+        """
+        return self.measures()
+
     @property
     def corrects(self) -> bool:
         """Tell whether it repairs in closed form."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,8 +39,12 @@ class Method:
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         """What must be measured for the components, each statistic once; nothing for scores that nobody uses."""
-        metrics = [self.metric] if self.searcher.uses_scores else []
-        return needed_statistics([*metrics, self.searcher, *self.compensators])
+        return tuple(dict.fromkeys([*self.scoring, *needed_statistics([self.searcher, *self.compensators])]))
+
+    @property
+    def scoring(self) -> tuple[type[Statistic], ...]:
+        """What must be measured for the scores; nothing where the searcher uses none."""
+        return self.metric.measures() if self.searcher.uses_scores else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,12 @@ class Pruned:
     Args:
         scores: site name -> scores [units, k], float64 on the CPU; empty where the searcher uses none.
         plan: the plan that was carried out.
+        notes: site name -> what the compensator has to say about it.
     """
 
     scores: Mapping[str, Tensor]
     plan: PruningPlan
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def prune_sites_(
@@ -73,14 +79,18 @@ def prune_sites_(
     """
     scores = score_sites(model, sites, statistics, method.metric) if method.searcher.uses_scores else {}
     plan = find_plan(sites, scores, method.searcher, budget)
-    carry_out_(model, sites, plan, find_corrections(model, sites, statistics, method.compensators, plan))
-    return Pruned(scores, plan)
+    corrections = find_corrections(model, sites, statistics, method.compensators, plan)
+    carry_out_(model, sites, plan, corrections)
+    return Pruned(scores, plan, notes_of(corrections))
+
+
+def notes_of(corrections: Mapping[str, Correction]) -> dict[str, str]:
+    """Gather what a compensator has to say: site name -> note."""
+    return {name: correction.note for name, correction in corrections.items() if correction.note}
 
 
 FEW_TOKENS = 128
 """An expert that calibration routed fewer tokens to is named in a warning."""
-
-log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -197,7 +207,9 @@ def find_corrections(
                 raise PluginError(f"compensator {compensator.name!r} at {site.name}: its {part} is not finite")
         if correction.note:
             log.info("%s: %s", site.name, correction.note)
-        corrections[site.name] = correction
+        # Least squares is solved in a wider type than the weights have; they are all kept until the model is sliced.
+        narrow = None if correction.weight is None else correction.weight.to(weight.dtype)
+        corrections[site.name] = replace(correction, weight=narrow)
     return corrections
 
 

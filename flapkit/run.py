@@ -11,9 +11,8 @@ from flapkit.evaluation.zero_shot import side_by_side
 from flapkit.export import export_all
 from flapkit.plan import Budget
 from flapkit.progress import Progress
-from flapkit.pruning import prune_sites_
 from flapkit.recipe import LoadedRecipe
-from flapkit.stages.calibrate import find_statistics
+from flapkit.stages.calibrate import calibrate_and_prune_
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
@@ -57,11 +56,7 @@ def _run(
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
     answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
-    statistics = find_statistics(model, target.sites, recipe.method.statistics, text, loops, cache)
-    with progress.stage("prune"):
-        # Lightning leaves the model on the CPU when a loop ends.
-        loops.place_(model)
-        pruned = prune_sites_(model, target.sites, statistics, recipe.method, budget)
+    statistics, pruned = calibrate_and_prune_(model, target.sites, recipe, budget, text, loops, cache)
     after = evaluate(model, text.evaluations, loops, "evaluate pruned")
     pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
     record = RunRecord(

@@ -40,6 +40,11 @@ class Statistic(Metric):
         """Build the empty statistic of a site."""
         return cls(site.channels)
 
+    @classmethod
+    def size_of(cls, site: Site) -> int:
+        """Return the bytes that the statistic of a site takes; to be overridden where its state grows."""
+        return sum(state.nbytes for state in cls.of(site).metric_state.values() if isinstance(state, Tensor))
+
     @abstractmethod
     def update(self, x: Tensor) -> None:
         """Take in inputs of the consumer.
@@ -125,8 +130,13 @@ class _SpreadStatistic(Statistic):
         for name in ("_tokens", "_mean", "_squares"):
             self.add_state(name, torch.zeros(0, dtype=torch.float64), dist_reduce_fx=None, persistent=True)
 
+    @classmethod
+    def size_of(cls, site: Site) -> int:
+        """Return the bytes that the statistic of a site takes."""
+        return sum(part.nbytes for part in cls.of(site)._empty(torch.device("meta")))
+
     @abstractmethod
-    def _empty(self) -> Spread:
+    def _empty(self, device: torch.device) -> Spread:
         """Return the spread of no tokens."""
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +151,7 @@ class _SpreadStatistic(Statistic):
     def spread(self) -> Spread:
         """What was seen, by all ranks where they were gathered."""
         if not self._tokens.numel():
-            return self._empty()
+            return self._empty(self.device)
         if self._mean.dim() == 1:
             return Spread(self._tokens, self._mean, self._squares)
         ranks = zip(self._tokens, self._mean, self._squares, strict=True)
@@ -168,8 +178,8 @@ class Moments(_SpreadStatistic):
     Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), in float64.
     """
 
-    def _empty(self) -> Spread:
-        zeros = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+    def _empty(self, device: torch.device) -> Spread:
+        zeros = torch.zeros(self.channels, dtype=torch.float64, device=device)
         return Spread(zeros.new_zeros(1), zeros, zeros)
 
     def update(self, x: Tensor) -> None:
@@ -219,17 +229,17 @@ class Gram(_SpreadStatistic):
         super().__init__(channels, **kwargs)
         self.blocks = blocks
 
-    def _empty(self) -> Spread:
+    def _empty(self, device: torch.device) -> Spread:
         width = self.channels // self.blocks
         dtype = torch.float64 if width <= self.widest_in_float64 else torch.float32
-        zeros = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
-        squares = torch.zeros((self.blocks, width, width), dtype=dtype, device=self.device)
+        zeros = torch.zeros(self.channels, dtype=torch.float64, device=device)
+        squares = torch.zeros((self.blocks, width, width), dtype=dtype, device=device)
         return Spread(zeros.new_zeros(1), zeros, squares)
 
     def update(self, x: Tensor) -> None:
         """Merge the products of ``x`` [tokens, channels]."""
         if not self._tokens.numel():
-            self._keep(self._empty())
+            self._keep(self._empty(self.device))
         if len(x) == 0:
             return
         x = x.double()
@@ -260,6 +270,25 @@ class Gram(_SpreadStatistic):
 
 class HeldOutGram(Gram):
     """The same over the held-out calibration windows alone, to judge what the others fitted."""
+
+    windows = "held_out"
+
+
+class TargetGram(Gram):
+    """The same of a consumer's inputs and, after them, of what its output should be: for sequential calibration.
+
+    Channels are ``site.channels`` inputs in the model whose earlier sites are pruned, then ``site.out_features``
+    targets: the output, less the consumer's own bias, with which the hidden state would be the dense model's again.
+    """
+
+    @classmethod
+    def of(cls, site: Site) -> Self:
+        """Build the empty statistic of a site."""
+        return cls(site.channels + site.out_features)
+
+
+class HeldOutTargetGram(TargetGram):
+    """The same over the held-out calibration windows alone."""
 
     windows = "held_out"
 

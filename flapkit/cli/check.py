@@ -28,7 +28,8 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
         table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
     text = asked.calibration
-    table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens")
+    often = f", {found.passes} times" if found.passes > 1 else ""
+    table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{often}")
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
     table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
     table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")

@@ -94,6 +94,23 @@ class Calibration(Text):
     samples: int = Field(default=1024, ge=1, description="Windows to draw.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
     batch_size: int = Field(default=8, ge=1, description="Windows that go through the model at once.")
+    statistics_memory: str = Field(
+        default="4GB",
+        pattern=r"^[0-9]+(\.[0-9]+)?(KB|MB|GB|TB)$",
+        description="Memory for statistics, such as `4GB`. Where those of all sites need more, the text runs through "
+        "the model several times, each time for a few sites.",
+    )
+    sequential: bool = Field(
+        default=False,
+        description="Measure each site in a model whose earlier sites are pruned, and repair what they lost as well. "
+        "The text runs through the model once for every site.",
+    )
+
+    @property
+    def statistics_bytes(self) -> int:
+        """``statistics_memory`` as a number."""
+        number, unit = self.statistics_memory[:-2], self.statistics_memory[-2:]
+        return int(float(number) * 1000 ** (1 + ["KB", "MB", "GB", "TB"].index(unit)))
 
 
 BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]

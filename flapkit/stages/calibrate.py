@@ -10,12 +10,62 @@ from transformers import PreTrainedModel
 
 from flapkit.cache import Calibrated, read_statistic, write_statistic
 from flapkit.calibration import Statistics
+from flapkit.passes import prune_in_passes_, size_of
+from flapkit.plan import Budget
+from flapkit.pruning import Pruned
+from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
-from flapkit.stages.loops import Loops, calibrate, calibration_data
+from flapkit.stages.loops import Loops, calibrate, calibrate_behind, calibration_data
 from flapkit.stages.text import RunText
 from flapkit.statistics import SiteStatistics, Statistic
 
 log = logging.getLogger(__name__)
+
+
+def calibrate_and_prune_(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    recipe: LoadedRecipe,
+    budget: Budget,
+    text: RunText,
+    loops: Loops,
+    cache: Path | None,
+) -> tuple[Statistics, Pruned]:
+    """Calibrate a model and prune it in place: in one pass over the calibration text where the recipe allows it.
+
+    Args:
+        model: the dense model.
+        sites: its sites.
+        recipe: what to do.
+        budget: how much to remove.
+        text: the calibration text.
+        loops: what calibration runs on.
+        cache: the cache's folder, for what is measured in one pass; None to keep nothing.
+
+    Returns:
+        The statistics, as far as they are still in memory, and what was decided.
+    """
+    asked, method = recipe.recipe.calibration, recipe.method
+    needed = method.scoring if asked.sequential else method.statistics
+    fits = size_of(needed, sites) <= asked.statistics_bytes
+    statistics = find_statistics(model, sites, needed, text, loops, cache) if fits else {}
+
+    def gather(part: Sequence[Site], needed: Sequence[type[Statistic]]) -> Statistics:
+        found = statistics or calibrate(model, part, needed, text, loops, stop_early=True)
+        # Lightning leaves the model on the CPU when a loop ends.
+        loops.place_(model)
+        return found
+
+    def gather_behind(pruned: PreTrainedModel, site: Site, needed: Sequence[type[Statistic]]) -> Statistics:
+        found = calibrate_behind(model, pruned, sites, site, needed, text, loops)
+        loops.place_(model)
+        return found
+
+    with loops.progress.stage("prune"):
+        pruned = prune_in_passes_(
+            model, sites, gather, method, budget, asked.statistics_bytes, gather_behind if asked.sequential else None
+        )
+    return statistics or {site.name: SiteStatistics([]) for site in sites}, pruned
 
 
 def find_statistics(

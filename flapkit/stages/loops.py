@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needs_gradient
-from flapkit.callbacks import Advance, Calibrate, Evaluate, build_trainer
+from flapkit.callbacks import Advance, Calibrate, CalibrateBehind, Evaluate, build_trainer
 from flapkit.data import PruningData
 from flapkit.errors import RunError
 from flapkit.evaluation.batch_size import first_batch_size, halving
@@ -68,9 +68,23 @@ class Loops:
 
 
 def calibrate(
-    model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]], text: RunText, loops: Loops
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Sequence[type[Statistic]],
+    text: RunText,
+    loops: Loops,
+    *,
+    stop_early: bool = False,
 ) -> Statistics:
     """Measure statistics of the dense model on the calibration text; without any to measure, nothing is run.
+
+    Args:
+        model: the dense model.
+        sites: where to measure.
+        statistics: what to measure, as classes.
+        text: the calibration text.
+        loops: what it runs on.
+        stop_early: leave each forward pass after the last of the sites.
 
     Raises:
         CalibrationError: an input that is not finite.
@@ -78,7 +92,25 @@ def calibrate(
     """
     if not statistics:
         return {site.name: SiteStatistics([]) for site in sites}
-    measured = Calibrate(sites, statistics)
+    return _measure(Calibrate(sites, statistics, stop_early=stop_early), model, statistics, text, loops)
+
+
+def calibrate_behind(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    sites: Sequence[Site],
+    site: Site,
+    statistics: Sequence[type[Statistic]],
+    text: RunText,
+    loops: Loops,
+) -> Statistics:
+    """Measure statistics at one site of a model whose earlier sites are pruned; see ``flapkit.sequence``."""
+    return _measure(CalibrateBehind(dense, sites, site, statistics), pruned, statistics, text, loops)
+
+
+def _measure(
+    measured: Calibrate, model: PreTrainedModel, statistics: Sequence[type[Statistic]], text: RunText, loops: Loops
+) -> Statistics:
     module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
     data = calibration_data(text)
     with loops.progress.stage("calibrate", total=len(text.calibration), unit="windows") as stage:

@@ -91,6 +91,7 @@ class RunRecord:
             "budget": asked.budget.model_dump(),
             "calibration": {**asked.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
             "params": dict(self.params),
+            **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }
 
 

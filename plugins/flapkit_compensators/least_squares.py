@@ -13,7 +13,15 @@ from torch import Tensor
 from flapkit.errors import CalibrationError
 from flapkit.interfaces import Compensator, Correction
 from flapkit.sites import Site
-from flapkit.statistics import Gram, HeldOutGram, SiteStatistics, Spread, Statistic
+from flapkit.statistics import (
+    Gram,
+    HeldOutGram,
+    HeldOutTargetGram,
+    SiteStatistics,
+    Spread,
+    Statistic,
+    TargetGram,
+)
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What ``ridge: auto`` chooses from, as parts of the kept channels' mean variance."""
@@ -53,77 +61,98 @@ class LeastSquares(Compensator):
         """List what must be measured: held-out windows only where the ridge is to be chosen."""
         return (Gram, HeldOutGram) if self.ridge == "auto" else (Gram,)
 
+    def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
+        """List what must be measured where the earlier sites are pruned already: the same, with targets."""
+        return (TargetGram, HeldOutTargetGram) if self.ridge == "auto" else (TargetGram,)
+
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with an intercept, what is added to the output."""
-        seen = stats[Gram].spread
+        everything, judge = self._spreads(stats)
         kept = torch.tensor(site.channels_of(keep), device=weight.device)
-        dense = weight.to(seen.squares)
-        text = _Text.of(seen, intercept=self.intercept)
+        dense = weight.to(everything.squares)
+        text = _Text.of(everything, dense, intercept=self.intercept)
         if self.ridge != "auto":
-            return self._corrected(dense, kept, _lost(dense, kept, text, self.ridge), text)
-        held_out = stats[HeldOutGram].spread
-        if not held_out.tokens:
+            return self._correction(text, text.fit(dense, kept, self.ridge), kept)
+        if judge is None or not judge.tokens:
             raise CalibrationError(
                 "compensator.ridge: auto judges on held-out calibration windows, one in four, and there is none; "
                 "give at least four windows, or a ridge such as 0.01"
             )
-        fitted = _Text.of(seen.without(held_out), intercept=self.intercept)
-        judge = _Text.of(held_out, intercept=self.intercept)
-        errors = {ridge: judge.error(_lost(dense, kept, fitted, ridge), fitted.mean) for ridge in RIDGES}
-        floor = judge.error(_lost(dense, kept, fitted, None), fitted.mean)
+        fitted = _Text.of(everything.without(judge), dense, intercept=self.intercept)
+        held_out = _Text.of(judge, dense, intercept=self.intercept)
+        errors = {ridge: held_out.error(fitted, fitted.fit(dense, kept, ridge), kept) for ridge in RIDGES}
+        floor = held_out.error(fitted, dense[:, kept], kept)
         best = min(RIDGES, key=errors.__getitem__)
         if errors[best] < floor:
-            return self._corrected(dense, kept, _lost(dense, kept, text, best), text)
+            return self._correction(text, text.fit(dense, kept, best), kept)
         note = (
             f"{'bias' if self.intercept else 'no repair'}, since least squares does no better on held-out text "
             f"(mean square error {errors[best]:.4g} against {floor:.4g})"
         )
-        return replace(self._corrected(dense, kept, _lost(dense, kept, text, None), text), weight=None, note=note)
+        return replace(self._correction(text, dense[:, kept], kept), weight=None, note=note)
 
-    def _corrected(self, dense: Tensor, kept: Tensor, lost: Tensor, text: _Text) -> Correction:
-        return Correction(dense[:, kept] - lost[:, kept], lost @ text.mean if self.intercept else None)
+    def _spreads(self, stats: SiteStatistics) -> tuple[Spread, Spread | None]:
+        """Return what was seen on all text, and on the held-out windows if that was asked for."""
+        whole, part = (TargetGram, HeldOutTargetGram) if TargetGram in stats else (Gram, HeldOutGram)
+        return stats[whole].spread, stats[part].spread if part in stats else None
+
+    def _correction(self, text: _Text, weight: Tensor, kept: Tensor) -> Correction:
+        return Correction(weight, text.offset(weight, kept) if self.intercept else None)
 
 
 class _Text(NamedTuple):
-    """What is known of some text: products about the mean, or with no intercept about zero.
+    """What is known of inputs x and of targets t, the outputs that are wanted, on some text.
+
+    With no intercept, the products are taken about zero and the means are zeros.
 
     Args:
         products: E[(x - mean)(x - mean)'] [channels, channels].
-        mean: [channels]; zeros with no intercept.
+        mean: of x [channels].
+        wanted: E[(t - target)(x - mean)'] [out_features, channels].
+        target: mean of t [out_features].
+        power: E|t - target|² [].
     """
 
     products: Tensor
     mean: Tensor
+    wanted: Tensor
+    target: Tensor
+    power: Tensor
 
     @classmethod
-    def of(cls, spread: Spread, *, intercept: bool) -> _Text:
-        covariance, mean = spread.squares[0] / spread.tokens.to(spread.squares), spread.mean.to(spread.squares)
-        return cls(covariance, mean) if intercept else cls(covariance.addr_(mean, mean), torch.zeros_like(mean))
+    def of(cls, spread: Spread, dense: Tensor, *, intercept: bool) -> _Text:
+        """Take what was measured; where no targets were, they are the dense consumer's outputs.
 
-    def error(self, lost: Tensor, mean: Tensor) -> float:
-        """Return E|lost (x - mean)|² on this text, where ``mean`` is another text's."""
-        spread = ((lost @ self.products) * lost).sum()
-        return float(spread + (lost @ (self.mean - mean)).square().sum())
+        Args:
+            spread: of the inputs, and perhaps of the targets after them.
+            dense: the consumer's weight [out_features, channels].
+            intercept: whether a bias will take care of the means.
+        """
+        mean = spread.mean.to(dense)
+        products = spread.squares[0] / spread.tokens.to(dense)
+        if not intercept:
+            products, mean = products.addr_(mean, mean), torch.zeros_like(mean)
+        x, t = slice(dense.shape[1]), slice(dense.shape[1], None)
+        if len(mean) == dense.shape[1]:
+            wanted = dense @ products
+            return cls(products, mean, wanted, dense @ mean, (wanted * dense).sum())
+        return cls(products[x, x], mean[x], products[t, x], mean[t], products[t, t].diagonal().sum())
 
+    def fit(self, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
+        """Return the columns [out_features, kept channels] that come closest to the targets."""
+        products = self.products[kept][:, kept]
+        gap = self.wanted[:, kept] - dense[:, kept] @ products
+        return dense[:, kept] + torch.cholesky_solve(gap.mT, _factor(products, ridge)).mT
 
-def _lost(dense: Tensor, kept: Tensor, text: _Text, ridge: float | None) -> Tensor:
-    """Return the map from an input to what the output loses, less its mean.
+    def offset(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """Return what has to be added to the output [out_features] so that its mean is the targets'."""
+        return self.target - weight @ self.mean[kept]
 
-    Args:
-        dense: the consumer's weight [out_features, channels].
-        kept: channels that stay.
-        text: what to fit.
-        ridge: as a part of the kept channels' mean variance; None to leave the kept columns as they are.
-
-    Returns:
-        [out_features, channels]: the removed columns, and the kept ones' change with the sign turned.
-    """
-    lost = dense.clone()
-    lost[:, kept] = 0
-    if ridge is not None:
-        target = (lost @ text.products)[:, kept]
-        lost[:, kept] = -torch.cholesky_solve(target.mT, _factor(text.products[kept][:, kept], ridge)).mT
-    return lost
+    def error(self, fitted: _Text, weight: Tensor, kept: Tensor) -> float:
+        """Return E|t - weight x - offset|² on this text, for columns and an offset that were fitted on another."""
+        explained = weight @ self.products[kept][:, kept] - 2 * self.wanted[:, kept]
+        shift = self.offset(weight, kept) - fitted.offset(weight, kept)
+        return float(self.power + (explained * weight).sum() + shift.square().sum())
 
 
 def _factor(products: Tensor, ridge: float) -> Tensor:
@@ -132,7 +161,9 @@ def _factor(products: Tensor, ridge: float) -> Tensor:
     ridge = max(ridge, torch.finfo(products.dtype).eps * len(products))
     factor: Tensor
     while True:
-        factor, failed = torch.linalg.cholesky_ex(products + ridge * scale * torch.eye(len(products)).to(products))
+        damped = products.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor
         ridge *= 10

@@ -1,0 +1,120 @@
+"""Pruning in passes: the statistics of all sites do not fit in memory together, or some sites wait for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flapkit.calibration import Statistics, needed_statistics
+from flapkit.interfaces import Correction, corrector_of
+from flapkit.plan import Budget
+from flapkit.pruning import Method, Pruned, carry_out_, find_corrections, find_plan, notes_of, score_sites
+from flapkit.sequence import GatherBehind, correct_in_sequence
+from flapkit.sites import Site
+from flapkit.statistics import Statistic
+
+Gather = Callable[[Sequence[Site], Sequence[type[Statistic]]], Statistics]
+"""Measures statistics at some sites: runs the calibration text through the dense model."""
+
+
+def prune_in_passes_(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    gather: Gather,
+    method: Method,
+    budget: Budget,
+    memory: int,
+    gather_behind: GatherBehind | None = None,
+) -> Pruned:
+    """Prune a model in place, measuring a few sites at a time, so that their statistics fit in memory.
+
+    First come the scores, then the plan, then the corrections: only scores, and the new weights of consumers, are kept
+    from one pass over the calibration text to the next. The result is that of ``prune_sites_``.
+
+    Args:
+        model: the dense model.
+        sites: its sites.
+        gather: measures statistics at some of the sites.
+        method: the components.
+        budget: how much to remove.
+        memory: bytes of statistics at a time.
+        gather_behind: for sequential calibration: corrections are then found site by site, each in a model whose
+            earlier sites are pruned.
+
+    Raises:
+        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+    """
+    scores: dict[str, Tensor] = {}
+    needed = method.scoring
+    for part in split_by_memory(sites, needed, memory) if method.searcher.uses_scores else ():
+        scores |= score_sites(model, part, gather(part, needed), method.metric)
+    plan = find_plan(sites, scores, method.searcher, budget)
+    corrections: dict[str, Correction] = {}
+    if gather_behind is not None:
+        corrections = correct_in_sequence(model, sites, gather_behind, method.compensators, plan)
+    else:
+        needed = needed_statistics(method.compensators)
+        for part in split_by_memory([site for site in sites if plan.removed_units(site)], needed, memory):
+            corrections |= find_corrections(model, part, gather(part, needed), method.compensators, plan)
+    carry_out_(model, sites, plan, corrections)
+    return Pruned(scores, plan, notes_of(corrections))
+
+
+def count_passes(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:
+    """Count how often the calibration text runs through the model, if every site loses units.
+
+    Args:
+        sites: the model's sites.
+        method: the components.
+        memory: bytes of statistics at a time.
+        sequential: whether corrections are found site by site.
+    """
+    repair = needed_statistics(method.compensators)
+    if not sequential and size_of(method.statistics, sites) <= memory:
+        return int(bool(method.statistics))
+    scoring = len(split_by_memory(sites, method.scoring, memory)) if method.scoring else 0
+    if sequential:
+        return scoring + (len(sites) if repair else 0)
+    return scoring + (len(split_by_memory(sites, repair, memory)) if repair else 0)
+
+
+def peak_memory(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:
+    """Return the bytes of the most statistics that are in memory together; see ``count_passes``."""
+    if not sequential and size_of(method.statistics, sites) <= memory:
+        return size_of(method.statistics, sites)
+    corrector = corrector_of(method.compensators)
+    repair = needed_statistics(method.compensators)
+    parts = [(method.scoring, part) for part in split_by_memory(sites, method.scoring, memory)]
+    if sequential:
+        in_sequence = corrector.measures_in_sequence() if corrector else ()
+        parts += [(in_sequence, [site]) for site in sites]
+    else:
+        parts += [(repair, part) for part in split_by_memory(sites, repair, memory)]
+    return max(size_of(statistics, part) for statistics, part in parts)
+
+
+def split_by_memory(sites: Sequence[Site], statistics: Sequence[type[Statistic]], memory: int) -> list[list[Site]]:
+    """Split sites, in their order, into runs whose statistics fit in memory together; a site at least in each.
+
+    Args:
+        sites: the sites.
+        statistics: what is measured there, as classes.
+        memory: bytes.
+    """
+    parts: list[list[Site]] = []
+    left = 0
+    for site in sites:
+        size = size_of(statistics, [site])
+        if not parts or size > left:
+            parts.append([])
+            left = memory
+        parts[-1].append(site)
+        left -= size
+    return parts
+
+
+def size_of(statistics: Sequence[type[Statistic]], sites: Sequence[Site]) -> int:
+    """Return the bytes that statistics of some sites take together."""
+    return sum(statistic.size_of(site) for statistic in statistics for site in sites)
