@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from flapkit.cli.app import app
-from flapkit.cli.options import CheckpointArgument, OutputFile
+from flapkit.cli.options import AsJson, CheckpointArgument, OutputFile
 from flapkit.cli.output import check_new, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
 
@@ -34,7 +34,7 @@ def bench(
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Type of the weights of both models.")
     ] = "auto",
     compile_: Annotated[bool, typer.Option("--compile", help="Run the models through torch.compile.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
     output: OutputFile = None,
 ) -> None:
     """Time a model: prefill, decode, first token, memory; against the dense one, and against what was promised."""

@@ -17,3 +17,4 @@ CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")
 ]
 OutputFile = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON to a new file as well.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

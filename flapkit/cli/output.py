@@ -26,6 +26,13 @@ def print_(what: Any) -> None:
     console.print(what, markup=False) if isinstance(what, str) else console.print(what)
 
 
+def add_perplexity(table: Table, texts: Mapping[str, Any]) -> None:
+    """Add a row for each text: the perplexity of the dense and of the pruned model, and the change."""
+    for name, measured in texts.items():
+        change = measured["pruned"] / measured["dense"] - 1
+        table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
+
+
 def add_zero_shot(table: Table, tasks: Mapping[str, Any]) -> None:
     """Add a row for each zero-shot metric: in percent with standard errors, the change in points with McNemar's p."""
     for task, found in tasks.items():

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.options import NoCache, Overrides, Overwrite, RecipeArgument
-from flapkit.cli.output import add_zero_shot, print_, set_logging
+from flapkit.cli.output import add_perplexity, add_zero_shot, print_, set_logging
 from flapkit.cli.progress import progress_listener
 
 
@@ -39,9 +39,7 @@ def run(
     table.add_row("parameters", f"{dense:,}", f"{pruned:,}", f"{pruned / dense - 1:+.1%}")
     blocks, removed = result.params["blocks"], result.params["removed"]
     table.add_row("block parameters", f"{blocks:,}", f"{blocks - removed:,}", f"{-removed / blocks:+.1%}")
-    for name, measured in result.perplexity.items():
-        change = measured["pruned"] / measured["dense"] - 1
-        table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
+    add_perplexity(table, result.perplexity)
     add_zero_shot(table, result.zero_shot)
     print_(table)
     for name, agreed in result.exports.items():

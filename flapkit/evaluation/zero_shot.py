@@ -84,13 +84,25 @@ def check_installed() -> None:
 
 
 def side_by_side(dense: Mapping[str, TaskScores], pruned: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Put two models' scores beside each other, with a paired test where a metric is right or wrong for each item.
+    """Put the scores of the dense and of the pruned model side by side, with a paired test."""
+    return put_beside({"dense": dense, "pruned": pruned})
+
+
+def put_beside(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
+    """Put some models' scores beside each other, as in ``result.json``.
+
+    Args:
+        models: model -> task -> scores; the same tasks of every model.
 
     Returns:
-        Task -> its items, and metric -> ``dense``, ``pruned`` (``value``, ``stderr``) and ``paired``, as in
-        ``result.json``.
+        Task -> what was asked, and metric -> each model's ``value`` and ``stderr``, with ``paired`` where there are
+        two models and the metric is right or wrong for each item.
     """
-    return {name: describe(first) | {"metrics": _metrics(first, pruned[name])} for name, first in dense.items()}
+    tasks = next(iter(models.values()))
+    return {
+        name: describe(asked) | {"metrics": _metrics({model: found[name] for model, found in models.items()})}
+        for name, asked in tasks.items()
+    }
 
 
 def describe(scores: TaskScores) -> dict[str, Any]:
@@ -108,14 +120,16 @@ def mean_accuracy(scores: Mapping[str, TaskScores]) -> float | None:
     return sum(values) / len(values) if values and len(values) == len(found) else None
 
 
-def _metrics(dense: TaskScores, pruned: TaskScores) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    for name, first in dense.scores.items():
-        second = pruned.scores[name]
-        metrics[name] = {
-            "dense": {"value": first.value, "stderr": first.stderr},
-            "pruned": {"value": second.value, "stderr": second.stderr},
-        }
-        if first.items and set(first.items) | set(second.items) <= {0.0, 1.0}:
-            metrics[name]["paired"] = asdict(compare(first.items, second.items))
-    return metrics
+def _metrics(models: Mapping[str, TaskScores]) -> dict[str, Any]:
+    return {
+        name: _beside({model: found.scores[name] for model, found in models.items()})
+        for name in next(iter(models.values())).scores
+    }
+
+
+def _beside(models: Mapping[str, Score]) -> dict[str, Any]:
+    found: dict[str, Any] = {model: {"value": each.value, "stderr": each.stderr} for model, each in models.items()}
+    items = [each.items for each in models.values()]
+    if len(items) == 2 and all(each and set(each) <= {0.0, 1.0} for each in items):
+        found["paired"] = asdict(compare(*items))
+    return found

@@ -103,16 +103,28 @@ def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> 
 
 def compare(dense: Mapping[str, Measured], pruned: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
-    return {name: _side_by_side(before, pruned[name]) for name, before in dense.items()}
+    return put_texts_beside({"dense": dense, "pruned": pruned})
 
 
-def _side_by_side(dense: Measured, pruned: Measured) -> dict[str, Any]:
-    text = dense.text
+def put_texts_beside(models: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
+    """Put the figures of some models side by side, as in ``result.json``.
+
+    Args:
+        models: model -> text -> what was measured; the same texts of every model.
+
+    Returns:
+        Text -> the perplexity of each model by its name, and how it was measured.
+    """
+    texts = next(iter(models.values()))
+    return {name: _text_beside({model: found[name] for model, found in models.items()}) for name in texts}
+
+
+def _text_beside(models: Mapping[str, Measured]) -> dict[str, Any]:
+    text = next(iter(models.values())).text
     return {
-        "dense": dense.perplexity,
-        "pruned": pruned.perplexity,
-        "bits_per_byte": {"dense": dense.bits_per_byte, "pruned": pruned.bits_per_byte},
-        "batch_size": {"dense": dense.batch_size, "pruned": pruned.batch_size},
+        **{model: measured.perplexity for model, measured in models.items()},
+        "bits_per_byte": {model: measured.bits_per_byte for model, measured in models.items()},
+        "batch_size": {model: measured.batch_size for model, measured in models.items()},
         "protocol": asdict(text.protocol),
         "overlap": None if text.overlap is None else asdict(text.overlap),
     }

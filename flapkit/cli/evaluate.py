@@ -1,0 +1,66 @@
+"""``flapkit evaluate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.options import AsJson, CheckpointArgument, OutputFile, Overrides
+from flapkit.cli.output import add_perplexity, add_zero_shot, check_new, percent, print_, set_logging, write_new
+from flapkit.cli.progress import progress_listener
+from flapkit.errors import InputError
+
+if TYPE_CHECKING:
+    from flapkit.evaluate import Evaluation
+
+RECIPE = "recipe.yaml"
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointArgument,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose `evaluate` section counts; by default the checkpoint's own recipe.yaml.")
+    ] = None,
+    overrides: Overrides = None,
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model, to compare with.")] = None,
+    as_json: AsJson = False,
+    output: OutputFile = None,
+) -> None:
+    """Measure perplexity and zero-shot tasks of a checkpoint, without pruning."""
+    from flapkit.evaluate import evaluate_checkpoint
+    from flapkit.progress import Progress
+    from flapkit.recipe import find_recipe, load_recipe
+
+    if recipe is None and not (Path(checkpoint).expanduser() / RECIPE).is_file():
+        raise InputError(f"{checkpoint}: holds no {RECIPE}; say with --recipe what is to be measured")
+    if output is not None:
+        check_new(output)
+    loaded = load_recipe(find_recipe(recipe or str(Path(checkpoint).expanduser() / RECIPE)), overrides or [])
+    set_logging(quiet=as_json, verbose=False)
+    found = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
+    if output is not None:
+        write_new(output, found.to_json())
+    sys.stdout.write(found.to_json()) if as_json else print_(_table(found))
+
+
+def _table(found: Evaluation) -> Table:
+    if found.against is not None:
+        table = Table("", "dense", "pruned", "change", title=f"{found.checkpoint} against {found.against}")
+        add_perplexity(table, found.perplexity)
+        add_zero_shot(table, found.zero_shot)
+        return table
+    table = Table("", "", title=found.checkpoint, show_header=False)
+    for name, measured in found.perplexity.items():
+        table.add_row(f"perplexity, {name}", f"{measured['model']:.3f}")
+        if measured["bits_per_byte"]["model"] is not None:
+            table.add_row(f"bits per byte, {name}", f"{measured['bits_per_byte']['model']:.4f}")
+    for task, asked in found.zero_shot.items():
+        for metric, scores in asked["metrics"].items():
+            table.add_row(f"{task}, {metric}, %", percent(scores["model"]))
+    return table
