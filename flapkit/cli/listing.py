@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from flapkit.cli.app import app
@@ -31,7 +32,8 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="One kind; all if not
     for each in Kind if kind is None else [kind]:
         table = Table("name", "what it is", "from", title=each.value)
         for row in _rows(each):
-            table.add_row(*row)
+            # Square brackets are part of a formula there, not of rich's markup.
+            table.add_row(*map(escape, row))
         print_(table)
 
 

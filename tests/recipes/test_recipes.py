@@ -70,7 +70,7 @@ def test_it_loads_and_says_what_it_does(name: str) -> None:
 
 @each_recipe
 def test_its_name_is_its_ratio(name: str) -> None:
-    if percent := re.search(r"flap(\d+)$", name):
+    if percent := re.search(r"[a-z](\d+)$", name):
         assert load_recipe(RECIPES[name]).recipe.budget.ratio == int(percent[1]) / 100
 
 
@@ -123,6 +123,16 @@ def test_the_papers_protocol() -> None:
             None,
         )
         assert (recipe.metric.name, recipe.searcher.name, recipe.compensator[0].name) == ("wifv", "al_am", "bias")
+
+
+def test_the_papers_baselines() -> None:
+    """Uniform, without a repair; the text of Wanda-sp is what the released code takes."""
+    for metric in ("wanda-sp", "magnitude"):
+        recipe = load_recipe(RECIPES[f"llama-7b-{metric}20"]).recipe
+        assert recipe.metric.name == metric.replace("-", "_")
+        assert (recipe.searcher.name, [spec.name for spec in recipe.compensator]) == ("ul_um", ["none"])
+    wanda = load_recipe(RECIPES["llama-7b-wanda-sp20"]).recipe.calibration
+    assert (wanda.dataset, wanda.samples, wanda.length) == ("c4", 128, 128)
 
 
 def test_vicuna_is_calibrated_on_conversations() -> None:

@@ -115,6 +115,10 @@ def test_list(command, kind):
     assert {**named, "datasets": "wikitext2", "recipes": "demo", "sweeps": "ablation"}[kind] in out
 
 
+def test_list_keeps_formulas(command):
+    assert "sqrt(E[x_j²])" in command("list", "metrics")[1]
+
+
 def test_schema_is_json(command):
     code, out, _ = command("schema")
     assert code == 0
