@@ -11,6 +11,7 @@ from flapkit.evaluation.zero_shot import side_by_side
 from flapkit.export import export_all
 from flapkit.plan import Budget
 from flapkit.progress import Progress
+from flapkit.ranks import is_first
 from flapkit.recipe import LoadedRecipe
 from flapkit.stages.calibrate import calibrate_and_prune_
 from flapkit.stages.loops import Loops, evaluate
@@ -25,6 +26,8 @@ def run(
     recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None, cache: Path | None = None
 ) -> RunRecord:
     """Carry out a recipe, and write its output folder as the last thing.
+
+    Of several processes that share the work, each comes to the same plan, and the first alone writes.
 
     Args:
         recipe: what to do.
@@ -56,6 +59,8 @@ def _run(
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
     answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
+    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
+    cache = cache if asked.trainer.num_nodes == 1 else None
     statistics, pruned = calibrate_and_prune_(model, target.sites, recipe, budget, text, loops, cache)
     after = evaluate(model, text.evaluations, loops, "evaluate pruned")
     pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
@@ -73,6 +78,8 @@ def _run(
         warnings,
         zero_shot=side_by_side(answers, pruned_answers),
     )
+    if not is_first():
+        return record
     with progress.stage("save"):
         save_run(record, model, overwrite=overwrite)
     if not recipe.exporters:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from flapkit.errors import FlapkitError, InputError
+from flapkit.ranks import is_first
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells have it."""
@@ -25,6 +27,9 @@ def main() -> None:
     """Run the command line; exit code 0, 1 where a run failed, 2 where the input was wrong, 130 for Ctrl-C."""
     # transformers and Lightning draw their own bars and give advice on what flapkit decides.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not is_first():
+        # Lightning starts the command once for each device; the first alone prints what it found.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         code = app(standalone_mode=False)
     except FlapkitError as error:

@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 
 from flapkit.cli.app import exit_code_of
 from flapkit.progress import Event, Listener
+from flapkit.ranks import is_first
 
 PLAIN_SECONDS = 10.0
 """Between two lines of a long stage, where no bar can be shown."""
@@ -24,7 +25,7 @@ JSON_SECONDS = 0.2
 
 def progress_listener(*, quiet: bool) -> Listener:
     """Choose how a command shows progress on stderr: not at all, by bars, or where nobody looks by plain lines."""
-    if quiet:
+    if quiet or not is_first():
         return lambda event: None
     return Bars(Console(stderr=True)) if sys.stderr.isatty() else PlainLines(sys.stderr)
 

@@ -225,7 +225,15 @@ class TrainerSection(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = Field(
         default="auto", description="Kind of device."
     )
-    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default=1, description="How many devices.")
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1, description="How many devices on each machine."
+    )
+    num_nodes: int = Field(default=1, ge=1, description="How many machines.")
+    strategy: Literal["auto", "ddp"] = Field(
+        default="auto",
+        description="How several devices share the work: `ddp`, where each holds the model and takes its share of the "
+        "windows, or Lightning's own choice.",
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] | None = Field(
         default=None, description="Lightning's precision; by default the model's own type, untouched."
     )

@@ -155,7 +155,7 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (4, "output: a\ntrainer: {devices: 0}", "trainer.devices: expected at least 1 or 'auto', got 0"),
         (4, "output: a\ntrainer: {devices: all}", "trainer.devices: expected a whole number or 'auto', got 'all'"),
         (4, "output: a\ntrainer: {accelerator: no}", "trainer.accelerator: expected 'auto', 'cpu', 'gpu', 'cuda', 'm"),
-        (4, "output: a\ntrainer: {strategy: ddp}", "r.yaml:5:11: trainer.strategy: unknown key"),
+        (4, "output: a\ntrainer: {max_steps: 5}", "r.yaml:5:11: trainer.max_steps: unknown key"),
         (4, "output: a\nplugins: ./x.py", "r.yaml:5:10: plugins: expected a list, got './x.py'"),
         (4, "output: a\nplugins: [1]", "r.yaml:5:11: plugins.0: expected text, got 1"),
         (4, "output: a\nplugins: [./x.py]", "r.yaml:5:11: plugins.0: plugin"),
