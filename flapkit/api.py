@@ -88,7 +88,7 @@ def prune_(
         batches = _batches(calibration, batch_size) if method.statistics else []
         if not sequential and size_of(method.statistics, places) <= statistics_memory:
             statistics = measure(model, places, method.statistics, batches)
-            return prune_sites_(model, places, statistics, method, budget).plan
+            return prune_sites_(model, places, statistics, method, budget, batches).plan
         gather = partial(_gather, model, batches)
         behind = partial(_gather_behind, model, places, batches) if sequential else None
         return prune_in_passes_(model, places, gather, method, budget, int(statistics_memory), behind).plan

@@ -180,7 +180,8 @@ class Prune(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune the model in place."""
         model, statistics = _model_of(pl_module), self._calibrate.statistics
-        self.pruned = prune_sites_(model, self._sites, statistics, self._method, self._budget)
+        batches = trainer.predict_dataloaders or ()
+        self.pruned = prune_sites_(model, self._sites, statistics, self._method, self._budget, batches)
 
 
 class SaveCheckpoint(Callback):

@@ -98,6 +98,34 @@ class StructureSearcher(Component):
         """
 
 
+Objective = Callable[[PruningPlan], float]
+"""Carries a plan out on a copy of the model, with the recipe's compensators, and returns the copy's perplexity on the
+held-out calibration windows; lower is better. Text that the recipe evaluates is never used."""
+
+
+class TrialSearcher(StructureSearcher):
+    """A searcher that tries plans out.
+
+    ``search`` gives the plan that the trials start from; it is what ``flapkit check`` judges a budget by.
+    """
+
+    @abstractmethod
+    def search_by_trials(
+        self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, objective: Objective
+    ) -> PruningPlan:
+        """Find the units to keep.
+
+        Args:
+            sites: the prunable sites, in the model's order.
+            scores: as ``search`` gets them.
+            budget: how many parameters to remove.
+            objective: says what a plan over exactly these sites is worth.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Correction:
     """What a compensator does to a consumer.

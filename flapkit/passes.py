@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needed_statistics
-from flapkit.interfaces import Correction, corrector_of
+from flapkit.errors import RecipeError
+from flapkit.interfaces import Correction, TrialSearcher, corrector_of
 from flapkit.plan import Budget
 from flapkit.pruning import Method, Pruned, carry_out_, find_corrections, find_plan, notes_of, score_sites
 from flapkit.sequence import GatherBehind, correct_in_sequence
@@ -44,8 +45,14 @@ def prune_in_passes_(
             earlier sites are pruned.
 
     Raises:
-        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+        RecipeError: the searcher tries plans, which would calibrate once more for each.
+        FlapkitError: whatever else keeps the model from being pruned; it is then as it was.
     """
+    if isinstance(method.searcher, TrialSearcher):
+        raise RecipeError(
+            f"searcher {method.searcher.name!r} tries plans, which needs the statistics of all sites in memory "
+            "together; set calibration.statistics_memory higher, and leave calibration.sequential out"
+        )
     scores: dict[str, Tensor] = {}
     needed = method.scoring
     for part in split_by_memory(sites, needed, memory) if method.searcher.uses_scores else ():

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flapkit.calibration import Statistics, needed_statistics
+from flapkit.calibration import Batch, Statistics, needed_statistics
 from flapkit.checkpoint.families import describe_
 from flapkit.errors import CalibrationError, InputError, PluginError
-from flapkit.interfaces import Compensator, Correction, ImportanceMetric, StructureSearcher, corrector_of
+from flapkit.interfaces import (
+    Compensator,
+    Correction,
+    ImportanceMetric,
+    Objective,
+    StructureSearcher,
+    TrialSearcher,
+    corrector_of,
+)
 from flapkit.plan import Budget, PruningPlan, prunable
 from flapkit.sites import Site
 from flapkit.statistics import Moments, Statistic
-from flapkit.surgery import slice_, weight_of
+from flapkit.surgery import share, slice_, weight_of
+from flapkit.trials import held_out_windows, perplexity_of
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +72,12 @@ class Pruned:
 
 
 def prune_sites_(
-    model: PreTrainedModel, sites: Sequence[Site], statistics: Statistics, method: Method, budget: Budget
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    method: Method,
+    budget: Budget,
+    batches: Iterable[Batch] = (),
 ) -> Pruned:
     """Prune a calibrated model in place: score, search, correct and slice.
 
@@ -73,13 +87,22 @@ def prune_sites_(
         statistics: site name -> what was measured there.
         method: the components.
         budget: how much to remove.
+        batches: the calibration text, of which a searcher that tries plans gets the held-out windows; not read for
+            any other.
 
     Raises:
         FlapkitError: whatever keeps the model from being pruned; it is then as it was.
     """
     scores = score_sites(model, sites, statistics, method.metric) if method.searcher.uses_scores else {}
-    plan = find_plan(sites, scores, method.searcher, budget)
-    corrections = find_corrections(model, sites, statistics, method.compensators, plan)
+
+    def corrections_of(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Correction]:
+        return find_corrections(model, sites, statistics, method.compensators, plan)
+
+    objective = None
+    if isinstance(method.searcher, TrialSearcher):
+        objective = _objective(model, sites, corrections_of, held_out_windows(batches))
+    plan = find_plan(sites, scores, method.searcher, budget, objective)
+    corrections = corrections_of(model, plan)
     carry_out_(model, sites, plan, corrections)
     return Pruned(scores, plan, notes_of(corrections))
 
@@ -87,6 +110,22 @@ def prune_sites_(
 def notes_of(corrections: Mapping[str, Correction]) -> dict[str, str]:
     """Gather what a compensator has to say: site name -> note."""
     return {name: correction.note for name, correction in corrections.items() if correction.note}
+
+
+def _objective(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    corrections_of: Callable[[PreTrainedModel, PruningPlan], Mapping[str, Correction]],
+    text: Sequence[Batch],
+) -> Objective:
+    """Make what plans are tried by: each is carried out on a copy that shares the model's weights."""
+
+    def objective(plan: PruningPlan) -> float:
+        tried = share(model, sites)
+        carry_out_(tried, sites, plan, corrections_of(tried, plan))
+        return perplexity_of(tried, text)
+
+    return objective
 
 
 FEW_TOKENS = 128
@@ -150,9 +189,21 @@ def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
 
 
 def find_plan(
-    sites: Sequence[Site], scores: Mapping[str, Tensor], searcher: StructureSearcher, budget: Budget
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    searcher: StructureSearcher,
+    budget: Budget,
+    objective: Objective | None = None,
 ) -> PruningPlan:
     """Let a searcher choose the units to keep; sites that the budget leaves out keep all of theirs.
+
+    Args:
+        sites: the model's sites.
+        scores: site name -> scores [units, k].
+        searcher: chooses.
+        budget: how much to remove.
+        objective: what a searcher that tries plans goes by; without it there are no trials, and such a searcher gives
+            the plan that it would start from.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -161,11 +212,26 @@ def find_plan(
     if budget.params == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
     pruned = prunable(sites, budget.of)
-    found = searcher.search(pruned, {site.name: scores[site.name] for site in pruned if site.name in scores}, budget)
+    whose = f"searcher {searcher.name!r}"
+    known = {site.name: scores[site.name] for site in pruned if site.name in scores}
+    if objective is not None and isinstance(searcher, TrialSearcher):
+        value = objective
+
+        def judge(plan: PruningPlan) -> float:
+            return value(_whole(plan, pruned, sites, whose))
+
+        found = searcher.search_by_trials(pruned, known, budget, judge)
+    else:
+        found = searcher.search(pruned, known, budget)
+    return _whole(found, pruned, sites, whose)
+
+
+def _whole(found: PruningPlan, pruned: Sequence[Site], sites: Sequence[Site], whose: str) -> PruningPlan:
+    """Check a searcher's plan, and let the sites that the budget leaves out keep all of their units."""
     try:
         found.check(pruned)
     except InputError as error:
-        raise PluginError(f"searcher {searcher.name!r}: {error}") from error
+        raise PluginError(f"{whose}: {error}") from error
     return PruningPlan({site.name: found.keep.get(site.name, tuple(range(site.units))) for site in sites})
 
 

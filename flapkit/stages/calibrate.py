@@ -12,7 +12,7 @@ from flapkit.cache import Calibrated, read_statistic, write_statistic
 from flapkit.calibration import Statistics
 from flapkit.passes import prune_in_passes_, size_of
 from flapkit.plan import Budget
-from flapkit.pruning import Pruned
+from flapkit.pruning import Pruned, prune_sites_
 from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
 from flapkit.stages.loops import Loops, calibrate, calibrate_behind, calibration_data
@@ -49,10 +49,15 @@ def calibrate_and_prune_(
     needed = method.scoring if asked.sequential else method.statistics
     fits = size_of(needed, sites) <= asked.statistics_bytes
     statistics = find_statistics(model, sites, needed, text, loops, cache) if fits else {}
+    if fits and not asked.sequential:
+        with loops.progress.stage("prune"):
+            # Lightning leaves the model on the CPU when a loop ends.
+            loops.place_(model)
+            batches = calibration_data(text).predict_dataloader()
+            return statistics, prune_sites_(model, sites, statistics, method, budget, batches)
 
     def gather(part: Sequence[Site], needed: Sequence[type[Statistic]]) -> Statistics:
         found = statistics or calibrate(model, part, needed, text, loops, stop_early=True)
-        # Lightning leaves the model on the CPU when a loop ends.
         loops.place_(model)
         return found
 

@@ -16,11 +16,13 @@ from flapkit.cache import hash_tensors
 from flapkit.calibration import Statistics
 from flapkit.checkpoint import load, load_tokenizer
 from flapkit.errors import FlapkitError, RecipeError
+from flapkit.passes import size_of
 from flapkit.plan import Budget
 from flapkit.progress import Progress
-from flapkit.pruning import prune_sites_
-from flapkit.stages.calibrate import find_statistics
-from flapkit.stages.loops import Loops, evaluate
+from flapkit.pruning import Pruned, prune_sites_
+from flapkit.sites import Site
+from flapkit.stages.calibrate import calibrate_and_prune_, find_statistics
+from flapkit.stages.loops import Loops, calibration_data, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.save import compare, count_params
 from flapkit.stages.target import Target, find_target
@@ -147,11 +149,17 @@ def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTo
     return [known[_calibration_key(point) + _evaluation_key(point)] for point in points]
 
 
-def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Statistics:
-    """Measure in one pass what any of some points needs."""
+def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Statistics | None:
+    """Measure in one pass what any of some points needs; None where each point has to measure for itself.
+
+    That is so for sequential calibration, and where the memory for statistics does not hold them all.
+    """
     needed: dict[type[Statistic], None] = {}
     for task in tasks:
         needed.update(dict.fromkeys(task.point.recipe.method.statistics))
+    asked = tasks[0].point.recipe.recipe.calibration
+    if asked.sequential or size_of(tuple(needed), dense.target.sites) > asked.statistics_bytes:
+        return None
     dense.loops.place_(dense.model)
     return find_statistics(dense.model, dense.target.sites, tuple(needed), tasks[0].text, dense.loops, cache)
 
@@ -165,26 +173,27 @@ def _carry_out_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any
         yield from (Row(task.id, task.point.settings, _say(error)) for task in tasks)
         return
     for task in tasks:
-        yield _carry_out(task, dense, statistics, before)
+        yield _carry_out(task, dense, statistics, before, cache)
 
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _carry_out(task: Task, dense: Dense, statistics: Statistics, before: Mapping[str, Any]) -> Row:
+def _carry_out(
+    task: Task, dense: Dense, statistics: Statistics | None, before: Mapping[str, Any], cache: Path | None
+) -> Row:
     """Prune a copy of the dense model and evaluate it; what goes wrong is the row's error."""
-    recipe, settings = task.point.recipe, task.point.settings
+    settings = task.point.settings
     progress = Progress()
     loops = Loops(dense.loops.options, progress)
     with noted_warnings() as warnings:
         try:
-            with progress.stage("prune"):
-                loops.place_(dense.model)
-                model = share(dense.model, dense.target.sites)
-                asked = recipe.recipe.budget
-                budget = Budget.over(dense.target.sites, asked.ratio, asked.of, dense.params)
-                pruned = prune_sites_(model, dense.target.sites, statistics, recipe.method, budget)
+            loops.place_(dense.model)
+            model = share(dense.model, dense.target.sites)
+            asked = task.point.recipe.recipe.budget
+            budget = Budget.over(dense.target.sites, asked.ratio, asked.of, dense.params)
+            pruned = _prune_(model, task, dense.target.sites, statistics, budget, loops, cache)
             after = evaluate(model, task.text.evaluations, loops, "evaluate pruned")
         except (FlapkitError, RuntimeError) as error:
             # RuntimeError: what torch raises, such as too little memory for this point's evaluation.
@@ -192,6 +201,23 @@ def _carry_out(task: Task, dense: Dense, statistics: Statistics, before: Mapping
             return Row(task.id, settings, _say(error), warnings=list(warnings))
         params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
     return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))
+
+
+def _prune_(
+    model: PreTrainedModel,
+    task: Task,
+    sites: Sequence[Site],
+    statistics: Statistics | None,
+    budget: Budget,
+    loops: Loops,
+    cache: Path | None,
+) -> Pruned:
+    recipe = task.point.recipe
+    if statistics is None:
+        return calibrate_and_prune_(model, sites, recipe, budget, task.text, loops, cache)[1]
+    with loops.progress.stage("prune"):
+        batches = calibration_data(task.text).predict_dataloader()
+        return prune_sites_(model, sites, statistics, recipe.method, budget, batches)
 
 
 def _id(point: Point, text: RunText, dense: Dense) -> str:

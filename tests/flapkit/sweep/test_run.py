@@ -73,3 +73,13 @@ def test_two_calibrations(home, forwards):
     rows = run_sweep(sweep, Results(home / "out"))
     assert len(forwards) == 2
     assert len({row.perplexity["text.txt, 32 tokens"]["pruned"] for row in rows}) == 4
+
+
+def test_what_cannot_share_its_calibration_measures_for_itself(home, forwards):
+    """Statistics that do not fit, or come one after the other, are those of a run by itself."""
+    grid = {"calibration.statistics_memory": ["100KB", "4GB"], "calibration.sequential": [False, True]}
+    sweep = load_sweep(write_sweep(home, grid=grid))
+    rows = run_sweep(sweep, Results(home / "out"))
+    for point, row in zip(sweep.points, rows, strict=True):
+        assert row.error is None
+        assert row.perplexity == run(point.recipe, overwrite=True).perplexity

@@ -1,0 +1,130 @@
+"""Optuna: ratios of single sites, found by trying them out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flapkit.errors import InputError
+from flapkit.interfaces import Objective, TrialSearcher
+from flapkit.plan import Budget, PruningPlan
+from flapkit.ranking import raise_attention, remove_lowest, standardise
+from flapkit.sites import Site
+from flapkit_searchers.al_am import ALAM
+from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+log = logging.getLogger(__name__)
+
+Ratios = Mapping[str, float]
+"""Site name -> the share of its units to remove, before all are scaled alike to meet the budget."""
+
+
+@dataclass(frozen=True)
+class Optuna(TrialSearcher):
+    """Try the ratios of all sites out, starting from those of AL-AM, and keep the best: Optuna's TPE sampler.
+
+    Within a site the lowest scores go first, as in ``al_am``. Each trial prunes a copy, repairs it by the recipe's
+    compensators, and measures its perplexity on the held-out calibration windows; each meets the budget exactly.
+    Optuna (Akiba et al., KDD 2019); TPE (Bergstra et al., NIPS 2011). Needs the extra ``flapkit[optuna]``.
+    """
+
+    name = "optuna"
+
+    trials: Annotated[int, Field(ge=1, description="Plans to try; the first is AL-AM's own.")] = 50
+    objective: Annotated[
+        Literal["perplexity"], Field(description="What is minimised: perplexity on held-out calibration windows.")
+    ] = "perplexity"
+    spread: Annotated[
+        float, Field(gt=0, le=1, description="How far a site's ratio may go from AL-AM's, up or down.")
+    ] = 0.3
+    storage: Annotated[
+        str | None,
+        Field(description="Optuna's storage, such as `sqlite:///trials.db`; a run that was stopped carries on there."),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the sampler.")] = 0
+    min_units: MinUnits = 1
+    attention_power: AttentionPower = 2.0
+    multiple_of: MultipleOf = 1
+
+    def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
+        """Return AL-AM's plan, from which the trials start."""
+        return ALAM(self.min_units, self.attention_power, self.multiple_of).search(sites, scores, budget)
+
+    def search_by_trials(
+        self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, objective: Objective
+    ) -> PruningPlan:
+        """Return the best plan of all trials."""
+        start = self.search(sites, scores, budget)
+        ratios = {site.name: 1 - len(start.keep[site.name]) / site.units for site in sites}
+        ranks = self._ranks(sites, scores)
+
+        def plan_of(chosen: Ratios) -> PruningPlan:
+            # A site of twice the ratio has lost twice the share of its units, wherever the budget ends.
+            ranking = {name: rank / max(chosen[name], 1e-9) for name, rank in ranks.items()}
+            return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)
+
+        def try_out(trial: Any) -> float:
+            chosen = {
+                name: trial.suggest_float(name, max(0.0, ratio - self.spread), min(1.0, ratio + self.spread))
+                for name, ratio in ratios.items()
+            }
+            perplexity = objective(plan_of(chosen))
+            return perplexity if math.isfinite(perplexity) else math.inf
+
+        # What the start is worth tells studies of other compensators, models and text apart.
+        study = self._study(_digest(self, scores, budget, objective(start)))
+        if not _finished(study):
+            study.enqueue_trial(ratios)
+        study.optimize(try_out, n_trials=max(0, self.trials - _finished(study)))
+        first = next(trial.value for trial in study.trials if trial.value is not None)
+        log.info("optuna: perplexity %.3f after %d trials, %.3f at first", study.best_value, _finished(study), first)
+        return plan_of(study.best_params)
+
+    def _ranks(self, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rank each site's units [units]: the share of the site that goes with a unit and all that are lower."""
+        raised = raise_attention(sites, scores, self.attention_power)
+        ranks = {}
+        for name, values in raised.items():
+            value = standardise(values).mean(dim=1)
+            order = value.argsort(stable=True)
+            ranks[name] = torch.empty_like(value)
+            ranks[name][order] = torch.arange(1, len(value) + 1, dtype=value.dtype) / len(value)
+        return ranks
+
+    def _study(self, digest: str) -> Study:
+        try:
+            import optuna
+        except ImportError as error:
+            raise InputError('searcher optuna needs a package: pip install "flapkit[optuna]"') from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            study = optuna.create_study(storage=self.storage, study_name=f"flapkit {digest}", load_if_exists=True)
+        except Exception as error:
+            raise InputError(f"searcher.storage {self.storage}: {type(error).__name__}: {error}") from error
+        # Trials that are carried on would otherwise draw once more what the first ones drew.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + _finished(study))
+        return study
+
+
+def _finished(study: Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.trials)
+
+
+def _digest(searcher: Optuna, scores: Mapping[str, Tensor], budget: Budget, start: float) -> str:
+    """Name a study by all that its trials depend on."""
+    options = (searcher.spread, searcher.min_units, searcher.attention_power, searcher.multiple_of)
+    digest = hashlib.sha256(f"{budget} {options} {start:.5g}".encode())
+    for name, values in scores.items():
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
