@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Batch, Statistics, collect, measure
-from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher
+from flapkit.errors import RecipeError
+from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher, recovery_of
 from flapkit.passes import prune_in_passes_, size_of
 from flapkit.plan import Budget, BudgetBase, PruningPlan
 from flapkit.pruning import Method, prune_sites_
+from flapkit.recovery import Recovery
 from flapkit.registry import Registry
 from flapkit.sequence import PrefixCollector
 from flapkit.sites import Site
@@ -51,6 +53,7 @@ def prune_(
     batch_size: int = 8,
     statistics_memory: float = 4e9,
     sequential: bool = False,
+    recovery_text: Tensor | None = None,
 ) -> PruningPlan:
     """Prune a model in place, on the device where it is.
 
@@ -67,6 +70,8 @@ def prune_(
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
         sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
+        recovery_text: tokens [windows, tokens] for a compensator that trains; one window in ten is held out, to
+            validate on.
 
     Returns:
         The plan that was carried out.
@@ -80,6 +85,13 @@ def prune_(
         _component(registry, "searcher", searcher),
         tuple(_component(registry, "compensator", each) for each in _several(compensator)),
     )
+    recovery = recovery_of(method.compensators)
+    if (recovery is None) != (recovery_text is None):
+        raise RecipeError(
+            "recovery_text goes with a compensator that trains, such as `lora`, and none of them does"
+            if recovery is None
+            else "a compensator trains: give prune_ tokens [windows, tokens] as recovery_text"
+        )
     places = sites(model, adapter)
     budget = Budget.over(places, ratio, of, model.num_parameters())
     was_training = model.training
@@ -88,12 +100,28 @@ def prune_(
         batches = _batches(calibration, batch_size) if method.statistics else []
         if not sequential and size_of(method.statistics, places) <= statistics_memory:
             statistics = measure(model, places, method.statistics, batches)
-            return prune_sites_(model, places, statistics, method, budget, batches).plan
-        gather = partial(_gather, model, batches)
-        behind = partial(_gather_behind, model, places, batches) if sequential else None
-        return prune_in_passes_(model, places, gather, method, budget, int(statistics_memory), behind).plan
+            plan = prune_sites_(model, places, statistics, method, budget, batches).plan
+        else:
+            gather = partial(_gather, model, batches)
+            behind = partial(_gather_behind, model, places, batches) if sequential else None
+            plan = prune_in_passes_(model, places, gather, method, budget, int(statistics_memory), behind).plan
+        if recovery is not None and recovery_text is not None:
+            _recover_(model, places, recovery, recovery_text)
     finally:
         model.train(was_training)
+    return plan
+
+
+def _recover_(model: PreTrainedModel, places: Sequence[Site], recovery: Recovery, tokens: Tensor) -> None:
+    # Lightning takes seconds to import, and only training needs all of this.
+    from flapkit.stages.loops import Loops
+    from flapkit.stages.recover import recover_, take_windows
+
+    on_cpu = model.device.type == "cpu"
+    options = {"accelerator": "cpu", "devices": 1} if on_cpu else {"devices": [model.device.index or 0]}
+    device = model.device
+    recover_(model, places, recovery, take_windows(recovery.training, tokens), Loops(options))
+    nn.Module.to(model, device)
 
 
 def _gather(

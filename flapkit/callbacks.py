@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -22,32 +26,36 @@ from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
 from flapkit.plan import Budget, BudgetBase, PruningPlan
 from flapkit.progress import Stage
 from flapkit.pruning import Method, Pruned, prune_sites_
+from flapkit.recovery import Recovery, Trainable, Training
 from flapkit.sequence import PrefixCollector
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
+LAST = "last"
+"""Name of the checkpoint, without its suffix, from which a recovery goes on."""
+
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    # Parameters made under inference mode could never be trained.
+    "inference_mode": False,
+}
+
 
 def build_trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
-    """Build the trainer of a run: no logger, no checkpoints and no progress bar of Lightning's own.
+    """Build the trainer of a run: no logger, no checkpoints and no progress bar of Lightning's own, unless asked for.
 
     Args:
         callbacks: the stages.
-        options: ``accelerator``, ``devices``, ``precision``, as Lightning takes them.
+        options: ``accelerator``, ``devices``, ``precision`` and all else as Lightning takes it.
 
     Raises:
         RecipeError: a device that this machine does not have.
     """
     try:
-        return Trainer(
-            callbacks=list(callbacks),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            # Parameters made under inference mode could never be trained.
-            inference_mode=False,
-            **options,
-        )
+        return Trainer(callbacks=list(callbacks), **{**TRAINER_DEFAULTS, **options})
     except (MisconfigurationException, RuntimeError) as error:
         raise RecipeError(f"trainer: {error}; choose an accelerator that is here, or `auto`") from error
 
@@ -73,6 +81,10 @@ class Advance(Callback):
     ) -> None:
         """Count an evaluation batch."""
         self._stage.advance(len(batch["input_ids"]))
+
+    def on_train_batch_end(self, trainer: Trainer, *what: Any) -> None:
+        """Count optimizer steps; a resumed training begins with those that were done before."""
+        self._stage.advance(trainer.global_step - self._stage.done)
 
 
 class Calibrate(Callback):
@@ -258,6 +270,87 @@ class Evaluate(Callback):
         self.results = {name: metric.compute() for name, metric in zip(self._names, self._metrics, strict=True)}
 
 
+class Recover(Callback):
+    """Train a pruned model by a recovery while ``trainer.fit`` runs, and keep the best of it by validation.
+
+    What is trained is put into the model in ``setup``, before the optimizer takes hold of the weights. ``fit`` may
+    follow ``validate``, so that the pruned model itself is in the contest. Lightning's checkpoints hold the best so
+    far, so that a resumed training ends as one that was not stopped.
+
+    Args:
+        recovery: what is trained, and how.
+        sites: the model's sites.
+
+    Attributes:
+        trainable: what was put into the model; taken out again at the end where the recovery is to be merged.
+        validations: optimizer step -> mean cross-entropy of the validation text, in nats.
+    """
+
+    def __init__(self, recovery: Recovery, sites: Sequence[Site]) -> None:
+        self._recovery = recovery
+        self._sites = sites
+        self._best: dict[str, Tensor] = {}
+        self.trainable: Trainable | None = None
+        self.validations: dict[int, float] = {}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss, the first of several; None before there is one."""
+        return min(self.validations, key=self.validations.__getitem__, default=None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put in what is trained, once."""
+        if self.trainable is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(self._recovery.training.seed)
+                self.trainable = self._recovery.attach(_model_of(pl_module), self._sites)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Turn dropout on."""
+        pl_module.train()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed the dropout, so that a resumed training is as one that was not stopped."""
+        torch.manual_seed(
+            self._recovery.training.seed + trainer.current_epoch * trainer.world_size + trainer.global_rank
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop at the first loss that is not finite, on every device."""
+        finite = bool(torch.isfinite(outputs["loss"]))
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise not_finite(trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of the loss, and keep what was trained if it is the best."""
+        loss = float(trainer.callback_metrics["validation/loss"])
+        if not math.isfinite(loss):
+            raise not_finite(trainer.global_step)
+        self.validations[trainer.global_step] = loss
+        if self.best_step == trainer.global_step:
+            self._best = {name: value.detach().cpu().clone() for name, value in _trained(pl_module)}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the best, and merge it where that is asked for."""
+        with torch.no_grad():
+            for name, value in _trained(pl_module):
+                value.copy_(self._best.get(name, value))
+        pl_module.eval()
+        if self._recovery.merge and self.trainable is not None:
+            self.trainable.merge_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training has to know."""
+        return {"validations": self.validations, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.validations = dict(state_dict["validations"])
+        self._best = dict(state_dict["best"])
+
+
 class FlapPruning(Callback):
     """Prune a model before it is trained, in a script of your own: ``Trainer(callbacks=[FlapPruning(...)])``.
 
@@ -300,6 +393,55 @@ class FlapPruning(Callback):
         if self.plan is None:
             pl_module.to(trainer.strategy.root_device)
             self.plan = prune_(_model_of(pl_module), self._calibration, **self._options)
+
+
+def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: bool) -> list[Callback]:
+    """List what watches over a recovery beside ``Recover``.
+
+    Args:
+        training: may say when to stop early.
+        folder: where Lightning's checkpoint ``last.ckpt`` is written after each validation; None for nowhere.
+        log_rate: log the learning rate; there must be a logger then.
+    """
+    callbacks: list[Callback] = [LearningRateMonitor("step")] if log_rate else []
+    if training.patience is not None:
+        callbacks.append(EarlyStopping("validation/loss", patience=training.patience, check_finite=False))
+    if folder is not None:
+        callbacks.append(
+            ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, every_n_epochs=1, enable_version_counter=False)
+        )
+    return callbacks
+
+
+def build_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
+    """Build Lightning's loggers, which write into ``folder/logs/version_0``, or the next that is free.
+
+    Raises:
+        RecipeError: a logger's package is not installed.
+    """
+    loggers: list[Logger] = []
+    version = len(list((folder / "logs").glob("version_*")))
+    for name in names:
+        if name == "csv":
+            loggers.append(CSVLogger(folder, name="logs", version=version))
+        else:
+            try:
+                loggers.append(TensorBoardLogger(folder, name="logs", version=version))
+            except ModuleNotFoundError as error:
+                raise RecipeError(f'trainer.logger: {name} is not installed; pip install "flapkit[{name}]"') from error
+    return loggers
+
+
+def not_finite(step: int) -> RunError:
+    """Say that a training has failed, and what may help."""
+    return RunError(
+        f"the recovery's loss is not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or choose "
+        "another trainer.precision (bf16-mixed, 32-true)"
+    )
+
+
+def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _model_of(module: LightningModule) -> PreTrainedModel:

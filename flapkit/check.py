@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from flapkit.calibration import needed_statistics
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.evaluation.batch_size import CPU_TOKENS
+from flapkit.interfaces import recovery_of
 from flapkit.passes import count_passes, peak_memory, size_of
 from flapkit.plan import Budget
 from flapkit.pruning import find_plan
 from flapkit.recipe import Calibration, LoadedRecipe, Perplexity
-from flapkit.stages.target import Target, find_target
-from flapkit.stages.text import source_of
+from flapkit.recovery import Training
+from flapkit.stages.target import Target, empty_model, find_target
+from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
 from flapkit.statistics import Gram
 
@@ -35,8 +36,9 @@ class Estimate:
         budget: how many parameters will go.
         weights: bytes of the dense weights.
         memory: bytes at the peak: weights, the activations of a calibration batch, the logits of an evaluation
-            batch, the statistics, and what corrections take.
+            batch, the statistics, and what corrections take; or, if that is more, what a recovery needs.
         passes: how often the calibration text runs through the model.
+        trained: parameters that a recovery trains, or None without one.
     """
 
     target: Target
@@ -45,6 +47,7 @@ class Estimate:
     weights: int
     memory: int
     passes: int
+    trained: int | None = None
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
@@ -61,23 +64,23 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     if asked.evaluate.zero_shot is not None:
         check_tasks(asked.evaluate.zero_shot)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
-    params = _params(target)
+    empty = empty_model(target.config)
+    params = empty.num_parameters()
     budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params)
     _check_floors(recipe, target, budget)
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     size = BYTES.get(dtype, 4)
     memory = params * size + _working_memory(recipe, target, size)
+    recovery, trained = recovery_of(recipe.compensators), None
+    if recovery is not None:
+        recovery_source(recovery.training, asked).check()
+        recovery.attach(empty, target.sites)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        weights = size * (params - budget.params + (params if recovery.training.distill else 0))
+        memory = max(memory, weights + _training_memory(recovery.training, target, size, trained))
     text = asked.calibration
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
-    return Estimate(target, params, budget, params * size, memory, passes)
-
-
-def _params(target: Target) -> int:
-    """Count the dense model's parameters without allocating them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(target.config)
-    count: int = model.num_parameters()
-    return count
+    return Estimate(target, params, budget, params * size, memory, passes, trained)
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> None:
@@ -87,6 +90,18 @@ def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> None:
         find_plan(target.sites, scores, recipe.searcher, budget)
     except BudgetError as error:
         raise BudgetError(f"{recipe.path}: {error}") from error
+
+
+def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:
+    """Estimate the bytes that a recovery needs beside the weights."""
+    tokens = training.batch_size * training.length
+    # What the backward pass needs of each block: its input and its norm's, and about four tensors of its own width.
+    kept: int = sum(6 * target.config.hidden_size + 4 * site.channels for site in target.sites)
+    # Logits, their float copy and its gradient; the teacher's, and both logarithms.
+    copies: int = size + 8 + (size + 12 if training.distill else 0)
+    # Weights, gradients and AdamW's two moments, and the best so far.
+    vocabulary: int = target.config.vocab_size
+    return 20 * trained + tokens * (size * kept + copies * vocabulary)
 
 
 def _working_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:

@@ -145,6 +145,40 @@ class PruningData(LightningDataModule):
         return UnrepeatedDistributedSampler(rows, shuffle=False, **shares)
 
 
+class RecoveryData(LightningDataModule):
+    """The text of a recovery: windows to train on, each seen once and in order, and windows to validate on.
+
+    An epoch of the trainer is what lies between two validations. The trainer has to ask for the loader of each epoch
+    anew (``reload_dataloaders_every_n_epochs=1``); a training that is resumed then goes on with the next windows.
+
+    Args:
+        windows: tokens to train on [windows, tokens].
+        validation: tokens to validate on [windows, tokens].
+        batch_size: windows that go through the model at once.
+        per_epoch: windows of one epoch, on all devices together.
+    """
+
+    def __init__(self, windows: Tensor, validation: Tensor, *, batch_size: int, per_epoch: int) -> None:
+        super().__init__()
+        self._windows = windows
+        self._validation = validation
+        self._batch_size = batch_size
+        self._per_epoch = per_epoch
+
+    def train_dataloader(self) -> DataLoader[Row]:
+        """Load the windows of the trainer's epoch."""
+        first = (self.trainer.current_epoch if self.trainer else 0) * self._per_epoch
+        return self._loader(self._windows[first : first + self._per_epoch])
+
+    def val_dataloader(self) -> DataLoader[Row]:
+        """Load the windows to validate on."""
+        return self._loader(self._validation)
+
+    def _loader(self, windows: Tensor) -> DataLoader[Row]:
+        rows = WindowRows({"input_ids": windows})
+        return DataLoader(rows, batch_size=self._batch_size, collate_fn=collate, num_workers=0)
+
+
 def collate(rows: Sequence[Row]) -> Batch:
     """Stack rows into a batch; rows without an attention mask are attended in full.
 

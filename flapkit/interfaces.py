@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
@@ -21,6 +21,10 @@ from flapkit.errors import RecipeError
 from flapkit.plan import Budget, PruningPlan
 from flapkit.sites import Kind, Site
 from flapkit.statistics import SiteStatistics, Statistic
+
+if TYPE_CHECKING:
+    # Recoveries know text, and text knows how adapters render conversations.
+    from flapkit.recovery import Recovery
 
 
 class Component(ABC):
@@ -142,9 +146,10 @@ class Correction:
 
 
 class Compensator(Component):
-    """How the loss at a site is repaired, in closed form, before slicing.
+    """How the loss is repaired: in closed form before slicing, by a training after it, or both.
 
-    A recipe can name several compensators: at most one of them corrects, which is to override ``correct``.
+    A compensator overrides ``correct`` or ``recovery``. A recipe can name several: at most one of them corrects, and at
+    most one recovers.
     """
 
     def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
@@ -179,6 +184,15 @@ class Compensator(Component):
         """
         return Correction()
 
+    def recovery(self) -> Recovery | None:
+        """Describe the training that repairs the sliced model, if there is one."""
+        return None
+
+
+def repairs_nothing(compensator: type[Compensator]) -> bool:
+    """Tell whether a compensator overrides neither of the two ways to repair, as one with a misspelt method does."""
+    return compensator.correct is Compensator.correct and compensator.recovery is Compensator.recovery
+
 
 def corrector_of(compensators: Sequence[Compensator]) -> Compensator | None:
     """Return the compensator that corrects weights in closed form, if there is one.
@@ -191,6 +205,20 @@ def corrector_of(compensators: Sequence[Compensator]) -> Compensator | None:
         names = " and ".join(repr(compensator.name) for compensator in correctors)
         raise RecipeError(f"compensators {names} correct the same weights; keep one of them")
     return correctors[0] if correctors else None
+
+
+def recovery_of(compensators: Sequence[Compensator]) -> Recovery | None:
+    """Return the training that a compensator describes, if there is one.
+
+    Raises:
+        RecipeError: several describe one.
+    """
+    described = [(compensator.name, compensator.recovery()) for compensator in compensators]
+    recoveries = [(name, recovery) for name, recovery in described if recovery is not None]
+    if len(recoveries) > 1:
+        names = " and ".join(repr(name) for name, _ in recoveries)
+        raise RecipeError(f"compensators {names} train the same model; keep one of them")
+    return recoveries[0][1] if recoveries else None
 
 
 class ArchitectureAdapter(Component):

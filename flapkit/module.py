@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from flapkit.calibration import run_batch
+from flapkit.calibration import attended, run_batch
 from flapkit.evaluation import cross_entropy
+from flapkit.recovery import divergence
 
 Batch = Mapping[str, Tensor]
 
@@ -40,16 +41,31 @@ class CausalLM(LightningModule):
     - ``predict_step`` is the calibration forward: the backbone alone, without logits; with ``calibrate_gradient`` the
       loss and its backward pass too.
     - ``test_step`` returns each window's cross-entropy in nats.
-    - ``training_step`` is the language-modelling loss.
+    - ``training_step`` is the language-modelling loss; with a teacher, the divergence from it is added.
+
+    Checkpoints of Lightning's hold only what is trained.
+
+    Args:
+        model: the language model.
+        optimization: how it is trained.
+        calibrate_gradient: calibration needs a backward pass.
+        teacher: a model whose predictions are to be matched in training; it is no part of the module.
     """
 
     def __init__(
-        self, model: PreTrainedModel, optimization: Optimization | None = None, *, calibrate_gradient: bool = False
+        self,
+        model: PreTrainedModel,
+        optimization: Optimization | None = None,
+        *,
+        calibrate_gradient: bool = False,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.calibrate_gradient = calibrate_gradient
         self.optimization = optimization or Optimization()
+        # In a tuple, so that torch takes it for no submodule.
+        self._teachers = () if teacher is None else (teacher,)
 
     def predict_step(self, batch: Batch) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
@@ -64,15 +80,43 @@ class CausalLM(LightningModule):
         return {"nll": nll, "targets": targets}
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the next token, in nats."""
-        loss: Tensor = self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        """Return the mean cross-entropy of the next token, in nats, and the divergence from the teacher if any."""
+        student = self.model(**batch, labels=batch["input_ids"], use_cache=False)
+        loss: Tensor = student.loss
+        for teacher in self._teachers:
+            with torch.no_grad():
+                logits = teacher(**batch, use_cache=False).logits
+            loss = loss + divergence(student.logits, logits, attended(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch) -> None:
-        """Log the mean cross-entropy of the next token, in nats, as ``validation/loss``."""
+        """Log the mean cross-entropy of the next token, in nats, as ``validation/loss``, and the perplexity."""
         loss = self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
-        self.log("validation/loss", loss, prog_bar=True, on_epoch=True, batch_size=len(batch["input_ids"]))
+        self.log("validation/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexity of the whole validation text."""
+        loss = self.trainer.callback_metrics["validation/loss"]
+        self.log("validation/perplexity", loss.exp(), sync_dist=True)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the model's device."""
+        for teacher in self._teachers:
+            nn.Module.to(teacher, self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Expect no parameter that is frozen."""
+        self.strict_loading = not self._frozen()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen, which is most of the model."""
+        for name in self._frozen():
+            checkpoint["state_dict"].pop(name, None)
+
+    def _frozen(self) -> list[str]:
+        named = self.named_parameters(remove_duplicate=False)
+        return [name for name, parameter in named if not parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
         """Build AdamW and its schedule over the trainer's own number of steps."""
@@ -81,6 +125,7 @@ class CausalLM(LightningModule):
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.optimization.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.optimization.lr, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from flapkit import hookspecs
 from flapkit.architecture import Family
 from flapkit.errors import ModelError, PluginError, did_you_mean
-from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component
+from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component, repairs_nothing
 
 ENTRY_POINT_GROUP = "flapkit"
 
@@ -168,6 +168,8 @@ class Registry:
             raise PluginError(f'plugin {origin}: {label} has no name; add the class attribute `name = "..."`')
         if missing := sorted(getattr(component, "__abstractmethods__", ())):
             raise PluginError(f"plugin {origin}: {kind} {name!r} does not define {', '.join(missing)}")
+        if kind == "compensator" and repairs_nothing(component):
+            raise PluginError(f"plugin {origin}: compensator {name!r} defines neither correct nor recovery")
         if "__dataclass_params__" not in vars(component) or not vars(component)["__dataclass_params__"].frozen:
             raise PluginError(f"plugin {origin}: {kind} {name!r} must be a frozen dataclass: @dataclass(frozen=True)")
         if name in self._found[kind]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 from flapkit.checkpoint import check_output, load, load_tokenizer
 from flapkit.evaluation.zero_shot import side_by_side
 from flapkit.export import export_all
+from flapkit.interfaces import recovery_of
 from flapkit.plan import Budget
 from flapkit.progress import Progress
 from flapkit.ranks import is_first
-from flapkit.recipe import LoadedRecipe
+from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
+from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint, work_folder
 from flapkit.stages.calibrate import calibrate_and_prune_
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
@@ -21,13 +24,21 @@ from flapkit.stages.target import find_target
 from flapkit.stages.text import read_text
 from flapkit.stages.zero_shot import ask, load_tasks
 
+FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
+"""Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
+
+log = logging.getLogger(__name__)
+
 
 def run(
     recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None, cache: Path | None = None
-) -> RunRecord:
+) -> RunRecord | RecoveryRecord:
     """Carry out a recipe, and write its output folder as the last thing.
 
     Of several processes that share the work, each comes to the same plan, and the first alone writes.
+
+    Where a compensator trains, the pruned model is first written to a folder beside the output, and recovered from
+    there. What is there of a run that was stopped is gone on with; the folder is removed at the end.
 
     Args:
         recipe: what to do.
@@ -38,12 +49,43 @@ def run(
     Raises:
         FlapkitError: whatever keeps the run from its end; nothing is written then.
     """
-    check_output(Path(recipe.recipe.output).expanduser(), overwrite=overwrite)
+    output, progress = Path(recipe.recipe.output).expanduser(), progress or Progress()
+    check_output(output, overwrite=overwrite)
     with noted_warnings() as warnings:
-        return _run(recipe, progress or Progress(), cache, warnings, overwrite=overwrite)
+        if recovery_of(recipe.compensators) is None:
+            return _prune(recipe, progress, cache, warnings, overwrite=overwrite)
+        prepared = prepare(recipe, progress)
+        first = _without_recovery(recipe, work_folder(output) / "pruned")
+        if _wrote(first):
+            log.info("going on from the pruned model in %s", first.recipe.output)
+        else:
+            _prune(first, progress, cache, warnings, overwrite=True)
+        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, overwrite=overwrite)
 
 
-def _run(
+def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
+    """Return the part of a recipe that prunes."""
+    asked = recipe.recipe
+    pairs = zip(recipe.compensators, asked.compensator, strict=True)
+    kept = [(each, spec) for each, spec in pairs if each.corrects or each.recovery() is None]
+    defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
+    changed = {
+        "compensator": tuple(spec for _, spec in kept),
+        "trainer": asked.trainer.model_copy(update=defaults),
+        "export": (),
+        "output": str(output),
+    }
+    compensators = tuple(each for each, _ in kept)
+    return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
+
+
+def _wrote(recipe: LoadedRecipe) -> bool:
+    """Tell whether a recipe's output is there, and was made by the same recipe."""
+    written = Path(recipe.recipe.output) / "recipe.yaml"
+    return written.is_file() and written.read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def _prune(
     recipe: LoadedRecipe, progress: Progress, cache: Path | None, warnings: Sequence[str], *, overwrite: bool
 ) -> RunRecord:
     asked = recipe.recipe

@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from flapkit.conversations import Conversation, is_conversation, normalise
 from flapkit.errors import DataError, closest, did_you_mean
@@ -121,10 +123,10 @@ class TextSource:
         field: field of the text or of the conversation; by default the first of ``TEXT_FIELDS`` that a row has.
     """
 
-    dataset: str
-    subset: str | None = None
-    split: str | None = None
-    field: str | None = None
+    dataset: Annotated[str, Field(min_length=1, description="A named dataset, a hub id, or a local file or folder.")]
+    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    split: Annotated[str | None, Field(description="Split of the dataset; its usual one if not given.")] = None
+    field: Annotated[str | None, Field(description="Field that holds the text or the conversation.")] = None
 
     def check(self) -> None:
         """Raise ``DataError`` for what can be known to be wrong without a network and without reading any text."""
@@ -140,6 +142,23 @@ class TextSource:
         if named is None:
             return DEFAULT_SEPARATOR
         return named.calibration_separator if purpose == "calibration" else named.evaluation_separator
+
+    def shares_text(self, evaluation: TextSource) -> bool:
+        """Tell whether text for calibration or training is also evaluated, as far as names and paths tell.
+
+        Args:
+            evaluation: where the text of an evaluation comes from.
+        """
+        own, other = (source._path() if source.dataset not in DATASETS else None for source in (self, evaluation))
+        if own is not None and other is not None:
+            own, other = own.resolve(), other.resolve()
+            return own == other or own in other.parents or other in own.parents
+        return self._place("calibration") == evaluation._place("evaluation")
+
+    def _place(self, purpose: Purpose) -> tuple[str, str | None, str | None]:
+        named = DATASETS.get(self.dataset)
+        usual = _split(named, purpose) if named else DEFAULT_SPLITS[purpose][0]
+        return self.dataset, self.subset, self.split or usual
 
     def documents(self, purpose: Purpose, render: Render | None = None) -> list[str]:
         """Read the documents.

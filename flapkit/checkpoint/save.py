@@ -45,7 +45,7 @@ def save(
         plan: the plan that was carried out.
         tokenizer: goes along, if given.
         metadata: what made the model, for ``flapkit.json``; anything that JSON holds.
-        files: name -> content of more files for the folder.
+        files: name -> content of more files for the folder; a name may lead into a folder below.
         max_shard_size: weights beyond this size are split over several files.
         overwrite: replace a folder that flapkit wrote.
 
@@ -63,8 +63,10 @@ def save(
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         for name, content in (files or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        made = {"versions": {package: version(package) for package in PACKAGES}, **(metadata or {})}
+        made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
+        made |= metadata or {}
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from flapkit.cli import bench, cache, check, evaluate, export, listing, run, schema, show, sweep
+from flapkit.cli import bench, cache, check, evaluate, export, listing, recover, run, schema, show, sweep
 from flapkit.cli.app import app, main
 
-__all__ = ["app", "bench", "cache", "check", "evaluate", "export", "listing", "main", "run", "schema", "show", "sweep"]
+__all__ = [
+    "app",
+    "bench",
+    "cache",
+    "check",
+    "evaluate",
+    "export",
+    "listing",
+    "main",
+    "recover",
+    "run",
+    "schema",
+    "show",
+    "sweep",
+]

@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(InputError.exit_code)
     # Without its standalone mode typer returns the code of Ctrl-C and of --help.
     if code == INTERRUPTED:
-        _fail("stopped; nothing was written", INTERRUPTED)
+        _fail("stopped; no output was written", INTERRUPTED)
 
 
 def exit_code_of(error: BaseException) -> int:

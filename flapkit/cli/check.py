@@ -30,6 +30,8 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     text = asked.calibration
     often = f", {found.passes} times" if found.passes > 1 else ""
     table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{often}")
+    if found.trained is not None:
+        table.add_row("recovery", f"{found.trained:,} parameters are trained after pruning")
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
     table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
     table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")

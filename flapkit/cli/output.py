@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
 from flapkit.errors import OutputError
+
+STAGES = ("dense", "pruned", "recovered")
+"""What is measured of, in the order of a run."""
 
 
 def print_(what: Any) -> None:
@@ -33,14 +36,22 @@ def add_perplexity(table: Table, texts: Mapping[str, Any]) -> None:
         table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
 
 
-def add_zero_shot(table: Table, tasks: Mapping[str, Any]) -> None:
-    """Add a row for each zero-shot metric: in percent with standard errors, the change in points with McNemar's p."""
+def add_zero_shot(table: Table, tasks: Mapping[str, Any], stages: Sequence[str] = ("dense", "pruned")) -> None:
+    """Add a row for each zero-shot metric: in percent with standard errors, the change in points with McNemar's p.
+
+    Args:
+        table: has a column for each stage, and one for the change.
+        tasks: task -> its metrics, as in ``result.json``.
+        stages: what was asked; the change is from the first to the last, its p between the dense and the pruned model.
+    """
     for task, found in tasks.items():
         for metric, scores in found["metrics"].items():
-            dense, pruned, paired = scores["dense"], scores["pruned"], scores.get("paired")
-            change = f"{100 * (pruned['value'] - dense['value']):+.1f}"
+            first, last = scores.get(stages[0]), scores[stages[-1]]
+            change = f"{100 * (last['value'] - first['value']):+.1f}" if first else ""
+            paired = scores.get("paired") if stages[-1] == "pruned" else None
             change += f", p {paired['p_value']:.2g}" if paired else ""
-            table.add_row(f"{task}, {metric}, %", percent(dense), percent(pruned), change)
+            shown = [percent(scores[stage]) if stage in scores else "" for stage in stages]
+            table.add_row(f"{task}, {metric}, %", *shown, change)
 
 
 def percent(score: Mapping[str, float | None]) -> str:
@@ -88,3 +99,57 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+
+
+class Result(Protocol):
+    """What a run and a recovery have in common."""
+
+    @property
+    def output(self) -> Path:
+        """The folder that was written."""
+
+    @property
+    def params(self) -> Mapping[str, int]:
+        """Parameters: ``dense``, ``pruned``, ``blocks``, ``removed``."""
+
+    @property
+    def perplexity(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name of the text -> stage -> perplexity."""
+
+    @property
+    def zero_shot(self) -> Mapping[str, Any]:
+        """Task -> what was asked, and the scores."""
+
+    @property
+    def exports(self) -> Mapping[str, str]:
+        """Name of an export -> what agreed to what."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Stage -> wall time."""
+
+
+def print_result(model: str, result: Result) -> None:
+    """Print sizes and perplexities of the dense model, of the pruned one, and of the recovered one if there is one."""
+    measured = [*result.perplexity.values()]
+    measured += [scores for task in result.zero_shot.values() for scores in task["metrics"].values()]
+    stages = [stage for stage in STAGES if any(stage in figures for figures in measured)] or ["dense", "pruned"]
+    table = Table("", *stages, "change", title=f"{model} → {result.output}")
+    if result.params:
+        dense, pruned = result.params["dense"], result.params["pruned"]
+        blocks, removed = result.params["blocks"], result.params["removed"]
+        _add(table, stages, "parameters", {"dense": dense, "pruned": pruned, "recovered": pruned}, ",")
+        after = blocks - removed
+        _add(table, stages, "block parameters", {"dense": blocks, "pruned": after, "recovered": after}, ",")
+    for name, figures in result.perplexity.items():
+        _add(table, stages, f"perplexity, {name}", figures, ".3f")
+    add_zero_shot(table, result.zero_shot, stages)
+    print_(table)
+    for name, agreed in result.exports.items():
+        print_(f"exports/{name}: {agreed}")
+    print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
+
+
+def _add(table: Table, stages: Sequence[str], name: str, values: Mapping[str, Any], form: str) -> None:
+    shown = [values[stage] for stage in stages]
+    table.add_row(name, *(format(value, form) for value in shown), f"{shown[-1] / shown[0] - 1:+.1%}")

@@ -105,6 +105,25 @@ def put_beside(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]
     }
 
 
+def add_scores(known: Mapping[str, Any], stage: str, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
+    """Put one more model's scores beside those that are known.
+
+    Args:
+        known: as ``side_by_side`` gives them; may be empty.
+        stage: what the scores are called, for example ``recovered``.
+        scores: task -> scores.
+    """
+    found = {}
+    for name, each in scores.items():
+        metrics = known.get(name, {}).get("metrics", {})
+        added = {
+            metric: {**metrics.get(metric, {}), stage: {"value": score.value, "stderr": score.stderr}}
+            for metric, score in each.scores.items()
+        }
+        found[name] = describe(each) | {"metrics": added}
+    return found
+
+
 def describe(scores: TaskScores) -> dict[str, Any]:
     """Say what was asked, without the scores."""
     return {name: value for name, value in asdict(scores).items() if name != "scores"}

@@ -60,8 +60,7 @@ def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> 
     if default is None:
         branches.append({"type": "null"})
     if kind in SEVERAL:
-        some = {"minItems": 1} if default else {}
-        branches.append({"type": "array", "items": {"oneOf": list(branches)}, **some})
+        branches.append({"type": "array", "items": {"oneOf": list(branches)}})
     schema = {"description": field["description"], "oneOf": branches}
     first = next(iter(default), []) if kind in SEVERAL else default
     return {**schema, "default": first.name if isinstance(first, ComponentSpec) else first}

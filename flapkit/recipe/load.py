@@ -19,6 +19,7 @@ from flapkit.interfaces import (
     ImportanceMetric,
     StructureSearcher,
     corrector_of,
+    recovery_of,
 )
 from flapkit.pruning import Method
 from flapkit.recipe.files import read
@@ -39,7 +40,7 @@ class LoadedRecipe:
         registry: the installed components, and those of the recipe's own plugin files.
         metric: the importance metric.
         searcher: the structure searcher.
-        compensators: the compensators; at most one corrects.
+        compensators: the compensators; at most one corrects, and at most one recovers.
         adapter: the architecture adapter, or None to find it from the model's configuration.
         exporters: the exporters.
     """
@@ -227,6 +228,7 @@ def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Proble
     node = root.child("compensator") or root
     try:
         corrector_of(compensators)
+        recovery_of(compensators)
     except RecipeError as error:
         return [Problem(node.position, "compensator", str(error))]
     return []

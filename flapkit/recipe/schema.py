@@ -198,25 +198,12 @@ def _as_list(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _as_list_of_some(value: Any) -> tuple[Any, ...]:
-    values = _as_list(value)
-    if not values:
-        raise PydanticCustomError("component", "the list is empty; name a component, or leave the key out")
-    return values
-
-
-Compensators = Annotated[
-    tuple[ComponentSpec, ...],
-    BeforeValidator(
-        _as_list_of_some, json_schema_input_type=ComponentSpec | Annotated[list[ComponentSpec], Field(min_length=1)]
-    ),
-]
-"""One compensator, or a list."""
-
-Exporters = Annotated[
+Components = Annotated[
     tuple[ComponentSpec, ...], BeforeValidator(_as_list, json_schema_input_type=ComponentSpec | list[ComponentSpec])
 ]
-"""One exporter, or a list, which may be empty."""
+"""One component, or a list, which may be empty."""
+
+Logger = Literal["csv", "tensorboard"]
 
 
 class TrainerSection(Section):
@@ -235,7 +222,18 @@ class TrainerSection(Section):
         "windows, or Lightning's own choice.",
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] | None = Field(
-        default=None, description="Lightning's precision; by default the model's own type, untouched."
+        default=None,
+        description="Lightning's precision; by default the model's own type, untouched. A float16 model is trained in "
+        "mixed precision.",
+    )
+    accumulate_grad_batches: int = Field(
+        default=1, ge=1, description="In training: batches whose gradients make one optimizer step."
+    )
+    gradient_clip_val: float | None = Field(
+        default=1.0, gt=0, description="In training: largest norm of the gradients; `null` does not clip."
+    )
+    logger: Annotated[tuple[Logger, ...], BeforeValidator(_as_list, json_schema_input_type=Logger | list[Logger])] = (
+        Field(default=("csv",), description="In training: Lightning's loggers, `csv` and `tensorboard`; `[]` for none.")
     )
 
 
@@ -253,15 +251,15 @@ class Recipe(Section):
     searcher: ComponentSpec = Field(
         default=ComponentSpec(name="al_am"), description="Structure searcher: which units go."
     )
-    compensator: Compensators = Field(
+    compensator: Components = Field(
         default=(ComponentSpec(name="bias"),),
         description="Compensator, or a list of them: how the loss is repaired. At most one of a list corrects weights "
-        "in closed form.",
+        "in closed form, and at most one trains; `[]` repairs nothing.",
     )
     budget: BudgetSection = Field(description="How much to remove.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
     trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
-    export: Exporters = Field(
+    export: Components = Field(
         default=(),
         description="Exporter, or a list of them: forms that the pruned model is written in besides, below `exports/`.",
     )

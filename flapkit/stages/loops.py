@@ -41,7 +41,8 @@ class Loops:
     @classmethod
     def of(cls, asked: TrainerSection, progress: Progress) -> Loops:
         """Take over what a recipe says; what it leaves open is Lightning's to choose."""
-        return cls({name: value for name, value in asked.model_dump().items() if value is not None}, progress)
+        options = asked.model_dump(exclude={"logger"})
+        return cls({name: value for name, value in options.items() if value is not None}, progress)
 
     @property
     def device(self) -> torch.device:
@@ -58,13 +59,17 @@ class Loops:
         """Move a model to the device that the loops run on."""
         model.to(self.device)  # type: ignore[arg-type]
 
-    def trainer(self, callbacks: Sequence[Any]) -> Any:
+    def trainer(self, callbacks: Sequence[Any], **options: Any) -> Any:
         """Build the trainer of one stage.
+
+        Args:
+            callbacks: what it does.
+            options: more options of Lightning's, for this stage.
 
         Raises:
             RecipeError: a device that this machine does not have.
         """
-        return build_trainer(callbacks, **self.options)
+        return build_trainer(callbacks, **{**self.options, **options})
 
 
 def calibrate(
@@ -198,6 +203,7 @@ def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*treespec.*")
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
             call(*args, **kwargs)
         except SystemExit as error:

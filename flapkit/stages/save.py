@@ -130,6 +130,13 @@ def _text_beside(models: Mapping[str, Measured]) -> dict[str, Any]:
     }
 
 
+def add_text_beside(known: Mapping[str, Any], model: str, measured: Measured) -> dict[str, Any]:
+    """Put the figures of one more model beside those of one text that are known, as ``put_texts_beside`` gives them."""
+    added = _text_beside({model: measured})
+    figures = {name: {**known[name], **added[name]} for name in ("bits_per_byte", "batch_size")}
+    return {**known, model: added[model], **figures}
+
+
 def save_run(record: RunRecord, model: PreTrainedModel, *, overwrite: bool = False) -> None:
     """Write the output folder of a run: the checkpoint, and the files that say what made it.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flapkit.checkpoint import load_config
 from flapkit.errors import ModelError
@@ -28,6 +29,13 @@ class Target:
     config: PreTrainedConfig
     adapter: ArchitectureAdapter
     sites: tuple[Site, ...]
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model of a configuration on the meta device: its shapes without its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def find_target(recipe: LoadedRecipe) -> Target:

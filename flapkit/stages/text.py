@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.conversations import renderer
+from flapkit.errors import RecipeError
 from flapkit.evaluation.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.evaluation.protocol import Protocol, cut_text
 from flapkit.recipe import Calibration, Perplexity, Recipe, Text
+from flapkit.recovery import Training
 from flapkit.stages.target import Target
 from flapkit.text import Render, TextSource
 from flapkit.windows import Windows, draw_windows, encode_measured
@@ -61,7 +63,10 @@ def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase
     render = renderer(target.adapter, tokenizer)
     evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
     calibration = calibration_windows(recipe.calibration, target, tokenizer)
-    compared = {name: _compared(name, text, calibration) for name, text in evaluations.items()}
+    compared = {
+        name: replace(text, overlap=warn_of_overlap(name, text, calibration, "calibration"))
+        for name, text in evaluations.items()
+    }
     return RunText(calibration, recipe.calibration.batch_size, compared)
 
 
@@ -91,18 +96,26 @@ def _evaluation(
     return EvaluationText(asked, *cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id))
 
 
-def _compared(name: str, text: EvaluationText, calibration: Tensor) -> EvaluationText:
-    """Note what a text shares with the calibration windows, and warn where it is much."""
-    overlap = find_overlap(calibration, text.windows)
+def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str) -> Overlap:
+    """Find what a text shares with windows that the model was pruned or trained by, and warn where it is much.
+
+    Args:
+        name: the evaluation's.
+        text: what is measured.
+        seen: tokens [windows, tokens].
+        purpose: what they were for, ``calibration`` or ``recovery``.
+    """
+    overlap = find_overlap(seen, text.windows)
     if overlap.share >= NOTEWORTHY:
         log.warning(
-            "%s: %.1f %% of its scored tokens lie in rows of %d tokens that the calibration text holds as well, "
+            "%s: %.1f %% of its scored tokens lie in rows of %d tokens that the %s text holds as well, "
             "which flatters its perplexity",
             name,
             100 * overlap.share,
             overlap.ngram,
+            purpose,
         )
-    return replace(text, overlap=overlap)
+    return overlap
 
 
 def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -117,6 +130,23 @@ def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTraine
         seed=asked.seed,
         vocab_size=target.config.vocab_size,
     )
+
+
+def recovery_source(training: Training, recipe: Recipe) -> TextSource:
+    """Say where the text of a recovery comes from.
+
+    Raises:
+        RecipeError: text to train or to validate on is evaluated as well: the figure would say nothing.
+    """
+    source = training.source(source_of(recipe.calibration))
+    for used, purpose in ((source, "train"), (training.validation, "validate")):
+        for evaluation in recipe.evaluate.perplexity:
+            if used is not None and used.shares_text(source_of(evaluation)):
+                raise RecipeError(
+                    f"compensator: the recovery would {purpose} on {used.dataset}, and `evaluate` measures the "
+                    "perplexity of the same text; choose other text for one of them"
+                )
+    return source
 
 
 def source_of(text: Text) -> TextSource:

@@ -16,6 +16,7 @@ from flapkit.cache import hash_tensors
 from flapkit.calibration import Statistics
 from flapkit.checkpoint import load, load_tokenizer
 from flapkit.errors import FlapkitError, RecipeError
+from flapkit.interfaces import recovery_of
 from flapkit.passes import size_of
 from flapkit.plan import Budget
 from flapkit.progress import Progress
@@ -98,6 +99,8 @@ def check_sweep(sweep: Sweep) -> None:
     for point in sweep.points:
         asked = point.recipe.recipe
         try:
+            if recovery_of(point.recipe.compensators) is not None:
+                raise RecipeError("a sweep does not train; leave the compensator that does out, and `flapkit recover`")
             find_target(point.recipe)
             for text in (asked.calibration, *asked.evaluate.perplexity):
                 source_of(text).check()

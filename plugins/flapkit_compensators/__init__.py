@@ -8,10 +8,11 @@ from flapkit import hookimpl
 from flapkit.interfaces import Compensator
 from flapkit_compensators.bias import Bias
 from flapkit_compensators.least_squares import LeastSquares
+from flapkit_compensators.lora import Lora
 from flapkit_compensators.none import NoCompensation
 
 
 @hookimpl
 def flapkit_compensators() -> Iterable[type[Compensator]]:
     """Offer the default compensators."""
-    return [Bias, LeastSquares, NoCompensation]
+    return [Bias, LeastSquares, Lora, NoCompensation]

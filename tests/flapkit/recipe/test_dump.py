@@ -83,7 +83,16 @@ def test_every_default_is_written(tmp_path: Path) -> None:
     assert data["searcher"] == {"name": "al_am", "min_units": 1, "attention_power": 2.0, "multiple_of": 1}
     assert data["metric"] == "wifv"
     assert data["adapter"] is None
-    assert data["trainer"] == {"accelerator": "auto", "devices": 1, "precision": None}
+    assert data["trainer"] == {
+        "accelerator": "auto",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+        "precision": None,
+        "accumulate_grad_batches": 1,
+        "gradient_clip_val": 1.0,
+        "logger": ["csv"],
+    }
 
 
 @given(

@@ -394,6 +394,9 @@ class Idle(Compensator):
 
     rank: Annotated[int, Field(ge=1)] = 8
 
+    def recovery(self):
+        return None
+
 
 @hookimpl
 def flapkit_compensators():
@@ -413,7 +416,6 @@ def test_several_compensators(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("compensator", "expected"),
     [
-        ("[]", "compensator: the list is empty"),
         ("[bias, bais]", "compensator.1: unknown compensator 'bais'; did you mean 'bias'?"),
         ("[bias, {name: bias, rank: 1}]", "compensator.1.rank: unknown key"),
         ("[bias, none]", "compensator: compensators 'bias' and 'none' correct the same weights; keep one of them"),

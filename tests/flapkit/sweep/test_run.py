@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sweeps import write_sweep
 
+from flapkit.errors import RecipeError
 from flapkit.module import CausalLM
 from flapkit.run import run
 from flapkit.sweep.load import load_sweep
@@ -83,3 +84,9 @@ def test_what_cannot_share_its_calibration_measures_for_itself(home, forwards):
     for point, row in zip(sweep.points, rows, strict=True):
         assert row.error is None
         assert row.perplexity == run(point.recipe, overwrite=True).perplexity
+
+
+def test_a_compensator_that_trains_is_refused(home):
+    sweep = load_sweep(write_sweep(home, grid={"compensator": ["bias", "lora"]}))
+    with pytest.raises(RecipeError, match="compensator=lora: a sweep does not train"):
+        run_sweep(sweep, Results(home / "out"))

@@ -1,0 +1,40 @@
+"""``flapkit recover``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapkit.cli.app import app
+from flapkit.cli.options import Overrides, Overwrite
+from flapkit.cli.output import print_result, set_logging
+from flapkit.cli.progress import progress_listener
+
+
+@app.command()
+def recover(
+    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint that flapkit wrote.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's own."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+) -> None:
+    """Train a pruned checkpoint as a recipe's compensator says, and write another one."""
+    from flapkit.progress import Progress
+    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.recover import recover as recover_checkpoint
+
+    loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
+    set_logging(quiet=quiet, verbose=verbose)
+    progress = Progress(progress_listener(quiet=quiet))
+    result = recover_checkpoint(checkpoint, loaded, overwrite=overwrite, progress=progress)
+    if not quiet:
+        print_result(str(checkpoint), result)

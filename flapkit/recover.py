@@ -1,0 +1,319 @@
+"""Recover a pruned checkpoint: train it as a recipe's compensator says, and write a checkpoint again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.checkpoint import check_output, load, load_tokenizer, save
+from flapkit.checkpoint.folder import MARK
+from flapkit.checkpoint.save import PLAN
+from flapkit.conversations import renderer
+from flapkit.errors import ModelError, OutputError, RecipeError, RunError
+from flapkit.evaluation.zero_shot import add_scores
+from flapkit.export import export_all
+from flapkit.interfaces import recovery_of
+from flapkit.plan import PruningPlan
+from flapkit.progress import Progress
+from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.recovery import Recovery
+from flapkit.stages.loops import Loops, evaluate
+from flapkit.stages.noted import noted_warnings
+from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_, windows_per_step
+from flapkit.stages.save import add_text_beside, put_texts_beside
+from flapkit.stages.target import empty_model, find_target
+from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
+from flapkit.stages.zero_shot import ask, load_tasks
+from flapkit.windows import tokens_hash
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
+
+RESULT = "result.json"
+RECIPE = "recipe.yaml"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """A recovery whose recipe is known to be right, and all that it needs beside the pruned model.
+
+    Args:
+        recipe: what to do.
+        recovery: what is trained, and how.
+        text: to train and to validate on.
+        evaluations: name -> what perplexity is measured of.
+        tokenizer: the model's.
+        tasks: zero-shot tasks; None for none.
+        loops: what it runs on.
+    """
+
+    recipe: LoadedRecipe
+    recovery: Recovery
+    text: RecoveryText
+    evaluations: Mapping[str, EvaluationText]
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Harness | None
+    loops: Loops
+
+    @property
+    def output(self) -> Path:
+        """The folder that the recovery writes."""
+        return Path(self.recipe.recipe.output).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRecord:
+    """All that is known at the end of a recovery, but for the model itself.
+
+    Args:
+        output: the folder that is written.
+        plan: the plan that was carried out when the model was pruned.
+        params: as the pruned checkpoint says.
+        perplexity: name of the text -> ``dense`` where it is known, ``pruned`` and ``recovered`` -> perplexity, and
+            how it was measured, as in ``result.json``.
+        zero_shot: task -> what was asked, and the scores of the models that it was asked of.
+        recovery: what the training did.
+        seconds: stage -> wall time, those of the pruning included.
+        warnings: what flapkit warned of.
+        exports: name of the file or folder below ``exports`` -> what agreed to what.
+    """
+
+    output: Path
+    plan: PruningPlan
+    params: Mapping[str, int]
+    perplexity: Mapping[str, Mapping[str, Any]]
+    zero_shot: Mapping[str, Any]
+    recovery: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    warnings: Sequence[str]
+    exports: Mapping[str, str] = field(default_factory=dict)
+
+    def result_json(self) -> str:
+        """Write what was measured as JSON."""
+        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
+        return json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n"
+
+
+def recover(
+    checkpoint: Path, recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None
+) -> RecoveryRecord:
+    """Train a pruned checkpoint by the recipe's recovering compensator, and write the recipe's output folder.
+
+    Of the recipe count: that compensator, ``evaluate``, ``trainer`` and ``output``; ``model`` where the dense model is
+    the teacher; ``calibration`` where the compensator names no text.
+
+    Args:
+        checkpoint: a folder that flapkit wrote.
+        recipe: what to do.
+        overwrite: replace an output folder that flapkit wrote.
+        progress: whom the stages tell how far they are.
+
+    Raises:
+        FlapkitError: whatever keeps the recovery from its end. The checkpoint is as it was.
+    """
+    output = Path(recipe.recipe.output).expanduser()
+    if output.resolve() == checkpoint.resolve():
+        raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
+    check_output(output, overwrite=overwrite)
+    plan_of(checkpoint)
+    progress = progress or Progress()
+    with noted_warnings() as warnings:
+        prepared = prepare(recipe, progress, checkpoint)
+        return recover_checkpoint(checkpoint, prepared, warnings, overwrite=overwrite)
+
+
+def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = None) -> Preparation:
+    """Read the text of a recovery, and try the recovery on an empty model, before anything is run.
+
+    Args:
+        recipe: what to do.
+        progress: whom the stages tell how far they are.
+        checkpoint: the pruned model, if there is one already.
+
+    Raises:
+        RecipeError: no compensator trains, a target that the model has not, or text that is evaluated too.
+        DataError: a text that cannot be read or is too short.
+        ModelError: the model's configuration or tokenizer cannot be read.
+    """
+    recovery = recovery_of(recipe.compensators)
+    if recovery is None:
+        raise RecipeError(f"{recipe.path}: no compensator of it trains; for example --set 'compensator=[bias, lora]'")
+    if recipe.exporters and not recovery.merge:
+        raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
+    asked, training, loops = recipe.recipe, recovery.training, Loops.of(recipe.recipe.trainer, progress)
+    if loops.trainer([]).world_size > 1:
+        raise RecipeError(f"{recipe.path}: trainer: a recovery trains on one device; set devices and num_nodes to 1")
+    source = recovery_source(training, asked)
+    with progress.stage("recovery text"):
+        path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
+        target, tokenizer = find_target(_of_model(recipe, path, revision)), load_tokenizer(path, revision=revision)
+        recovery.attach(empty_model(target.config), target.sites)
+        windows = training.steps * windows_per_step(training, loops)
+        text = read_recovery_text(training, source, target, tokenizer, windows)
+        render = renderer(target.adapter, tokenizer)
+        evaluations = read_evaluations(asked.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        for name, evaluation in evaluations.items():
+            warn_of_overlap(name, evaluation, text.windows, "recovery")
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(asked.evaluate.zero_shot), loops)
+
+
+def recover_checkpoint(
+    checkpoint: Path, prepared: Preparation, warnings: Sequence[str], *, overwrite: bool
+) -> RecoveryRecord:
+    """Train a pruned checkpoint, and write the output folder.
+
+    Args:
+        checkpoint: a folder that flapkit wrote.
+        prepared: what to do.
+        warnings: what flapkit warns of meanwhile.
+        overwrite: replace an output folder that flapkit wrote.
+
+    Raises:
+        RunError: a loss that is not finite.
+    """
+    recipe, progress, known = prepared.recipe, prepared.loops.progress, _known_result(checkpoint, prepared.recipe)
+    with progress.stage("load pruned"):
+        model = load(checkpoint, recipe.recipe.model.dtype)
+    before = known.get("perplexity") or put_texts_beside(
+        {"pruned": evaluate(model, prepared.evaluations, prepared.loops, "evaluate pruned")}
+    )
+    recovered = _train(model, checkpoint, prepared)
+    after = evaluate(model, prepared.evaluations, prepared.loops, "evaluate recovered")
+    answers = ask(model, prepared.tokenizer, prepared.tasks, prepared.loops, "zero-shot recovered")
+    record = RecoveryRecord(
+        prepared.output,
+        plan_of(checkpoint),
+        known.get("params", {}),
+        {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
+        add_scores(known.get("zero_shot", {}), "recovered", answers),
+        {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
+        {**known.get("seconds", {}), **progress.seconds},
+        [*known.get("warnings", []), *warnings],
+    )
+    files = _files(record, prepared, checkpoint)
+    if not prepared.recovery.merge:
+        files |= recovered.trainable.files()
+        recovered.trainable.remove_()
+    with progress.stage("save"):
+        save(
+            model.cpu(),
+            record.output,
+            record.plan,
+            tokenizer=prepared.tokenizer,
+            metadata=_metadata(record, recipe, checkpoint),
+            files=files,
+            overwrite=overwrite,
+        )
+    shutil.rmtree(work_folder(record.output))
+    if not recipe.exporters:
+        return record
+    with progress.stage("export", len(recipe.exporters), "exports") as stage:
+        exports = export_all(record.output, recipe.exporters, recipe.registry, stage)
+    return dataclasses.replace(record, exports=exports)
+
+
+def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation) -> Recovered:
+    """Train a pruned model in place, in the work folder beside the output."""
+    recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
+    sites = find_target(_of_model(recipe, str(checkpoint), None)).sites
+    work = work_folder(prepared.output)
+    workplace = Workplace(work, _identity(recipe, checkpoint), asked.trainer.logger)
+    teacher = None
+    if recovery.training.distill:
+        teacher = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+    # An adapter that is saved beside the model names it.
+    model.name_or_path = str(prepared.output)
+    try:
+        return recover_(model, sites, recovery, prepared.text, prepared.loops, workplace=workplace, teacher=teacher)
+    except RunError as error:
+        raise RunError(f"{error}; the pruned model is whole in {checkpoint}") from error
+    except KeyboardInterrupt:
+        log.warning("recover: stopped; the same command goes on from %s", work)
+        raise
+
+
+def work_folder(output: Path) -> Path:
+    """Return the folder beside an output in which a recovery keeps what it needs to go on after a kill."""
+    return output.with_name(f".{output.name}.recovery")
+
+
+def plan_of(checkpoint: Path) -> PruningPlan:
+    """Read the plan of a pruned checkpoint.
+
+    Raises:
+        ModelError: the folder is not one that flapkit wrote.
+    """
+    if not (checkpoint / MARK).is_file() or not (checkpoint / PLAN).is_file():
+        raise ModelError(f"{checkpoint}: is no pruned checkpoint of flapkit's: it holds no {MARK} and {PLAN}")
+    return PruningPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+
+
+def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRecipe:
+    """Return a recipe for another model."""
+    asked = recipe.recipe
+    model = asked.model.model_copy(update={"path": path, "revision": revision})
+    return dataclasses.replace(recipe, recipe=asked.model_copy(update={"model": model}))
+
+
+def _known_result(checkpoint: Path, recipe: LoadedRecipe) -> dict[str, Any]:
+    """Read what was measured of the pruned checkpoint, without perplexities if the recipe measures other ones."""
+    result: dict[str, Any] = _json(checkpoint / RESULT) if (checkpoint / RESULT).is_file() else {}
+    source = checkpoint / RECIPE
+    pruned_by = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    if pruned_by.get("evaluate") != recipe.recipe.evaluate.model_dump(mode="json"):
+        result.pop("perplexity", None)
+        result.pop("zero_shot", None)
+    return result
+
+
+def _identity(recipe: LoadedRecipe, checkpoint: Path) -> str:
+    """Write down all that a training depends on."""
+    specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
+    return json.dumps(
+        {
+            "compensator": [spec.model_dump(mode="json") for component, spec in specs if component.recovery()],
+            "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
+            "calibration": recipe.recipe.calibration.model_dump(mode="json"),
+            "model": recipe.recipe.model.model_dump(mode="json"),
+            "checkpoint": str(checkpoint.resolve()),
+            "plan": plan_of(checkpoint).to_json(),
+        },
+        indent=2,
+    )
+
+
+def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path) -> dict[str, bytes | str]:
+    """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
+    carried = _json(checkpoint / MARK).get("files", [])
+    logs = work_folder(record.output)
+    return {
+        **{name: (checkpoint / name).read_bytes() for name in carried if (checkpoint / name).is_file()},
+        **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
+        RESULT: record.result_json(),
+        RECIPE: dump_recipe(prepared.recipe),
+    }
+
+
+def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
+    made = {key: value for key, value in _json(checkpoint / MARK).items() if key not in ("versions", "files")}
+    compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
+    return {**made, "compensator": compensator, "recovery": dict(record.recovery)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is damaged: {error}") from error
+    return data

@@ -1,0 +1,156 @@
+"""LoRA recovery: low-rank updates of the pruned linears, trained by peft."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flapkit.errors import ModelError, RecipeError, did_you_mean
+from flapkit.interfaces import Compensator
+from flapkit.recovery import Recovery, Training
+from flapkit.sites import Site
+
+LINEARS = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Training, Compensator):
+    """Train low-rank updates of the pruned linears: W' = W + (alpha / rank) B A.
+
+    LoRA (arXiv 2106.09685), equation 3. B begins at zero, so that training begins at the pruned model.
+    """
+
+    name = "lora"
+
+    rank: Annotated[int, Field(ge=1, description="Rank of each update.")] = 8
+    alpha: Annotated[int, Field(ge=1, description="Updates are scaled by alpha / rank.")] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout of the updates' inputs.")] = 0.0
+    targets: Annotated[
+        Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)],
+        Field(
+            description="Linears to train, as full names or their last parts, such as `q_proj`; `auto`: the linears, "
+            "and the stacked experts, of every pruned place."
+        ),
+    ] = "auto"
+    merge: Annotated[
+        bool,
+        Field(description="Fold the updates into the weights; otherwise they are saved as a peft adapter, `adapter/`."),
+    ] = True
+
+    def recovery(self) -> Recovery:
+        """Describe the training."""
+        return Recovery(self, self._attach, self.merge)
+
+    def _attach(self, model: PreTrainedModel, sites: Sequence[Site]) -> Adapter:
+        """Put the updates into the model, in place, and freeze everything else."""
+        import peft
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.targets == "auto":
+            names, stacks = linears_of_sites(model, sites), stacks_of_sites(sites)
+        else:
+            names, stacks = named_linears(model, self.targets), []
+        if not names and not stacks:
+            raise ModelError(f"lora: no pruned part of this {type(model).__name__} is a linear; name `targets`")
+        if stacks and self.dropout:
+            raise RecipeError("lora: dropout: updates of stacked experts have none; set it to 0, or name `targets`")
+        conv = bool(names) and all(isinstance(model.get_submodule(name), Conv1D) for name in names)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            target_parameters=stacks or None,
+            fan_in_fan_out=conv,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return Adapter(peft.get_peft_model(model, config), trained)
+
+
+class Adapter:
+    """peft's wrapper of a model that trains low-rank updates.
+
+    Args:
+        wrapper: a ``peft.PeftModel``.
+        trained: the parameters that were not frozen before, which peft freezes.
+    """
+
+    def __init__(self, wrapper: Any, trained: Sequence[nn.Parameter]) -> None:
+        self._wrapper = wrapper
+        self._trained = trained
+
+    def merge_(self) -> None:
+        """Fold the updates into the weights."""
+        self._wrapper.merge_and_unload()
+        self._thaw_()
+
+    def remove_(self) -> None:
+        """Take the updates out."""
+        self._wrapper.unload()
+        self._thaw_()
+
+    def _thaw_(self) -> None:
+        for parameter in self._trained:
+            parameter.requires_grad_()
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the adapter as peft saves it."""
+        with tempfile.TemporaryDirectory() as folder:
+            # Otherwise peft asks the hub whether the model that the adapter names has another vocabulary.
+            self._wrapper.save_pretrained(folder, save_embedding_layers=False)
+            return {
+                f"adapter/{path.name}": path.read_bytes()
+                for path in sorted(Path(folder).iterdir())
+                if path.name.startswith("adapter_")
+            }
+
+
+def linears_of_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """List the linears that pruning cut: every site's consumer, and the linears that are coupled to it.
+
+    Coupled parameters that are no linear's, such as a norm's, are left out.
+    """
+    modules = dict(model.named_modules())
+    params = [name for site in sites for name in (site.weight, *(coupling.param for coupling in site.couplings))]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in params)
+    return [name for name in owners if isinstance(modules.get(name), LINEARS)]
+
+
+def stacks_of_sites(sites: Sequence[Site]) -> list[str]:
+    """List the parameters that hold the weights of several experts, and that pruning cut."""
+    experts = [site for site in sites if site.expert is not None]
+    params = [name for site in experts for name in (site.weight, *(coupling.param for coupling in site.couplings))]
+    return [name for name in dict.fromkeys(params) if not name.endswith("bias")]
+
+
+def named_linears(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """List the linears that have one of some names, or end with it.
+
+    A head that shares its weight with the embeddings is none of them: an update of it would be one of both.
+
+    Raises:
+        RecipeError: a target that is no linear's.
+    """
+    tied = model.get_input_embeddings().weight
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, LINEARS) and module.weight is not tied
+    ]
+    found: dict[str, None] = {}
+    for target in targets:
+        matching = [name for name in linears if name == target or name.endswith(f".{target}")]
+        if not matching:
+            known = {name.rpartition(".")[2] for name in linears}
+            raise RecipeError(f"lora: targets: no linear is called {target!r}{did_you_mean(target, known)}")
+        found.update(dict.fromkeys(matching))
+    return list(found)
