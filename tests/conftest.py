@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
@@ -61,6 +63,13 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FLAPKIT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Let pytest hear flapkit's messages again after a command that was told to be quiet."""
+    yield
+    logging.getLogger("flapkit").propagate = True
 
 
 @pytest.fixture(params=FORMS)

@@ -88,9 +88,15 @@ def write_new(path: Path, text: str) -> None:
 def set_logging(*, quiet: bool, verbose: bool) -> None:
     """Show flapkit's own messages, or none, or every library's."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("flapkit").setLevel(logging.ERROR if quiet else logging.INFO)
+    ours = logging.getLogger("flapkit")
+    ours.setLevel(logging.INFO)
+    # Not by the level: a run notes its warnings in the output whether or not they are shown.
+    ours.propagate = not quiet
+    ours.addHandler(logging.NullHandler())
     if verbose:
         return
+    # Tries again by itself, and the error that ends it says what was tried.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

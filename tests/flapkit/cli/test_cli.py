@@ -277,3 +277,10 @@ def test_sweep(command, home):
     assert len((home / "out" / "results.jsonl").read_text().splitlines()) == 5
     code, _, err = command("sweep", path, "--set", "metrc=wifv")
     assert (code, "did you mean 'metric'" in err) == (2, True)
+
+
+def test_a_quiet_run_notes_its_warnings(command, home):
+    """The text that is evaluated is the one that was calibrated on."""
+    code, out, err = command("run", write(home), "--quiet")
+    assert (code, out, err) == (0, "", "")
+    assert "flatters its perplexity" in json.loads((home / "out" / "result.json").read_text())["warnings"][0]
