@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from sweeps import write_sweep
 
@@ -90,3 +93,13 @@ def test_a_compensator_that_trains_is_refused(home):
     sweep = load_sweep(write_sweep(home, grid={"compensator": ["bias", "lora"]}))
     with pytest.raises(RecipeError, match="compensator=lora: a sweep does not train"):
         run_sweep(sweep, Results(home / "out"))
+
+
+def test_a_metric_of_ones_own_beside_the_others(home):
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# my_metric\.py.*?)```", readme, flags=re.DOTALL)
+    (home / "my_metric.py").write_text(example)
+    grid = {"metric": ["magnitude", "my_magnitude", "random"]}
+    rows = run_sweep(load_sweep(write_sweep(home, grid=grid, plugins=["./my_metric.py"])), Results(home / "out"))
+    assert [row.error for row in rows] == [None, None, None]
+    assert [row.settings["metric"] for row in rows] == grid["metric"]
