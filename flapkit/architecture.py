@@ -34,6 +34,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flapkit.checkpoint.modeling_flapkit import columns_of, count, find, heads_of, rows_of
 from flapkit.errors import InputError, ModelError
@@ -151,8 +152,8 @@ class Block:
 
     @property
     def takes_query_heads(self) -> bool:
-        """Tell whether forward can have fewer query heads for each key/value head."""
-        return any("//" in expression for expression in self.attributes.values())
+        """Tell whether forward can do with fewer query heads for each key/value head: it counts them, or has one."""
+        return isinstance(self.kv_heads, int) or any("//" in expression for expression in self.attributes.values())
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class FamilyAdapter(ArchitectureAdapter):
         Field(
             description="What an attention unit is: a key/value head with its query heads (kv_group), or a query head "
             "of which every key/value head keeps the same number (query_head). With one key/value head for all, it is "
-            "always a query head."
+            "a query head wherever the family allows it."
         ),
     ] = "kv_group"
 
@@ -216,12 +217,21 @@ class FamilyAdapter(ArchitectureAdapter):
         return sites_of(skeleton(config), self.family_of(config), self.unit)
 
 
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raise ``ModelError`` unless a configuration is of a decoder-only language model that transformers has."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"models of type {config.model_type!r} are encoder-decoders; flapkit prunes decoder-only ones")
+    if config.model_type.removeprefix("flapkit_") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"models of type {config.model_type!r} are no causal language models of transformers")
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a configuration's causal language model without its memory; the same one is built once.
 
     Raises:
         ModelError: transformers has no causal language model for it.
     """
+    check_causal(config)
     of: Any = type(config)
     return _skeleton(of, json.dumps(config.to_dict(), default=str, sort_keys=True))
 
@@ -229,14 +239,26 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 @lru_cache(maxsize=4)
 def _skeleton(of: type[PreTrainedConfig], text: str) -> PreTrainedModel:
     config = of.from_dict(json.loads(text))
-    try:
-        with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model of transformers"
-        raise ModelError(f"models of type {config.model_type!r} cannot be pruned: this is {kind}") from error
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model
+
+
+def declaration_of(config: PreTrainedConfig) -> Family:
+    """Return the declaration that a pruned model's configuration holds.
+
+    Raises:
+        ModelError: it holds none: the model is dense.
+    """
+    declared = getattr(config, "flapkit", None)
+    if declared is None:
+        raise ModelError(
+            f"this configuration of type {config.model_type!r} declares no blocks: flapkit did not write it"
+        )
+    blocks = tuple(Block(**block) for block in declared["blocks"])
+    dense = config.model_type.removeprefix("flapkit_")
+    return Family(dense, (dense,), declared["layers"], blocks)
 
 
 def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") -> tuple[Site, ...]:
@@ -311,6 +333,12 @@ class _Place:
                 block=self.block,
             )
 
+    def _parameter(self, parameter: str, name: str) -> nn.Parameter:
+        try:
+            return self.module.get_parameter(parameter)
+        except AttributeError as error:
+            raise ModelError(f"{self.path}: the adapter names {name}, which is not there") from error
+
     def _counts(self, channels: int) -> dict[str, int]:
         if self.block.kind != "attention":
             return {"I": channels}
@@ -329,7 +357,7 @@ class _Place:
         """Return how many units there are, and how many equal runs they come in."""
         if self.block.kind != "attention":
             return counts["I"], 1
-        if counts["K"] == 1:
+        if counts["K"] == 1 and self.block.takes_query_heads:
             return counts["H"], 1
         if unit == "kv_group" or counts["K"] == counts["H"]:
             return counts["K"], 1
@@ -342,12 +370,8 @@ class _Place:
 
     def _couplings(self, counts: dict[str, int], units: int) -> Iterator[Coupling]:
         for name, layout in self.block.parameters.items():
-            try:
-                found = rows_of(self.module, self.block.data, name)
-            except AttributeError as error:
-                raise ModelError(f"{self.path}: the adapter names {name}, which is not there") from error
-            for parameter, dim in found:
-                shape = list(self.module.get_parameter(parameter).shape)
+            for parameter, dim in rows_of(self.module, self.block.data, name):
+                shape = list(self._parameter(parameter, name).shape)
                 rows, numel = shape[dim], 1
                 for size in shape[1 if self.block.kind == "experts" else 0 :]:
                     numel *= size

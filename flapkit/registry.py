@@ -20,7 +20,7 @@ import pydantic
 from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
-from flapkit.architecture import Family
+from flapkit.architecture import Family, check_causal
 from flapkit.errors import ModelError, PluginError, did_you_mean
 from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component, repairs_nothing
 
@@ -107,9 +107,10 @@ class Registry:
         """Find the adapter of a model; of several, the one that specialises all others (a Vicuna is a LLaMA).
 
         Raises:
-            ModelError: no adapter supports the model.
+            ModelError: no adapter supports the model, or it is no decoder-only language model.
             PluginError: several do, and none specialises the others.
         """
+        check_causal(config)
         found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
         if not found:
             return self._undeclared(config)

@@ -51,6 +51,9 @@ SIZES: Mapping[str, Any] = {
 }
 """Size of a tiny model, by the configurations' names; a class takes those that it has."""
 
+LAYERS = {"lfm2": ["conv", "full_attention"]}
+"""Model type -> kinds of layers, where the class's own default leaves out what makes it a hybrid."""
+
 UNSET = ("n_inner", "num_experts_per_tok")
 """Sizes that a class may leave open, and that a tiny model needs."""
 
@@ -82,7 +85,7 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         if values.get(name) is not None or (name in values and name in UNSET)
     }
     if values.get("layer_types"):
-        tiny["layer_types"] = _layer_types(values["layer_types"])
+        tiny["layer_types"] = LAYERS.get(config.model_type) or _layer_types(values["layer_types"])
         tiny[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(tiny["layer_types"])
     if values.get("kv_lora_rank"):
         # Latent attention has a key and a value for each query head.

@@ -8,7 +8,8 @@ first asked for. ``register`` makes the Auto classes ask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,27 +35,24 @@ ADDED = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures
 
 TAIL = '''
 
-from huggingface_hub.dataclasses import strict  # noqa: E402
-from {config_module} import {config}  # noqa: E402
-from {model_module} import {backbone}, {causal_lm}  # noqa: E402
+from huggingface_hub.dataclasses import strict
+from {config_module} import {config}
+from {model_module} import {backbone}, {causal_lm}
 
 
 @strict
 class Flapkit{config}(FlapkitConfig, {config}):
     """The configuration of a pruned {dense}."""
-
     model_type = "{prefix}{dense}"
 
 
 class Flapkit{backbone}(Resized, {backbone}):
     """The decoder of a pruned {dense}."""
-
     config_class = Flapkit{config}
 
 
 class Flapkit{causal_lm}(Resized, {causal_lm}):
     """A pruned {dense} with its language-modelling head."""
-
     config_class = Flapkit{config}
 '''
 """What a checkpoint's modeling file adds to ``modeling_flapkit.py``; ``pruned_classes`` makes the same classes."""
@@ -81,11 +79,14 @@ class PrunedClasses:
         """Name of the modeling file in a checkpoint."""
         return f"modeling_{self.config.model_type}.py"
 
-    @property
-    def code(self) -> str:
-        """The modeling file: what ``trust_remote_code=True`` runs where flapkit is not installed."""
+    def code(self, blocks: Sequence[Mapping[str, Any]]) -> str:
+        """Write the modeling file: what ``trust_remote_code=True`` runs where flapkit is not installed.
+
+        Args:
+            blocks: the blocks of a decoder layer, as the checkpoint's configuration declares them.
+        """
         config, backbone, causal_lm = (each.__mro__[2] for each in (self.config, self.backbone, self.causal_lm))
-        return inspect.getsource(modeling_flapkit) + TAIL.format(
+        return _source_for(blocks) + TAIL.format(
             prefix=PREFIX,
             dense=self.dense,
             config=config.__name__,
@@ -100,6 +101,21 @@ class PrunedClasses:
         """Where ``trust_remote_code=True`` finds each Auto class's model in a checkpoint."""
         classes = {"AutoConfig": self.config, "AutoModel": self.backbone, "AutoModelForCausalLM": self.causal_lm}
         return {auto: f"{self.file.removesuffix('.py')}.{found.__name__}" for auto, found in classes.items()}
+
+
+def _source_for(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Read ``modeling_flapkit.py`` less the hooks that no block of a model needs."""
+    needed: dict[Any, bool] = {
+        modeling_flapkit.ExpertBias: any(block["kind"] == "experts" for block in blocks),
+        modeling_flapkit.KeptArgument: any(block["arguments"] for block in blocks),
+        modeling_flapkit.KeptOutput: any(block["outputs"] for block in blocks),
+        modeling_flapkit.keep_heads_: any(block["arguments"] or block["outputs"] for block in blocks),
+    }
+    source = inspect.getsource(modeling_flapkit)
+    for hook, is_needed in needed.items():
+        if not is_needed:
+            source = source.replace(inspect.getsource(hook), "")
+    return re.sub(r"\n{4,}", "\n\n\n", source).rstrip() + "\n"
 
 
 def pruned_classes(model_type: str) -> PrunedClasses | None:

@@ -1,8 +1,8 @@
 """A transformers model whose decoder layers differ in heads and widths: the stock classes, with their tensors resized.
 
-This file needs torch and transformers. It is part of flapkit and lies in every checkpoint that flapkit writes, so
-that ``from_pretrained(..., trust_remote_code=True)`` loads one without flapkit. The configuration says what is resized:
-``flapkit`` declares the blocks of a decoder layer, ``per_layer_config`` gives each layer's sizes.
+This file is part of flapkit, and lies in every checkpoint that flapkit writes, so that ``trust_remote_code=True`` loads
+one with transformers alone. The configuration says what is resized: ``flapkit`` declares the blocks of a decoder layer,
+``per_layer_config`` gives each layer's sizes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ class Resized:
             dense = [heads_of(config, block) for block in blocks]
         finally:
             config.per_layer_config = layers
-        path = config.flapkit["layers"]
-        if self is self.base_model:
-            path = path.removeprefix(f"{self.base_model_prefix}.")
-        for layer, shape in zip(self.get_submodule(path), config.per_layer_config, strict=True):
+        path = config.flapkit["layers"].removeprefix(f"{self.base_model_prefix}.")
+        for layer, shape in zip(self.base_model.get_submodule(path), config.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):
                 if (module := find(layer, block)) is not None:
                     resize_(module, block, heads, shape)
@@ -65,8 +63,8 @@ def heads_of(config: Any, block: Any) -> dict[str, int]:
     """Read an attention's heads; an MLP's width stands in its tensors alone."""
     if block["kind"] != "attention":
         return {}
-    heads, kv_heads = getattr(config, block["heads"]), block["kv_heads"]
-    return {"H": heads, "K": kv_heads if isinstance(kv_heads, int) else getattr(config, kv_heads, None) or heads}
+    heads, name = getattr(config, block["heads"]), block["kv_heads"]
+    return {"H": heads, "K": name if isinstance(name, int) else getattr(config, name, None) or heads}
 
 
 def find(layer: Any, block: Any) -> Any:
@@ -89,18 +87,21 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
     else:
         dense, kept = {"I": channels}, getattr(shape, block["width"])
         sizes = {"I": kept}
-    cuts = [(consumer, dim, kept)]
+    narrow_(module, consumer, dim, kept, channels)
     for name, layout in block["parameters"].items():
         for parameter, rows in rows_of(module, block, name):
-            length = module.get_parameter(parameter).shape[rows]
-            cuts.append((parameter, rows, length * count(layout, sizes) // count(layout, dense)))
-    for name, axis, size in cuts:
-        replace_(module, name, module.get_parameter(name).data.narrow(axis, 0, size).clone())
+            narrow_(module, parameter, rows, count(layout, sizes), count(layout, dense))
     if getattr(shape, f"{block['name']}_out_bias"):
         add_bias_(module, block)
     counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
     heads = getattr(shape, "kept_heads", None) if block["arguments"] or block["outputs"] else None
     settle_(module, block, counts, reads, dense, heads)
+
+
+def narrow_(module: Any, name: str, dim: int, part: int, whole: int) -> None:
+    """Keep the first entries of a dimension, so that what is not loaded is initialised as the stock model's."""
+    old = module.get_parameter(name).data
+    replace_(module, name, old.narrow(dim, 0, old.shape[dim] * part // whole).clone())
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:
@@ -113,17 +114,16 @@ def columns_of(module: Any, block: Any) -> tuple[str, int]:
 
 def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
     """Return the parameters of a coupled name, and the dimension of each that counts its rows; a bias goes along."""
-    owner, _, leaf = name.removesuffix("?").rpartition(".")
+    path, optional = name.removesuffix("?"), name.endswith("?")
+    owner, _, leaf = path.rpartition(".")
     found = getattr(module.get_submodule(owner), leaf, None)
-    if found is None:
-        if name.endswith("?"):
-            return []
-        raise AttributeError(f"{name} is not there")
+    if found is None and optional:
+        return []
     if isinstance(found, nn.Parameter):
         stacked = block["kind"] == "experts"
-        return [(name.removesuffix("?"), 2 if stacked and found.dim() == 3 and module.is_transposed else int(stacked))]
-    names = [each for each in ("weight", "bias") if getattr(found, each, None) is not None]
-    return [(f"{name.removesuffix('?')}.{each}", int(isinstance(found, Conv1D) and each == "weight")) for each in names]
+        return [(path, 2 if stacked and found.dim() == 3 and module.is_transposed else int(stacked))]
+    transposed, bias = isinstance(found, Conv1D), getattr(found, "bias", None)
+    return [(f"{path}.weight", int(transposed)), *([(f"{path}.bias", 0)] if bias is not None else [])]
 
 
 def count(layout: str, sizes: dict[str, int]) -> int:
@@ -156,28 +156,13 @@ def add_bias_(module: Any, block: Any) -> None:
 
 
 def settle_(module: Any, block: Any, counts: Any, reads: Any, dense: dict[str, int], heads: list[int] | None) -> None:
-    """Let everything but the tensors follow a cut.
-
-    ``counts`` are the module's own attributes, ``reads`` what its forward reads of the configuration, ``heads`` the
-    dense model's query heads that are left, where forward has to know them.
-    """
+    """Let all but the tensors follow: attributes, what forward reads of the configuration, the query heads left."""
     for name, value in (counts or {}).items():
         setattr(module, name, value)
     if reads:
         module.config = ConfigView(getattr(module.config, "of", module.config), reads)
-    if heads is None:
-        return
-    first, module.kept_heads = not hasattr(module, "kept_heads"), heads
-    module.dense_heads = dense = dense if first else module.dense_heads
-    names = list(signature(module.forward).parameters)
-    for name, dim in block["arguments"].items() if first else ():
-        module.register_forward_pre_hook(KeptArgument(dense["H"], name, dim, names.index(name)), with_kwargs=True)
-    index = {"q": heads, "k": sorted({head * dense["K"] // dense["H"] for head in heads})}
-    for name, part in block["outputs"].items():
-        owner = module.get_submodule(name)
-        owner.kept_heads = index[part]
-        if first:
-            owner.register_forward_hook(KeptOutput(dense[SIZES[part]]))
+    if heads is not None:
+        keep_heads_(module, block, dense, heads)
 
 
 class ConfigView:
@@ -207,6 +192,21 @@ class ExpertBias:
         bias = module.get_parameter(self.name)
         routed = weights.new_zeros(len(index), len(bias)).scatter_add(1, index, weights)
         return output + (routed.to(bias.dtype) @ bias).to(output.dtype)
+
+
+def keep_heads_(module: Any, block: Any, dense: dict[str, int], heads: list[int]) -> None:
+    """Tell a block which of the dense model's query heads are left; the hooks of an earlier cut go on with these."""
+    first, module.kept_heads = not hasattr(module, "kept_heads"), heads
+    module.dense_heads = dense = dense if first else module.dense_heads
+    names = list(signature(module.forward).parameters)
+    for name, dim in block["arguments"].items() if first else ():
+        module.register_forward_pre_hook(KeptArgument(dense["H"], name, dim, names.index(name)), with_kwargs=True)
+    index = {"q": heads, "k": sorted({head * dense["K"] // dense["H"] for head in heads})}
+    for name, part in block["outputs"].items():
+        owner = module.get_submodule(name)
+        owner.kept_heads = index[part]
+        if first:
+            owner.register_forward_hook(KeptOutput(dense[SIZES[part]]))
 
 
 class KeptArgument:

@@ -58,7 +58,7 @@ def save(
         _check_generation(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, folder)
-        (folder / classes.file).write_text(classes.code, encoding="utf-8")
+        (folder / classes.file).write_text(classes.code(model.config.flapkit["blocks"]), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flapkit.cli import bench, cache, check, evaluate, export, listing, recover, run, schema, show, sweep
+from flapkit.cli import bench, cache, check, check_adapter, evaluate, export, listing, recover, run, schema, show, sweep
 from flapkit.cli.app import app, main
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "bench",
     "cache",
     "check",
+    "check_adapter",
     "evaluate",
     "export",
     "listing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,11 +13,18 @@ from flapkit.cli.app import app
 from flapkit.cli.output import print_
 from flapkit.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from flapkit.architecture import Family
+
 
 @app.command()
 def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit wrote.")]) -> None:
     """Show what a pruned checkpoint keeps, and what made it."""
+    from flapkit.architecture import declaration_of
     from flapkit.checkpoint import load_config
+    from flapkit.checkpoint.families import dense_config
     from flapkit.checkpoint.folder import MARK
 
     config = load_config(checkpoint)
@@ -27,15 +34,29 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit 
         made: dict[str, Any] = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{checkpoint}: {MARK} is damaged: {error}") from error
-    dense = {key: value for key, value in config.to_dict().items() if key != "per_layer_config"}
-    table = Table("layer", "heads", "KV heads", "MLP width", title=str(checkpoint))
-    for index, layer in enumerate(config.per_layer_config):
-        sizes = [
-            f"{getattr(layer, name)} of {dense[name]}"
-            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        ]
-        table.add_row(str(index), *sizes)
+    family = declaration_of(config)
+    kept, dense = _sizes(config, family), _sizes(dense_config(config), family)
+    names = list(dict.fromkeys(name for _, name in dense))
+    table = Table("layer", *names, title=str(checkpoint))
+    for layer in sorted({layer for layer, _ in dense}):
+        cells = [f"{kept[layer, name]} of {dense[layer, name]}" if (layer, name) in dense else "" for name in names]
+        table.add_row(str(layer), *cells)
     print_(table)
     for key, value in made.items():
         said = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else value
         print_(f"{key}: {said}")
+
+
+def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
+    """Return what each layer has of heads and channels: (layer, what) -> how many."""
+    from flapkit.architecture import sites_of, skeleton
+
+    found = {}
+    for site in sites_of(skeleton(config), family):
+        name = site.block.name if site.block else site.kind
+        if site.kind == "attention":
+            found[site.layer, "heads"] = site.heads
+            found[site.layer, "KV heads"] = site.kv_heads
+        else:
+            found[site.layer, f"{name} width"] = site.channels
+    return found

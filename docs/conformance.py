@@ -1,0 +1,81 @@
+"""Check every law on the families that come with flapkit, and write the table: ``python docs/conformance.py``.
+
+``python docs/conformance.py NAME ...`` measures some of them again. It takes minutes, so the table is not made anew with
+the other pages; ``make test-all`` checks the same laws.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from flapkit.testing import LAWS, Outcome
+
+PAGE = Path(__file__).parent / "families.md"
+HEAD = """# Families
+
+What `python docs/conformance.py` measured on tiny random models of each class, in float32 on a CPU: every law of
+`flapkit check-adapter`, in every form that the class has. An error is the largest difference of a logit between the
+sliced and the masked model, as a fraction of the largest logit; float32 explains 1e-5. Random weights prove shapes, not
+quality. `query heads` is the error with `unit: query_head`, where a family offers it.
+"""
+TELLING = ("sliced is masked", "query heads", "constant channels", "bfloat16")
+"""Laws of which the worst figure is shown; of the others, whether they hold."""
+
+
+def measure(name: str) -> list[Outcome]:
+    """Check one adapter."""
+    import torch
+
+    from flapkit.registry import Registry
+    from flapkit.testing import conformance
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return list(conformance(Registry.load().create("adapter", name)))
+
+
+def row(name: str, outcomes: Sequence[Outcome]) -> str:
+    """Write a family's row: its forms, and for each law the worst figure or whether it holds."""
+    forms = dict.fromkeys(outcome.form for outcome in outcomes)
+    cells = [f"`{name}`", ", ".join(forms)]
+    for law in LAWS:
+        found = [outcome for outcome in outcomes if outcome.law == law]
+        if broken := [outcome for outcome in found if not outcome.holds]:
+            cells.append(f"no: {broken[0].form}")
+        elif law in TELLING:
+            cells.append(max((outcome.figure for outcome in found), key=_size))
+        else:
+            cells.append("yes")
+    return f"| {' | '.join(cells)} |"
+
+
+def _size(figure: str) -> float:
+    try:
+        return float(figure.split()[0])
+    except ValueError:
+        return -1.0
+
+
+def main(names: Sequence[str]) -> None:
+    """Check families, two at a time; those that are not named keep the rows they have."""
+    from flapkit.registry import Registry
+
+    known = [name for name in Registry.load().names("adapter") if name != "vicuna"]
+    old = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
+    rows = {line.split("`")[1]: line for line in old if line.startswith("| `")}
+    chosen = names or known
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for name, outcomes in zip(chosen, pool.map(measure, chosen), strict=True):
+            rows[name] = row(name, outcomes)
+            print(rows[name], flush=True)
+    lines = [HEAD, f"| family | forms | {' | '.join(LAWS)} |", f"|{'---|' * (len(LAWS) + 2)}"]
+    PAGE.write_text("\n".join([*lines, *(rows[name] for name in known)]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

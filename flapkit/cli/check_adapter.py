@@ -1,0 +1,57 @@
+"""``flapkit check-adapter``."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flapkit.cli.app import app
+from flapkit.cli.output import print_, set_logging
+from flapkit.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@app.command("check-adapter")
+def check_adapter(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model type, a folder, or a hub id.")],
+    adapter: Annotated[str | None, typer.Option("--adapter", help="A name of `list adapters`.")] = None,
+    plugins: Annotated[
+        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A Python or YAML file of your own.")
+    ] = None,
+) -> None:
+    """Check on tiny random models that an adapter keeps every law: no weights are read."""
+    from flapkit.registry import Registry
+    from flapkit.testing import conformance
+
+    set_logging(quiet=True, verbose=False)
+    warnings.filterwarnings("ignore", module="transformers|peft|torch")
+    registry = Registry.load(plugins or [])
+    config = _config(model)
+    chosen = registry.create("adapter", adapter) if adapter else registry.adapter_for(config)
+    table = Table("form", "law", "", title=f"{config.model_type}: adapter {chosen.name}")
+    broken = 0
+    for outcome in conformance(chosen, config):
+        broken += not outcome.holds
+        table.add_row(outcome.form, outcome.law, outcome.figure if outcome.holds else f"BROKEN: {outcome.figure}")
+    print_(table)
+    if broken:
+        raise RunError(f"adapter {chosen.name!r}: {broken} of {table.row_count} checks do not hold")
+    print_(f"all {table.row_count} checks hold")
+
+
+def _config(model: str) -> PreTrainedConfig:
+    """Read a configuration, or make a tiny one of a model type."""
+    from transformers import CONFIG_MAPPING
+
+    from flapkit.checkpoint import load_config
+    from flapkit.tiny import tiny_config
+
+    if model in CONFIG_MAPPING and not Path(model).is_dir():
+        return tiny_config(model)
+    return load_config(model)

@@ -1,0 +1,405 @@
+"""Conformance checks for the authors of plugins.
+
+```python
+from flapkit.testing import check_adapter
+
+def test_my_family():
+    check_adapter(MY_FAMILY)
+```
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flapkit.api import prune_
+from flapkit.architecture import Family, FamilyAdapter
+from flapkit.calibration import measure
+from flapkit.checkpoint import load, save
+from flapkit.errors import FlapkitError, ModelError
+from flapkit.interfaces import ArchitectureAdapter, Correction
+from flapkit.plan import PruningPlan
+from flapkit.proof import IMPLEMENTATIONS, logits_of, prove, random_plan
+from flapkit.pruning import carry_out_
+from flapkit.sites import Site
+from flapkit.statistics import Moments
+from flapkit.surgery import consumer_of, mask_, slice_, weight_of
+from flapkit.tiny import tiny_config, tiny_model
+
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "as it is": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "one key/value head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True, "qkv_bias": True, "use_bias": True},
+    "norms of heads": {"use_qk_norm": True, "qk_layernorm": True},
+    "grouped heads": {"new_decoder_architecture": True},
+    "ALiBi": {"alibi": True, "multi_query": False, "num_kv_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "not tied": {"tie_word_embeddings": False},
+}
+"""Name -> what a tiny model's configuration changes, where its class has such an option."""
+
+BFLOAT16_ERROR = 0.05
+"""Largest mean error that bfloat16 explains, as a fraction of the logits' mean size; it may route experts otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a law is checked on.
+
+    Args:
+        adapter: the adapter.
+        config: a tiny model's configuration.
+        model: the tiny model, in float32, which a law copies before it changes it.
+        sites: its sites.
+    """
+
+    adapter: ArchitectureAdapter
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    sites: tuple[Site, ...]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Calibration tokens [64, 12]."""
+        size = len(next(self.model.get_input_embeddings().parameters()))
+        return torch.randint(2, size, (64, 12), generator=torch.Generator().manual_seed(1))
+
+    def pruned(self, ratio: float = 0.4, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PruningPlan]:
+        """Prune a copy by flapkit's defaults."""
+        model: Any = copy.deepcopy(self.model)
+        model = model.to(dtype=dtype)
+        return model, prune_(model, self.tokens, ratio=ratio, adapter=self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What checking one law on one form of a model gave.
+
+    Args:
+        model_type: of the model.
+        form: which form of it, by the names of ``FORMS``.
+        law: the law's name.
+        figure: what was measured, in words; of a law that does not hold, why.
+        holds: whether it does.
+    """
+
+    model_type: str
+    form: str
+    law: str
+    figure: str
+    holds: bool = True
+
+
+def sliced_is_masked(subject: Subject) -> str:
+    """Compare a sliced with a masked model: padded, cached, by each attention implementation."""
+    error, names = 0.0, []
+    for name in IMPLEMENTATIONS:
+        try:
+            model = tiny_model(subject.config, attention=name)
+        except ModelError:
+            continue
+        proof = prove(model, subject.sites)
+        error = max(error, proof.error)
+        names.append(name)
+    return f"{error:.0e} ({', '.join(names)})"
+
+
+def query_heads(subject: Subject) -> str:
+    """Compare the same where single query heads go."""
+    if not isinstance(subject.adapter, FamilyAdapter):
+        return "no declaration"
+    try:
+        sites = type(subject.adapter)(unit="query_head").sites(subject.config)
+    except ModelError:
+        return "not offered"
+    return f"{prove(subject.model, sites).error:.0e}"
+
+
+def counts_are_exact(subject: Subject) -> str:
+    """Compare the parameters that go, the plan's count and what is asked for."""
+    model, plan = copy.deepcopy(subject.model), random_plan(subject.sites)
+    carry_out_(model, subject.sites, plan, {})
+    removed = subject.model.num_parameters() - model.num_parameters()
+    if removed != plan.removed_params(subject.sites):
+        raise ModelError(f"{removed} parameters went, and the plan says {plan.removed_params(subject.sites)}")
+    again = subject.adapter.sites(model.config)
+    kept = {site.name: len(plan.keep[site.name]) * site.channels_per_unit for site in subject.sites}
+    if {site.name: site.channels for site in again} != kept:
+        raise ModelError("the sites of the pruned model's configuration are not those that the plan left")
+    return "exact"
+
+
+@torch.no_grad()
+def constant_channels_cost_nothing(subject: Subject) -> str:
+    """Remove MLP channels that are constant, with their mean as a bias: the logits stay."""
+    model = copy.deepcopy(subject.model)
+    sites = [site for site in subject.sites if site.kind == "mlp"]
+    gone = range(8 if all(site.multiple > 1 for site in sites) else 3)
+    for site in sites:
+        for coupling in site.couplings:
+            param = model.get_parameter(coupling.param)
+            if coupling.numel > 1:
+                rows = param if site.expert is None else param[site.expert]
+                indices = torch.tensor(list(coupling.indices_of(gone)))
+                rows.index_fill_(coupling.dim - (site.expert is not None), indices, 0)
+    statistics = measure(model, sites, [Moments], [{"input_ids": subject.tokens}])
+    plan = PruningPlan({site.name: tuple(range(len(gone), site.units)) for site in sites})
+    corrections = {}
+    for site in sites:
+        moments = statistics[site.name][Moments]
+        if moments.tokens > 1 and moments.variance[: len(gone)].abs().max() > 1e-12:
+            raise ModelError(f"{site.name}: channels without weights vary by {moments.variance[: len(gone)].max():.0e}")
+        weight = weight_of(model, site)[:, : len(gone)].double()
+        corrections[site.name] = Correction(None, weight @ moments.mean[: len(gone)])
+    expected = model(subject.tokens[:4]).logits
+    slice_(model, sites, plan, corrections)
+    return _same(model(subject.tokens[:4]).logits, expected, 1e-4)
+
+
+def statistics_know_no_batches(subject: Subject) -> str:
+    """Measure in one batch and in shuffled small ones: the same figures."""
+    tokens = subject.tokens
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(3))
+    whole = measure(subject.model, subject.sites, [Moments], [{"input_ids": tokens}])
+    parts = measure(subject.model, subject.sites, [Moments], [{"input_ids": part} for part in tokens[order].split(7)])
+    worst = 0.0
+    for site in subject.sites:
+        one, other = whole[site.name][Moments], parts[site.name][Moments]
+        if one.tokens != other.tokens:
+            raise ModelError(f"{site.name}: {one.tokens} tokens in one batch, {other.tokens} in several")
+        if one.tokens > 1:
+            worst = max(worst, float((one.variance - other.variance).abs().max() / one.variance.abs().max()))
+    if not worst < 1e-3:
+        raise ModelError(f"the variances differ by {worst:.0e}")
+    return f"{worst:.0e}"
+
+
+@torch.no_grad()
+def nothing_removed_is_the_identity(subject: Subject) -> str:
+    """Carry out a plan that keeps all."""
+    model = copy.deepcopy(subject.model)
+    carry_out_(model, subject.sites, PruningPlan({site.name: tuple(range(site.units)) for site in subject.sites}), {})
+    if not torch.equal(logits_of(model), logits_of(subject.model)):
+        raise ModelError("a plan that keeps every unit changes the logits")
+    return "identical"
+
+
+def saved_is_loaded(subject: Subject) -> str:
+    """Save and load in float32 and bfloat16, over several files: the same tensors, and the same logits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, plan = subject.pruned(dtype=dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pruned"
+            save(model, path, plan, max_shard_size="30KB")
+            for loaded in (load(path), AutoModelForCausalLM.from_pretrained(path)):
+                _check_loaded(model, loaded, dtype)
+    return "bit for bit"
+
+
+def _check_loaded(model: PreTrainedModel, loaded: Any, dtype: torch.dtype) -> None:
+    expected, found = model.state_dict(), loaded.state_dict()
+    if expected.keys() != found.keys():
+        raise ModelError(f"loaded tensors differ: {sorted(expected.keys() ^ found.keys())}")
+    for name, tensor in expected.items():
+        if not torch.equal(tensor, found[name]):
+            raise ModelError(f"{name} is loaded otherwise than it was saved, in {dtype}")
+    # Loaded tensors lie anywhere in a mapped file, and some kernels round by alignment: copies lie alike. Buffers that
+    # no checkpoint holds are made in float32, and `to` has rounded them in the model that was pruned.
+    if dtype == torch.float32:
+        one, other = logits_of(copy.deepcopy(model)), logits_of(copy.deepcopy(loaded.eval()))
+        if not torch.equal(one, other):
+            raise ModelError(f"the loaded model's logits are off by {float((one - other).abs().max()):.0e}")
+
+
+@torch.no_grad()
+def generates(subject: Subject) -> str:
+    """Generate greedily with a cache, as the masked model does."""
+    plan = random_plan(subject.sites)
+    masked, sliced = copy.deepcopy(subject.model), copy.deepcopy(subject.model)
+    mask_(masked, subject.sites, plan)
+    carry_out_(sliced, subject.sites, plan, {})
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts: list[Any] = [model.generate(subject.tokens[:2], **options) for model in (masked, sliced)]  # type: ignore[operator]
+    if not torch.equal(*texts):
+        raise ModelError("the sliced model generates another text than the masked one")
+    return f"{texts[0].shape[1] - subject.tokens.shape[1]} tokens alike"
+
+
+@torch.no_grad()
+def runs_in_bfloat16(subject: Subject) -> str:
+    """Compare in bfloat16, where rounding is all that may differ."""
+    model: Any = copy.deepcopy(subject.model)
+    model, plan = model.to(dtype=torch.bfloat16), random_plan(subject.sites)
+    masked = copy.deepcopy(model)
+    mask_(masked, subject.sites, plan)
+    carry_out_(model, subject.sites, plan, {})
+    expected = logits_of(masked)
+    error = float((logits_of(model) - expected).abs().mean() / expected.abs().mean())
+    if not error <= BFLOAT16_ERROR:
+        raise ModelError(f"the logits are off by {error:.0e} of their mean size, and {BFLOAT16_ERROR} is allowed")
+    return f"{error:.0e}"
+
+
+def trains(subject: Subject) -> str:
+    """Train a pruned model for a few steps: its loss falls, and what was cut moves."""
+    model, _ = subject.pruned()
+    watched = {site.weight: model.get_parameter(site.weight).detach().clone() for site in subject.sites}
+    first, last = _train(model, subject.tokens, 1e-2)
+    if still := [name for name, old in watched.items() if torch.equal(model.get_parameter(name), old)]:
+        raise ModelError(f"{still[0]} does not train")
+    return f"loss {first:.2f} to {last:.2f}"
+
+
+def lora_trains(subject: Subject) -> str:
+    """Train LoRA on the consumers of a pruned model."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return "peft is not installed"
+    model, _ = subject.pruned()
+    linears = {site.consumer: consumer_of(model, site) for site in subject.sites if site.expert is None}
+    transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
+    options = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(linears), fan_in_fan_out=transposed)
+    tuned: Any = get_peft_model(model, options)
+    first, last = _train(tuned, subject.tokens, 5e-2)
+    return f"loss {first:.2f} to {last:.2f}"
+
+
+Law = Callable[[Subject], str]
+
+LAWS: Mapping[str, Law] = {
+    "sliced is masked": sliced_is_masked,
+    "query heads": query_heads,
+    "counts": counts_are_exact,
+    "constant channels": constant_channels_cost_nothing,
+    "statistics": statistics_know_no_batches,
+    "ratio 0": nothing_removed_is_the_identity,
+    "save and load": saved_is_loaded,
+    "generate": generates,
+    "bfloat16": runs_in_bfloat16,
+    "trains": trains,
+    "LoRA": lora_trains,
+}
+"""Name -> the check of a law: it returns what it measured, and raises where the law does not hold."""
+
+
+def conformance(
+    adapter: Family | ArchitectureAdapter,
+    config: PreTrainedConfig | str | None = None,
+    *,
+    forms: Sequence[str] = tuple(FORMS),
+    laws: Sequence[str] = tuple(LAWS),
+    **changes: Any,
+) -> Iterator[Outcome]:
+    """Check every law on tiny random models of an adapter's classes.
+
+    Args:
+        adapter: a declaration, or an adapter.
+        config: a configuration or a model type; by default each model type of a declaration.
+        forms: which forms, by the names of ``FORMS``; those that a class has no option for are left out.
+        laws: which laws, by the names of ``LAWS``.
+        changes: options of the tiny models' configuration.
+
+    Yields:
+        The outcomes, one at a time.
+
+    Raises:
+        ModelError: transformers does not know a model type.
+    """
+    found = adapter.adapter()() if isinstance(adapter, Family) else adapter
+    if config is None and not isinstance(found, FamilyAdapter):
+        raise ModelError(f"adapter {found.name!r} declares no model types; give a configuration")
+    types: Sequence[Any] = [config] if config is not None else type(found).family.model_types  # type: ignore[attr-defined]
+    for each in types:
+        base = tiny_config(each, **changes)
+        for form, made in _forms(base, forms):
+            yield from _check(found, made, form, laws)
+
+
+def check_adapter(
+    adapter: Family | ArchitectureAdapter, config: PreTrainedConfig | str | None = None, **options: Any
+) -> None:
+    """Check that every law holds for an adapter, on tiny random models: the one line of a plugin author's test.
+
+    Args:
+        adapter: a declaration, or an adapter.
+        config: a configuration or a model type; by default each model type of a declaration.
+        options: as ``conformance`` takes them.
+
+    Raises:
+        ModelError: the laws that do not hold, each with what was found.
+    """
+    broken = [outcome for outcome in conformance(adapter, config, **options) if not outcome.holds]
+    if broken:
+        lines = [f"{each.model_type} ({each.form}): {each.law}: {each.figure}" for each in broken]
+        raise ModelError("\n".join(lines))
+
+
+def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Make the forms that a class has options for, each once."""
+    values, seen = base.to_dict(), []
+    for name in names:
+        changes = {key: value for key, value in FORMS[name].items() if key in values}
+        if values.get("kv_lora_rank"):
+            changes.pop("num_key_value_heads", None)
+        if name != "as it is" and all(values[key] == value for key, value in changes.items()):
+            continue
+        if changes not in seen:
+            seen.append(changes)
+            yield name, tiny_config(base, **{**_kept(base), **changes})
+
+
+def _kept(base: PreTrainedConfig) -> dict[str, Any]:
+    values: dict[str, Any] = base.to_dict()
+    return {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
+
+
+def _check(adapter: ArchitectureAdapter, config: PreTrainedConfig, form: str, laws: Sequence[str]) -> Iterator[Outcome]:
+    try:
+        subject = Subject(adapter, config, tiny_model(config), adapter.sites(config))
+    except FlapkitError as error:
+        yield Outcome(config.model_type, form, "sites", str(error), holds=False)
+        return
+    for law in laws:
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                figure = LAWS[law](subject)
+            yield Outcome(config.model_type, form, law, figure)
+        except (FlapkitError, RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
+            said = str(error) if isinstance(error, FlapkitError) else f"{type(error).__name__}: {error}"
+            yield Outcome(config.model_type, form, law, said, holds=False)
+
+
+def _same(found: Tensor, expected: Tensor, tolerance: float) -> str:
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error <= tolerance:
+        raise ModelError(f"the logits are off by {error:.0e} of the largest, and {tolerance:.0e} is allowed")
+    return f"{error:.0e}"
+
+
+def _train(model: Any, tokens: Tensor, rate: float) -> tuple[float, float]:
+    """Take ten steps of AdamW, and return the first and the last loss."""
+    model.train()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    if not losses[-1] < losses[0]:
+        raise ModelError(f"the loss does not fall: {losses[0]:.3f} to {losses[-1]:.3f}")
+    return losses[0], losses[-1]

@@ -1,0 +1,43 @@
+"""The tutorial's declarations are what it says: exact, and caught where a parameter is forgotten."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flapkit.errors import ModelError
+from flapkit.recipe.family import load_family
+from flapkit.registry import Registry
+from flapkit.testing import check_adapter
+
+PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+LAWS = ("sliced is masked", "query heads", "counts", "save and load")
+
+
+@pytest.fixture
+def yaml(tmp_path) -> Path:
+    (text,) = re.findall(r"```yaml\n(# glm\.yaml.*?)```", PAGE, flags=re.DOTALL)
+    (tmp_path / "glm.yaml").write_text(text)
+    return tmp_path / "glm.yaml"
+
+
+def test_the_yaml_is_exact(yaml):
+    check_adapter(load_family(yaml), forms=["as it is", "one key/value head"], laws=LAWS)
+    assert Registry.load([yaml]).origin("adapter", "my_glm") == str(yaml)
+
+
+def test_the_python_is_exact(tmp_path):
+    (text,) = re.findall(r"```python\n(from flapkit import hookimpl.*?)```", PAGE, flags=re.DOTALL)
+    (tmp_path / "glm.py").write_text(text)
+    adapter = Registry.load([tmp_path / "glm.py"]).create("adapter", "my_glm", {"unit": "query_head"})
+    check_adapter(adapter, forms=["as it is"], laws=LAWS)
+
+
+def test_a_forgotten_parameter_is_named(yaml):
+    yaml.write_text(yaml.read_text().replace("{gate_up_proj: i+i}", "{}"))
+    (said,) = re.findall(r"```\n(layers\.0\.mlp: .*?)\n```", PAGE)
+    with pytest.raises(ModelError) as caught:
+        check_adapter(load_family(yaml), forms=["as it is"], laws=["sliced is masked"])
+    assert said.replace("cuts mlp", "cuts model.layers.0.mlp") in str(caught.value)
