@@ -1,6 +1,6 @@
 """Check every law on the families that come with flapkit, and write the table: ``python docs/conformance.py``.
 
-``python docs/conformance.py NAME ...`` measures some of them again. It takes minutes, so the table is not made anew with
+``python docs/conformance.py NAME ...`` measures some again. It takes minutes, so the table is not made anew with
 the other pages; ``make test-all`` checks the same laws.
 """
 

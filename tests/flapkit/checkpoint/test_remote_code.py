@@ -1,32 +1,40 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 
 import torch
-from conftest import make_llama
 
 import flapkit
+from flapkit.tiny import tiny_config, tiny_model
 
 SCRIPT = """
-import sys, torch
+import copy, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
 sys.modules["flapkit"] = None  # as if it were not installed
-folder, probe, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-assert torch.equal(model(torch.load(probe)).logits, torch.load(logits))
-assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "FlapkitLlamaModel"
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    probe, logits = torch.load(folder + "/probe.pt"), torch.load(folder + "/logits.pt")
+    assert torch.equal(copy.deepcopy(model)(probe).logits, logits), folder
+    backbone = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
+    assert backbone.startswith("Flapkit") and backbone.endswith("Model"), backbone
 """
 
 
-def test_loads_without_flapkit(tokens, probe, tmp_path):
-    model = make_llama(num_key_value_heads=2)
-    flapkit.save(model, tmp_path / "pruned", flapkit.prune_(model, tokens, ratio=0.4))
-    torch.save(probe, tmp_path / "probe.pt")
-    torch.save(model(probe).logits.detach(), tmp_path / "logits.pt")
+def test_loads_without_flapkit(tmp_path):
+    """Plain, with query heads picked from ALiBi, and with experts that have a bias."""
+    tokens = torch.randint(2, 96, (64, 12), generator=torch.Generator().manual_seed(0))
+    folders = []
+    for model_type in ("llama", "bloom", "mixtral"):
+        model = tiny_model(tiny_config(model_type))
+        folders.append(tmp_path / model_type)
+        flapkit.save(model, folders[-1], flapkit.prune_(model, tokens, ratio=0.4))
+        torch.save(tokens[:2], folders[-1] / "probe.pt")
+        torch.save(copy.deepcopy(model)(tokens[:2]).logits.detach(), folders[-1] / "logits.pt")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "pruned", tmp_path / "probe.pt", tmp_path / "logits.pt"],
+        [sys.executable, "-c", SCRIPT, *folders],
         cwd=tmp_path,
         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
