@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from flapkit import hookimpl
 from flapkit.interfaces import ImportanceMetric
 from flapkit_metrics.ifv import IFV
+from flapkit_metrics.kfac import KFAC
 from flapkit_metrics.magnitude import Magnitude
 from flapkit_metrics.obs import OBS
 from flapkit_metrics.random import Random
@@ -20,4 +21,4 @@ from flapkit_metrics.wifv import WIFV
 @hookimpl
 def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:
     """Offer the default metrics."""
-    return [IFV, OBS, WIFN, WIFV, Magnitude, Random, Taylor, Trace, WandaSP]
+    return [IFV, KFAC, OBS, WIFN, WIFV, Magnitude, Random, Taylor, Trace, WandaSP]

@@ -13,6 +13,8 @@ from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
 from flapkit.statistics import Gram, SiteStatistics
 
+Ridge = Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a part of its mean.")]
+
 
 @dataclass(frozen=True)
 class OBS(ImportanceMetric):
@@ -26,18 +28,30 @@ class OBS(ImportanceMetric):
     name = "obs"
     statistics = (Gram,)
 
-    ridge: Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a part of its mean.")] = (
-        1e-3
-    )
+    ridge: Ridge = 1e-3
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        covariance = stats[Gram].covariance[0]
-        damping = self.ridge * covariance.diagonal().mean()
-        covariance.diagonal().add_(damping or 1)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        width = site.channels_per_unit
-        blocks = inverse.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        columns = weight.to(inverse).view(site.out_features, site.units, width).permute(1, 2, 0)
-        solved: Tensor = torch.linalg.solve(blocks, columns)
-        return (columns * solved).sum(dim=(1, 2)).view(site.units, 1)
+        columns, lost = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
+        return (columns * lost).sum(dim=(1, 2)).view(site.units, 1)
+
+
+def unexplained(site: Site, covariance: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return the columns of every unit, and what of its spread the other units do not explain goes through them.
+
+    Args:
+        site: the place.
+        covariance: of its channels [channels, channels]; changed in place.
+        weight: the consumer's [out_features, channels].
+        ridge: added to the covariance's diagonal, as a part of its mean.
+
+    Returns:
+        W_u' and [(C^-1)_uu]^-1 W_u', both [units, channels_per_unit, out_features].
+    """
+    covariance.diagonal().add_(ridge * covariance.diagonal().mean() or 1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    width = site.channels_per_unit
+    blocks = inverse.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.to(inverse).reshape(site.out_features, site.units, width).permute(1, 2, 0)
+    solved: Tensor = torch.linalg.solve(blocks, columns)
+    return columns, solved

@@ -9,6 +9,7 @@ from flapkit.interfaces import StructureSearcher
 from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.al_mm import ALMM
 from flapkit_searchers.optuna import Optuna
+from flapkit_searchers.per_parameter import PerParameter
 from flapkit_searchers.plan import Plan
 from flapkit_searchers.ul_mm import ULMM
 from flapkit_searchers.ul_um import ULUM
@@ -17,4 +18,4 @@ from flapkit_searchers.ul_um import ULUM
 @hookimpl
 def flapkit_searchers() -> Iterable[type[StructureSearcher]]:
     """Offer the default searchers."""
-    return [ALAM, ALMM, ULMM, ULUM, Optuna, Plan]
+    return [ALAM, ALMM, ULMM, ULUM, Optuna, PerParameter, Plan]
