@@ -246,7 +246,7 @@ def test_ctrl_c_says_that_it_goes_on(command, home, monkeypatch, caplog):
 @pytest.mark.parametrize("when", ["pruned", "last.ckpt"])
 def test_sigkill(home, when):
     """Killed after the model was pruned, or in the middle of the training: the same command ends the same."""
-    recipe = write(home, compensator=["bias", {**LORA, "steps": 200, "validate_every": 20}])
+    recipe = write(home, compensator=["bias", {**LORA, "steps": 60, "validate_every": 6}])
     command = [sys.executable, "-m", "flapkit", "run", str(recipe), "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--set", "output=whole"], check=True, env=environment)
