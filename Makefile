@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses auto
 
-test-all: $(VENV)/dev
+test-all: $(VENV)/all
 	$(BIN)/python -m pytest --numprocesses auto -m "slow or not slow"
 
 lint: $(VENV)/dev
@@ -37,4 +37,9 @@ $(VENV)/dev: $(VENV)/demo
 
 $(VENV)/docs: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# Every extra; llama-cpp-python is compiled, which takes some minutes.
+$(VENV)/all: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
 	touch $@

@@ -17,14 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from flapkit.api import prune_, sites
 from flapkit.checkpoint import load, save
+from flapkit.checkpoint.expand import expand_lora, expand_tensor
 from flapkit.checkpoint.families import register
+from flapkit.checkpoint.push import push
 from flapkit.errors import FlapkitError
 from flapkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from flapkit.callbacks import FlapPruning
 
-__all__ = ["FlapPruning", "FlapkitError", "hookimpl", "load", "prune_", "save", "sites"]
+__all__ = [
+    "FlapPruning",
+    "FlapkitError",
+    "expand_lora",
+    "expand_tensor",
+    "hookimpl",
+    "load",
+    "prune_",
+    "push",
+    "save",
+    "sites",
+]
 
 register()
 

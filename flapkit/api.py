@@ -49,6 +49,7 @@ def prune_(
     ratio: float = 0.2,
     *,
     of: BudgetBase = "blocks",
+    multiple_of: int = 1,
     adapter: str | ArchitectureAdapter | None = None,
     batch_size: int = 8,
     statistics_memory: float = 4e9,
@@ -66,6 +67,7 @@ def prune_(
         compensator: a name, or a component with its options; or several.
         ratio: fraction of the parameters to remove.
         of: what the ratio counts.
+        multiple_of: what the pruned widths are rounded to a multiple of.
         adapter: a name or an adapter; by default the one that supports the model's configuration.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
@@ -93,7 +95,7 @@ def prune_(
             else "a compensator trains: give prune_ tokens [windows, tokens] as recovery_text"
         )
     places = sites(model, adapter)
-    budget = Budget.over(places, ratio, of, model.num_parameters())
+    budget = Budget.over(places, ratio, of, model.num_parameters(), multiple_of)
     was_training = model.training
     model.eval()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from flapkit.errors import BudgetError
 from flapkit.evaluation.batch_size import CPU_TOKENS
 from flapkit.interfaces import recovery_of
 from flapkit.passes import count_passes, peak_memory, size_of
-from flapkit.plan import Budget
+from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import find_plan
 from flapkit.recipe import Calibration, LoadedRecipe, Perplexity
 from flapkit.recovery import Training
+from flapkit.rounding import odd_widths
 from flapkit.stages.target import Target, empty_model, find_target
 from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
@@ -39,6 +41,7 @@ class Estimate:
             batch, the statistics, and what corrections take; or, if that is more, what a recovery needs.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains, or None without one.
+        odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
     """
 
     target: Target
@@ -48,6 +51,7 @@ class Estimate:
     memory: int
     passes: int
     trained: int | None = None
+    odd: Sequence[int] = ()
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
@@ -66,8 +70,8 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     empty = empty_model(target.config)
     params = empty.num_parameters()
-    budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params)
-    _check_floors(recipe, target, budget)
+    budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
+    plan = _check_floors(recipe, target, budget)
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     size = BYTES.get(dtype, 4)
     memory = params * size + _working_memory(recipe, target, size)
@@ -80,14 +84,18 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
         memory = max(memory, weights + _training_memory(recovery.training, target, size, trained))
     text = asked.calibration
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
-    return Estimate(target, params, budget, params * size, memory, passes, trained)
+    return Estimate(target, params, budget, params * size, memory, passes, trained, odd_widths(target.sites, plan))
 
 
-def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> None:
-    """Let the searcher try the budget on equal scores: whether the floors allow it depends on sizes alone."""
+def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:
+    """Let the searcher try the budget on equal scores: whether the floors allow it depends on sizes alone.
+
+    Returns:
+        A plan of the widths that a run may come to, if not of its units.
+    """
     scores = {site.name: torch.arange(site.units, dtype=torch.float64).view(-1, 1) for site in target.sites}
     try:
-        find_plan(target.sites, scores, recipe.searcher, budget)
+        return find_plan(target.sites, scores, recipe.searcher, budget)
     except BudgetError as error:
         raise BudgetError(f"{recipe.path}: {error}") from error
 

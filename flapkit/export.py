@@ -207,7 +207,7 @@ def _verify(pruned: Checkpoint, exporter: Exporter, path: Path) -> Agreement:
             lambda tokens: model(tokens[None], use_cache=False).logits[0],
             exported,
             config.vocab_size,
-            min(LENGTH, config.max_position_embeddings - GREEDY),
+            min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) - GREEDY),
         )
     if not math.isfinite(found.difference) or found.relative > (exporter.tolerance or math.inf):
         raise RunError(

@@ -23,14 +23,23 @@ class Budget:
         of: what the ratio counts: ``blocks`` (every prunable parameter), ``model`` (all parameters, embeddings and
             head included), ``attention`` or ``mlp`` (those sites alone, and only they are pruned).
         base: parameters that the ratio is of.
+        multiple_of: what the pruned widths are rounded to a multiple of, whatever searcher finds them.
     """
 
     ratio: float
     of: BudgetBase
     base: int
+    multiple_of: int = 1
 
     @classmethod
-    def over(cls, sites: Iterable[Site], ratio: float, of: BudgetBase = "blocks", model_params: int = 0) -> Budget:
+    def over(
+        cls,
+        sites: Iterable[Site],
+        ratio: float,
+        of: BudgetBase = "blocks",
+        model_params: int = 0,
+        multiple_of: int = 1,
+    ) -> Budget:
         """Count the base of a ratio over a model's sites.
 
         Args:
@@ -38,6 +47,7 @@ class Budget:
             ratio: at least 0 and under 1.
             of: what the ratio counts.
             model_params: all parameters of the model; needed where ``of`` is ``model``.
+            multiple_of: what the pruned widths are rounded to a multiple of.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -47,7 +57,7 @@ class Budget:
         if not (math.isfinite(ratio) and 0 <= ratio < 1):
             raise BudgetError(f"budget.ratio: {ratio} is not a ratio; give the fraction to remove, from 0 to under 1")
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
-        return cls(ratio, of, base)
+        return cls(ratio, of, base, multiple_of)
 
     @property
     def params(self) -> int:

@@ -23,6 +23,7 @@ from flapkit.interfaces import (
     corrector_of,
 )
 from flapkit.plan import Budget, PruningPlan, prunable
+from flapkit.rounding import round_plan
 from flapkit.sites import Site
 from flapkit.statistics import Moments, Statistic
 from flapkit.surgery import share, slice_, weight_of
@@ -218,20 +219,29 @@ def find_plan(
         value = objective
 
         def judge(plan: PruningPlan) -> float:
-            return value(_whole(plan, pruned, sites, whose))
+            return value(_whole(plan, pruned, sites, whose, known, budget))
 
         found = searcher.search_by_trials(pruned, known, budget, judge)
     else:
         found = searcher.search(pruned, known, budget)
-    return _whole(found, pruned, sites, whose)
+    return _whole(found, pruned, sites, whose, known, budget)
 
 
-def _whole(found: PruningPlan, pruned: Sequence[Site], sites: Sequence[Site], whose: str) -> PruningPlan:
-    """Check a searcher's plan, and let the sites that the budget leaves out keep all of their units."""
+def _whole(
+    found: PruningPlan,
+    pruned: Sequence[Site],
+    sites: Sequence[Site],
+    whose: str,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+) -> PruningPlan:
+    """Check a searcher's plan, round it, and let the sites that the budget leaves out keep all of their units."""
     try:
         found.check(pruned)
     except InputError as error:
         raise PluginError(f"{whose}: {error}") from error
+    if budget.multiple_of > 1:
+        found = round_plan(pruned, found, scores, budget.multiple_of)
     return PruningPlan({site.name: found.keep.get(site.name, tuple(range(site.units))) for site in sites})
 
 

@@ -15,8 +15,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer, save
-from flapkit.checkpoint.folder import MARK
-from flapkit.checkpoint.save import PLAN
+from flapkit.checkpoint.folder import MARK, PLAN
 from flapkit.conversations import renderer
 from flapkit.errors import ModelError, OutputError, RecipeError, RunError
 from flapkit.evaluation.zero_shot import add_scores

@@ -16,6 +16,7 @@ from flapkit.progress import Progress
 from flapkit.ranks import is_first
 from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint, work_folder
+from flapkit.rounding import warn_of_odd
 from flapkit.stages.calibrate import calibrate_and_prune_
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
@@ -98,12 +99,13 @@ def _prune(
     with progress.stage("load"):
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         dense_params = model.num_parameters()
-        budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params)
+        budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params, asked.budget.multiple_of)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
     answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
     # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
     cache = cache if asked.trainer.num_nodes == 1 else None
     statistics, pruned = calibrate_and_prune_(model, target.sites, recipe, budget, text, loops, cache)
+    warn_of_odd(target.sites, pruned.plan)
     after = evaluate(model, text.evaluations, loops, "evaluate pruned")
     pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
     record = RunRecord(

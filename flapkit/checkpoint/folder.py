@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 
 from flapkit.errors import OutputError
 
+PLAN = "plan.json"
+"""The file that holds a checkpoint's plan."""
+
 MARK = "flapkit.json"
 """The file by which a folder is known to be flapkit's own, so that it may be overwritten."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,11 @@ from transformers import (
 )
 
 from flapkit.bundled import PREFIX, bundled_models
+from flapkit.checkpoint.consistency import check_plan, check_shapes
+from flapkit.checkpoint.families import PREFIX as PRUNED
 from flapkit.checkpoint.families import register
-from flapkit.errors import ModelError, did_you_mean
+from flapkit.checkpoint.folder import PLAN
+from flapkit.errors import InputError, ModelError, did_you_mean
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -45,20 +49,26 @@ def load(
         path: a folder, a Hugging Face hub id, or ``builtin:NAME``.
         dtype: type of the weights; ``auto`` is the checkpoint's own.
         revision: branch, tag or commit of a hub model.
-        device_map: as transformers takes it.
+        device_map: as transformers takes it; needs accelerate.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ModelError: the model is missing, incomplete, damaged, pickled or quantised.
+        ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
+            do not belong together.
+        InputError: a device map is given, and accelerate is not installed.
     """
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise InputError('device_map needs accelerate, not installed here: pip install "flapkit[accelerate]"')
     source = _source(path)
     config = load_config(path, revision=revision)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"model {path}: its weights are quantised; give the model in float32, float16 or bfloat16")
     if isinstance(source, Path):
         _check_weights(path, source)
+        if config.model_type.startswith(PRUNED):
+            _check_pruned(path, source, config)
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
     load_model: Any = AutoModelForCausalLM.from_pretrained
     model, info = _call(
@@ -159,6 +169,13 @@ def _check_weights(name: Path | str, folder: Path) -> None:
             raise ModelError(
                 f"model {name}: {file.name} is damaged or cut short ({error}); fetch or write it again"
             ) from error
+
+
+def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> None:
+    """Find tensors, and a plan, that are not those of the configuration."""
+    check_shapes(name, config, _weight_files(name, folder))
+    if (folder / PLAN).is_file():
+        check_plan(name, config, (folder / PLAN).read_text(encoding="utf-8"))
 
 
 def _weight_files(name: Path | str, folder: Path) -> list[Path]:

@@ -11,13 +11,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.families import PrunedClasses, pruned_classes
-from flapkit.checkpoint.folder import MARK, new_folder
+from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.errors import ModelError
 from flapkit.plan import PruningPlan
 
-PLAN = "plan.json"
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
+
+TEXTS = ("result.json", "recipe.yaml")
+"""The files that a model card quotes."""
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ def save(
     """Save a pruned model as a folder, which appears when it is complete and not before.
 
     It holds safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
-    ``trust_remote_code=True``, ``plan.json`` (the kept units as indices into the dense model) and ``flapkit.json``
-    (versions, and the metadata given). Nothing in it is pickled.
+    ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model) and
+    ``flapkit.json`` (versions, and the metadata given). Nothing in it is pickled.
 
     Args:
         model: a model that flapkit pruned.
@@ -62,12 +65,20 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (folder / CARD).write_text(_card(Path(path).name, model, metadata or {}, files or {}), encoding="utf-8")
         for name, content in (files or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
         made |= metadata or {}
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(name: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]) -> str:
+    base = metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
+    texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in files.items() if key in TEXTS}
+    result = json.loads(texts["result.json"]) if "result.json" in texts else None
+    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get("recipe.yaml"))
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:

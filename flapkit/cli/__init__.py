@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from flapkit.cli import bench, cache, check, check_adapter, evaluate, export, listing, recover, run, schema, show, sweep
+from flapkit.cli import (
+    bench,
+    cache,
+    check,
+    check_adapter,
+    evaluate,
+    export,
+    listing,
+    push,
+    recover,
+    run,
+    schema,
+    show,
+    sweep,
+)
 from flapkit.cli.app import app, main
 
 __all__ = [
@@ -15,6 +29,7 @@ __all__ = [
     "export",
     "listing",
     "main",
+    "push",
     "recover",
     "run",
     "schema",

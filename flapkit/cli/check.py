@@ -32,6 +32,8 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{often}")
     if found.trained is not None:
         table.add_row("recovery", f"{found.trained:,} parameters are trained after pruning")
+    if found.odd:
+        table.add_row("widths", f"{len(found.odd)} MLPs will be of odd width; budget.multiple_of: 32 rounds them")
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
     table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
     table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")

@@ -185,6 +185,13 @@ class BudgetSection(Section):
         description="What the ratio counts: `blocks` (every prunable parameter), `model` (all parameters, embeddings "
         "and head included), `attention` or `mlp` (these alone, and only they are pruned).",
     )
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        description="Round the width of every pruned MLP, and the heads times their size of every pruned attention, to "
+        "a multiple of this, whatever the searcher; no more goes than the ratio says. 32 or 64 suit most kernels, 256 "
+        "suits GGUF's K types.",
+    )
 
 
 class Evaluate(Section):

@@ -195,7 +195,7 @@ def _carry_out(
             loops.place_(dense.model)
             model = share(dense.model, dense.target.sites)
             asked = task.point.recipe.recipe.budget
-            budget = Budget.over(dense.target.sites, asked.ratio, asked.of, dense.params)
+            budget = Budget.over(dense.target.sites, asked.ratio, asked.of, dense.params, asked.multiple_of)
             pruned = _prune_(model, task, dense.target.sites, statistics, budget, loops, cache)
             after = evaluate(model, task.text.evaluations, loops, "evaluate pruned")
         except (FlapkitError, RuntimeError) as error:

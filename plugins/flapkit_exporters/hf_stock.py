@@ -152,15 +152,15 @@ def _keys(sites: tuple[Site, ...], sizes: Mapping[str, Sizes]) -> dict[str, int]
 
 
 def _shapes(prospect: Prospect, sizes: Mapping[str, Sizes]) -> tuple[Shapes, Shapes]:
-    """Return the shapes of a pruned model's parameters, and of the biases that pruning adds to them."""
+    """Return the shapes of a pruned model's parameters, and apart from them those of the consumers' biases."""
     shapes = {name: list(old.shape) for name, old in skeleton(prospect.config).named_parameters()}
     for (param, dim), (_, length) in lengths(prospect, sizes).items():
         shapes[param][dim] = length
-    biases: Shapes = {
-        site.bias: (site.out_features,)
-        for site in prospect.sites
-        if site.kind in prospect.biases and site.bias not in shapes and site.expert is None
-    }
+    biases: Shapes = {}
+    for site in prospect.sites:
+        if site.bias in shapes or (site.kind in prospect.biases and site.expert is None):
+            shapes.pop(site.bias, None)
+            biases[site.bias] = (site.out_features,)
     return {name: tuple(shape) for name, shape in shapes.items()}, biases
 
 

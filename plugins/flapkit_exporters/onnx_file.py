@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flapkit.checkpoint import load
 from flapkit.interfaces import Checkpoint, Exporter, Runner
 from flapkit_exporters.hf import copy_beside
-from flapkit_exporters.torch_export import Logits
+from flapkit_exporters.torch_export import traceable
 
 MODEL = "model.onnx"
 
@@ -34,7 +33,7 @@ class ONNX(Exporter):
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Trace the model with torch.export, and translate the graph."""
-        model = Logits(load(checkpoint.folder, "float32"))
+        model = traceable(checkpoint.folder)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         with torch.no_grad(), warnings.catch_warnings():
             # torch's own use of its deprecated functions.

@@ -31,6 +31,14 @@ class Logits(nn.Module):
         return logits
 
 
+def traceable(folder: Path) -> Logits:
+    """Load a checkpoint in float32 so that it can be traced: experts without loops over what the router chose."""
+    model = load(folder, "float32")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
+    return Logits(model)
+
+
 @dataclass(frozen=True)
 class TorchExport(Exporter):
     """An ExportedProgram (`.pt2`) from tokens to logits: any batch and length, no cache, float32."""
@@ -40,7 +48,7 @@ class TorchExport(Exporter):
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Trace the model with a free batch and length, and save the program."""
-        model = Logits(load(checkpoint.folder, "float32"))
+        model = traceable(checkpoint.folder)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         shapes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
         with torch.no_grad():

@@ -80,3 +80,30 @@ def test_a_recipe_exports(command, tmp_path):
     code, _, err = command("check", "recipe.yaml", "--set", "export=[hf, hg]", "--overwrite")
     assert code == 2
     assert "export.1: unknown exporter 'hg'" in err
+
+
+def test_odd_widths_are_warned_of_and_rounded(command, tmp_path):
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    recipe = {
+        "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+        "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
+        "budget": {"ratio": 0.2},
+        "trainer": {"accelerator": "cpu"},
+        "output": "out",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = command("check", "recipe.yaml")
+    assert code == 0, err
+    assert "MLPs will be of odd width" in out
+    code, _, err = command("run", "recipe.yaml")
+    assert code == 0
+    warned = json.loads((tmp_path / "out" / "result.json").read_text())["warnings"]
+    assert any("is no multiple of 32" in text for text in warned)
+    code, out, err = command("run", "recipe.yaml", "--set", "budget.multiple_of=32", "--overwrite")
+    assert code == 0, err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    whole = config["intermediate_size"]
+    widths = [layer.get("intermediate_size", whole) for layer in config["per_layer_config"].values()]
+    assert all(width % 32 == 0 for width in widths)
+    assert min(widths) < whole
+    assert not json.loads((tmp_path / "out" / "result.json").read_text())["warnings"]

@@ -1,0 +1,151 @@
+"""Measure every family in every export format: ``python docs/measure_exports.py`` writes ``docs/export-matrix.md``.
+
+Tiny random models show that forms agree, not what they are good for. It needs every extra, and half an hour. With a
+real checkpoint and a text (``--checkpoint FOLDER --text FILE``) it adds the perplexity that each form gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import flapkit
+from flapkit.checkpoint import load_tokenizer
+from flapkit.errors import FlapkitError, ModelError
+from flapkit.export import export
+from flapkit.interfaces import Correction
+from flapkit.proof import random_plan
+from flapkit.pruning import carry_out_
+from flapkit.registry import Registry
+from flapkit.tiny import tiny_config, tiny_model
+
+PAGE = Path(__file__).parent / "export-matrix.md"
+COLUMNS: dict[str, dict[str, Any]] = {
+    "hf": {},
+    "hf-stock": {"pad": True},
+    "gguf": {"type": "F32"},
+    "onnx": {},
+    "torch-export": {},
+}
+REAL: list[tuple[str, dict[str, Any]]] = [
+    ("hf", {}),
+    ("hf", {"dtype": "bfloat16"}),
+    ("hf-stock", {"pad": True}),
+    ("onnx", {}),
+    ("torch-export", {}),
+    ("gguf", {"type": "F32"}),
+    ("gguf", {"type": "F16"}),
+    ("gguf", {"type": "BF16"}),
+    ("gguf", {"type": "Q8_0"}),
+    ("gguf", {"type": "Q8_0", "pad_to": 32}),
+    ("gguf", {"type": "Q4_K_M"}),
+]
+NOTES = """\
+A number is the largest difference of a logit from the pruned model's, as a share of the largest logit, in float32; each
+export was run by the program that it is for. Every consumer has a bias, as FLAP leaves one, and the layers differ
+(`hf-stock` widens them by zeros). `no bias` stands where stock classes hold none where pruning puts one: with
+`least_squares` without intercept, or with `none`, they are exact. `no` stands where the format has no form for the
+family.
+"""
+
+
+def family_rows(registry: Registry, names: list[str]) -> list[str]:
+    """Measure a tiny random model of each family."""
+    rows = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                save_tiny(registry, name, Path(folder) / "pruned")
+            except (FlapkitError, ValueError) as error:
+                rows.append(f"| {name} | cannot be built: {error} |" + " |" * (len(COLUMNS) - 1))
+                continue
+            cells = [cell(registry, Path(folder), kind, options) for kind, options in COLUMNS.items()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def save_tiny(registry: Registry, name: str, folder: Path) -> None:
+    """Save a tiny random model, pruned differently in each layer, with a bias at every consumer."""
+    config = tiny_config(name)
+    model = tiny_model(config)
+    sites = registry.adapter_for(config).sites(config)
+    plan = random_plan(sites)
+    generator = torch.Generator().manual_seed(1)
+    bias = {site.name: torch.randn(site.out_features, generator=generator) / 10 for site in sites}
+    carry_out_(model, sites, plan, {name: Correction(bias=value) for name, value in bias.items()})
+    flapkit.save(model, folder, plan)
+
+
+def cell(registry: Registry, folder: Path, kind: str, options: dict[str, Any]) -> str:
+    """Export in one form; say how far it agrees, or why it cannot be."""
+    exporter = registry.create("exporter", kind, options)
+    try:
+        found = export(folder / "pruned", exporter, folder / f"out{exporter.suffix or kind}", registry=registry)
+    except ModelError as error:
+        return "no bias" if "hold no bias" in str(error) else "no"
+    except Exception as error:  # noqa: BLE001 - whatever a converter raises is what the table has to say
+        return f"fails: {type(error).__name__}"
+    return f"{found.relative:.0e}" if found else "?"
+
+
+def real_rows(registry: Registry, checkpoint: Path, text: Path, windows: int = 40, length: int = 256) -> list[str]:
+    """Measure perplexity and agreement of a real checkpoint in every form."""
+    tokens = torch.tensor(load_tokenizer(checkpoint)(text.read_text(encoding="utf-8")[:100_000])["input_ids"])
+    parts = list(tokens[: windows * length].split(length))
+    model = flapkit.load(checkpoint, "float32")
+    expected = perplexity(lambda part: model(part[None]).logits[0], parts)
+    columns = ("form", "size, KB", "logits differ by", "same likeliest token", "greedy text", "perplexity")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows.append(f"| the pruned model | | | | | {expected:.4f} |")
+    for kind, options in REAL:
+        exporter = registry.create("exporter", kind, options)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"out{exporter.suffix}"
+            found = export(checkpoint, exporter, path, registry=registry)
+            assert found is not None
+            with exporter.open(path) as run, torch.no_grad():
+                measured = perplexity(run, parts)
+            files = [path] if path.is_file() else list(path.glob("*model*"))
+            size = sum(file.stat().st_size for file in files if file.suffix != ".py") / 1000
+        said = ", ".join(f"{key}: {value}" for key, value in options.items())
+        greedy = f"{found.greedy} of {found.continued}"
+        rows.append(
+            f"| {kind}{f' ({said})' if said else ''} | {size:,.0f} | {found.relative:.1e} | {found.same_top:.1%} | "
+            f"{greedy} | {measured:.4f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def perplexity(run: Any, parts: list[torch.Tensor]) -> float:
+    """Exponentiate the mean cross-entropy of every token but the windows' first."""
+    losses = [cross_entropy(run(part)[:-1].float(), part[1:]) for part in parts if len(part) > 1]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def main() -> None:
+    """Write the page, or the table of a real checkpoint to the terminal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--families", nargs="*")
+    asked = parser.parse_args()
+    registry = Registry.load()
+    if asked.checkpoint:
+        print("\n".join(real_rows(registry, asked.checkpoint, asked.text)))
+        return
+    every = [name for name in registry.names("adapter") if name != "vicuna"]
+    rows = family_rows(registry, asked.families or every)
+    PAGE.write_text("\n".join(["# Families and exports", "", NOTES, *rows]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

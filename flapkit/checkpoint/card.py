@@ -1,0 +1,117 @@
+"""The model card of a pruned checkpoint: what it is, what made it, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+
+CARD = "README.md"
+
+LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The layers differ in heads and widths, so the folder brings its own modeling file. With
+[flapkit](https://pypi.org/project/flapkit/) installed, `flapkit.load("{name}")` needs no `trust_remote_code`."""
+
+
+_FILES = """\
+`plan.json` has the kept units of every layer as indices into the dense model: adapters that are trained on this model
+can be mapped back with `flapkit.expand_lora`. `flapkit.json` has the versions and the options that made it."""
+
+
+def model_card(
+    name: str, base: str, *, metadata: Mapping[str, Any], result: Mapping[str, Any] | None, recipe: str | None
+) -> str:
+    """Write a model card.
+
+    Args:
+        name: what the checkpoint is called.
+        base: the dense model: a hub id, a folder, or empty where nobody knows.
+        metadata: what made the model, as in ``flapkit.json``.
+        result: what was measured, as in ``result.json``, if anything was.
+        recipe: the recipe, if one was run.
+
+    Returns:
+        Markdown with a header that the Hugging Face hub reads.
+    """
+    parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", LOAD.format(name=name)]
+    if result:
+        parts += ["## Figures", *_figures(result)]
+    if recipe:
+        parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
+    parts += ["## Files", _FILES]
+    return f"---\n{_header(base)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def licence_of(base: str) -> str | None:
+    """Read the licence that the dense model's own card names, from its folder or from the hub's cache.
+
+    Args:
+        base: a hub id or a folder.
+
+    Returns:
+        Its identifier, such as ``apache-2.0``; None where no card is at hand, or it names none.
+    """
+    card: Any = Path(base).expanduser() / CARD if base else Path()
+    if base and not card.is_file():
+        card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
+    if not isinstance(card, (str, Path)) or not Path(card).is_file():
+        return None
+    try:
+        found = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):
+        return None
+    licence = found.get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def is_hub_id(base: str) -> bool:
+    """Tell whether a model's name is one on the hub, and no folder's."""
+    return base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()
+
+
+def _header(base: str) -> str:
+    data = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        license=licence_of(base),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["flapkit", "pruning", "structured-pruning"],
+    )
+    return str(data.to_yaml())
+
+
+def _sentence(base: str, metadata: Mapping[str, Any]) -> str:
+    of = f" of {base if is_hub_id(base) else Path(base).name}" if base else ""
+    how = [_named(metadata[kind]) for kind in ("metric", "searcher", "compensator") if metadata.get(kind)]
+    by = f" by {', '.join(how)}" if how else ""
+    licence = licence_of(base)
+    under = " The dense model's licence holds for it; its card was not at hand when this was written." if base else ""
+    if licence:
+        under = f" The dense model's licence, {licence}, holds for it."
+    return f"A structurally pruned version{of}, made with flapkit{by}.{under}"
+
+
+def _named(component: Any) -> str:
+    if isinstance(component, list):
+        return " and ".join(_named(each) for each in component)
+    return str(component["name"]) if isinstance(component, Mapping) else str(component)
+
+
+def _figures(result: Mapping[str, Any]) -> list[str]:
+    rows = ["| | dense | pruned |", "|---|---|---|"]
+    params = result.get("params", {})
+    if {"dense", "pruned"} <= params.keys():
+        rows.append(f"| parameters | {params['dense']:,} | {params['pruned']:,} |")
+    for text, measured in result.get("perplexity", {}).items():
+        rows.append(f"| perplexity, {text} | {measured['dense']:.3f} | {measured['pruned']:.3f} |")
+    return ["\n".join(rows)]

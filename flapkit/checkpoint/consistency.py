@@ -1,0 +1,72 @@
+"""What a pruned checkpoint's parts say of each other: its configuration, its plan, and its tensors' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from flapkit.errors import InputError, ModelError
+from flapkit.plan import PruningPlan
+
+
+def check_shapes(name: Path | str, config: PreTrainedConfig, files: Iterable[Path]) -> None:
+    """Raise ``ModelError`` unless every tensor of a pruned checkpoint has the shape that its configuration says.
+
+    Args:
+        name: what the checkpoint is called.
+        config: its configuration.
+        files: its safetensors files; their headers alone are read.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {each: list(tensor.shape) for each, tensor in model.state_dict().items()}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for each in tensors.keys():  # noqa: SIM118 - not a mapping
+                found = tensors.get_slice(each).get_shape()
+                if each not in expected:
+                    raise ModelError(f"model {name}: {file.name} holds {each}, for which the model has no place")
+                if found != expected[each]:
+                    raise ModelError(
+                        f"model {name}: {each} in {file.name} has the shape {found}; its config.json says "
+                        f"{expected[each]}"
+                    )
+
+
+def check_plan(name: Path | str, config: Any, text: str) -> None:
+    """Raise ``ModelError`` unless a checkpoint's plan keeps as much as its configuration says.
+
+    Args:
+        name: what the checkpoint is called.
+        config: its configuration.
+        text: its plan, as JSON.
+    """
+    try:
+        plan = PruningPlan.from_json(text)
+    except InputError as error:
+        raise ModelError(f"model {name}: plan.json: {error}") from error
+    blocks = {block["name"] or block["kind"]: block for block in config.flapkit["blocks"]}
+    layers = config.per_layer_config
+    for site, units in plan.keep.items():
+        _, layer, block = (*site.split("."), "", "", "")[:3]
+        if block not in blocks or not layer.isdigit() or int(layer) >= len(layers):
+            raise ModelError(f"model {name}: plan.json speaks of {site}, which the model has not")
+        kept = _units(layers[int(layer)], blocks[block])
+        if len(units) not in kept or list(units) != sorted(set(units)) or units[0] < 0:
+            raise ModelError(
+                f"model {name}: plan.json keeps {len(units)} units at {site}, its config.json "
+                f"{' or '.join(str(count) for count in sorted(kept))}: one of them was changed"
+            )
+
+
+def _units(layer: Any, block: Any) -> set[int]:
+    """Return how many units a layer's block can count as: an attention's in query heads or in key/value heads."""
+    if block["kind"] != "attention":
+        return {getattr(layer, block["width"])}
+    return {layer.num_attention_heads, layer.num_key_value_heads}

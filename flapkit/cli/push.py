@@ -1,0 +1,26 @@
+"""``flapkit push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapkit.cli.app import app
+from flapkit.cli.output import print_, set_logging
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit wrote.")],
+    repo: Annotated[str, typer.Argument(help="The repository: owner/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; the main one if not given.")] = None,
+    exports: Annotated[bool, typer.Option("--exports", help="Upload the folder exports as well.")] = False,
+) -> None:
+    """Upload a pruned checkpoint to the Hugging Face hub."""
+    from flapkit.checkpoint.push import push as push_folder
+
+    set_logging(quiet=False, verbose=False)
+    print_(push_folder(checkpoint, repo, private=private, revision=revision, exports=exports))

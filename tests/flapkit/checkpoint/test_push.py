@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+import flapkit
+from flapkit.errors import InputError, ModelError, RunError
+
+
+class Refused(HfHubHTTPError):
+    """An answer of the hub's, without the answer."""
+
+    def __init__(self, message):
+        Exception.__init__(self, message)
+
+
+class Hub:
+    """Stands for HfApi."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def __call__(self):
+        return self
+
+    def create_repo(self, repo, **options):
+        if self.error:
+            raise self.error
+        self.calls.append((repo, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(options)
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+def test_uploads_the_folder(pruned_folder, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("flapkit.checkpoint.push.HfApi", hub)
+    assert flapkit.push(pruned_folder, "owner/name", private=True, revision="dev") == "https://hub/commit/1"
+    made, uploaded = hub.calls
+    assert made == ("owner/name", {"private": True, "exist_ok": True})
+    assert (uploaded["folder_path"], uploaded["revision"]) == (pruned_folder, "dev")
+    assert uploaded["ignore_patterns"] == ["exports/*"]
+    flapkit.push(pruned_folder, "owner/name", exports=True)
+    assert hub.calls[-1]["ignore_patterns"] is None
+
+
+def test_a_folder_of_another(tmp_path):
+    with pytest.raises(ModelError, match=r"holds no flapkit\.json"):
+        flapkit.push(tmp_path, "owner/name")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (HFValidationError("a name"), InputError, "a name"),
+        (LocalTokenNotFoundError("token"), InputError, "nobody is logged in"),
+        (OfflineModeIsEnabled("offline"), RunError, "offline"),
+        (Refused("403"), RunError, "403"),
+    ],
+)
+def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, says):
+    monkeypatch.setattr("flapkit.checkpoint.push.HfApi", Hub(error))
+    with pytest.raises(raised, match=says):
+        flapkit.push(pruned_folder, "owner/name")
