@@ -49,9 +49,10 @@ REAL: list[tuple[str, dict[str, Any]]] = [
 NOTES = """\
 A number is the largest difference of a logit from the pruned model's, as a share of the largest logit, in float32; each
 export was run by the program that it is for. Every consumer has a bias, as FLAP leaves one, and the layers differ
-(`hf-stock` widens them by zeros). `no bias` stands where stock classes hold none where pruning puts one: with
-`least_squares` without intercept, or with `none`, they are exact. `no` stands where the format has no form for the
-family.
+(`hf-stock` widens them by zeros). `no bias` stands where stock classes hold none where pruning puts one; prune with
+`least_squares` without intercept, or with `none`, for these. `no` stands where the format has no form for the family;
+the tiny Mistral has a sliding window, which llama.cpp's `deci` has not. `fails` names what the converter raised: a
+mixture's experts are a loop over what the router chose, which torch.export cannot trace.
 """
 
 
