@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-The layers differ in heads and widths, so the folder brings its own modeling file. With
-[flapkit](https://pypi.org/project/flapkit/) installed, `flapkit.load("{name}")` needs no `trust_remote_code`."""
+The layers differ in heads and widths, so the folder brings its own modeling file. With flapkit installed,
+`flapkit.load("{name}")` needs no `trust_remote_code`."""
 
 
 _FILES = """\
@@ -107,11 +107,21 @@ def _named(component: Any) -> str:
     return str(component["name"]) if isinstance(component, Mapping) else str(component)
 
 
+MODELS = ("dense", "pruned", "recovered")
+"""What a run measures, in the order of the card's columns."""
+
+
 def _figures(result: Mapping[str, Any]) -> list[str]:
-    rows = ["| | dense | pruned |", "|---|---|---|"]
-    params = result.get("params", {})
-    if {"dense", "pruned"} <= params.keys():
-        rows.append(f"| parameters | {params['dense']:,} | {params['pruned']:,} |")
-    for text, measured in result.get("perplexity", {}).items():
-        rows.append(f"| perplexity, {text} | {measured['dense']:.3f} | {measured['pruned']:.3f} |")
+    counted: Mapping[str, int] = result.get("params", {})
+    texts: Mapping[str, Mapping[str, Any]] = result.get("perplexity", {})
+    models = [name for name in MODELS if name in counted or any(name in measured for measured in texts.values())]
+    rows = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    rows.append(_row("parameters", [f"{counted[name]:,}" if name in counted else "" for name in models]))
+    for text, measured in texts.items():
+        figures = [f"{measured[name]:.3f}" if name in measured else "" for name in models]
+        rows.append(_row(f"perplexity, {text}", figures))
     return ["\n".join(rows)]
+
+
+def _row(name: str, figures: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(figures)} |"

@@ -132,7 +132,11 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (2, "calibration: {dataset: x, seed: -1}", "calibration.seed: expected at least 0, got -1"),
         (2, "calibration: {dataset: x, seed: 4294967296}", "calibration.seed: expected at most 4294967295"),
         (3, "budget: {ratio: 0.2, of: block}", "r.yaml:3:26: budget.of: expected 'blocks', 'model', 'attention' or"),
-        (3, "budget: {ratoi: 0.2}", "r.yaml:3:10: budget.ratoi: unknown key; did you mean 'ratio'? (known: of, ratio)"),
+        (
+            3,
+            "budget: {ratoi: 0.2}",
+            "r.yaml:3:10: budget.ratoi: unknown key; did you mean 'ratio'? (known: multiple_of, of, ratio)",
+        ),
         (4, "output: 5", "r.yaml:4:9: output: expected text, got 5"),
         (4, "output: a\nmetric: wivf", "r.yaml:5:9: metric: unknown metric 'wivf'; did you mean 'wifv'? (known:"),
         (4, "output: a\nmetric: {name: wivf}", "r.yaml:5:16: metric: unknown metric 'wivf'"),
