@@ -65,7 +65,7 @@ def main(names: Sequence[str]) -> None:
     """Check families, two at a time; those that are not named keep the rows they have."""
     from flapkit.registry import Registry
 
-    known = [name for name in Registry.load().names("adapter") if name != "vicuna"]
+    known = [name for name in Registry.load().names("adapter") if name not in ("auto", "vicuna")]
     old = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
     rows = {line.split("`")[1]: line for line in old if line.startswith("| `")}
     chosen = names or known

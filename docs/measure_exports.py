@@ -143,7 +143,7 @@ def main() -> None:
     if asked.checkpoint:
         print("\n".join(real_rows(registry, asked.checkpoint, asked.text)))
         return
-    every = [name for name in registry.names("adapter") if name != "vicuna"]
+    every = [name for name in registry.names("adapter") if name not in ("auto", "vicuna")]
     rows = family_rows(registry, asked.families or every)
     PAGE.write_text("\n".join(["# Families and exports", "", NOTES, *rows]) + "\n", encoding="utf-8")
 

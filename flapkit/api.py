@@ -28,16 +28,13 @@ def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = No
 
     Args:
         model: a transformers causal language model.
-        adapter: a name or an adapter; by default the one that supports the model's configuration.
+        adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
+            derived and proven.
 
     Raises:
-        ModelError: no adapter supports the model.
+        ModelError: no adapter declares the model, and none can be derived.
     """
-    registry = Registry.load()
-    if adapter is None:
-        return registry.adapter_for(model.config).sites(model.config)
-    found: ArchitectureAdapter = _component(registry, "adapter", adapter)
-    return found.sites(model.config)
+    return Registry.load().resolve(adapter, model.config).sites(model.config)
 
 
 def prune_(
@@ -68,7 +65,8 @@ def prune_(
         ratio: fraction of the parameters to remove.
         of: what the ratio counts.
         multiple_of: what the pruned widths are rounded to a multiple of.
-        adapter: a name or an adapter; by default the one that supports the model's configuration.
+        adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
+            derived and proven.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
         sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
@@ -94,11 +92,13 @@ def prune_(
             if recovery is None
             else "a compensator trains: give prune_ tokens [windows, tokens] as recovery_text"
         )
-    places = sites(model, adapter)
+    found = registry.resolve(adapter, model.config)
+    places = found.sites(model.config)
     budget = Budget.over(places, ratio, of, model.num_parameters(), multiple_of)
     was_training = model.training
     model.eval()
     try:
+        found.confirm(model, places)
         batches = _batches(calibration, batch_size) if method.statistics else []
         if not sequential and size_of(method.statistics, places) <= statistics_memory:
             statistics = measure(model, places, method.statistics, batches)

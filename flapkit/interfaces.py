@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.errors import RecipeError
 from flapkit.plan import Budget, PruningPlan
@@ -232,6 +232,20 @@ class ArchitectureAdapter(Component):
     @abstractmethod
     def sites(self, config: PreTrainedConfig) -> tuple[Site, ...]:
         """List the sites, in the model's order, from the configuration alone."""
+
+    @property
+    def title(self) -> str:
+        """What ``flapkit check`` calls it."""
+        return self.name
+
+    def confirm(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
+        """Raise ``ModelError`` where the sites turn out not to be those of the loaded model; asked before calibration.
+
+        Args:
+            model: the dense model, which is left as it is.
+            sites: its sites.
+        """
+        return None
 
     def render(self, conversation: Sequence[Mapping[str, str]]) -> str | None:
         """Render a calibration conversation as this family was trained on it.

@@ -19,7 +19,7 @@ from flapkit.errors import ModelError
 from flapkit.plan import PruningPlan
 from flapkit.pruning import carry_out_
 from flapkit.sites import Site, groups
-from flapkit.surgery import check_sites, mask_
+from flapkit.surgery import check_sites, mask_, share, slice_
 
 TOLERANCE = 1e-5
 """Largest error that float32 explains, as a fraction of the largest logit."""
@@ -167,3 +167,43 @@ def uncut(model: PreTrainedModel, site: Site) -> list[str]:
     cut = {site.weight, site.bias, *(coupling.param for coupling in site.couplings)}
     names = [name for name, _ in model.named_parameters() if name.startswith(f"{site.path}.")]
     return [name for name in names if name not in cut]
+
+
+def prove_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) -> Proof:
+    """Slice and mask one layer's share of each block of a loaded model, and compare them on a few tokens.
+
+    This proves that the declaration fits this very model at its real sizes: the tiny models of ``prove`` have others.
+    It does not prove every layer; of a model in half precision it proves that the difference is no more than rounding.
+
+    Args:
+        model: the model, in any type; it is left as it is.
+        sites: its sites.
+        seed: of the plan and the tokens.
+
+    Raises:
+        ModelError: the declaration does not hold for the model.
+    """
+    check_sites(model, sites)
+    chosen: dict[str, Sequence[Site]] = {}
+    for together in groups(sites):
+        first = together[0]
+        chosen.setdefault(first.block.name if first.block else first.kind, together)
+    some = random_plan([site for together in chosen.values() for site in together], seed)
+    plan = PruningPlan({site.name: some.keep.get(site.name, tuple(range(site.units))) for site in sites})
+    masked, sliced = share(model, sites, own=tuple(some.keep)), share(model, sites)
+    mask_(masked, sites, plan)
+    slice_(sliced, sites, plan)
+    dense, expected = logits_of(model, seed), logits_of(masked, seed)
+    moved = float((expected - dense).abs().mean() / expected.abs().mean())
+    where = f"the declaration does not hold for this model: sliced in {', '.join(some.keep)}"
+    try:
+        error = float((logits_of(sliced, seed) - expected).abs().mean() / expected.abs().mean())
+    except (RuntimeError, ValueError, IndexError) as problem:
+        raise ModelError(f"{where}, it does not run: {problem}") from problem
+    allowed = TOLERANCE if model.dtype == torch.float32 else moved / 4
+    if not error <= allowed or not moved > 0:
+        raise ModelError(
+            f"{where}, its logits are off by {error:.1e} of their mean size from those of the masked model; "
+            f"{allowed:.1e} is allowed, where masking moves them by {moved:.1e}"
+        )
+    return Proof(error, moved, (model.config._attn_implementation,))

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
 from flapkit.architecture import Family, check_causal
-from flapkit.errors import ModelError, PluginError, did_you_mean
+from flapkit.derive import Auto
+from flapkit.errors import PluginError, did_you_mean
 from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component, repairs_nothing
 
 ENTRY_POINT_GROUP = "flapkit"
@@ -104,30 +105,48 @@ class Registry:
             raise PluginError(f"{kind} {name!r}: {problems}") from error
 
     def adapter_for(self, config: PreTrainedConfig) -> ArchitectureAdapter:
-        """Find the adapter of a model; of several, the one that specialises all others (a Vicuna is a LLaMA).
+        """Find the adapter of a model: the one that declares it, or ``auto``.
 
         Raises:
-            ModelError: no adapter supports the model, or it is no decoder-only language model.
-            PluginError: several do, and none specialises the others.
+            ModelError: the model is no decoder-only language model.
+            PluginError: several adapters declare it, and none specialises the others.
         """
+        return self.resolve(None, config)
+
+    def resolve(self, adapter: ArchitectureAdapter | str | None, config: PreTrainedConfig) -> ArchitectureAdapter:
+        """Find the adapter that is meant.
+
+        Args:
+            adapter: an adapter or its name; None or ``auto`` stands for the one that declares the model's type, and
+                where none does for a declaration that is derived and proven.
+            config: the model's configuration.
+
+        Raises:
+            ModelError: the model is no decoder-only language model.
+            PluginError: no such adapter, or several declare the model, and none specialises the others.
+        """
+        found: ArchitectureAdapter = self.create("adapter", adapter) if isinstance(adapter, str) else adapter or Auto()
+        if not isinstance(found, Auto):
+            return found
         check_causal(config)
+        declared = self._declared(config)
+        if declared is None:
+            return found
+        options = {} if found == Auto() else {"unit": found.unit}
+        chosen: ArchitectureAdapter = self.create("adapter", declared, options)
+        return chosen
+
+    def _declared(self, config: PreTrainedConfig) -> str | None:
+        """Name the adapter that declares a model; of several, the one that specialises all others, as Vicuna LLaMA."""
         found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
         if not found:
-            return self._undeclared(config)
+            return None
         special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]
         if not special:
             names = ", ".join(adapter.name for adapter in found)
             raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; name one")
-        adapter: ArchitectureAdapter = special[0]()
-        return adapter
-
-    def _undeclared(self, config: PreTrainedConfig) -> ArchitectureAdapter:
-        """Find an adapter for a model that nobody declared."""
-        raise ModelError(
-            f"no adapter supports models of type {config.model_type!r} (known: {', '.join(self.names('adapter'))}); "
-            "declare it: a flapkit.architecture.Family in a Python or YAML file that the recipe's `plugins` names; "
-            "docs/architectures.md shows how"
-        )
+        name: str = special[0].name
+        return name
 
     def _register(self, module: ModuleType, origin: str) -> None:
         if self._manager.has_plugin(module.__name__):

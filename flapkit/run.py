@@ -98,6 +98,7 @@ def _prune(
         tasks = load_tasks(asked.evaluate.zero_shot)
     with progress.stage("load"):
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+        target.adapter.confirm(model, target.sites)
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params, asked.budget.multiple_of)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")

@@ -62,7 +62,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     return weight[site.expert] if site.dim == 2 else weight[site.expert].T
 
 
-def share(model: M, sites: Sequence[Site]) -> M:
+def share(model: M, sites: Sequence[Site], own: Sequence[str] = ()) -> M:
     """Copy a model but for its weights: slicing the copy leaves the original as it is, and takes little memory.
 
     Training the copy, or masking it, would change the original too.
@@ -70,8 +70,9 @@ def share(model: M, sites: Sequence[Site]) -> M:
     Args:
         model: the dense model.
         sites: its sites; of what slicing writes in place, the consumers' biases, the copy gets its own.
+        own: names of the sites of whose consumers' weights the copy gets its own as well, so that they can be masked.
     """
-    written = {site.bias for site in sites}
+    written = {site.bias for site in sites} | {site.weight for site in sites if site.name in own}
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     return copy.deepcopy(model, {id(tensor): tensor for name, tensor in named if name not in written})
 

@@ -21,7 +21,8 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     asked = loaded.recipe
     table = Table("", "", title=f"{loaded.path}: right", show_header=False)
     table.add_row("model", f"{asked.model.path} ({found.target.config.model_type}), {found.params:,} parameters")
-    table.add_row("adapter", f"{found.target.adapter.name}: {len(found.target.sites)} sites")
+    blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in found.target.sites)
+    table.add_row("adapter", f"{found.target.adapter.title}: {len(found.target.sites)} sites ({', '.join(blocks)})")
     specs = [("metric", asked.metric), ("searcher", asked.searcher)]
     specs += [("compensator", compensator) for compensator in asked.compensator]
     for kind, spec in specs:

@@ -248,8 +248,9 @@ class Recipe(Section):
     """A whole run: what is pruned, by what, on which text, and how far."""
 
     model: Model = Field(description="The model to prune.")
-    adapter: ComponentSpec | None = Field(
-        default=None, description="Architecture adapter; found from the model's configuration if not given."
+    adapter: ComponentSpec = Field(
+        default=ComponentSpec(name="auto"),
+        description="Architecture adapter; auto finds the one that declares the model's type, or derives one.",
     )
     calibration: Calibration = Field(description="The text on which statistics are measured.")
     metric: ComponentSpec = Field(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.calibration import Statistics
 from flapkit.checkpoint import save
+from flapkit.derive import Auto
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned
 from flapkit.recipe import LoadedRecipe, dump_recipe
@@ -81,10 +82,12 @@ class RunRecord:
 
     def metadata(self) -> dict[str, Any]:
         """Say what made the model, for ``flapkit.json``."""
-        asked = self.recipe.recipe
+        asked, adapter = self.recipe.recipe, self.target.adapter
+        derived = adapter.family_of(self.target.config) if isinstance(adapter, Auto) else None
         return {
             "model": asked.model.model_dump(),
-            "adapter": self.target.adapter.name,
+            "adapter": adapter.name,
+            **({"declaration": asdict(derived)} if derived else {}),
             "metric": asked.metric.model_dump(),
             "searcher": asked.searcher.model_dump(),
             "compensator": [each.model_dump() for each in asked.compensator],

@@ -46,7 +46,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
-    adapter = recipe.adapter or recipe.registry.adapter_for(config)
+    adapter = recipe.registry.resolve(recipe.adapter, config)
     try:
         sites = adapter.sites(config)
     except AttributeError as error:

@@ -122,6 +122,7 @@ def _run_group(
     with progress.stage("load"):
         asked = first.recipe.model
         model = load(asked.path, asked.dtype, revision=asked.revision)
+        target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,
             hash_tensors(model.state_dict().items()),

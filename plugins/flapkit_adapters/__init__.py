@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from flapkit import hookimpl
 from flapkit.architecture import Family
+from flapkit.derive import Auto
 from flapkit.interfaces import ArchitectureAdapter
 from flapkit_adapters.classic import CLASSIC
 from flapkit_adapters.falcon import Falcon
@@ -19,4 +20,4 @@ from flapkit_adapters.vicuna import Vicuna
 @hookimpl
 def flapkit_adapters() -> Iterable[type[ArchitectureAdapter] | Family]:
     """Offer the default adapters."""
-    return [Llama, Vicuna, *LIKE_LLAMA, *CLASSIC, *OLMO2, Falcon, *MIXTURES, *HYBRIDS]
+    return [Auto, Llama, Vicuna, *LIKE_LLAMA, *CLASSIC, *OLMO2, Falcon, *MIXTURES, *HYBRIDS]

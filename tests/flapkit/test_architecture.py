@@ -139,12 +139,12 @@ def test_layers_that_share_a_tensor():
     [
         (T5Config(), "'t5' are encoder-decoders"),
         (ViTConfig(), "'vit' are no causal language models"),
-        (MambaConfig(), "no adapter supports models of type 'mamba'"),
+        (MambaConfig(), "'mamba' are declared by no plugin"),
     ],
 )
 def test_what_is_refused_by_name(config, says):
     with pytest.raises(ModelError, match=says):
-        Registry.load().adapter_for(config)
+        Registry.load().adapter_for(config).sites(config)
 
 
 def test_query_heads_keep_the_same_number(probe):

@@ -216,14 +216,18 @@ def test_a_metric_of_ones_own(command, home):
     assert json.loads((home / "out" / "flapkit.json").read_text())["metric"]["name"] == "mine"
 
 
-def test_an_architecture_without_adapter(command, home):
-    from transformers import StableLmConfig
+def test_an_architecture_that_nobody_declared(command, home):
+    from transformers import MambaConfig, StableLmConfig
 
     StableLmConfig().save_pretrained(home / "stablelm")
-    code, _, err = command("check", write(home, model={"path": "./stablelm"}))
+    code, _, err = command("check", write(home, model={"path": "./stablelm"}, adapter="auto"))
+    assert code == 2, "the bundled text's tokenizer is not there"
+    assert "tokenizer" in err
+    MambaConfig().save_pretrained(home / "mamba")
+    code, _, err = command("check", write(home, model={"path": "./mamba"}))
     assert code == 2
-    assert "no adapter supports models of type 'stablelm'" in err
-    assert "flapkit.architecture.Family" in err
+    assert "models of type 'mamba' are declared by no plugin" in err
+    assert "this is no transformer" in err
 
 
 def test_an_adapter_that_does_not_fit(command, home):

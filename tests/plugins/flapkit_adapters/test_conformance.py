@@ -10,7 +10,7 @@ from flapkit.registry import Registry
 from flapkit.testing import check_adapter, conformance
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
-NAMES = [name for name in Registry.load().names("adapter") if name != "vicuna"]
+NAMES = [name for name in Registry.load().names("adapter") if name not in ("auto", "vicuna")]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from flapkit.proof import prove
 from flapkit.registry import Registry
 from flapkit.tiny import tiny_config, tiny_model
 
-FAMILIES = {name: {} for name in Registry.load().names("adapter") if name not in ("vicuna", "falcon")} | {
+FAMILIES = {name: {} for name in Registry.load().names("adapter") if name not in ("auto", "vicuna", "falcon")} | {
     "llama with a key/value head": {"num_key_value_heads": 1},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "cohere with norms": {"use_qk_norm": True},
