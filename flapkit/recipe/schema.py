@@ -248,7 +248,7 @@ class Recipe(Section):
     """A whole run: what is pruned, by what, on which text, and how far."""
 
     model: Model = Field(description="The model to prune.")
-    adapter: ComponentSpec = Field(
+    adapter: ComponentSpec | None = Field(
         default=ComponentSpec(name="auto"),
         description="Architecture adapter; auto finds the one that declares the model's type, or derives one.",
     )

@@ -88,7 +88,8 @@ def test_the_smallest_recipe(tmp_path: Path) -> None:
     loaded = load(tmp_path, GOOD)
     assert loaded.path == tmp_path / "r.yaml"
     assert (loaded.metric.name, loaded.searcher.name, loaded.compensators[0].name) == ("wifv", "al_am", "bias")
-    assert loaded.adapter is None
+    assert loaded.adapter is not None
+    assert loaded.adapter.name == "auto"
     assert loaded.recipe.calibration.samples == 1024
     assert loaded.recipe.budget.of == "blocks"
     assert loaded.recipe.evaluate.perplexity == ()
