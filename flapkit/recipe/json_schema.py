@@ -56,9 +56,9 @@ def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> 
     """Describe a component's key: a name, or a section with that component's options, or a list where it may be one."""
     branches: list[dict[str, Any]] = [{"enum": sorted(references)}]
     branches += [{"$ref": f"#/$defs/{reference}"} for reference in references.values()]
-    field = Recipe.model_fields[KEYS[kind]]
-    default = field.default
-    if type(None) in get_args(field.annotation):
+    declared = Recipe.model_fields[KEYS[kind]]
+    default = declared.default
+    if type(None) in get_args(declared.annotation):
         branches.append({"type": "null"})
     if kind in SEVERAL:
         branches.append({"type": "array", "items": {"oneOf": list(branches)}})
