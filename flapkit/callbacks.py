@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -411,25 +410,6 @@ def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: boo
             ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, every_n_epochs=1, enable_version_counter=False)
         )
     return callbacks
-
-
-def build_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
-    """Build Lightning's loggers, which write into ``folder/logs/version_0``, or the next that is free.
-
-    Raises:
-        RecipeError: a logger's package is not installed.
-    """
-    loggers: list[Logger] = []
-    version = len(list((folder / "logs").glob("version_*")))
-    for name in names:
-        if name == "csv":
-            loggers.append(CSVLogger(folder, name="logs", version=version))
-        else:
-            try:
-                loggers.append(TensorBoardLogger(folder, name="logs", version=version))
-            except ModuleNotFoundError as error:
-                raise RecipeError(f'trainer.logger: {name} is not installed; pip install "flapkit[{name}]"') from error
-    return loggers
 
 
 def not_finite(step: int) -> RunError:

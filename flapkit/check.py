@@ -14,6 +14,7 @@ from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.evaluation.batch_size import CPU_TOKENS
 from flapkit.interfaces import recovery_of
+from flapkit.loggers import check_loggers
 from flapkit.passes import count_passes, peak_memory, size_of
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import find_plan
@@ -67,6 +68,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
         source_of(text).check()
     if asked.evaluate.zero_shot is not None:
         check_tasks(asked.evaluate.zero_shot)
+    check_loggers(asked.trainer.logger)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     empty = empty_model(target.config)
     params = empty.num_parameters()

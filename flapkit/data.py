@@ -24,6 +24,11 @@ HELD_OUT_ONE_IN = 4
 """Of the calibration windows one in so many is held out, to judge what was fitted on the others."""
 
 
+def held_out(windows: int) -> Tensor:
+    """Tell which of so many calibration windows are held out, bool [windows]: the last of each four."""
+    return torch.arange(windows) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
+
+
 class WindowRows(Dataset[Row]):
     """Windows as a dataset of mappings, each a row of its tensors.
 
@@ -47,6 +52,7 @@ class _CalibrationRows(Dataset[Row]):
 
     def __init__(self, rows: Dataset[Row]) -> None:
         self._rows = rows
+        self._held_out = held_out(_count(rows))
 
     def __len__(self) -> int:
         return _count(self._rows)
@@ -55,7 +61,7 @@ class _CalibrationRows(Dataset[Row]):
         row = self._rows[index]
         if not isinstance(row, Mapping):
             return row
-        return {**row, "held_out": torch.tensor(index % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1)}
+        return {**row, "held_out": self._held_out[index]}
 
 
 class PruningData(LightningDataModule):

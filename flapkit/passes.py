@@ -11,7 +11,16 @@ from flapkit.calibration import Statistics, needed_statistics
 from flapkit.errors import RecipeError
 from flapkit.interfaces import Correction, TrialSearcher, corrector_of
 from flapkit.plan import Budget
-from flapkit.pruning import Method, Pruned, carry_out_, find_corrections, find_plan, notes_of, score_sites
+from flapkit.pruning import (
+    Method,
+    Pruned,
+    carry_out_,
+    expect_errors,
+    find_corrections,
+    find_plan,
+    notes_of,
+    score_sites,
+)
 from flapkit.sequence import GatherBehind, correct_in_sequence
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
@@ -59,14 +68,17 @@ def prune_in_passes_(
         scores |= score_sites(model, part, gather(part, needed), method.metric)
     plan = find_plan(sites, scores, method.searcher, budget)
     corrections: dict[str, Correction] = {}
+    expected: dict[str, float | None] = {}
     if gather_behind is not None:
         corrections = correct_in_sequence(model, sites, gather_behind, method.compensators, plan)
     else:
         needed = needed_statistics(method.compensators)
         for part in split_by_memory([site for site in sites if plan.removed_units(site)], needed, memory):
-            corrections |= find_corrections(model, part, gather(part, needed), method.compensators, plan)
+            statistics = gather(part, needed)
+            corrections |= find_corrections(model, part, statistics, method.compensators, plan)
+            expected |= expect_errors(model, part, statistics, plan, corrections)
     carry_out_(model, sites, plan, corrections)
-    return Pruned(scores, plan, notes_of(corrections))
+    return Pruned(scores, plan, notes_of(corrections), expected)
 
 
 def count_passes(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:

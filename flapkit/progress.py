@@ -120,3 +120,12 @@ class Progress:
             raise
         self.seconds[name] = round(self.seconds.get(name, 0.0) + stage.seconds, 3)
         stage.tell("finished")
+
+
+def duration(seconds: float) -> str:
+    """Write a time as a person says it: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from flapkit.calibration import Batch, Statistics, needed_statistics
 from flapkit.checkpoint.families import describe_
 from flapkit.errors import CalibrationError, InputError, PluginError
+from flapkit.evaluation.site_errors import predict_squared_error
 from flapkit.interfaces import (
     Compensator,
     Correction,
@@ -30,6 +31,9 @@ from flapkit.surgery import share, slice_, weight_of
 from flapkit.trials import held_out_windows, perplexity_of
 
 log = logging.getLogger(__name__)
+
+FEW_TOKENS = 128
+"""An expert that calibration routed fewer tokens to is named in a warning."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,14 @@ class Pruned:
         scores: site name -> scores [units, k], float64 on the CPU; empty where the searcher uses none.
         plan: the plan that was carried out.
         notes: site name -> what the compensator has to say about it.
+        expected: site name -> squared error of the consumer's output per token that the statistics predict; None
+            where they do not allow it.
     """
 
     scores: Mapping[str, Tensor]
     plan: PruningPlan
     notes: Mapping[str, str] = field(default_factory=dict)
+    expected: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def prune_sites_(
@@ -104,8 +111,9 @@ def prune_sites_(
         objective = _objective(model, sites, corrections_of, held_out_windows(batches))
     plan = find_plan(sites, scores, method.searcher, budget, objective)
     corrections = corrections_of(model, plan)
+    expected = expect_errors(model, sites, statistics, plan, corrections)
     carry_out_(model, sites, plan, corrections)
-    return Pruned(scores, plan, notes_of(corrections))
+    return Pruned(scores, plan, notes_of(corrections), expected)
 
 
 def notes_of(corrections: Mapping[str, Correction]) -> dict[str, str]:
@@ -127,10 +135,6 @@ def _objective(
         return perplexity_of(tried, text)
 
     return objective
-
-
-FEW_TOKENS = 128
-"""An expert that calibration routed fewer tokens to is named in a warning."""
 
 
 @torch.no_grad()
@@ -287,6 +291,31 @@ def find_corrections(
         narrow = None if correction.weight is None else correction.weight.to(weight.dtype)
         corrections[site.name] = replace(correction, weight=narrow)
     return corrections
+
+
+def expect_errors(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    plan: PruningPlan,
+    corrections: Mapping[str, Correction],
+) -> dict[str, float | None]:
+    """Predict what a plan and its corrections will do to the output of every site that loses units.
+
+    Returns:
+        Site name -> squared error per token, or None where the statistics do not allow it.
+    """
+    return {
+        site.name: predict_squared_error(
+            site,
+            statistics[site.name],
+            weight_of(model, site),
+            plan.keep[site.name],
+            corrections.get(site.name, Correction()),
+        )
+        for site in sites
+        if len(plan.keep[site.name]) < site.units
+    }
 
 
 def carry_out_(

@@ -25,6 +25,9 @@ from flapkit.plan import PruningPlan
 from flapkit.progress import Progress
 from flapkit.recipe import LoadedRecipe, dump_recipe
 from flapkit.recovery import Recovery
+from flapkit.report.document import PAGE, RECORD, RunDocument
+from flapkit.report.page import render_run
+from flapkit.report.record import ReportRecord
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_, windows_per_step
@@ -98,10 +101,10 @@ class RecoveryRecord:
     warnings: Sequence[str]
     exports: Mapping[str, str] = field(default_factory=dict)
 
-    def result_json(self) -> str:
-        """Write what was measured as JSON."""
+    def result(self) -> dict[str, Any]:
+        """Gather what was measured, for ``result.json``."""
         names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
-        return json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n"
+        return {name: getattr(self, name) for name in names}
 
 
 def recover(
@@ -296,12 +299,18 @@ def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path) -> d
     """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
     carried = _json(checkpoint / MARK).get("files", [])
     logs = work_folder(record.output)
-    return {
+    files: dict[str, bytes | str] = {
         **{name: (checkpoint / name).read_bytes() for name in carried if (checkpoint / name).is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
-        RESULT: record.result_json(),
+        RESULT: json.dumps(record.result(), indent=2) + "\n",
         RECIPE: dump_recipe(prepared.recipe),
     }
+    if RECORD in files:
+        noted = ReportRecord.from_json((checkpoint / RECORD).read_text(encoding="utf-8"), str(checkpoint / RECORD))
+        made = _metadata(record, prepared.recipe, checkpoint)
+        document = RunDocument(record.output.name, noted, record.result(), dump_recipe(prepared.recipe), made)
+        files[PAGE] = render_run(document)
+    return files
 
 
 def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint, work_folder
 from flapkit.rounding import warn_of_odd
 from flapkit.stages.calibrate import calibrate_and_prune_
+from flapkit.stages.log import RunLog, open_log
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
+from flapkit.stages.report import compare_pruned, pair_samples, sample, trace_dense
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
 from flapkit.stages.target import find_target
 from flapkit.stages.text import read_text
@@ -52,15 +54,15 @@ def run(
     """
     output, progress = Path(recipe.recipe.output).expanduser(), progress or Progress()
     check_output(output, overwrite=overwrite)
-    with noted_warnings() as warnings:
+    with noted_warnings() as warnings, open_log(recipe.recipe.trainer.logger, recipe.recipe) as journal:
         if recovery_of(recipe.compensators) is None:
-            return _prune(recipe, progress, cache, warnings, overwrite=overwrite)
+            return _prune(recipe, progress, cache, warnings, journal, overwrite=overwrite)
         prepared = prepare(recipe, progress)
         first = _without_recovery(recipe, work_folder(output) / "pruned")
         if _wrote(first):
             log.info("going on from the pruned model in %s", first.recipe.output)
         else:
-            _prune(first, progress, cache, warnings, overwrite=True)
+            _prune(first, progress, cache, warnings, journal, overwrite=True)
         return recover_checkpoint(Path(first.recipe.output), prepared, warnings, overwrite=overwrite)
 
 
@@ -87,7 +89,13 @@ def _wrote(recipe: LoadedRecipe) -> bool:
 
 
 def _prune(
-    recipe: LoadedRecipe, progress: Progress, cache: Path | None, warnings: Sequence[str], *, overwrite: bool
+    recipe: LoadedRecipe,
+    progress: Progress,
+    cache: Path | None,
+    warnings: Sequence[str],
+    journal: RunLog,
+    *,
+    overwrite: bool,
 ) -> RunRecord:
     asked = recipe.recipe
     loops = Loops.of(asked.trainer, progress)
@@ -102,13 +110,21 @@ def _prune(
         dense_params = model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params, asked.budget.multiple_of)
     before = evaluate(model, text.evaluations, loops, "evaluate dense")
+    journal.perplexity("dense", before)
     answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
+    written = sample(model, tokenizer, asked.evaluate.samples, loops, "sample dense")
+    trace = trace_dense(model, target.sites, text, asked.report, loops)
     # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
     cache = cache if asked.trainer.num_nodes == 1 else None
     statistics, pruned = calibrate_and_prune_(model, target.sites, recipe, budget, text, loops, cache)
     warn_of_odd(target.sites, pruned.plan)
+    journal.structure(target.sites, pruned.plan)
+    errors = compare_pruned(model, trace, pruned, loops)
+    journal.errors(target.sites, errors)
     after = evaluate(model, text.evaluations, loops, "evaluate pruned")
+    journal.perplexity("pruned", after)
     pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
+    rewritten = sample(model, tokenizer, asked.evaluate.samples, loops, "sample pruned")
     record = RunRecord(
         recipe,
         target,
@@ -122,11 +138,15 @@ def _prune(
         progress.seconds,
         warnings,
         zero_shot=side_by_side(answers, pruned_answers),
+        errors=errors,
+        error_tokens=trace.tokens if trace else 0,
+        samples=pair_samples(asked.evaluate.samples, written, rewritten),
     )
     if not is_first():
         return record
+    journal.totals(record.params, record.seconds)
     with progress.stage("save"):
-        save_run(record, model, overwrite=overwrite)
+        save_run(record, model, journal.files(), overwrite=overwrite)
     if not recipe.exporters:
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:

@@ -62,6 +62,14 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     return weight[site.expert] if site.dim == 2 else weight[site.expert].T
 
 
+def bias_of(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the bias of a site's consumer, [out_features], if it has one."""
+    if not _has(model, site.bias):
+        return None
+    bias = model.get_parameter(site.bias)
+    return bias if site.expert is None else bias[site.expert]
+
+
 def share(model: M, sites: Sequence[Site], own: Sequence[str] = ()) -> M:
     """Copy a model but for its weights: slicing the copy leaves the original as it is, and takes little memory.
 

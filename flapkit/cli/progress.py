@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import IO, Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRema
 from rich.progress import Progress as RichProgress
 
 from flapkit.cli.app import exit_code_of
-from flapkit.progress import Event, Listener
+from flapkit.progress import Event, Listener, duration
 from flapkit.ranks import is_first
 
 PLAIN_SECONDS = 10.0
@@ -87,7 +88,7 @@ class PlainLines:
         elif event.kind == "finished":
             self._write(_finished(event))
         elif event.kind == "progress" and self._limit.allows(event.stage):
-            left = "" if event.seconds_left is None else f", about {_duration(event.seconds_left)} left"
+            left = "" if event.seconds_left is None else f", about {duration(event.seconds_left)} left"
             self._write(f"{event.stage}: {_amount(event)}{left}")
 
     def _write(self, line: str) -> None:
@@ -128,6 +129,19 @@ class JsonLines:
         self.write("error", kind=type(error).__name__, message=str(error) or "stopped", exit_code=exit_code_of(error))
 
 
+@contextmanager
+def json_lines(stream: IO[str]) -> Iterator[JsonLines]:
+    """Write JSON lines alone to a stream while a command works, and what ends it as the last of them."""
+    lines = JsonLines(stream)
+    try:
+        # What a library prints must not stand between the lines.
+        with redirect_stdout(sys.stderr):
+            yield lines
+    except BaseException as error:
+        lines.error(error)
+        raise
+
+
 class _Limit:
     """Lets something through once in so many seconds, by name."""
 
@@ -155,15 +169,7 @@ def _amount(event: Event) -> str:
 
 def _finished(event: Event) -> str:
     work = "" if event.total is None else f"{event.total:,} {event.unit}".rstrip() + " in "
-    return f"{event.stage}: {work}{_duration(event.seconds)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{event.stage}: {work}{duration(event.seconds)}"
 
 
 def _finite(value: Any) -> Any:

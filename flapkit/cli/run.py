@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flapkit.cli.app import app
 from flapkit.cli.options import NoCache, Overrides, Overwrite, RecipeArgument
-from flapkit.cli.output import print_result, set_logging
-from flapkit.cli.progress import progress_listener
+from flapkit.cli.output import print_, print_result, set_logging
+from flapkit.cli.progress import json_lines, progress_listener
+from flapkit.progress import Listener
+
+if TYPE_CHECKING:
+    from flapkit.recover import RecoveryRecord
+    from flapkit.stages.save import RunRecord
 
 
 @app.command()
@@ -20,6 +26,7 @@ def run(
     no_cache: NoCache = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one a line.")] = False,
 ) -> None:
     """Prune a model as a recipe says."""
     from flapkit.cache import cache_folder
@@ -27,9 +34,20 @@ def run(
     from flapkit.recipe import find_recipe, load_recipe
     from flapkit.run import run as run_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides or [])
-    set_logging(quiet=quiet, verbose=verbose)
-    progress = Progress(progress_listener(quiet=quiet))
-    result = run_recipe(loaded, overwrite=overwrite, progress=progress, cache=None if no_cache else cache_folder())
+    def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
+        loaded = load_recipe(find_recipe(recipe), overrides or [])
+        set_logging(quiet=quiet, verbose=verbose)
+        cache = None if no_cache else cache_folder()
+        return loaded.recipe.model.path, run_recipe(
+            loaded, overwrite=overwrite, progress=Progress(listener), cache=cache
+        )
+
+    if as_json:
+        with json_lines(sys.stdout) as lines:
+            _, record = work(lines)
+            lines.write("result", output=record.output, **record.result())
+        return
+    model, record = work(progress_listener(quiet=quiet))
     if not quiet:
-        print_result(loaded.recipe.model.path, result)
+        print_result(model, record)
+        print_(f"report: {record.output / 'report.html'}")

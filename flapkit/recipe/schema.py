@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from flapkit.plan import BudgetBase
 
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 LARGEST_SEED = 2**32 - 1
 
 KEYS: Mapping[str, str] = {
@@ -194,11 +195,38 @@ class BudgetSection(Section):
     )
 
 
+class Samples(Section):
+    """Prompts that the model continues, before and after pruning."""
+
+    prompts: tuple[str, ...] = Field(min_length=1, description="Plain text to continue.")
+    tokens: int = Field(default=64, ge=1, description="Tokens to write, fewer where the model ends its text itself.")
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        description="0 for the likeliest token each time, else what the logits are divided by before one is drawn.",
+    )
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
+
+
 class Evaluate(Section):
     """What is measured before and after pruning."""
 
     perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure the perplexity of.")
     zero_shot: ZeroShot | None = Field(default=None, description="Zero-shot tasks; none if not given.")
+    samples: Samples | None = Field(default=None, description="Text that both models write, to read side by side.")
+
+
+class ReportSection(Section):
+    """What the run's report takes beside what is measured anyway."""
+
+    error_windows: int = Field(
+        default=8,
+        ge=0,
+        description="Held-out calibration windows on which the error of every site is measured; 0 to leave it out.",
+    )
+    figures: tuple[Literal["png", "svg"], ...] = Field(
+        default=(), description="Forms in which the report's figures are also written, each into the folder `figures`."
+    )
 
 
 def _as_list(value: Any) -> tuple[Any, ...]:
@@ -209,8 +237,6 @@ Components = Annotated[
     tuple[ComponentSpec, ...], BeforeValidator(_as_list, json_schema_input_type=ComponentSpec | list[ComponentSpec])
 ]
 """One component, or a list, which may be empty."""
-
-Logger = Literal["csv", "tensorboard"]
 
 
 class TrainerSection(Section):
@@ -239,8 +265,14 @@ class TrainerSection(Section):
     gradient_clip_val: float | None = Field(
         default=1.0, gt=0, description="In training: largest norm of the gradients; `null` does not clip."
     )
-    logger: Annotated[tuple[Logger, ...], BeforeValidator(_as_list, json_schema_input_type=Logger | list[Logger])] = (
-        Field(default=("csv",), description="In training: Lightning's loggers, `csv` and `tensorboard`; `[]` for none.")
+    logger: Annotated[
+        tuple[LoggerName, ...],
+        BeforeValidator(_as_list, json_schema_input_type=LoggerName | list[LoggerName]),
+    ] = Field(
+        default=("csv",),
+        description="Where the figures of every stage and of a training are logged, a name or a list, `[]` for "
+        "nowhere. `csv` and `tensorboard` write into the output's folder `logs`; `wandb` and `mlflow` need their "
+        "package.",
     )
 
 
@@ -266,6 +298,7 @@ class Recipe(Section):
     )
     budget: BudgetSection = Field(description="How much to remove.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
+    report: ReportSection = Field(default=ReportSection(), description="What the run's report takes.")
     trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
     export: Components = Field(
         default=(),

@@ -3,6 +3,8 @@
 - ``target``: the model's sites, from its configuration alone.
 - ``text``: all text, as tokens.
 - ``loops``: calibration and evaluation, which run the model under Lightning.
+- ``report``: the error of each site, and samples of text.
+- ``log``: what the loggers are told.
 - ``noted``: the warnings meanwhile.
 - ``save``: the record of a run, and the output folder that is written from it.
 

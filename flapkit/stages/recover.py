@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flapkit.callbacks import LAST, Advance, Recover, build_loggers, recovery_callbacks
+from flapkit.callbacks import LAST, Advance, Recover, recovery_callbacks
 from flapkit.conversations import renderer
 from flapkit.data import RecoveryData
 from flapkit.errors import DataError
+from flapkit.loggers import build_loggers
 from flapkit.module import CausalLM, Optimization
+from flapkit.recipe import LoggerName
 from flapkit.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training, hold_out
 from flapkit.sites import Site
 from flapkit.stages.loops import Loops, quietly
@@ -83,7 +85,7 @@ class Workplace:
 
     folder: Path
     identity: str
-    loggers: Sequence[str] = ()
+    loggers: Sequence[LoggerName] = ()
 
     @property
     def checkpoint(self) -> Path:

@@ -13,10 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flapkit.calibration import Statistics
 from flapkit.checkpoint import save
 from flapkit.derive import Auto
+from flapkit.evaluation.site_errors import SiteError
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned
 from flapkit.recipe import LoadedRecipe, dump_recipe
-from flapkit.report.structure import draw_structure
+from flapkit.report.document import PAGE, RECORD, RunDocument
+from flapkit.report.figures import draw_figures, draw_structure
+from flapkit.report.page import render_run
+from flapkit.report.record import SampleRecord, make_record
 from flapkit.stages.loops import Measured
 from flapkit.stages.target import Target
 from flapkit.stages.text import RunText
@@ -43,6 +47,9 @@ class RunRecord:
         warnings: what flapkit warned of.
         exports: name of the file or folder below ``exports`` -> what agreed to what.
         zero_shot: task -> what was asked, and the scores of both models, as in ``result.json``.
+        errors: site name -> how far its consumer's output moved.
+        error_tokens: held-out calibration tokens that the errors were measured on.
+        samples: text that both models wrote.
     """
 
     recipe: LoadedRecipe
@@ -58,6 +65,9 @@ class RunRecord:
     warnings: Sequence[str]
     exports: Mapping[str, str] = field(default_factory=dict)
     zero_shot: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, SiteError] = field(default_factory=dict)
+    error_tokens: int = 0
+    samples: Sequence[SampleRecord] = ()
 
     @property
     def output(self) -> Path:
@@ -69,16 +79,15 @@ class RunRecord:
         """The plan that was carried out."""
         return self.pruned.plan
 
-    def result_json(self) -> str:
-        """Write what was measured as JSON."""
-        data = {
+    def result(self) -> dict[str, Any]:
+        """Gather what was measured, for ``result.json``."""
+        return {
             "params": dict(self.params),
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
             "seconds": dict(self.seconds),
             "warnings": list(self.warnings),
         }
-        return json.dumps(data, indent=2) + "\n"
 
     def metadata(self) -> dict[str, Any]:
         """Say what made the model, for ``flapkit.json``."""
@@ -140,24 +149,54 @@ def add_text_beside(known: Mapping[str, Any], model: str, measured: Measured) ->
     return {**known, model: added[model], **figures}
 
 
-def save_run(record: RunRecord, model: PreTrainedModel, *, overwrite: bool = False) -> None:
+def save_run(
+    record: RunRecord,
+    model: PreTrainedModel,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write the output folder of a run: the checkpoint, and the files that say what made it.
+
+    Args:
+        record: what was done.
+        model: the pruned model.
+        files: more files, by their path in the folder.
+        overwrite: replace a folder that flapkit wrote.
 
     Raises:
         OutputError: the folder exists, or cannot be written.
     """
-    asked = record.recipe.recipe
-    title = f"{asked.model.path}: {asked.budget.ratio:.0%} of {asked.budget.of} by {asked.metric.name}"
     save(
         model.cpu(),
         record.output,
         record.plan,
         tokenizer=record.tokenizer,
         metadata=record.metadata(),
-        files={
-            "result.json": record.result_json(),
-            "recipe.yaml": dump_recipe(record.recipe),
-            "structure.png": draw_structure(record.target.sites, record.plan, title),
-        },
+        files={**run_files(record), **(files or {})},
         overwrite=overwrite,
     )
+
+
+def run_files(record: RunRecord) -> dict[str, str | bytes]:
+    """Write what stands beside the checkpoint: what was asked, what was measured, and the report of it."""
+    noted = make_record(
+        record.recipe.recipe.model.path,
+        record.target.sites,
+        record.pruned.scores,
+        record.plan,
+        record.budget,
+        errors=record.errors,
+        error_tokens=record.error_tokens,
+        samples=record.samples,
+    )
+    document = RunDocument(record.output.name, noted, record.result(), dump_recipe(record.recipe), record.metadata())
+    forms = record.recipe.recipe.report.figures
+    return {
+        "result.json": json.dumps(document.result, indent=2) + "\n",
+        "recipe.yaml": document.recipe,
+        RECORD: noted.to_json(),
+        PAGE: render_run(document),
+        "structure.png": draw_structure(document),
+        **{f"figures/{name}": content for name, content in draw_figures([document], forms).items()},
+    }

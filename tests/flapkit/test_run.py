@@ -13,6 +13,7 @@ from flapkit.data import PruningData
 from flapkit.module import CausalLM
 from flapkit.plan import Budget
 from flapkit.recipe import load_recipe
+from flapkit.report import RunDocument, draw_figures, render_run
 from flapkit.run import run
 
 RECIPE = {
@@ -58,7 +59,36 @@ def test_the_record_holds_what_reports_need(recipe, caplog):
     assert measured["overlap"] == {"ngram": 16, "tokens": 4 * 31, "share": 1.0}
     assert "100.0 % of its scored tokens" in record.warnings[0]
     assert json.loads((record.output / "result.json").read_text())["perplexity"] == record.perplexity
-    assert list(record.seconds) == ["text", "load", "evaluate dense", "calibrate", "prune", "evaluate pruned", "save"]
+    assert list(record.seconds) == [
+        "text",
+        "load",
+        "evaluate dense",
+        "trace dense",
+        "calibrate",
+        "prune",
+        "site errors",
+        "evaluate pruned",
+        "save",
+    ]
+    assert set(record.errors) == set(record.pruned.expected)
+    assert record.error_tokens == 2 * 32
+
+
+def test_the_report_is_drawn_again_as_it_was(recipe, tmp_path):
+    # No perplexity: evaluate is set as a whole.
+    samples = "evaluate.samples={prompts: [def, import], tokens: 4}"
+    run(load_recipe(tmp_path / "recipe.yaml", [samples, "report.figures=[svg]"]))
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    document = RunDocument.of_folder(tmp_path / "out")
+    assert render_run(document) == written
+    assert [sample.prompt for sample in document.record.samples] == ["def", "import"]
+    figures = draw_figures([document], ["svg"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "figures").iterdir()} == figures
+
+
+def test_errors_are_not_measured_where_nobody_asks(recipe, tmp_path):
+    record = run(load_recipe(tmp_path / "recipe.yaml", ["report.error_windows=0"]))
+    assert (record.errors, record.error_tokens, "trace dense" in record.seconds) == ({}, 0, False)
 
 
 def test_what_needs_no_statistics_is_not_calibrated(recipe, tmp_path, monkeypatch):

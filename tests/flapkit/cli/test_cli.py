@@ -72,7 +72,15 @@ def test_run_then_show(command, home):
     code, out, err = command("run", write(home))
     assert (code, "block parameters" in out) == (0, True), err
     files = {path.name for path in (home / "out").iterdir()}
-    assert {"model.safetensors", "plan.json", "result.json", "recipe.yaml", "flapkit.json", "structure.png"} <= files
+    assert {
+        "model.safetensors",
+        "plan.json",
+        "result.json",
+        "recipe.yaml",
+        "flapkit.json",
+        "structure.png",
+        "report.html",
+    } <= files
     result = json.loads((home / "out" / "result.json").read_text())
     assert result["params"]["dense"] - result["params"]["removed"] <= result["params"]["pruned"]
     assert set(result["seconds"]) >= {"load", "calibrate", "prune", "evaluate dense", "evaluate pruned"}

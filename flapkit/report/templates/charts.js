@@ -1,0 +1,296 @@
+"use strict";
+// Draws the figures of a report from the JSON in the page. Colours are the page's own, so that light and dark need no
+// second drawing. Every value can be reached by hovering, by touch, and with the arrow keys.
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const said = document.getElementById("said");
+  const of = (rows, kind) => (rows || []).filter((row) => row.kind === kind);
+  const percent = (value) => (value === null ? "–" : `${value.toFixed(1)} %`);
+  const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+  const colour = (run) => `var(--run${figures.runs.indexOf(run) % 8})`;
+  const dash = (run) => (figures.runs.indexOf(run) < 8 ? null : "4 3");
+  const shortNumber = (value) =>
+    value >= 1e9 ? `${value / 1e9} B` : value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
+
+  // Layers to write on an axis that has room for so many labels.
+  function ticks(layers, room) {
+    const all = [...new Set(layers)].sort((a, b) => a - b);
+    const step = Math.ceil(all.length / Math.max(2, room));
+    return all.filter((layer, index) => index % step === 0);
+  }
+
+  const base = (box) => ({
+    width: box.clientWidth,
+    height: box.clientHeight,
+    marginLeft: 40,
+    marginRight: 8,
+    marginTop: 26,
+    marginBottom: 44,
+    style: { background: "none", overflow: "visible" },
+  });
+  const layerAxis = (rows, width) => ({
+    label: "layer",
+    labelArrow: "none",
+    labelAnchor: "center",
+    tickSize: 0,
+    ticks: ticks(rows.map((row) => row.layer), width / 26),
+    tickFormat: String,
+  });
+
+  // A logarithmic axis has 1, 2 and 5 of each power of ten where there is room, else the powers alone.
+  function scoreTicks(scale, low, high, width) {
+    if (scale !== "log") return { ticks: 5 };
+    const powers = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) powers.push(power);
+    const all = (leading) => powers.flatMap((power) => leading.map((digit) => Number(`${digit}e${power}`))).filter((value) => value >= low && value <= high);
+    const room = width / 62;
+    const chosen = [[1, 2, 5], [1, 3], [1]].map(all).find((values) => values.length <= room) || all([1]).filter((value, index) => index % 2 === 0);
+    return { ticks: chosen.length > 1 ? chosen : all([1, 2, 5]), tickFormat: (value) => (value >= 1e-3 && value < 1e4 ? `${value}` : value.toExponential(0).replace("e+", "e")) };
+  }
+
+  const domain = (rows) => [...new Set(rows.map((row) => row.layer))].sort((a, b) => a - b);
+
+  // A tip, and the places that the arrow keys go to.
+  function tipped(rows, x, y, title, options = {}) {
+    const pointer = options.pointer || Plot.pointerX;
+    return Plot.tip(rows, pointer({ x, y, title, fill: "var(--card)", stroke: "var(--line)", textPadding: 10, lineHeight: 1.35, maxRadius: 80, ...options.channels }));
+  }
+
+  const charts = {
+    structure(box) {
+      if (figures.runs) return charts.structureOfRuns(box);
+      const rows = of(figures.structure, box.dataset.kind);
+      const title = (row) => `layer ${row.layer}\n${row.kept.toLocaleString("en")} of ${row.units.toLocaleString("en")} kept\n${percent(row.share)}`;
+      const room = (box.clientWidth - 48) / rows.length;
+      return {
+        rows, title,
+        plot: Plot.plot({
+          ...base(box),
+          x: { type: "band", domain: domain(rows), padding: rows.length > 40 ? 0.12 : 0.22, ...layerAxis(rows, box.clientWidth) },
+          y: { domain: [0, 100], ticks: [0, 25, 50, 75, 100], tickSize: 0, label: "% kept", labelArrow: "none", nice: false },
+          marks: [
+            Plot.barY(rows, { x: "layer", y1: 0, y2: 100, fill: "var(--removed)", rx: 3 }),
+            Plot.barY(rows, { x: "layer", y1: 0, y2: "share", fill: "var(--kept)", rx: 3 }),
+            room > 30
+              ? Plot.text(rows, { x: "layer", y: (row) => Math.max(row.share, 14), text: (row) => `${row.kept}`, dy: 12, fill: "var(--card)", fontWeight: 600, fontSize: 12 })
+              : null,
+            tipped(rows, "layer", "share", title),
+          ],
+        }),
+      };
+    },
+
+    structureOfRuns(box) {
+      const rows = of(figures.structure, box.dataset.kind);
+      const title = (row) => `${row.run}\nlayer ${row.layer}: ${row.kept.toLocaleString("en")} of ${row.units.toLocaleString("en")} kept\n${percent(row.share)}`;
+      return lines(box, rows, "share", title, { domain: [0, 100], label: "% kept" });
+    },
+
+    scores(box) {
+      const { scale, edges, bars, thresholds } = figures.scores[box.dataset.kind];
+      const layers = domain(bars);
+      const rows = bars.map((bar) => ({
+        ...bar, from: edges[bar.bin], to: edges[bar.bin + 1], low: bar.removed / bar.most, high: (bar.removed + bar.kept) / bar.most,
+        middle: scale === "log" ? Math.sqrt(edges[bar.bin] * edges[bar.bin + 1]) : (edges[bar.bin] + edges[bar.bin + 1]) / 2,
+      }));
+      const threshold = new Map(thresholds.map((each) => [each.layer, each.value]));
+      const say = (value) => value.toPrecision(3);
+      const title = (row) =>
+        `layer ${row.layer}, scores ${say(row.from)} to ${say(row.to)}\n${row.kept} kept, ${row.removed} removed` +
+        (threshold.has(row.layer) ? `\nthreshold ${say(threshold.get(row.layer))}` : "");
+      const labelled = new Set(ticks(layers, (box.clientHeight - 50) / 16));
+      const lines = thresholds.map((each) => ({ ...each, at: Math.min(Math.max(each.value, edges[0]), edges[edges.length - 1]) }));
+      return {
+        rows, title, fy: true,
+        plot: Plot.plot({
+          ...base(box),
+          marginLeft: 34,
+          marginTop: 4,
+          x: { type: scale, domain: [edges[0], edges[edges.length - 1]], label: "score", labelAnchor: "center", labelArrow: "none", tickSize: 0, ...scoreTicks(scale, edges[0], edges[edges.length - 1], box.clientWidth) },
+          y: { domain: [0, 1], axis: null },
+          fy: { domain: layers, label: null, padding: layers.length > 20 ? 0.12 : 0.22 },
+          marks: [
+            Plot.axisFy({ anchor: "left", label: null, tickFormat: (layer) => (labelled.has(layer) ? `${layer}` : ""), dx: 2 }),
+            Plot.ruleY([0], { stroke: "var(--line)" }),
+            Plot.rectY(rows, { fy: "layer", x1: "from", x2: "to", y1: 0, y2: "low", fill: "var(--gone)", insetLeft: 0.5, insetRight: 0.5 }),
+            Plot.rectY(rows, { fy: "layer", x1: "from", x2: "to", y1: "low", y2: "high", fill: "var(--kept)", insetLeft: 0.5, insetRight: 0.5 }),
+            Plot.ruleX(lines, { fy: "layer", x: "at", stroke: "var(--threshold)", strokeWidth: 2 }),
+            tipped(rows, "middle", "high", title, { pointer: Plot.pointer, channels: { fy: "layer", maxRadius: 40 } }),
+          ],
+        }),
+      };
+    },
+
+    errors(box) {
+      const rows = of(figures.errors, box.dataset.kind);
+      if (figures.runs) {
+        const title = (row) => `${row.run}\n${row.site}\nalone ${percent(row.alone)}, in the model ${percent(row.in_model)}`;
+        return lines(box, rows.filter((row) => row.in_model !== null), "in_model", title, { label: "% error in the model" });
+      }
+      const title = (row) => `${row.site}\npredicted ${percent(row.predicted)}\nmeasured alone ${percent(row.alone)}\nin the model ${percent(row.in_model)}`;
+      const measured = rows.filter((row) => row.in_model !== null);
+      const every = of(figures.structure, box.dataset.kind);
+      const most = Math.max(...(figures.errors || []).flatMap((row) => [row.predicted || 0, row.alone, row.in_model || 0]));
+      const size = rows.length > 40 ? 2.5 : 4;
+      return {
+        rows, title,
+        plot: Plot.plot({
+          ...base(box),
+          x: { type: "point", domain: domain(every), padding: 0.5, ...layerAxis(every, box.clientWidth) },
+          y: { domain: [0, most * 1.06], grid: true, tickSize: 0, ticks: 5, label: "% of the output", labelArrow: "none" },
+          marks: [
+            Plot.ruleY([0], { stroke: "var(--line)" }),
+            Plot.link(measured, { x: "layer", y1: "alone", y2: "in_model", stroke: "var(--removed)", strokeWidth: 2 }),
+            Plot.dot(measured, { x: "layer", y: "in_model", symbol: "diamond", r: size + 0.5, fill: "var(--in-model)" }),
+            Plot.dot(rows, { x: "layer", y: "alone", r: size, fill: "var(--alone)" }),
+            Plot.dot(rows.filter((row) => row.predicted !== null), { x: "layer", y: "predicted", r: size + 2.5, stroke: "var(--predicted)", strokeWidth: 1.5 }),
+            tipped(rows, "layer", "alone", title),
+          ],
+        }),
+      };
+    },
+
+    zero_shot(box) {
+      const whole = figures.zero_shot;
+      const sides = figures.runs
+        ? whole.flatMap((row, index) => [
+            ...(whole.findIndex((other) => other.task === row.task) === index ? [{ task: row.task, who: "dense", value: row.dense, error: row.dense_error, fill: "var(--dense)" }] : []),
+            { task: row.task, who: row.run, value: row.pruned, error: row.pruned_error, fill: colour(row.run) },
+          ])
+        : whole.flatMap((row) => [
+            { task: row.task, who: "dense", value: row.dense, error: row.dense_error, fill: "var(--dense)" },
+            { task: row.task, who: "pruned", value: row.pruned, error: row.pruned_error, fill: "var(--pruned)" },
+          ]);
+      const rows = sides.map((row) => ({ ...row, low: row.value - 1.96 * (row.error || 0), high: row.value + 1.96 * (row.error || 0) }));
+      const title = (row) => `${row.task}, ${row.who}\n${row.value.toFixed(1)} % ± ${(row.error || 0).toFixed(1)}`;
+      return {
+        rows, title, fy: "task",
+        plot: Plot.plot({
+          ...base(box),
+          marginLeft: 108,
+          marginRight: 44,
+          x: { domain: [0, Math.min(100, Math.max(...rows.map((row) => row.high)) * 1.05)], grid: true, tickSize: 0, label: "% right", labelAnchor: "center", labelArrow: "none" },
+          y: { type: "band", domain: figures.runs ? ["dense", ...figures.runs] : ["dense", "pruned"], axis: null, padding: 0.12 },
+          fy: { domain: [...new Set(rows.map((row) => row.task))], label: null, padding: 0.2 },
+          marks: [
+            Plot.axisFy({ anchor: "left", label: null, fill: "var(--ink)", fontSize: 12 }),
+            Plot.barX(rows, { fy: "task", y: "who", x1: 0, x2: "value", fill: "fill", rx: 2 }),
+            Plot.link(rows, { fy: "task", y: "who", x1: "low", x2: "high", stroke: "var(--ink)", strokeWidth: 1.5 }),
+            Plot.tickX(rows, { fy: "task", y: "who", x: "low", stroke: "var(--ink)", strokeWidth: 1.5, insetTop: 4, insetBottom: 4 }),
+            Plot.tickX(rows, { fy: "task", y: "who", x: "high", stroke: "var(--ink)", strokeWidth: 1.5, insetTop: 4, insetBottom: 4 }),
+            Plot.text(rows, { fy: "task", y: "who", x: "high", text: (row) => row.value.toFixed(1), dx: 6, textAnchor: "start", fill: "var(--muted)" }),
+            tipped(rows, "value", "who", title, { pointer: Plot.pointerY, channels: { fy: "task" } }),
+          ],
+        }),
+      };
+    },
+
+    tradeoff(box) {
+      const rows = figures.tradeoff.filter((row) => row.text === box.dataset.kind);
+      const dense = [...new Map(rows.filter((row) => row.which === "dense").map((row) => [`${row.model} ${row.params}`, row])).values()];
+      const pruned = rows.filter((row) => row.which === "pruned");
+      const title = (row) => `${row.which === "dense" ? `${row.model}, dense` : row.run}\n${row.params.toLocaleString("en")} parameters\nperplexity ${row.perplexity.toPrecision(4)}`;
+      const shown = [...dense, ...pruned];
+      const values = shown.map((row) => row.perplexity);
+      const wide = Math.max(...values) > 8 * Math.min(...values);
+      return {
+        rows: shown, title,
+        plot: Plot.plot({
+          ...base(box),
+          marginLeft: 52,
+          marginRight: 20,
+          x: { label: "parameters", labelAnchor: "center", labelArrow: "none", tickSize: 0, nice: true, ticks: Math.max(3, box.clientWidth / 110), tickFormat: shortNumber, inset: 8 },
+          y: { type: wide ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(wide ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
+          marks: [
+            Plot.dot(dense, { x: "params", y: "perplexity", r: 6, stroke: "var(--dense)", strokeWidth: 2.5 }),
+            Plot.dot(pruned, { x: "params", y: "perplexity", r: 6, fill: (row) => colour(row.run) }),
+            tipped(shown, "params", "perplexity", title, { pointer: Plot.pointer }),
+          ],
+        }),
+      };
+    },
+  };
+
+  function lines(box, rows, y, title, options) {
+    return {
+      rows, title, y,
+      plot: Plot.plot({
+        ...base(box),
+        x: { type: "point", domain: domain(rows), padding: 0.5, ...layerAxis(rows, box.clientWidth) },
+        y: { grid: true, tickSize: 0, ticks: 5, labelArrow: "none", zero: true, ...options },
+        marks: [
+          ...figures.runs.map((run) => Plot.line(rows.filter((row) => row.run === run), { x: "layer", y, stroke: colour(run), strokeWidth: 2, strokeDasharray: dash(run) })),
+          Plot.dot(rows, { x: "layer", y, r: 3.5, fill: (row) => colour(row.run) }),
+          tipped(rows, "layer", y, title, { pointer: Plot.pointer }),
+        ],
+      }),
+    };
+  }
+
+  // The arrow keys choose a value: its tip is shown as if the mouse were there, and its text is said.
+  function keys(box) {
+    box.addEventListener("keydown", (event) => {
+      const drawn = box.drawn;
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!drawn || !drawn.rows.length || !(step || event.key === "Escape")) return;
+      event.preventDefault();
+      if (!step) {
+        point(box, "pointerleave", 0, 0);
+        said.textContent = "";
+        return;
+      }
+      const last = box.at === undefined ? (step > 0 ? -1 : 0) : box.at;
+      box.at = (last + step + drawn.rows.length) % drawn.rows.length;
+      const row = drawn.rows[box.at];
+      const mark = places(drawn)[box.at];
+      if (mark) point(box, "pointermove", mark.x, mark.y);
+      said.textContent = drawn.title(row).replaceAll("\n", ", ");
+    });
+    box.addEventListener("blur", () => point(box, "pointerleave", 0, 0));
+  }
+
+  // Where each row stands, in pixels of the drawing.
+  function places({ plot, rows, fy, y }) {
+    const scale = (name) => plot.scale(name);
+    const middle = (name, value) => scale(name).apply(value) + (scale(name).bandwidth || 0) / 2;
+    return rows.map((row) => {
+      if (fy === "task") return { x: middle("x", row.value), y: scale("fy").apply(row.task) + middle("y", row.who) };
+      if (fy) return { x: middle("x", row.middle), y: scale("fy").apply(row.layer) + middle("y", row.high) };
+      if (row.params !== undefined) return { x: middle("x", row.params), y: middle("y", row.perplexity) };
+      return { x: middle("x", row.layer), y: middle("y", row[y || (row.share === undefined ? "alone" : "share")]) };
+    });
+  }
+
+  function point(box, kind, x, y) {
+    const svg = box.querySelector("svg");
+    if (!svg) return;
+    const at = svg.getBoundingClientRect();
+    const zoom = at.width / svg.viewBox.baseVal.width;
+    svg.dispatchEvent(new PointerEvent(kind, { bubbles: true, pointerType: "mouse", clientX: at.left + x * zoom, clientY: at.top + y * zoom }));
+  }
+
+  function draw(box) {
+    if (!box.clientWidth || box.clientWidth === box.width) return;
+    box.width = box.clientWidth;
+    box.drawn = charts[box.dataset.chart](box);
+    box.drawn.plot.setAttribute("aria-hidden", "true");
+    box.replaceChildren(box.drawn.plot);
+  }
+
+  const boxes = [...document.querySelectorAll("[data-chart]")];
+  const seen = new ResizeObserver((entries) => entries.forEach((entry) => draw(entry.target)));
+  for (const box of boxes) {
+    draw(box);
+    keys(box);
+    seen.observe(box);
+  }
+
+  // Paper has no summary to click on.
+  const closed = [];
+  window.addEventListener("beforeprint", () => {
+    const found = [...document.querySelectorAll("details:not([open])")];
+    found.forEach((each) => (each.open = true));
+    closed.push(...found);
+  });
+  window.addEventListener("afterprint", () => closed.splice(0).forEach((each) => (each.open = false)));
+})();

@@ -1,0 +1,74 @@
+"""The stages that only a run's report needs: the error of each site, and samples of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.data import held_out
+from flapkit.evaluation.samples import write_samples
+from flapkit.evaluation.site_errors import SiteError, Trace
+from flapkit.pruning import Pruned
+from flapkit.recipe import ReportSection, Samples
+from flapkit.report.record import SampleRecord
+from flapkit.sites import Site
+from flapkit.stages.loops import Loops
+from flapkit.stages.text import RunText
+
+
+def trace_dense(
+    model: PreTrainedModel, sites: Sequence[Site], text: RunText, asked: ReportSection, loops: Loops
+) -> Trace | None:
+    """Keep what the dense model's consumers see and give on held-out calibration text.
+
+    Returns:
+        The trace; None where it is not asked for, or where so little calibration text was drawn that none is held out.
+    """
+    windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
+    if not len(windows):
+        return None
+    with loops.progress.stage("trace dense"):
+        loops.place_(model)
+        return Trace(model, sites, windows, text.batch_size)
+
+
+def compare_pruned(
+    model: PreTrainedModel, trace: Trace | None, pruned: Pruned, loops: Loops
+) -> Mapping[str, SiteError]:
+    """Measure how far the output of each pruned site is from the dense one."""
+    if trace is None:
+        return {}
+    with loops.progress.stage("site errors"):
+        loops.place_(model)
+        return trace.compare(model, pruned.plan, pruned.expected)
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Samples | None, loops: Loops, name: str
+) -> list[str]:
+    """Let a model continue the recipe's prompts.
+
+    Args:
+        model: dense or pruned.
+        tokenizer: the model's.
+        asked: the prompts; None for none.
+        loops: where it runs.
+        name: what the stage is called.
+    """
+    if asked is None:
+        return []
+    written = []
+    with loops.progress.stage(name, len(asked.prompts), "prompts") as stage:
+        loops.place_(model)
+        options = asked.model_dump(exclude={"prompts"})
+        for text in write_samples(model, tokenizer, asked.prompts, **options):
+            written.append(text)
+            stage.advance()
+    return written
+
+
+def pair_samples(asked: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
+    """Put both models' continuations beside each prompt."""
+    prompts = asked.prompts if asked else ()
+    return [SampleRecord(*each) for each in zip(prompts, dense, pruned, strict=True)]

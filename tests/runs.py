@@ -1,0 +1,74 @@
+"""A run's files as tests of the report need them, made without a model."""
+
+from __future__ import annotations
+
+import torch
+
+from flapkit.evaluation.site_errors import SiteError
+from flapkit.plan import Budget, PruningPlan
+from flapkit.ranking import remove_lowest
+from flapkit.report.document import RunDocument
+from flapkit.report.record import SampleRecord, make_record
+from flapkit.sites import Coupling, Site
+
+RECIPE = "model: {path: tiny}\nbudget: {ratio: 0.3}\n"
+
+
+def make_sites(layers: int = 3) -> list[Site]:
+    """Attention of four KV heads with two query heads each, and MLPs of 48 channels."""
+    sites = []
+    for layer in range(layers):
+        attention = (Coupling("q", 0, 8, 32), Coupling("k", 0, 4, 32))
+        sites.append(
+            Site(f"layers.{layer}.attention", layer, "attention", f"o{layer}", 4, 8, 32, attention, heads=8, kv_heads=4)
+        )
+        sites.append(Site(f"layers.{layer}.mlp", layer, "mlp", f"d{layer}", 48, 1, 32, (Coupling("g", 0, 1, 64),)))
+    return sites
+
+
+def make_scores(sites: list[Site]) -> dict[str, torch.Tensor]:
+    """Scores over three decades."""
+    torch.manual_seed(0)
+    return {site.name: torch.randn(site.units, site.channels_per_unit).mul(1.5).exp().double() for site in sites}
+
+
+def make_run(name: str = "run", ratio: float = 0.3, layers: int = 3, tasks: bool = True, **changes) -> RunDocument:
+    """A whole run: random scores, plausible figures."""
+    sites = make_sites(layers)
+    scores = make_scores(sites)
+    budget = Budget.over(sites, ratio)
+    plan: PruningPlan = remove_lowest(sites, {site: score.mean(dim=1) for site, score in scores.items()}, budget)
+    errors = {
+        site.name: SiteError(0.2 + 0.01 * site.layer, 0.21, 0.3)
+        for site in sites
+        if len(plan.keep[site.name]) < site.units
+    }
+    record = make_record(
+        "models/tiny",
+        sites,
+        scores,
+        plan,
+        budget,
+        errors=errors,
+        error_tokens=512,
+        samples=[SampleRecord("Once upon", " a time there was", " a time they went")],
+    )
+    blocks, removed = sum(site.params for site in sites), plan.removed_params(sites)
+    both = {"dense": {"value": 0.6, "stderr": 0.01}, "pruned": {"value": 0.55, "stderr": 0.02}}
+    result = {
+        "params": {
+            "dense": blocks + 1000,
+            "pruned": blocks + 1000 - removed + 96,
+            "blocks": blocks,
+            "removed": removed,
+        },
+        "perplexity": {"text, 128 tokens": {"dense": 4.0, "pruned": 5.0}},
+        "seconds": {"load": 1.5, "calibrate": 75.0},
+        "warnings": ["site layers.0: `bias` was used"],
+    }
+    if tasks:
+        result["zero_shot"] = {"boolq": {"items": 100, "metrics": {"acc": {**both, "paired": {"p_value": 0.03}}}}}
+    kinds = ("metric", "searcher", "compensator")
+    made = {kind: {"name": name} for kind, name in zip(kinds, ("wifv", "al_am", "bias"), strict=True)}
+    made["calibration"] = {"tokens_sha256": "ab" * 32}
+    return RunDocument(name, record, {**result, **changes}, RECIPE, made)
