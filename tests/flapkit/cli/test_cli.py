@@ -227,15 +227,32 @@ def test_a_metric_of_ones_own(command, home):
 def test_an_architecture_that_nobody_declared(command, home):
     from transformers import MambaConfig, StableLmConfig
 
+    from flapkit.checkpoint import load_tokenizer
+
     StableLmConfig().save_pretrained(home / "stablelm")
-    code, _, err = command("check", write(home, model={"path": "./stablelm"}, adapter="auto"))
-    assert code == 2, "the bundled text's tokenizer is not there"
-    assert "tokenizer" in err
+    load_tokenizer("builtin:tiny-llama").save_pretrained(home / "stablelm")
+    code, out, err = command("check", write(home, model={"path": "./stablelm"}, adapter="auto"))
+    assert code == 0, err
+    assert "auto (derived and proven): 64 sites (attention, mlp)" in " ".join(out.split())
     MambaConfig().save_pretrained(home / "mamba")
     code, _, err = command("check", write(home, model={"path": "./mamba"}))
     assert code == 2
     assert "models of type 'mamba' are declared by no plugin" in err
     assert "this is no transformer" in err
+
+
+def test_the_declaration_that_was_derived_is_recorded(command, home):
+    from flapkit.checkpoint import load_tokenizer
+    from flapkit.tiny import tiny_config, tiny_model
+
+    tokenizer = load_tokenizer("builtin:tiny-llama")
+    tiny_model(tiny_config("stablelm", vocab_size=len(tokenizer))).save_pretrained(home / "mine")
+    tokenizer.save_pretrained(home / "mine")
+    code, _, err = command("run", write(home, model={"path": "./mine"}), "-q")
+    assert code == 0, err
+    made = json.loads((home / "out" / "flapkit.json").read_text())
+    assert made["adapter"] == "auto"
+    assert made["declaration"]["blocks"][1]["parameters"] == {"gate_proj": "i", "up_proj": "i"}
 
 
 def test_an_adapter_that_does_not_fit(command, home):
