@@ -1,8 +1,7 @@
 """A transformers model whose decoder layers differ in heads and widths: the stock classes, with their tensors resized.
 
-This file is part of flapkit, and lies in every checkpoint that flapkit writes, so that ``trust_remote_code=True`` loads
-one with transformers alone. The configuration says what is resized: ``flapkit`` declares the blocks of a decoder layer,
-``per_layer_config`` gives each layer's sizes.
+Part of flapkit; it lies in every checkpoint that flapkit writes, for ``trust_remote_code=True``. The configuration says
+what is resized: ``flapkit`` declares a layer's blocks, ``per_layer_config`` gives each layer's sizes.
 """
 
 from __future__ import annotations
@@ -175,9 +174,7 @@ class ConfigView:
         if name.startswith("__"):
             raise AttributeError(name)
         found = getattr(type(self.of), name, None)
-        if isinstance(found, property) and found.fget:
-            return found.fget(self)
-        return getattr(self.of, name)
+        return found.fget(self) if isinstance(found, property) and found.fget else getattr(self.of, name)
 
 
 class ExpertBias:

@@ -42,3 +42,14 @@ def test_loads_without_flapkit(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_code_is_short_and_imports_little(tmp_path):
+    """Whoever trusts it can read it first."""
+    model = tiny_model(tiny_config("llama"))
+    plan = flapkit.prune_(model, torch.arange(2, 66).view(8, 8), ratio=0.4)
+    flapkit.save(model, tmp_path / "pruned", plan)
+    lines = (tmp_path / "pruned" / "modeling_flapkit_llama.py").read_text().splitlines()
+    assert len(lines) < 200
+    imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"__future__", "huggingface_hub", "inspect", "torch", "transformers", "typing"}
