@@ -32,6 +32,7 @@
     label: "layer",
     labelArrow: "none",
     labelAnchor: "center",
+    labelOffset: 34,
     tickSize: 0,
     ticks: ticks(rows.map((row) => row.layer), width / 26),
     tickFormat: String,
@@ -106,7 +107,7 @@
           ...base(box),
           marginLeft: 34,
           marginTop: 4,
-          x: { type: scale, domain: [edges[0], edges[edges.length - 1]], label: "score", labelAnchor: "center", labelArrow: "none", tickSize: 0, ...scoreTicks(scale, edges[0], edges[edges.length - 1], box.clientWidth) },
+          x: { type: scale, domain: [edges[0], edges[edges.length - 1]], label: "score", labelAnchor: "center", labelOffset: 34, labelArrow: "none", tickSize: 0, ...scoreTicks(scale, edges[0], edges[edges.length - 1], box.clientWidth) },
           y: { domain: [0, 1], axis: null },
           fy: { domain: layers, label: null, padding: layers.length > 20 ? 0.12 : 0.22 },
           marks: [
@@ -199,7 +200,7 @@
           ...base(box),
           marginLeft: 52,
           marginRight: 20,
-          x: { label: "parameters", labelAnchor: "center", labelArrow: "none", tickSize: 0, nice: true, ticks: Math.max(3, box.clientWidth / 110), tickFormat: shortNumber, inset: 8 },
+          x: { label: "parameters", labelAnchor: "center", labelOffset: 34, labelArrow: "none", tickSize: 0, nice: true, ticks: Math.max(3, box.clientWidth / 110), tickFormat: shortNumber, inset: 8 },
           y: { type: wide ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(wide ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
           marks: [
             Plot.dot(dense, { x: "params", y: "perplexity", r: 6, stroke: "var(--dense)", strokeWidth: 2.5 }),

@@ -77,6 +77,8 @@ def test_wandb_offline(recipe, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "result.json").is_file()
 
 
+# What MLflow and its database warn of is theirs.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.slow
 def test_mlflow_to_a_database(recipe, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
