@@ -43,8 +43,14 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit 
         table.add_row(str(layer), *cells)
     print_(table)
     for key, value in made.items():
-        said = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else value
-        print_(f"{key}: {said}")
+        print_(f"{key}: {_said(value)}")
+
+
+def _said(value: Any) -> str:
+    """Write what made a checkpoint as a reader would say it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(each)}" for key, each in value.items() if each is not None)
+    return " and ".join(map(_said, value)) if isinstance(value, list) else str(value)
 
 
 def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
