@@ -50,7 +50,7 @@ def _said(value: Any) -> str:
     """Write what made a checkpoint as a reader would say it."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_said(each)}" for key, each in value.items() if each is not None)
-    return " and ".join(map(_said, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
 
 
 def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
