@@ -134,6 +134,8 @@ def test_a_run_that_is_stopped(home, sent):
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        # Where the tests run in the background, a shell has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     said = ""
     while "calibrate" not in said:
