@@ -126,11 +126,16 @@ class HuggingFaceStock(Exporter):
         if prospect.family in LIKE_LLAMA and not slides:
             forms += [form for form in ("llama", "seed_oss") if self.form in ("auto", form)]
         for form in dict.fromkeys(forms):
-            flags = [flag for flag in FLAGS if hasattr(AutoConfig.for_model(form), flag)]
+            stock = AutoConfig.for_model(form)
+            flags = [flag for flag in FLAGS if hasattr(stock, flag)]
+            # Some work the width of a head out themselves, and would refuse to be told.
+            given = {
+                key: size for key, size in keys.items() if not isinstance(getattr(type(stock), key, None), property)
+            }
             for count in range(len(flags) + 1):
                 for chosen in itertools.combinations(flags, count):
                     try:
-                        yield AutoConfig.for_model(form, **{**config, **keys, **dict.fromkeys(chosen, True)})
+                        yield AutoConfig.for_model(form, **{**config, **given, **dict.fromkeys(chosen, True)})
                     except (StrictDataclassError, ValueError):
                         # Such as heads that do not divide the hidden size: not a form for this model.
                         continue
