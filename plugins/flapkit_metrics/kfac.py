@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
-from flapkit.statistics import GradientStatistic, Gram, SiteStatistics
+from flapkit.statistics import Gram, SiteStatistics
+from flapkit_metrics.gradients import GradientProducts
 from flapkit_metrics.obs import Ridge, unexplained
 
 
-class OutputGradient(GradientStatistic):
+class OutputGradient(GradientProducts):
     """Summed products of the loss's gradient at the consumer's output, sum_t g_t g_t' [out_features, out_features]."""
 
-    _products: Tensor
-
-    def __init__(self, channels: int, out_features: int, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
-        empty = torch.zeros(out_features, out_features, dtype=torch.float64)
-        self.add_state("_products", empty, dist_reduce_fx="sum", persistent=True)
-
-    @classmethod
-    def of(cls, site: Site) -> Self:
-        """Build the empty statistic of a site."""
-        return cls(site.channels, site.out_features)
-
-    def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
-        """Add the products of gradients [tokens, out_features]."""
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        with torch.autocast(gradient.device.type, enabled=False):
-            self._products += gradient.to(dtype).T @ gradient.to(dtype)
-
-    def compute(self) -> Tensor:
-        """Return the products, float64 [out_features, out_features]."""
-        return self.products
-
-    @property
-    def products(self) -> Tensor:
-        """The products, float64 [out_features, out_features]."""
-        return self._products
-
-    def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite."""
-        return bool(torch.isfinite(self._products).all())
+    @staticmethod
+    def partner(x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradients themselves."""
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -68,5 +40,5 @@ class KFAC(ImportanceMetric):
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
         columns, lost = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
-        minded = stats[OutputGradient].products.to(columns) @ columns.transpose(1, 2)
+        minded = stats[OutputGradient].compute().to(columns) @ columns.transpose(1, 2)
         return (minded * lost.transpose(1, 2)).sum(dim=(1, 2)).view(site.units, 1) / 2

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
-from flapkit.statistics import GradientStatistic, SiteStatistics
+from flapkit.statistics import SiteStatistics
+from flapkit_metrics.gradients import GradientProducts
 
 
-class WeightGradient(GradientStatistic):
-    """Gradient of the summed loss in the consumer's weight, dL/dW = sum_t g_t x_t', [out_features, channels].
+class WeightGradient(GradientProducts):
+    """Gradient of the summed loss in the consumer's weight, dL/dW = sum_t g_t x_t' [out_features, channels].
 
-    A batch's product is taken in float32, or the inputs' type where that is wider, and added up in float64: as large
-    as the weights in float64.
+    As large as the weight in float64.
     """
 
-    _gradient: Tensor
-
-    def __init__(self, channels: int, out_features: int, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
-        empty = torch.zeros(out_features, channels, dtype=torch.float64)
-        self.add_state("_gradient", empty, dist_reduce_fx="sum", persistent=True)
-
-    @classmethod
-    def of(cls, site: Site) -> Self:
-        """Build the empty statistic of a site."""
-        return cls(site.channels, site.out_features)
-
-    def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
-        """Add the outer products of gradients [tokens, out_features] and inputs [tokens, channels]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        # Mixed precision would round the products.
-        with torch.autocast(x.device.type, enabled=False):
-            self._gradient += gradient.to(dtype).T @ x.to(dtype)
-
-    def compute(self) -> Tensor:
-        """Return dL/dW, float64 [out_features, channels]."""
-        return self._gradient
-
-    def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite."""
-        return bool(torch.isfinite(self._gradient).all())
+    @staticmethod
+    def partner(x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the consumer's inputs."""
+        return x
 
 
 @dataclass(frozen=True)
