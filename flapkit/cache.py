@@ -14,21 +14,19 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import flapkit.calibration
+from flapkit.checkpoint.weights import write_tensors
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -151,7 +149,7 @@ def read_statistic(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if checksum != hash_tensors(sorted(tensors.items())):
             raise ValueError("its checksum does not fit")
-        return {site.name: _restored(statistic, site, tensors).to(device) for site in calibrated.sites}
+        return {site.name: statistic.restored(site, below(site.name, tensors)).to(device) for site in calibrated.sites}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         log.warning("%s: damaged (%s); %s is measured anew", path, error, statistic.__name__)
         return None
@@ -166,42 +164,21 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
         statistic: its class.
         measured: site name -> what was measured.
     """
-    tensors = {}
-    for site, states in measured.items():
-        for name, value in states.metric_state.items():
-            if not isinstance(value, Tensor):
-                log.warning("%s keeps lists, which the cache cannot hold: it is not kept", statistic.__name__)
-                return
-            tensors[f"{site}/{name}"] = value.detach().cpu().contiguous()
+    try:
+        tensors = {
+            f"{site}/{name}": value.detach().cpu().contiguous()
+            for site, states in measured.items()
+            for name, value in states.saved().items()
+        }
+    except TypeError as error:
+        log.warning("%s; it is not kept for later runs", error)
+        return
     checksum = hash_tensors(sorted(tensors.items()))
     says = {**calibrated.says, "statistic": statistic.__qualname__, "checksum": checksum}
     try:
-        _write(calibrated.file(folder, statistic), tensors, says)
+        write_tensors(calibrated.file(folder, statistic), tensors, says)
     except (OSError, SafetensorError) as error:
         log.warning("%s cannot be kept in %s for later runs: %s", statistic.__name__, folder, error)
-
-
-def _restored(statistic: type[Statistic], site: Site, tensors: Mapping[str, Tensor]) -> Statistic:
-    restored: Any = statistic.of(site)
-    for name in restored.metric_state:
-        setattr(restored, name, tensors[f"{site.name}/{name}"])
-    # torchmetrics warns of a metric that is asked for its value and was never updated.
-    restored._update_count = 1
-    return restored  # type: ignore[no-any-return]
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], says: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(says))
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,31 @@ class Statistic(Metric):
         """Return the bytes that the statistic of a site takes; to be overridden where its state grows."""
         return sum(state.nbytes for state in cls.of(site).metric_state.values() if isinstance(state, Tensor))
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return all that was measured, as tensors by name.
+
+        Raises:
+            TypeError: the state holds lists, which no file of tensors can.
+        """
+        state = self.metric_state
+        if lists := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"{type(self).__name__} keeps lists ({lists[0]}): it cannot be saved")
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def restored(cls, site: Site, saved: Mapping[str, Tensor]) -> Self:
+        """Build the statistic of a site from what ``saved`` returned.
+
+        Raises:
+            KeyError: a part of the state is missing.
+        """
+        restored: Any = cls.of(site)
+        for name in restored.metric_state:
+            setattr(restored, name, saved[name])
+        # torchmetrics warns of a metric that is asked for its value and was never updated.
+        restored._update_count = 1
+        return restored  # type: ignore[no-any-return]
+
     @abstractmethod
     def update(self, x: Tensor) -> None:
         """Take in inputs of the consumer.

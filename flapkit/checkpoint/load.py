@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,11 +24,14 @@ from flapkit.checkpoint.consistency import check_plan, check_shapes
 from flapkit.checkpoint.families import PREFIX as PRUNED
 from flapkit.checkpoint.families import register
 from flapkit.checkpoint.folder import PLAN
-from flapkit.errors import InputError, ModelError, did_you_mean
+from flapkit.checkpoint.weights import INDEX, Weights
+from flapkit.errors import ModelError, did_you_mean
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 
-INDEX = "model.safetensors.index.json"
+PARTS = ("*.safetensors", "*.json")
+"""What is fetched of a hub model whose weights are read one by one."""
+
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -49,7 +51,7 @@ def load(
         path: a folder, a Hugging Face hub id, or ``builtin:NAME``.
         dtype: type of the weights; ``auto`` is the checkpoint's own.
         revision: branch, tag or commit of a hub model.
-        device_map: as transformers takes it; needs accelerate.
+        device_map: as transformers takes it.
 
     Returns:
         The model in evaluation mode.
@@ -57,14 +59,10 @@ def load(
     Raises:
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
             do not belong together.
-        InputError: a device map is given, and accelerate is not installed.
     """
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise InputError('device_map needs accelerate, not installed here: pip install "flapkit[accelerate]"')
     source = _source(path)
     config = load_config(path, revision=revision)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"model {path}: its weights are quantised; give the model in float32, float16 or bfloat16")
+    _refuse_quantised(path, config)
     if isinstance(source, Path):
         _check_weights(path, source)
         if config.model_type.startswith(PRUNED):
@@ -123,17 +121,22 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     return tokenizer
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read a checkpoint's tensors one by one, each with its name; tied ones come once.
+def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
+    """Find a checkpoint's tensors, to read them one by one; tied ones come once.
+
+    Args:
+        path: a folder, a hub id, or ``builtin:NAME``.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
-        ModelError: a file is missing, damaged or pickled.
+        ModelError: the model is missing, damaged, pickled or quantised.
     """
-    _check_weights(folder, folder)
-    for file in _weight_files(folder, folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                yield name, tensors.get_tensor(name)
+    source = _source(path)
+    _refuse_quantised(path, load_config(path, revision=revision))
+    if isinstance(source, str):
+        source = Path(_call(path, lambda: snapshot_download(source, revision=revision, allow_patterns=PARTS)))
+    _check_weights(path, source)
+    return Weights.of(_weight_files(path, source))
 
 
 def _source(path: Path | str) -> Path | str:
@@ -155,6 +158,11 @@ def _source(path: Path | str) -> Path | str:
     if isinstance(path, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name}: there is no such folder")
     return name
+
+
+def _refuse_quantised(name: Path | str, config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"model {name}: its weights are quantised; give the model in float32, float16 or bfloat16")
 
 
 def _check_weights(name: Path | str, folder: Path) -> None:

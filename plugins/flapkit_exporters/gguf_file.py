@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.checkpoint import read_tensors
+from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.families import dense_config
 from flapkit.errors import ModelError, RunError
 from flapkit.interfaces import Checkpoint, Exporter, Prospect, Runner
@@ -151,7 +151,7 @@ class GGUF(Exporter):
         add_rope(writer, config, width)
         add_vocabulary(writer, checkpoint.tokenizer, config.vocab_size, self.pre)
         pad = padder(prospect, sizes)
-        for name, tensor in read_tensors(checkpoint.folder):
+        for name, tensor in open_weights(checkpoint.folder).items():
             self._add(writer, name, pad(name, tensor), attention, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flapkit.architecture import skeleton
-from flapkit.checkpoint import load, read_tensors
+from flapkit.checkpoint import load, open_weights
 from flapkit.checkpoint.families import ADDED
 from flapkit.checkpoint.load import DType
 from flapkit.errors import ModelError
@@ -81,7 +81,7 @@ class HuggingFaceStock(Exporter):
         config = self._config(prospect, sizes)
         dtype = prospect.config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         pad = padder(prospect, sizes)
-        weights = {name: pad(name, tensor).to(dtype) for name, tensor in read_tensors(checkpoint.folder)}
+        weights = {name: pad(name, tensor).to(dtype) for name, tensor in open_weights(checkpoint.folder).items()}
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         zeros = {name: torch.zeros_like(old) for name, old in model.named_parameters() if name not in weights}

@@ -217,7 +217,7 @@ def test_nothing_half_written_is_left(tokens, cache, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flapkit.cache.save_file", disk_full)
+    monkeypatch.setattr("flapkit.checkpoint.weights.save_file", disk_full)
     key = calibrated(model, tokens)
     write_statistic(cache, key, Moments, measured)
     assert entries(cache) == []

@@ -10,7 +10,7 @@ from conftest import make_llama
 
 import flapkit
 from flapkit.checkpoint import load
-from flapkit.errors import InputError, ModelError
+from flapkit.errors import ModelError
 
 
 @pytest.fixture
@@ -115,12 +115,6 @@ def test_rotary_embeddings_that_read_the_configuration(tokens, probe, tmp_path, 
     flapkit.save(model, tmp_path / "pruned", flapkit.prune_(model, tokens, ratio=0.4))
     for part in (probe, probe[:, :6]):
         assert torch.equal(flapkit.load(tmp_path / "pruned")(part).logits, model(part).logits)
-
-
-def test_a_device_map_without_accelerate(folder, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"flapkit\[accelerate\]"):
-        load(folder, device_map="auto")
 
 
 @torch.no_grad()

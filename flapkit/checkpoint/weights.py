@@ -1,0 +1,92 @@
+"""A checkpoint's tensors, each read when it is asked for, and tensors written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+"""The file that says which of several files holds which tensor."""
+
+
+class Weights(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, each read when it is asked for, and memory-mapped.
+
+    Args:
+        files: name of a tensor -> the safetensors file that holds it.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> Weights:
+        """Find the tensors of some safetensors files."""
+        return cls({name: file for file in files for name in _names(file)})
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def index(self) -> str:
+        """Write which file holds which tensor, as ``model.safetensors.index.json`` says it."""
+        size = sum(self[name].nbytes for name in self)
+        names = {name: file.name for name, file in sorted(self._files.items())}
+        return json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name beside its own, and rename it when all is on the disk.
+
+    Args:
+        path: the file to write; its folder is made.
+        tensors: by name; of any device.
+        metadata: what the file says of itself.
+
+    Raises:
+        OSError: the file cannot be written.
+        SafetensorError: likewise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(held, temporary, metadata=dict(metadata))
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group tensors by what stands before the last slash of their names."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, leaf = name.rpartition("/")
+        groups.setdefault(group, {})[leaf] = tensor
+    return groups
