@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import flapkit.calibration
-from flapkit.checkpoint.weights import write_tensors
+from flapkit.checkpoint.weights import grouped, write_tensors
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -149,7 +149,8 @@ def read_statistic(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if checksum != hash_tensors(sorted(tensors.items())):
             raise ValueError("its checksum does not fit")
-        return {site.name: statistic.restored(site, below(site.name, tensors)).to(device) for site in calibrated.sites}
+        saved = grouped(tensors)
+        return {site.name: statistic.restored(site, saved[site.name]).to(device) for site in calibrated.sites}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         log.warning("%s: damaged (%s); %s is measured anew", path, error, statistic.__name__)
         return None
