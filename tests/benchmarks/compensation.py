@@ -1,91 +1,132 @@
-"""Measure compensators side by side on one recipe: ``python tests/benchmarks/compensation.py RECIPE``.
+"""Measure compensators side by side: ``python tests/benchmarks/compensation.py RECIPE FOLDER [--set KEY=VALUE]...``.
 
-Prints a Markdown table: ratio, metric, compensation, perplexity of the recipe's first evaluation text, processor
-seconds from the first calibration batch to the pruned model, and the memory of the statistics. Nothing is kept from
-one row to the next. ``kfac`` is ranked by ``per_parameter``, the other metrics by the recipe's searcher.
+Every row of the table is a ``flapkit run`` of the recipe in a process of its own, with another ratio, metric and
+compensator. Printed in Markdown: the perplexity of the recipe's first evaluation text, and of the process the processor
+seconds and the peak memory; reading text and evaluation are a part of both. The metric ``kfac`` is ranked by
+``per_parameter``, the others by the recipe's searcher.
+
+What a row gave is kept in FOLDER; the same command goes on where it was stopped, and measures no row twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import time
-from collections.abc import Iterator, Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
 
-import torch
+LORA = "LORA"
+"""Stands for the options of the recovery in a way of compensating."""
 
-import flapkit
-from flapkit.checkpoint import load, load_tokenizer
-from flapkit.evaluation.perplexity import Perplexity, cross_entropy
-from flapkit.passes import peak_memory
-from flapkit.pruning import Method
-from flapkit.recipe import load_recipe
-from flapkit.registry import Registry
-from flapkit.stages.target import find_target
-from flapkit.stages.text import read_text
-from flapkit.windows import Windows
-
-WAYS = {
-    "none": ("none", {}, False),
-    "bias": ("bias", {}, False),
-    "bias, sequential": ("bias", {}, True),
-    "least squares, no intercept": ("least_squares", {"intercept": False}, False),
-    "least squares": ("least_squares", {}, False),
-    "least squares, sequential": ("least_squares", {}, True),
+NO_INTERCEPT = {"name": "least_squares", "intercept": False}
+WAYS: dict[str, tuple[list[Any], bool]] = {
+    "none": (["none"], False),
+    "bias": (["bias"], False),
+    "least squares": (["least_squares"], False),
+    "least squares, no intercept": ([NO_INTERCEPT], False),
+    "bias + LoRA": (["bias", LORA], False),
+    "least squares + LoRA": (["least_squares", LORA], False),
+    "bias, sequential": (["bias"], True),
+    "least squares, sequential": (["least_squares"], True),
+    "least squares, sequential + LoRA": (["least_squares", LORA], True),
 }
+"""What the rows are called -> the compensators, and whether calibration is sequential."""
+
+WITHOUT_ASKING = tuple(name for name, (_, sequential) in WAYS.items() if not sequential)
 
 
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, windows: Windows, batch_size: int = 16) -> float:
-    """Return exp of the mean over windows of each window's mean cross-entropy."""
-    found = Perplexity()
-    for inputs, labels in zip(windows.input_ids.split(batch_size), windows.labels.split(batch_size), strict=True):
-        found.update(*cross_entropy(model(inputs, use_cache=False).logits, labels))
-    return float(found.compute().over_windows)
+@dataclass(frozen=True)
+class Measured:
+    """What one run gave.
+
+    Args:
+        dense: perplexity of the dense model.
+        perplexity: of what the run wrote.
+        seconds: processor time of the process.
+        memory: its peak resident memory, in bytes.
+    """
+
+    dense: float
+    perplexity: float
+    seconds: float
+    memory: int
 
 
-def rows(recipe: str, ratios: Sequence[float], metrics: Sequence[str], ways: Sequence[str]) -> Iterator[str]:
-    """Yield the table's lines."""
-    loaded = load_recipe(recipe)
-    path, target, registry = loaded.recipe.model.path, find_target(loaded), Registry.load()
-    text = read_text(loaded.recipe, target, load_tokenizer(path))
-    evaluation = next(iter(text.evaluations.values())).windows
-    dense = load(path).float().eval()
-    yield "| removed | metric | compensation | perplexity | seconds | statistics |"
-    yield "|---|---|---|---|---|---|"
-    yield f"| 0 | | dense | {perplexity(dense, evaluation):.2f} | | |"
-    for ratio in ratios:
-        for metric in metrics:
-            for way in ways:
-                name, options, sequential = WAYS[way]
-                method = Method(
-                    registry.create("metric", metric),
-                    registry.create("searcher", "per_parameter") if metric == "kfac" else loaded.searcher,
-                    (registry.create("compensator", name, options),),
-                )
-                model, start = copy.deepcopy(dense), time.process_time()
-                flapkit.prune_(
-                    model,
-                    text.calibration,
-                    method.metric,
-                    method.searcher,
-                    method.compensators[0],
-                    ratio,
-                    batch_size=text.batch_size,
-                    sequential=sequential,
-                )
-                seconds = time.process_time() - start
-                memory = peak_memory(target.sites, method, 4 * 10**9, sequential=sequential) / 1e6
-                found = perplexity(model, evaluation)
-                yield f"| {ratio:.0%} | {metric} | {way} | {found:.2f} | {seconds:.1f} | {memory:.2f} MB |"
+def settings(ratio: float, metric: str, way: str, lora: str) -> list[str]:
+    """Return what a row overrides of the recipe."""
+    compensators, sequential = WAYS[way]
+    asked = json.dumps(compensators).replace(json.dumps(LORA), lora)
+    searcher = ["searcher=per_parameter"] if metric == "kfac" else []
+    return [
+        f"budget.ratio={ratio:g}",
+        f"metric={metric}",
+        *searcher,
+        f"compensator={asked}",
+        f"calibration.sequential={json.dumps(sequential)}",
+    ]
+
+
+def measure(recipe: str, overrides: Sequence[str], row: Path) -> Measured:
+    """Run a row, or read what it gave before.
+
+    Args:
+        recipe: the recipe.
+        overrides: of its keys.
+        row: what the row's folder, its log and its figures are called, without an ending.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    figures, said = (row.with_name(row.name + ending) for ending in (".json", ".log"))
+    asked = [recipe, *overrides]
+    if figures.is_file() and (known := json.loads(figures.read_text()))["asked"] == asked:
+        return Measured(**known["measured"])
+    command = [sys.executable, "-m", "flapkit", "run", recipe, "--json", "--no-cache", "--overwrite"]
+    command += [part for override in (*overrides, f"output={row}") for part in ("--set", override)]
+    with said.open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        with process.stdout as events:
+            lines = events.readlines()
+        # Unlike RUSAGE_CHILDREN, which is the peak of all children so far.
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{row.name}: failed with code {process.returncode}; see {said}")
+    text = next(iter(json.loads(lines[-1])["perplexity"].values()))
+    found = text.get("recovered", text["pruned"])
+    # Linux counts in kilobytes of 1024 bytes.
+    measured = Measured(text["dense"], found, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
+    figures.write_text(json.dumps({"asked": asked, "measured": asdict(measured)}, indent=2) + "\n")
+    return measured
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, each row as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="a recipe, as `flapkit run` takes it")
+    parser.add_argument("folder", type=Path, help="where rows are kept")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--metrics", nargs="+", default=["wifv"])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WITHOUT_ASKING))
+    parser.add_argument("--lora", default="{name: lora}", help="the compensator that trains, in YAML")
+    asked = parser.parse_args(arguments)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    print("| removed | metric | compensation | perplexity | seconds | memory |\n|---|---|---|---|---|---|")
+    for ratio, metric, way in product(asked.ratios, asked.metrics, asked.ways):
+        row = asked.folder / f"{100 * ratio:g} {metric} {way}".replace(", ", " ").replace(" ", "-")
+        found = measure(asked.recipe, [*asked.set, *settings(ratio, metric, way, asked.lora)], row)
+        figures = f"{found.perplexity:.3f} | {found.seconds:.0f} | {found.memory / 1e9:.2f} GB"
+        print(f"| {100 * ratio:g} % | `{metric}` | {way} | {figures} |", flush=True)
+    print(f"\nThe dense model has {found.dense:.3f}.")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
-    parser.add_argument("--metrics", nargs="+", default=["wifv"])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    asked = parser.parse_args()
-    for line in rows(asked.recipe, asked.ratios, asked.metrics, asked.ways):
-        print(line, flush=True)
+    main()

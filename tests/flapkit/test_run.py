@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 
 import flapkit
@@ -44,6 +45,18 @@ def test_a_script_of_callbacks_does_what_a_run_does(recipe, tmp_path):
     trainer.predict(CausalLM(model), PruningData(record.text.calibration), return_predictions=False)
     for name in ("plan.json", "config.json", "model.safetensors"):
         assert (tmp_path / "script" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("compensator", ["bias", "least_squares"])
+def test_a_sequential_run_does_what_prune_does(recipe, tmp_path, compensator):
+    """Lightning calibrates site by site, with the dense model beside the pruned one; ``prune_`` without Lightning."""
+    record = run(load_recipe(tmp_path / "recipe.yaml", ["calibration.sequential=true", f"compensator={compensator}"]))
+    model = flapkit.load("builtin:tiny-llama", "float32")
+    plan = flapkit.prune_(model, record.text.calibration, compensator=compensator, ratio=0.3, sequential=True)
+    assert plan == record.plan
+    written = flapkit.load(tmp_path / "out", "float32").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(written[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_the_record_holds_what_reports_need(recipe, caplog):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_llama
@@ -12,10 +14,14 @@ from planted import measured, site_of
 
 import flapkit
 from flapkit.calibration import measure, needed_statistics
+from flapkit.checkpoint import load_tokenizer
 from flapkit.errors import CalibrationError
 from flapkit.plan import PruningPlan
 from flapkit.pruning import carry_out_, find_corrections
 from flapkit.statistics import Gram, HeldOutGram
+from flapkit.text import stdlib_documents
+from flapkit.trials import perplexity_of
+from flapkit.windows import encode
 
 KEEP = (0, 2, 3)
 
@@ -166,3 +172,23 @@ def test_closer_to_the_dense_model_than_bias(tokens):
         flapkit.prune_(model, tokens, compensator=name, ratio=0.3)
         distance[name] = float((model(tokens).logits - dense).square().mean())
     assert distance["least_squares"] < distance["bias"] < distance["none"]
+
+
+@pytest.fixture(scope="module")
+def code():
+    """The bundled model, 8 windows of code to calibrate on, and 32 windows of other modules."""
+    model, tokenizer = flapkit.load("builtin:tiny-llama", "float32"), load_tokenizer("builtin:tiny-llama")
+    seen, unseen = (encode(tokenizer, stdlib_documents(split)[::20], "\n\n") for split in ("train", "heldout"))
+    starts = torch.arange(8) * (len(seen) // 8)
+    return model, torch.stack([seen[start : start + 128] for start in starts]), unseen[: 32 * 128].view(32, 128)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
+def test_eight_windows_are_no_worse_than_bias_on_other_text(code, ratio):
+    dense, calibration, other = code
+    found = {}
+    for name in ("bias", "least_squares"):
+        model = copy.deepcopy(dense)
+        flapkit.prune_(model, calibration, compensator=name, ratio=ratio)
+        found[name] = perplexity_of(model, [{"input_ids": other}])
+    assert found["least_squares"] <= found["bias"]
