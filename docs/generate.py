@@ -52,7 +52,12 @@ def _type(entry: dict[str, Any]) -> str:
 def cli() -> str:
     """Write every command's own help."""
     commands = sorted(typer.main.get_group(app).commands)
-    lines = ["# Command line", "", "Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C.", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.",
+        "",
+    ]
     for command in commands:
         lines += [f"## flapkit {command}", "", "```", _help(command), "```", ""]
     return "\n".join(lines).rstrip() + "\n"

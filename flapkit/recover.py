@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,7 @@ from flapkit.stages.target import empty_model, find_target
 from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
 from flapkit.stages.zero_shot import ask, load_tasks
 from flapkit.windows import tokens_hash
+from flapkit.work import Work, open_work
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
@@ -43,7 +42,8 @@ if TYPE_CHECKING:
 RESULT = "result.json"
 RECIPE = "recipe.yaml"
 
-log = logging.getLogger(__name__)
+RECOVERY = "recovery"
+"""The folder within the work folder that a training keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,12 @@ class RecoveryRecord:
 
 
 def recover(
-    checkpoint: Path, recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None
+    checkpoint: Path,
+    recipe: LoadedRecipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> RecoveryRecord:
     """Train a pruned checkpoint by the recipe's recovering compensator, and write the recipe's output folder.
 
@@ -118,7 +123,8 @@ def recover(
     Args:
         checkpoint: a folder that flapkit wrote.
         recipe: what to do.
-        overwrite: replace an output folder that flapkit wrote.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
+        resume: go on with the training that a stopped run has left.
         progress: whom the stages tell how far they are.
 
     Raises:
@@ -127,12 +133,13 @@ def recover(
     output = Path(recipe.recipe.output).expanduser()
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
-    check_output(output, overwrite=overwrite)
     plan_of(checkpoint)
-    progress = progress or Progress()
-    with noted_warnings() as warnings:
-        prepared = prepare(recipe, progress, checkpoint)
-        return recover_checkpoint(checkpoint, prepared, warnings, overwrite=overwrite)
+    asked = {"recover": str(checkpoint.resolve())}
+    with open_work(output, asked, resume=resume, overwrite=overwrite) as work:
+        check_output(output, overwrite=overwrite)
+        with noted_warnings() as warnings:
+            prepared = prepare(recipe, progress or Progress(), checkpoint)
+            return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
 
 def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = None) -> Preparation:
@@ -171,7 +178,7 @@ def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = 
 
 
 def recover_checkpoint(
-    checkpoint: Path, prepared: Preparation, warnings: Sequence[str], *, overwrite: bool
+    checkpoint: Path, prepared: Preparation, warnings: Sequence[str], work: Work, *, overwrite: bool
 ) -> RecoveryRecord:
     """Train a pruned checkpoint, and write the output folder.
 
@@ -179,6 +186,7 @@ def recover_checkpoint(
         checkpoint: a folder that flapkit wrote.
         prepared: what to do.
         warnings: what flapkit warns of meanwhile.
+        work: the output's work folder; a training that it holds is gone on with.
         overwrite: replace an output folder that flapkit wrote.
 
     Raises:
@@ -190,7 +198,7 @@ def recover_checkpoint(
     before = known.get("perplexity") or put_texts_beside(
         {"pruned": evaluate(model, prepared.evaluations, prepared.loops, "evaluate pruned")}
     )
-    recovered = _train(model, checkpoint, prepared)
+    recovered = _train(model, checkpoint, prepared, work.path(RECOVERY))
     after = evaluate(model, prepared.evaluations, prepared.loops, "evaluate recovered")
     answers = ask(model, prepared.tokenizer, prepared.tasks, prepared.loops, "zero-shot recovered")
     record = RecoveryRecord(
@@ -203,7 +211,7 @@ def recover_checkpoint(
         {**known.get("seconds", {}), **progress.seconds},
         [*known.get("warnings", []), *warnings],
     )
-    files = _files(record, prepared, checkpoint)
+    files = _files(record, prepared, checkpoint, work.path(RECOVERY))
     if not prepared.recovery.merge:
         files |= recovered.trainable.files()
         recovered.trainable.remove_()
@@ -216,8 +224,9 @@ def recover_checkpoint(
             metadata=_metadata(record, recipe, checkpoint),
             files=files,
             overwrite=overwrite,
+            work=work,
         )
-    shutil.rmtree(work_folder(record.output))
+    work.finish()
     if not recipe.exporters:
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:
@@ -225,12 +234,11 @@ def recover_checkpoint(
     return dataclasses.replace(record, exports=exports)
 
 
-def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation) -> Recovered:
-    """Train a pruned model in place, in the work folder beside the output."""
+def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation, folder: Path) -> Recovered:
+    """Train a pruned model in place; what the training keeps is in a folder."""
     recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
     sites = find_target(_of_model(recipe, str(checkpoint), None)).sites
-    work = work_folder(prepared.output)
-    workplace = Workplace(work, _identity(recipe, checkpoint), asked.trainer.logger)
+    workplace = Workplace(folder, _identity(recipe, checkpoint), asked.trainer.logger)
     teacher = None
     if recovery.training.distill:
         teacher = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
@@ -240,14 +248,6 @@ def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation) -> R
         return recover_(model, sites, recovery, prepared.text, prepared.loops, workplace=workplace, teacher=teacher)
     except RunError as error:
         raise RunError(f"{error}; the pruned model is whole in {checkpoint}") from error
-    except KeyboardInterrupt:
-        log.warning("recover: stopped; the same command goes on from %s", work)
-        raise
-
-
-def work_folder(output: Path) -> Path:
-    """Return the folder beside an output in which a recovery keeps what it needs to go on after a kill."""
-    return output.with_name(f".{output.name}.recovery")
 
 
 def plan_of(checkpoint: Path) -> PruningPlan:
@@ -279,26 +279,22 @@ def _known_result(checkpoint: Path, recipe: LoadedRecipe) -> dict[str, Any]:
     return result
 
 
-def _identity(recipe: LoadedRecipe, checkpoint: Path) -> str:
-    """Write down all that a training depends on."""
+def _identity(recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
+    """Say all that a training depends on."""
     specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
-    return json.dumps(
-        {
-            "compensator": [spec.model_dump(mode="json") for component, spec in specs if component.recovery()],
-            "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
-            "calibration": recipe.recipe.calibration.model_dump(mode="json"),
-            "model": recipe.recipe.model.model_dump(mode="json"),
-            "checkpoint": str(checkpoint.resolve()),
-            "plan": plan_of(checkpoint).to_json(),
-        },
-        indent=2,
-    )
+    return {
+        "compensator": next(spec.model_dump(mode="json") for component, spec in specs if component.recovery()),
+        "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
+        "calibration": recipe.recipe.calibration.model_dump(mode="json"),
+        "model": recipe.recipe.model.model_dump(mode="json"),
+        "checkpoint": str(checkpoint.resolve()),
+        "plan": json.loads(plan_of(checkpoint).to_json()),
+    }
 
 
-def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path) -> dict[str, bytes | str]:
+def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path, logs: Path) -> dict[str, bytes | str]:
     """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
     carried = _json(checkpoint / MARK).get("files", [])
-    logs = work_folder(record.output)
     files: dict[str, bytes | str] = {
         **{name: (checkpoint / name).read_bytes() for name in carried if (checkpoint / name).is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},

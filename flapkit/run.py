@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
-from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.evaluation.zero_shot import TaskScores, side_by_side
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
 from flapkit.plan import Budget
 from flapkit.progress import Progress
 from flapkit.ranks import is_first
 from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
-from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint, work_folder
+from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
 from flapkit.stages.calibrate import calibrate_and_prune_
 from flapkit.stages.log import RunLog, open_log
-from flapkit.stages.loops import Loops, evaluate
+from flapkit.stages.loops import Loops, Measured, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.report import compare_pruned, pair_samples, sample, trace_dense
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
-from flapkit.stages.target import find_target
-from flapkit.stages.text import read_text
+from flapkit.stages.target import Target, find_target
+from flapkit.stages.text import RunText, read_text
 from flapkit.stages.zero_shot import ask, load_tasks
+from flapkit.work import Work, open_work
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
 
 FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
 """Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
@@ -33,37 +41,110 @@ FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a run has around it, whatever its recipe.
+
+    Args:
+        progress: whom the stages tell how far they are.
+        cache: folder of the statistics; None for none.
+        warnings: what flapkit warned of so far.
+        journal: the run's loggers.
+        work: the output's work folder.
+    """
+
+    progress: Progress
+    cache: Path | None
+    warnings: Sequence[str]
+    journal: RunLog
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and all that is asked of it, before and after it is pruned in place.
+
+    Args:
+        recipe: what to do.
+        target: the model's sites.
+        tokenizer: the model's.
+        text: the run's text, as tokens.
+        tasks: zero-shot tasks; None for none.
+        model: the model itself.
+        dense_params: its parameters before.
+        budget: how much is to go.
+    """
+
+    recipe: LoadedRecipe
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    text: RunText
+    tasks: Harness | None
+    model: PreTrainedModel
+    dense_params: int
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured of a model.
+
+    Args:
+        perplexity: by the name of the text.
+        answers: zero-shot task -> scores.
+        samples: text that it wrote, a continuation of each prompt.
+    """
+
+    perplexity: Mapping[str, Measured]
+    answers: Mapping[str, TaskScores]
+    samples: Sequence[str]
+
+
 def run(
-    recipe: LoadedRecipe, *, overwrite: bool = False, progress: Progress | None = None, cache: Path | None = None
+    recipe: LoadedRecipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> RunRecord | RecoveryRecord:
     """Carry out a recipe, and write its output folder as the last thing.
 
     Of several processes that share the work, each comes to the same plan, and the first alone writes.
 
-    Where a compensator trains, the pruned model is first written to a folder beside the output, and recovered from
-    there. What is there of a run that was stopped is gone on with; the folder is removed at the end.
+    While it runs, what is finished is kept in the output's work folder (``flapkit.work``). Where a compensator trains,
+    the pruned model is first written there, and recovered from there.
 
     Args:
         recipe: what to do.
-        overwrite: replace an output folder that flapkit wrote.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
+        resume: go on with what a stopped run of the same recipe has left.
         progress: whom the stages tell how far they are.
         cache: folder in which statistics are looked for and kept (``flapkit.cache.cache_folder``); None for none.
 
     Raises:
-        FlapkitError: whatever keeps the run from its end; nothing is written then.
+        FlapkitError: whatever keeps the run from its end; no output is written then.
     """
-    output, progress = Path(recipe.recipe.output).expanduser(), progress or Progress()
-    check_output(output, overwrite=overwrite)
-    with noted_warnings() as warnings, open_log(recipe.recipe.trainer.logger, recipe.recipe) as journal:
-        if recovery_of(recipe.compensators) is None:
-            return _prune(recipe, progress, cache, warnings, journal, overwrite=overwrite)
-        prepared = prepare(recipe, progress)
-        first = _without_recovery(recipe, work_folder(output) / "pruned")
-        if _wrote(first):
-            log.info("going on from the pruned model in %s", first.recipe.output)
-        else:
-            _prune(first, progress, cache, warnings, journal, overwrite=True)
-        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, overwrite=overwrite)
+    output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    with open_work(output, _identity(recipe), resume=resume, overwrite=overwrite) as work:
+        check_output(output, overwrite=overwrite)
+        with noted_warnings() as warnings, open_log(asked.trainer.logger, asked) as journal:
+            around = Around(progress or Progress(), cache, warnings, journal, work)
+            if recovery_of(recipe.compensators) is None:
+                return _prune(recipe, around, overwrite=overwrite)
+            prepared = prepare(recipe, around.progress)
+            first = _without_recovery(recipe, work.path("pruned"))
+            if work.path("pruned").is_dir():
+                log.info("going on from the pruned model in %s", first.recipe.output)
+            else:
+                _prune(first, around, overwrite=False)
+            return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
+
+
+def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
+    """Say what a stopped run must have been to be gone on with: what prunes counts, and what is done later does not."""
+    asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
+    return {key: value for key, value in asked.items() if key not in ("output", "export")}
 
 
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
@@ -82,23 +163,46 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
 
 
-def _wrote(recipe: LoadedRecipe) -> bool:
-    """Tell whether a recipe's output is there, and was made by the same recipe."""
-    written = Path(recipe.recipe.output) / "recipe.yaml"
-    return written.is_file() and written.read_text(encoding="utf-8") == dump_recipe(recipe)
+def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecord:
+    """Prune the recipe's model, measure it before and after, and write the recipe's output."""
+    asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, around.progress)
+    subject = _read(recipe, loops)
+    model, sites = subject.model, subject.target.sites
+    dense = _measure(subject, loops, "dense")
+    around.journal.perplexity("dense", dense.perplexity)
+    trace = trace_dense(model, sites, subject.text, asked.report, loops)
+    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
+    cache = around.cache if asked.trainer.num_nodes == 1 else None
+    statistics, pruned = calibrate_and_prune_(model, sites, recipe, subject.budget, subject.text, loops, cache)
+    warn_of_odd(sites, pruned.plan)
+    around.journal.structure(sites, pruned.plan)
+    errors = compare_pruned(model, trace, pruned, loops)
+    around.journal.errors(sites, errors)
+    after = _measure(subject, loops, "pruned")
+    around.journal.perplexity("pruned", after.perplexity)
+    record = RunRecord(
+        recipe,
+        subject.target,
+        subject.tokenizer,
+        subject.text,
+        subject.budget,
+        statistics,
+        pruned,
+        count_params(subject.target, pruned.plan, subject.dense_params, model.num_parameters()),
+        compare(dense.perplexity, after.perplexity),
+        around.progress.seconds,
+        around.warnings,
+        zero_shot=side_by_side(dense.answers, after.answers),
+        errors=errors,
+        error_tokens=trace.tokens if trace else 0,
+        samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
+    )
+    return _write(record, model, around, overwrite=overwrite) if is_first() else record
 
 
-def _prune(
-    recipe: LoadedRecipe,
-    progress: Progress,
-    cache: Path | None,
-    warnings: Sequence[str],
-    journal: RunLog,
-    *,
-    overwrite: bool,
-) -> RunRecord:
-    asked = recipe.recipe
-    loops = Loops.of(asked.trainer, progress)
+def _read(recipe: LoadedRecipe, loops: Loops) -> Subject:
+    """Read all text, and then load the model."""
+    asked, progress = recipe.recipe, loops.progress
     with progress.stage("text"):
         target = find_target(recipe)
         tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
@@ -107,46 +211,29 @@ def _prune(
     with progress.stage("load"):
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         target.adapter.confirm(model, target.sites)
-        dense_params = model.num_parameters()
-        budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, dense_params, asked.budget.multiple_of)
-    before = evaluate(model, text.evaluations, loops, "evaluate dense")
-    journal.perplexity("dense", before)
-    answers = ask(model, tokenizer, tasks, loops, "zero-shot dense")
-    written = sample(model, tokenizer, asked.evaluate.samples, loops, "sample dense")
-    trace = trace_dense(model, target.sites, text, asked.report, loops)
-    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
-    cache = cache if asked.trainer.num_nodes == 1 else None
-    statistics, pruned = calibrate_and_prune_(model, target.sites, recipe, budget, text, loops, cache)
-    warn_of_odd(target.sites, pruned.plan)
-    journal.structure(target.sites, pruned.plan)
-    errors = compare_pruned(model, trace, pruned, loops)
-    journal.errors(target.sites, errors)
-    after = evaluate(model, text.evaluations, loops, "evaluate pruned")
-    journal.perplexity("pruned", after)
-    pruned_answers = ask(model, tokenizer, tasks, loops, "zero-shot pruned")
-    rewritten = sample(model, tokenizer, asked.evaluate.samples, loops, "sample pruned")
-    record = RunRecord(
-        recipe,
-        target,
-        tokenizer,
-        text,
-        budget,
-        statistics,
-        pruned,
-        count_params(target, pruned.plan, dense_params, model.num_parameters()),
-        compare(before, after),
-        progress.seconds,
-        warnings,
-        zero_shot=side_by_side(answers, pruned_answers),
-        errors=errors,
-        error_tokens=trace.tokens if trace else 0,
-        samples=pair_samples(asked.evaluate.samples, written, rewritten),
+        params = model.num_parameters()
+        budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
+    return Subject(recipe, target, tokenizer, text, tasks, model, params, budget)
+
+
+def _measure(subject: Subject, loops: Loops, which: str) -> Figures:
+    """Measure what the recipe's ``evaluate`` asks for, of the ``dense`` or of the ``pruned`` model."""
+    model, tokenizer, asked = subject.model, subject.tokenizer, subject.recipe.recipe.evaluate
+    return Figures(
+        evaluate(model, subject.text.evaluations, loops, f"evaluate {which}"),
+        ask(model, tokenizer, subject.tasks, loops, f"zero-shot {which}"),
+        sample(model, tokenizer, asked.samples, loops, f"sample {which}"),
     )
-    if not is_first():
-        return record
-    journal.totals(record.params, record.seconds)
+
+
+def _write(record: RunRecord, model: PreTrainedModel, around: Around, *, overwrite: bool) -> RunRecord:
+    """Write the output, and its exports."""
+    progress, recipe = around.progress, record.recipe
+    around.journal.totals(record.params, record.seconds)
     with progress.stage("save"):
-        save_run(record, model, journal.files(), overwrite=overwrite)
+        save_run(record, model, around.journal.files(), overwrite=overwrite, work=around.work)
+    if record.output.resolve() == around.work.output:
+        around.work.finish()
     if not recipe.exporters:
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:

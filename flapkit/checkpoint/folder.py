@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from flapkit.errors import OutputError
+from flapkit.work import Work, disk_error, open_work, sync
 
 PLAN = "plan.json"
 """The file that holds a checkpoint's plan."""
@@ -47,42 +45,30 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a folder under a temporary name beside its own, and rename it when all is written.
+def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None) -> Iterator[Path]:
+    """Write a folder in the work folder beside it, and rename it when all is written.
 
     Whatever stops the writing, the folder is then either as it was before or complete.
 
     Args:
         path: the folder to write.
         overwrite: replace a folder that flapkit wrote.
+        work: the work folder, where it is held already.
 
     Yields:
         The temporary folder to write to.
 
     Raises:
-        OutputError: the folder exists, cannot be written, or the disk is full.
+        OutputError: the folder exists, cannot be written, another process writes it, or the disk is full.
     """
-    check_output(path, overwrite=overwrite)
-    path = path.absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise _failure(path, error) from error
-    try:
+    with _new(path, check_output, overwrite, work) as temporary:
+        temporary.mkdir()
         yield temporary
-        _sync(temporary)
-        _open_up(temporary)
-        _put(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise _failure(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a file under a temporary name beside its own, and rename it when all is written.
+    """Write a file in the work folder beside it, and rename it when all is written.
 
     Args:
         path: the file to write.
@@ -92,24 +78,25 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         The temporary file to write, which is not there yet.
 
     Raises:
-        OutputError: the file exists, cannot be written, or the disk is full.
+        OutputError: the file exists, cannot be written, another process writes it, or the disk is full.
     """
-    check_output_file(path, overwrite=overwrite)
-    path = path.absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise _failure(path, error) from error
-    try:
-        yield folder / path.name
-        _sync(folder)
-        _open_up(folder)
-        (folder / path.name).replace(path)
-    except (OSError, SafetensorError) as error:
-        raise _failure(path, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _new(path, check_output_file, overwrite, None) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | None) -> Iterator[Path]:
+    with nullcontext(work) if work else open_work(path, overwrite=overwrite) as work:
+        check(path, overwrite=overwrite)
+        try:
+            with work.half_written() as half:
+                temporary = half / path.absolute().name
+                yield temporary
+                _sync(half)
+                _open_up(half)
+                work.put(temporary, path.absolute())
+        except (OSError, SafetensorError) as error:
+            raise disk_error(path, error) from error
 
 
 def check_output_file(path: Path, *, overwrite: bool = False) -> None:
@@ -127,7 +114,7 @@ def check_output_file(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _open_up(folder: Path) -> None:
-    """Give the usual permissions: mkdtemp and safetensors make what only its owner can read."""
+    """Give the usual permissions: safetensors makes what only its owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in [*folder.rglob("*"), folder]:
@@ -137,29 +124,4 @@ def _open_up(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Have the system write everything to the disk, so that the rename cannot overtake it."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    replaced = path.with_name(f"{temporary.name.removesuffix('.partial')}.replaced")
-    path.rename(replaced)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        replaced.rename(path)
-        raise
-    shutil.rmtree(replaced)
-
-
-def _failure(path: Path, error: OSError | SafetensorError) -> OutputError:
-    if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        return OutputError(f"output {path}: the disk is full ({free / 1e6:,.0f} MB are free); nothing was written")
-    return OutputError(f"output {path}: cannot be written: {error}")
+        sync(path)

@@ -16,6 +16,7 @@ from flapkit.checkpoint.families import PrunedClasses, pruned_classes
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.errors import ModelError
 from flapkit.plan import PruningPlan
+from flapkit.work import Work
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
@@ -35,6 +36,7 @@ def save(
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    work: Work | None = None,
 ) -> None:
     """Save a pruned model as a folder, which appears when it is complete and not before.
 
@@ -51,13 +53,14 @@ def save(
         files: name -> content of more files for the folder; a name may lead into a folder below.
         max_shard_size: weights beyond this size are split over several files.
         overwrite: replace a folder that flapkit wrote.
+        work: the folder's work folder, where it is held already (``flapkit.work``).
 
     Raises:
         ModelError: flapkit has no class to load models of this family by.
-        OutputError: the folder exists, or cannot be written.
+        OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
-    with new_folder(Path(path), overwrite=overwrite) as folder:
+    with new_folder(Path(path), overwrite=overwrite, work=work) as folder:
         _check_generation(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, folder)

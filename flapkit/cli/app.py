@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -12,8 +16,8 @@ from rich.console import Console
 from flapkit.errors import FlapkitError, InputError
 from flapkit.ranks import is_first
 
-INTERRUPTED = 130
-"""Exit code of Ctrl-C, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of Ctrl-C and of SIGTERM, as shells have them."""
 
 app = typer.Typer(
     help="Structured pruning of large language models without retraining.",
@@ -24,14 +28,20 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; exit code 0, 1 where a run failed, 2 where the input was wrong, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit code 0, 1 where a run failed, 2 where the input was wrong, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     # transformers and Lightning draw their own bars and give advice on what flapkit decides.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not is_first():
         # Lightning starts the command once for each device; the first alone prints what it found.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
-        code = app(standalone_mode=False)
+        with _sigterm_stops():
+            code = app(standalone_mode=False)
+    except Terminated:
+        _fail("stopped; no output was written", TERMINATED)
     except FlapkitError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as error:
@@ -48,8 +58,28 @@ def main() -> None:
         _fail("stopped; no output was written", INTERRUPTED)
 
 
+class Terminated(BaseException):
+    """SIGTERM was received: all is left as on Ctrl-C."""
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """Have SIGTERM end the work as an exception does, which leaves nothing half-written and frees what is held."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of what ended a command."""
+    if isinstance(error, Terminated):
+        return TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, FlapkitError) else FlapkitError.exit_code

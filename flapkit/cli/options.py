@@ -11,7 +11,11 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML fi
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in budget.ratio=0.3.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that flapkit wrote.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output folder that flapkit wrote, or what a stopped run has left."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run has left.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure all statistics anew, and keep none.")]
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flapkit.errors import OutputError
+from flapkit.work import write_file
 
 STAGES = ("dense", "pruned", "recovered")
 """What is measured of, in the order of a run."""
@@ -75,14 +76,7 @@ def write_new(path: Path, text: str) -> None:
         OutputError: it exists already, or cannot be written.
     """
     check_new(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"output {path}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, text)
 
 
 def set_logging(*, quiet: bool, verbose: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flapkit.cli.app import app
-from flapkit.cli.options import Overrides, Overwrite
+from flapkit.cli.options import Overrides, Overwrite, Resume
 from flapkit.cli.output import print_result, set_logging
 from flapkit.cli.progress import progress_listener
 
@@ -24,6 +24,7 @@ def recover(
     ] = None,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
 ) -> None:
@@ -35,6 +36,6 @@ def recover(
     loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
     progress = Progress(progress_listener(quiet=quiet))
-    result = recover_checkpoint(checkpoint, loaded, overwrite=overwrite, progress=progress)
+    result = recover_checkpoint(checkpoint, loaded, overwrite=overwrite, resume=resume, progress=progress)
     if not quiet:
         print_result(str(checkpoint), result)

@@ -35,14 +35,15 @@ def sweep(
     from flapkit.sweep.load import label, load_sweep
     from flapkit.sweep.results import Results
     from flapkit.sweep.run import run_sweep
+    from flapkit.work import open_work
 
     loaded = load_sweep(find_sweep(sweep), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.asked.output).expanduser()
-    results = Results(folder)
     progress = Progress(progress_listener(quiet=quiet))
-    rows = run_sweep(loaded, results, progress=progress, cache=None if no_cache else cache_folder())
-    _write(loaded, rows, folder)
+    with open_work(folder, resume=True):
+        rows = run_sweep(loaded, Results(folder), progress=progress, cache=None if no_cache else cache_folder())
+        _write(loaded, rows, folder)
     if not quiet:
         _print(loaded, rows, folder)
     failed = [f"{label(row.settings)}: {row.error}" for row in rows if row.error is not None]
@@ -53,10 +54,11 @@ def sweep(
 def _write(loaded: Sweep, rows: list[Row], folder: Path) -> None:
     from flapkit.sweep.plot import draw
     from flapkit.sweep.table import to_csv
+    from flapkit.work import write_file
 
-    (folder / "table.csv").write_text(to_csv(loaded.keys, rows), encoding="utf-8")
+    write_file(folder / "table.csv", to_csv(loaded.keys, rows))
     for kind in ("png", "svg"):
-        (folder / f"plot.{kind}").write_bytes(draw(rows, loaded.keys, loaded.asked.plot, kind))
+        write_file(folder / f"plot.{kind}", draw(rows, loaded.keys, loaded.asked.plot, kind))
 
 
 def _print(loaded: Sweep, rows: list[Row], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -27,6 +28,7 @@ from flapkit.stages.loops import Loops, quietly
 from flapkit.stages.target import Target
 from flapkit.text import TextSource
 from flapkit.windows import draw_windows
+from flapkit.work import differences, write_file
 
 LOG_POINTS = 100
 """How many training losses the loggers get, about."""
@@ -79,12 +81,12 @@ class Workplace:
 
     Args:
         folder: is made if need be.
-        identity: what the training depends on; a checkpoint of another training is not gone on with.
+        identity: what the training depends on, as JSON holds it; a checkpoint of another is not gone on with.
         loggers: names of Lightning's loggers.
     """
 
     folder: Path
-    identity: str
+    identity: Mapping[str, Any]
     loggers: Sequence[LoggerName] = ()
 
     @property
@@ -96,11 +98,15 @@ class Workplace:
         """Make the folder, and return the checkpoint to go on from, if there is one of this training."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "training.json"
-        if mark.is_file() and mark.read_text(encoding="utf-8") == self.identity:
+        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        changes = differences(before, self.identity)
+        if not changes:
             return self.checkpoint if self.checkpoint.is_file() else None
-        self.checkpoint.unlink(missing_ok=True)
+        if self.checkpoint.is_file():
+            log.warning("recover: begins anew, since the training that was stopped was another: %s", "; ".join(changes))
+            self.checkpoint.unlink()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
-        mark.write_text(self.identity, encoding="utf-8")
+        write_file(mark, json.dumps(self.identity, indent=2))
         return None
 
 

@@ -25,6 +25,7 @@ from flapkit.stages.loops import Measured
 from flapkit.stages.target import Target
 from flapkit.stages.text import RunText
 from flapkit.windows import tokens_hash
+from flapkit.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ def save_run(
     files: Mapping[str, bytes] | None = None,
     *,
     overwrite: bool = False,
+    work: Work | None = None,
 ) -> None:
     """Write the output folder of a run: the checkpoint, and the files that say what made it.
 
@@ -163,6 +165,7 @@ def save_run(
         model: the pruned model.
         files: more files, by their path in the folder.
         overwrite: replace a folder that flapkit wrote.
+        work: the output's work folder, where it is held already.
 
     Raises:
         OutputError: the folder exists, or cannot be written.
@@ -175,6 +178,7 @@ def save_run(
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},
         overwrite=overwrite,
+        work=work,
     )
 
 

@@ -208,11 +208,11 @@ def test_a_stopped_run_goes_on_and_ends_the_same(home, done, monkeypatch):
         stop_at(patched, 5, SystemError("killed"))
         with pytest.raises(SystemError):
             run(recipe)
-    assert (home / ".out.recovery" / "last.ckpt").is_file()
+    assert (home / ".out.work" / "recovery" / "last.ckpt").is_file()
     assert not (home / "out").exists()
     with monkeypatch.context() as patched:
         patched.setattr("flapkit.run._prune", None)
-        record = run(recipe)
+        record = run(recipe, resume=True)
     assert equal(home / "out", done / "whole")
     assert set(record.seconds) >= {"calibrate", "recover"}
     assert not list(home.glob(".out*"))
@@ -224,39 +224,41 @@ def test_a_loss_that_is_not_finite_leaves_the_pruned_model(command, home):
     code, _, err = command("run", recipe, "-q", *sets)
     assert code == 1
     assert "loss is not finite at step" in err
-    assert "the pruned model is whole in .out.recovery/pruned" in err
+    assert "the pruned model is whole in" in err
     assert not (home / "out").exists()
-    assert flapkit.load(home / ".out.recovery" / "pruned").num_parameters() > 0
+    assert flapkit.load(home / ".out.work" / "pruned").num_parameters() > 0
     code, _, err = command("run", recipe)
+    assert (code, "--resume goes on with it, --overwrite removes it" in err) == (2, True)
+    code, _, err = command("run", recipe, "--resume")
     assert code == 0
     assert "evaluate dense" not in err
     result = json.loads((home / "out" / "result.json").read_text())
     assert min(result["recovery"]["validation_perplexity"].values()) < 1e6
 
 
-def test_ctrl_c_says_that_it_goes_on(command, home, monkeypatch, caplog):
+def test_ctrl_c_says_what_goes_on(command, home, monkeypatch, caplog):
     recipe = write(home)
     with monkeypatch.context() as patched:
         stop_at(patched, 3, KeyboardInterrupt())
         assert command("run", recipe)[0] == 130
-    assert "the same command goes on from .out.recovery" in caplog.text
+    assert f"what is finished is in {home / '.out.work'}; --resume goes on with it" in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["pruned", "last.ckpt"])
 def test_sigkill(home, when):
-    """Killed after the model was pruned, or in the middle of the training: the same command ends the same."""
+    """Killed after the model was pruned, or in the middle of the training: with --resume it ends the same."""
     recipe = write(home, compensator=["bias", {**LORA, "steps": 60, "validate_every": 6}])
     command = [sys.executable, "-m", "flapkit", "run", str(recipe), "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--set", "output=whole"], check=True, env=environment)
     process = subprocess.Popen(command, env=environment)
-    while not (home / ".out.recovery" / when).exists():
+    while not list((home / ".out.work").glob(f"**/{when}")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (home / "out").exists()
-    subprocess.run(command, check=True, env=environment)
+    subprocess.run([*command, "--resume"], check=True, env=environment)
     assert equal(home / "out", home / "whole")
     assert not list(home.glob(".out*"))

@@ -116,7 +116,7 @@ def test_a_resumed_training_is_as_one_that_was_not_stopped(tokens, tmp_path, mon
     recovery, accumulate = lora(dropout=0.2, steps=11), {"accumulate_grad_batches": 2}
     whole = pruned(tokens)
     expected = train(whole, recovery, options=accumulate)
-    workplace = Workplace(tmp_path, "this training")
+    workplace = Workplace(tmp_path, {"training": "this training"})
     with monkeypatch.context() as patched:
         watching = stage.recovery_callbacks
         patched.setattr(stage, "recovery_callbacks", lambda *a, **k: [Kill(killed_at), *watching(*a, **k)])
@@ -132,7 +132,7 @@ def test_a_resumed_training_is_as_one_that_was_not_stopped(tokens, tmp_path, mon
 
 
 def test_a_finished_training_is_not_done_again(tokens, tmp_path):
-    workplace, recovery = Workplace(tmp_path, "this training"), lora()
+    workplace, recovery = Workplace(tmp_path, {"training": "this training"}), lora()
     first, again = pruned(tokens), pruned(tokens)
     expected = train(first, recovery, workplace=workplace)
     assert train(again, recovery, workplace=workplace).validations == expected.validations
@@ -140,16 +140,16 @@ def test_a_finished_training_is_not_done_again(tokens, tmp_path):
 
 
 def test_a_checkpoint_holds_what_is_trained_alone_and_of_another_training_it_is_left(tokens, tmp_path):
-    train(pruned(tokens), lora(), workplace=Workplace(tmp_path, "one training"))
+    train(pruned(tokens), lora(), workplace=Workplace(tmp_path, {"training": "one training"}))
     held = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(".lora_" in name for name in held)
-    other = train(pruned(tokens), lora(steps=4), workplace=Workplace(tmp_path, "another training"))
+    other = train(pruned(tokens), lora(steps=4), workplace=Workplace(tmp_path, {"training": "another training"}))
     assert max(other.validations) == 4
 
 
 def test_loggers(tokens, tmp_path):
     pytest.importorskip("tensorboard")
-    train(pruned(tokens), lora(), workplace=Workplace(tmp_path, "", ("csv", "tensorboard")))
+    train(pruned(tokens), lora(), workplace=Workplace(tmp_path, {}, ("csv", "tensorboard")))
     lines = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     assert set(lines[0].split(",")) >= {"step", "train/loss", "validation/loss", "validation/perplexity", "lr-AdamW"}
     assert len(lines) > 12

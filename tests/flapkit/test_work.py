@@ -1,0 +1,146 @@
+"""The work folder of an output: who holds it, what it keeps, and what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flapkit.checkpoint import new_folder
+from flapkit.checkpoint.folder import MARK
+from flapkit.errors import OutputError
+from flapkit.work import Work, differences, open_work, work_folder
+
+HOLDS = "import sys, pathlib; from flapkit.work import open_work\nwith open_work(pathlib.Path({path!r})):\n    {do}"
+
+
+def stopped(output, asked=None, pieces=("statistics",)):
+    """Leave what a stopped run leaves."""
+
+    def work():
+        with open_work(output, asked) as held:
+            for piece in pieces:
+                held.path(piece).write_text("half an hour's work")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+def old_output(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARK).write_text("old")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("spelt", ["out", "./here/../out", "link/out", "here/../link/out"])
+def test_one_output_has_one_holder_however_it_is_spelt(tmp_path, monkeypatch, spelt):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    with open_work(tmp_path / "out"):
+        with (
+            pytest.raises(OutputError, match=f"process {os.getpid()} on .* is writing it"),
+            open_work(tmp_path / spelt),
+        ):
+            pass
+        with pytest.raises(OutputError, match="is writing it"), new_folder(tmp_path / spelt, overwrite=True):
+            pass
+    with open_work(tmp_path / spelt):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+
+
+def test_a_process_that_died_holds_nothing(tmp_path):
+    code = HOLDS.format(path=str(tmp_path / "out"), do="print('held', flush=True); sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(OutputError, match=f"process {process.pid} on"), open_work(tmp_path / "out"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (work_folder(tmp_path / "out") / "lock").exists()
+    with open_work(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_run_that_finished_nothing(tmp_path):
+    stopped(tmp_path / "runs" / "deep" / "out", pieces=())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_finished_is_neither_lost_nor_taken_unasked(tmp_path, caplog):
+    stopped(tmp_path / "out", {"budget": {"ratio": 0.2}})
+    assert "what is finished is in" in caplog.text
+    with pytest.raises(OutputError, match=r"\(statistics\); --resume goes on with it, --overwrite removes"):
+        stopped(tmp_path / "out")
+    with open_work(tmp_path / "out", {"budget": {"ratio": 0.2}}, resume=True) as work:
+        assert work.pieces() == ["statistics"]
+        work.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_begun_anew(tmp_path, caplog):
+    stopped(tmp_path / "out")
+    with open_work(tmp_path / "out", overwrite=True) as work:
+        assert work.pieces() == []
+    assert "what a stopped run had finished is removed: statistics" in caplog.text
+
+
+def test_another_run_does_not_go_on_with_it(tmp_path):
+    stopped(tmp_path / "out", {"budget": {"ratio": 0.2, "of": "blocks"}, "metric": "wifv"})
+    asked = {"budget": {"ratio": 0.3, "of": "blocks"}, "metric": "wifv", "searcher": "al_am"}
+    says = r"was another: budget.ratio: 0.2 then, 0.3 now; searcher: null then, \"al_am\" now"
+    with pytest.raises(OutputError, match=says), open_work(tmp_path / "out", asked, resume=True):
+        pass
+    with open_work(tmp_path / "out", {"metric": "wifv", "budget": {"of": "blocks", "ratio": 0.2}}, resume=True):
+        pass
+
+
+def test_differences_of_lists():
+    assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ['a: [1, {"b": 2}] then, [1, {"b": 3}] now']
+
+
+def test_an_output_that_was_set_aside_is_put_back(tmp_path, caplog):
+    """As a kill between the two renames of a swap leaves it."""
+    out = old_output(tmp_path)
+    work = Work(out)
+    (work.folder / "replaced").mkdir(parents=True)
+    (work.folder / "half" / "out").mkdir(parents=True)
+    out.rename(work.folder / "replaced" / "out")
+    with open_work(out):
+        assert (out / MARK).read_text() == "old"
+    assert "it is put back" in caplog.text
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_was_replaced_is_removed_where_the_new_output_is_whole(tmp_path):
+    out = old_output(tmp_path)
+    aside = Work(out).folder / "replaced" / "out"
+    aside.mkdir(parents=True)
+    (aside / MARK).write_text("older")
+    with open_work(out):
+        pass
+    assert (out / MARK).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with open_work(tmp_path / "out") as work:
+        assert work.folder.is_dir()
+    assert "the file system knows no locks" in caplog.text
+
+
+def test_other_ranks_only_use_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with open_work(tmp_path / "out", resume=True) as work:
+        assert work.resumed
+    assert list(tmp_path.iterdir()) == []
