@@ -261,8 +261,7 @@ class Evaluate(Callback):
         """Take in a batch, and stop where a loss is not finite."""
         metric = self._metrics[dataloader_idx]
         metric.update(outputs["nll"], outputs["targets"])
-        if not metric.is_finite():
-            raise RunError(f"perplexity of {self._names[dataloader_idx]}: the loss is not finite")
+        metric.check(self._names[dataloader_idx])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the ranks."""

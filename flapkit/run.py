@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
 from flapkit.evaluation.zero_shot import TaskScores, side_by_side
@@ -21,14 +21,15 @@ from flapkit.ranks import is_first
 from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
-from flapkit.stages.calibrate import calibrate_and_prune_
+from flapkit.stages.layerwise import Layers, check_layerwise, open_layers
 from flapkit.stages.log import RunLog, open_log
-from flapkit.stages.loops import Loops, Measured, evaluate
+from flapkit.stages.loops import Loops, Measured
 from flapkit.stages.noted import noted_warnings
-from flapkit.stages.report import compare_pruned, pair_samples, sample, trace_dense
+from flapkit.stages.report import make_trace, pair_samples, sample
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import RunText, read_text
+from flapkit.stages.whole import Whole
 from flapkit.stages.zero_shot import ask, load_tasks
 from flapkit.work import Work, open_work
 
@@ -70,7 +71,7 @@ class Subject:
         tokenizer: the model's.
         text: the run's text, as tokens.
         tasks: zero-shot tasks; None for none.
-        model: the model itself.
+        executed: the model itself, and how it is run.
         dense_params: its parameters before.
         budget: how much is to go.
     """
@@ -80,7 +81,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     text: RunText
     tasks: Harness | None
-    model: PreTrainedModel
+    executed: Whole | Layers
     dense_params: int
     budget: Budget
 
@@ -166,17 +167,16 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
 def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
     asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, around.progress)
-    subject = _read(recipe, loops)
-    model, sites = subject.model, subject.target.sites
+    subject = _read(recipe, loops, around)
+    executed, sites = subject.executed, subject.target.sites
     dense = _measure(subject, loops, "dense")
     around.journal.perplexity("dense", dense.perplexity)
-    trace = trace_dense(model, sites, subject.text, asked.report, loops)
-    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
-    cache = around.cache if asked.trainer.num_nodes == 1 else None
-    statistics, pruned = calibrate_and_prune_(model, sites, recipe, subject.budget, subject.text, loops, cache)
+    trace = make_trace(sites, subject.text, asked.report, executed.model.dtype)
+    executed.see(trace)
+    statistics, pruned = executed.prune(subject.budget, subject.text)
     warn_of_odd(sites, pruned.plan)
     around.journal.structure(sites, pruned.plan)
-    errors = compare_pruned(model, trace, pruned, loops)
+    errors = executed.compare(trace, pruned)
     around.journal.errors(sites, errors)
     after = _measure(subject, loops, "pruned")
     around.journal.perplexity("pruned", after.perplexity)
@@ -188,7 +188,7 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
         subject.budget,
         statistics,
         pruned,
-        count_params(subject.target, pruned.plan, subject.dense_params, model.num_parameters()),
+        count_params(subject.target, pruned.plan, subject.dense_params, executed.model.num_parameters()),
         compare(dense.perplexity, after.perplexity),
         around.progress.seconds,
         around.warnings,
@@ -197,41 +197,54 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
         error_tokens=trace.tokens if trace else 0,
         samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
     )
-    return _write(record, model, around, overwrite=overwrite) if is_first() else record
+    return _write(record, executed, around, overwrite=overwrite) if is_first() else record
 
 
-def _read(recipe: LoadedRecipe, loops: Loops) -> Subject:
-    """Read all text, and then load the model."""
-    asked, progress = recipe.recipe, loops.progress
-    with progress.stage("text"):
+def _read(recipe: LoadedRecipe, loops: Loops, around: Around) -> Subject:
+    """Read all text, and then load the model, or open it to be run layer by layer."""
+    asked = recipe.recipe
+    with around.progress.stage("text"):
         target = find_target(recipe)
         tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
         text = read_text(asked, target, tokenizer)
         tasks = load_tasks(asked.evaluate.zero_shot)
-    with progress.stage("load"):
-        model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
-        target.adapter.confirm(model, target.sites)
-        params = model.num_parameters()
+    with around.progress.stage("load"):
+        executed = _load(recipe, target, loops, around)
+        params = executed.model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
-    return Subject(recipe, target, tokenizer, text, tasks, model, params, budget)
+    return Subject(recipe, target, tokenizer, text, tasks, executed, params, budget)
+
+
+def _load(recipe: LoadedRecipe, target: Target, loops: Loops, around: Around) -> Whole | Layers:
+    asked = recipe.recipe
+    if asked.execution.mode == "layerwise":
+        check_layerwise(recipe, target)
+        return open_layers(recipe, target, loops, around.work.folder)
+    model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+    target.adapter.confirm(model, target.sites)
+    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
+    cache = around.cache if asked.trainer.num_nodes == 1 else None
+    return Whole(recipe, model, target.sites, loops, cache)
 
 
 def _measure(subject: Subject, loops: Loops, which: str) -> Figures:
     """Measure what the recipe's ``evaluate`` asks for, of the ``dense`` or of the ``pruned`` model."""
-    model, tokenizer, asked = subject.model, subject.tokenizer, subject.recipe.recipe.evaluate
+    executed, tokenizer, asked = subject.executed, subject.tokenizer, subject.recipe.recipe.evaluate
+    model = executed.model
     return Figures(
-        evaluate(model, subject.text.evaluations, loops, f"evaluate {which}"),
+        executed.evaluate(subject.text.evaluations, f"evaluate {which}"),
         ask(model, tokenizer, subject.tasks, loops, f"zero-shot {which}"),
         sample(model, tokenizer, asked.samples, loops, f"sample {which}"),
     )
 
 
-def _write(record: RunRecord, model: PreTrainedModel, around: Around, *, overwrite: bool) -> RunRecord:
+def _write(record: RunRecord, executed: Whole | Layers, around: Around, *, overwrite: bool) -> RunRecord:
     """Write the output, and its exports."""
     progress, recipe = around.progress, record.recipe
     around.journal.totals(record.params, record.seconds)
     with progress.stage("save"):
-        save_run(record, model, around.journal.files(), overwrite=overwrite, work=around.work)
+        files = around.journal.files()
+        save_run(record, executed.model, files, weights=executed.shards, overwrite=overwrite, work=around.work)
     if record.output.resolve() == around.work.output:
         around.work.finish()
     if not recipe.exporters:

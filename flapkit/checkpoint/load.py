@@ -134,9 +134,8 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
     source = _source(path)
     _refuse_quantised(path, load_config(path, revision=revision))
     if isinstance(source, str):
-        name = source
-        fetch: Any = snapshot_download
-        source = Path(_call(path, lambda: fetch(name, revision=revision, allow_patterns=list(PARTS))))
+        hub = source
+        source = Path(_call(path, lambda: str(snapshot_download(hub, revision=revision, allow_patterns=[*PARTS]))))
     _check_weights(path, source)
     return Weights.of(_weight_files(path, source))
 

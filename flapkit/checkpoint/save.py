@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.families import PrunedClasses, pruned_classes
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
+from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.errors import ModelError
 from flapkit.plan import PruningPlan
 from flapkit.work import Work
@@ -35,6 +36,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "5GB",
+    weights: Sequence[Path] = (),
     overwrite: bool = False,
     work: Work | None = None,
 ) -> None:
@@ -52,6 +54,8 @@ def save(
         metadata: what made the model, for ``flapkit.json``; anything that JSON holds.
         files: name -> content of more files for the folder; a name may lead into a folder below.
         max_shard_size: weights beyond this size are split over several files.
+        weights: safetensors files that hold the model's weights already, and are moved into the folder; the model
+            itself then needs none.
         overwrite: replace a folder that flapkit wrote.
         work: the folder's work folder, where it is held already (``flapkit.work``).
 
@@ -62,7 +66,10 @@ def save(
     classes = savable_classes(model)
     with new_folder(Path(path), overwrite=overwrite, work=work) as folder:
         _check_generation(model)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if weights:
+            _move_weights(model, weights, folder)
+        else:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, folder)
         (folder / classes.file).write_text(classes.code(model.config.flapkit["blocks"]), encoding="utf-8")
         if tokenizer is not None:
@@ -75,6 +82,15 @@ def save(
         made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
         made |= metadata or {}
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:
+    """Do what ``save_pretrained`` does, with weights that are written already."""
+    moved = [file.rename(folder / file.name) for file in weights]
+    (folder / INDEX).write_text(Weights.of(moved).index(), encoding="utf-8")
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _card(name: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]) -> str:

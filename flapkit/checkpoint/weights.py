@@ -57,6 +57,12 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read what a safetensors file says of itself."""
+    with safe_open(file, framework="pt") as tensors:
+        return dict(tensors.metadata() or {})
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name beside its own, and rename it when all is on the disk.
 

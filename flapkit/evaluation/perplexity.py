@@ -105,3 +105,8 @@ class Perplexity(Metric):
     def is_finite(self) -> bool:
         """Tell whether every loss that was taken in so far was finite."""
         return bool(torch.isfinite(self.nll))
+
+    def check(self, name: str) -> None:
+        """Raise ``RunError``, which names the text, if a loss that was taken in was not finite."""
+        if not self.is_finite():
+            raise RunError(f"perplexity of {name}: the loss is not finite")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from flapkit.calibration import Batch, measure
+from flapkit.calibration import Batch, Statistics
 from flapkit.interfaces import Correction
 from flapkit.plan import PruningPlan
 from flapkit.sites import Site
@@ -112,58 +112,69 @@ def _inputs_up_to(tokens: int) -> type[_Inputs]:
 class Trace:
     """What the dense model's consumers take in and give out on a little text, to compare the pruned model with.
 
+    Let ``statistic`` be measured on ``batches`` and shown to ``see``, of all sites or of a few at a time; then once
+    more in the pruned model, at the sites of ``left``, and shown to ``compare``.
+
     Args:
-        model: the dense model.
-        sites: its sites.
+        sites: the dense model's sites.
         windows: the text, tokens [windows, tokens].
+        dtype: of the model.
         batch_size: windows that go through the model at once.
 
     Attributes:
+        batches: the text.
+        statistic: what is to be measured.
         tokens: tokens that are compared, at most; fewer than the text's where they would take too much memory.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], windows: Tensor, batch_size: int = 8) -> None:
-        self._sites = sites
-        self._batches: list[Batch] = [{"input_ids": part} for part in windows.split(batch_size)]
-        size = sum(site.channels + 2 * site.out_features for site in sites) * model.dtype.itemsize
+    def __init__(self, sites: Sequence[Site], windows: Tensor, dtype: torch.dtype, batch_size: int = 8) -> None:
+        self._sites = {site.name: site for site in sites}
+        # Several sites of a kind in a layer are experts: other tokens reach them in the pruned model.
+        self._alike = Counter((site.layer, site.kind) for site in sites)
+        size = sum(site.channels + 2 * site.out_features for site in sites) * dtype.itemsize
+        self.batches: list[Batch] = [{"input_ids": part} for part in windows.split(batch_size)]
         self.tokens = min(windows.numel(), max(LARGEST_TRACE // size, windows.shape[1]))
-        self._inputs = self._run(model, sites)
-        self._outputs = {site.name: _output(model, site, self._inputs[site.name]) for site in sites}
+        self.statistic = _inputs_up_to(self.tokens)
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(self, model: PreTrainedModel, measured: Statistics) -> None:
+        """Take in what was measured of the dense model at some sites, whose weights it has in memory."""
+        for name, found in measured.items():
+            inputs = found[self.statistic].compute()
+            self._seen[name] = inputs, _output(model, self._sites[name], inputs)
+
+    def left(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
+        """List what a plan leaves of some sites."""
+        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in sites]
 
     def compare(
-        self, model: PreTrainedModel, plan: PruningPlan, predicted: Mapping[str, float | None]
+        self, model: PreTrainedModel, measured: Statistics, plan: PruningPlan, predicted: Mapping[str, float | None]
     ) -> dict[str, SiteError]:
-        """Compare the pruned model, at every site that lost units.
+        """Compare the pruned model, at those of some sites that lost units.
 
         Args:
-            model: the pruned model.
+            model: the pruned model, which has the weights of these sites in memory.
+            measured: site name -> what was measured there.
             plan: what it keeps.
             predicted: site name -> predicted squared error per token, or None.
         """
-        left = [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in self._sites]
-        inputs = self._run(model, left)
-        # Several sites of a kind in a layer are experts: other tokens reach them in the pruned model.
-        of_layer = Counter((site.layer, site.kind) for site in left)
         errors = {}
-        for dense, site in zip(self._sites, left, strict=True):
-            wanted = self._outputs[site.name]
+        for name, found in measured.items():
+            dense, (inputs, wanted) = self._sites[name], self._seen[name]
+            (site,) = self.left(plan, [dense])
             power = float(wanted.square().sum()) / max(len(wanted), 1)
             if site.units == dense.units or not power:
                 continue
-            alone = self._inputs[site.name][:, dense.channels_of(plan.keep[site.name])]
-            expected = predicted.get(site.name)
-            same = of_layer[site.layer, site.kind] == 1
-            errors[site.name] = SiteError(
+            alone = inputs[:, dense.channels_of(plan.keep[name])]
+            expected = predicted.get(name)
+            same = self._alike[site.layer, site.kind] == 1
+            now = found[self.statistic].compute()
+            errors[name] = SiteError(
                 predicted=None if expected is None else (expected / power) ** 0.5,
                 alone=_relative_error(_output(model, site, alone), wanted),
-                in_model=_relative_error(_output(model, site, inputs[site.name]), wanted) if same else None,
+                in_model=_relative_error(_output(model, site, now), wanted) if same else None,
             )
         return errors
-
-    def _run(self, model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Tensor]:
-        statistic = _inputs_up_to(self.tokens)
-        measured = measure(model, sites, [statistic], self._batches)
-        return {name: found[statistic].compute() for name, found in measured.items()}
 
 
 @torch.no_grad()

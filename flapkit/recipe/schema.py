@@ -276,6 +276,28 @@ class TrainerSection(Section):
     )
 
 
+Mode = Literal["whole", "layerwise"]
+
+
+class Execution(Section):
+    """How the model is run: in a recipe either ``layerwise`` or ``{mode: layerwise, hidden_states: disk}``."""
+
+    mode: Mode = Field(
+        default="whole",
+        description="`whole` has all of the model in memory; `layerwise` one decoder layer at a time, read from the "
+        "checkpoint when its turn comes.",
+    )
+    hidden_states: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="Layerwise: where the hidden states of all windows wait for the next layer. On the disk, beside "
+        "the output, a run that was stopped goes on at the layer that it had come to.",
+    )
+
+
+def _as_execution(value: Any) -> Any:
+    return {"mode": value} if isinstance(value, str) else value
+
+
 class Recipe(Section):
     """A whole run: what is pruned, by what, on which text, and how far."""
 
@@ -300,6 +322,9 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
     report: ReportSection = Field(default=ReportSection(), description="What the run's report takes.")
     trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
+    execution: Annotated[Execution, BeforeValidator(_as_execution, json_schema_input_type=Mode | Execution)] = Field(
+        default=Execution(), description="How the model is run: a mode, or a section."
+    )
     export: Components = Field(
         default=(),
         description="Exporter, or a list of them: forms that the pruned model is written in besides, below `exports/`.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,12 @@ class Loops:
     def numerics(self) -> str:
         """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
         return f"{self.device.type} {self.trainer([]).precision}"
+
+    @property
+    def precision(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Makes the context of a forward pass, such as autocast, for what runs outside a trainer's loop."""
+        make: Callable[[], AbstractContextManager[Any]] = self.trainer([]).precision_plugin.forward_context
+        return make
 
     def place_(self, model: PreTrainedModel) -> None:
         """Move a model to the device that the loops run on."""
@@ -161,16 +168,32 @@ def evaluate(
     Raises:
         RunError: a loss that is not finite, or a window that the device's memory does not hold.
     """
+    return measure_texts(model, texts, loops.device, lambda sizes: _test(model, texts, sizes, loops, name))
+
+
+def measure_texts(
+    model: PreTrainedModel,
+    texts: Mapping[str, EvaluationText],
+    device: torch.device,
+    test: Callable[[Mapping[str, int]], Mapping[str, PerplexityValues]],
+) -> dict[str, Measured]:
+    """Measure the perplexity of each text with as many windows at once as it asks for, or as fit.
+
+    Args:
+        model: the model, for its sizes.
+        texts: name -> text.
+        device: where it runs.
+        test: measures, given how many windows of each text go through the model at once.
+    """
     if not texts:
         return {}
-    device = loops.trainer([]).strategy.root_device
     sizes: Mapping[str, int] = {
         name: first_batch_size(model, text.asked.length, device)
         if text.asked.batch_size == "auto"
         else text.asked.batch_size
         for name, text in texts.items()
     }
-    results, sizes = halving(sizes, lambda sizes: _test(model, texts, sizes, loops, name))
+    results, sizes = halving(sizes, test)
     return {
         name: Measured(
             texts[name],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flapkit.calibration import measure
 from flapkit.data import held_out
 from flapkit.evaluation.samples import write_samples
 from flapkit.evaluation.site_errors import SiteError, Trace
@@ -17,31 +19,36 @@ from flapkit.stages.loops import Loops
 from flapkit.stages.text import RunText
 
 
-def trace_dense(
-    model: PreTrainedModel, sites: Sequence[Site], text: RunText, asked: ReportSection, loops: Loops
-) -> Trace | None:
-    """Keep what the dense model's consumers see and give on held-out calibration text.
+def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
+    """Choose the text on which the error of every site is measured: held-out calibration windows.
 
     Returns:
-        The trace; None where it is not asked for, or where so little calibration text was drawn that none is held out.
+        An empty trace; None where it is not asked for, or where so little calibration text was drawn that none is held
+        out.
     """
     windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
-    if not len(windows):
-        return None
+    return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
+
+
+def trace_dense(model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, loops: Loops) -> None:
+    """Keep what the dense model's consumers see and give."""
+    if trace is None:
+        return
     with loops.progress.stage("trace dense"):
         loops.place_(model)
-        return Trace(model, sites, windows, text.batch_size)
+        trace.see(model, measure(model, sites, [trace.statistic], trace.batches))
 
 
 def compare_pruned(
-    model: PreTrainedModel, trace: Trace | None, pruned: Pruned, loops: Loops
+    model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, pruned: Pruned, loops: Loops
 ) -> Mapping[str, SiteError]:
     """Measure how far the output of each pruned site is from the dense one."""
     if trace is None:
         return {}
     with loops.progress.stage("site errors"):
         loops.place_(model)
-        return trace.compare(model, pruned.plan, pruned.expected)
+        measured = measure(model, trace.left(pruned.plan, sites), [trace.statistic], trace.batches)
+        return trace.compare(model, measured, pruned.plan, pruned.expected)
 
 
 def sample(

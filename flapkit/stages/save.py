@@ -155,6 +155,7 @@ def save_run(
     model: PreTrainedModel,
     files: Mapping[str, bytes] | None = None,
     *,
+    weights: Sequence[Path] = (),
     overwrite: bool = False,
     work: Work | None = None,
 ) -> None:
@@ -164,6 +165,7 @@ def save_run(
         record: what was done.
         model: the pruned model.
         files: more files, by their path in the folder.
+        weights: files that hold the model's weights already.
         overwrite: replace a folder that flapkit wrote.
         work: the output's work folder, where it is held already.
 
@@ -171,12 +173,13 @@ def save_run(
         OutputError: the folder exists, or cannot be written.
     """
     save(
-        model.cpu(),
+        model if weights else model.cpu(),
         record.output,
         record.plan,
         tokenizer=record.tokenizer,
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},
+        weights=weights,
         overwrite=overwrite,
         work=work,
     )

@@ -15,6 +15,17 @@ from flapkit.registry import Registry
 from flapkit.statistics import Gram
 
 
+def traced(model, sites, tokens):
+    trace = Trace(sites, tokens, model.dtype)
+    trace.see(model, measure(model, sites, [trace.statistic], trace.batches))
+    return trace
+
+
+def compared(trace, model, sites, pruned):
+    measured = measure(model, trace.left(pruned.plan, sites), [trace.statistic], trace.batches)
+    return trace.compare(model, measured, pruned.plan, pruned.expected)
+
+
 def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     """Trace, prune and compare on one and the same text."""
     registry = Registry.load()
@@ -22,11 +33,11 @@ def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     repair = registry.get("compensator", compensator)(**options)
     method = Method(registry.create("metric", "wifv"), registry.create("searcher", "al_am"), (repair,))
     sites = flapkit.sites(model)
-    trace = Trace(model, sites, tokens)
+    trace = traced(model, sites, tokens)
     kinds = tuple(dict.fromkeys((*method.statistics, *extra)))
     statistics = measure(model, sites, kinds, [{"input_ids": tokens}])
     pruned = prune_sites_(model, sites, statistics, method, Budget.over(sites, ratio))
-    return sites, trace, pruned, trace.compare(model, pruned.plan, pruned.expected)
+    return sites, trace, pruned, compared(trace, model, sites, pruned)
 
 
 @pytest.mark.parametrize("compensator", ["none", "bias", "least_squares"])
@@ -64,16 +75,16 @@ def test_without_statistics_nothing_is_predicted(llama, tokens):
     parts = [registry.create("metric", "magnitude"), registry.create("searcher", "al_am")]
     method = Method(*parts, (registry.create("compensator", "none"),))
     sites = flapkit.sites(llama)
-    trace = Trace(llama, sites, tokens[:2])
+    trace = traced(llama, sites, tokens[:2])
     pruned = prune_sites_(llama, sites, measure(llama, sites, [], []), method, Budget.over(sites, 0.4))
     assert set(pruned.expected.values()) == {None}
-    errors = trace.compare(llama, pruned.plan, pruned.expected)
+    errors = compared(trace, llama, sites, pruned)
     assert all(error.predicted is None and error.alone > 0 for error in errors.values())
 
 
 def test_a_trace_keeps_no_more_than_it_may(llama, tokens, monkeypatch):
     monkeypatch.setattr("flapkit.evaluation.site_errors.LARGEST_TRACE", 1)
-    trace = Trace(llama, flapkit.sites(llama), tokens)
+    trace = traced(llama, flapkit.sites(llama), tokens)
     assert trace.tokens == tokens.shape[1]
 
 
@@ -89,8 +100,8 @@ def test_sites_that_other_tokens_may_reach_are_not_compared_in_the_model(llama, 
     sites = flapkit.sites(llama)
     # Two sites of a kind in one layer, as experts are.
     alike = [dataclasses.replace(site, kind="mlp") for site in sites]
-    trace = Trace(llama, alike, tokens[:2])
+    trace = traced(llama, alike, tokens[:2])
     pruned = prune_sites_(llama, sites, measure(llama, sites, [], []), method, Budget.over(sites, 0.4))
-    errors = trace.compare(llama, pruned.plan, pruned.expected)
+    errors = compared(trace, llama, alike, pruned)
     assert errors
     assert all(error.in_model is None and error.alone > 0 for error in errors.values())

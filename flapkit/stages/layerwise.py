@@ -1,0 +1,395 @@
+"""The stages of a run whose model is never whole in memory: each goes through the decoder layers one at a time.
+
+A layer's weights are read once in calibration, once in pruning and once in each evaluation, however many windows there
+are. Pruned layers are written as they are made: the weights lie in a file for each layer, and one for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flapkit.calibration import Batch, Collector, Statistics, needed_statistics, needs_gradient
+from flapkit.checkpoint import open_weights
+from flapkit.checkpoint.families import describe_
+from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
+from flapkit.data import PruningData
+from flapkit.errors import RecipeError
+from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
+from flapkit.evaluation.site_errors import SiteError, Trace
+from flapkit.interfaces import Correction, TrialSearcher, recovery_of
+from flapkit.layerwise import HiddenStates, LayerStream, layers_of, prove, step_all
+from flapkit.passes import size_of, split_by_memory
+from flapkit.plan import Budget, PruningPlan
+from flapkit.pruning import Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
+from flapkit.recipe import LoadedRecipe
+from flapkit.sites import Site
+from flapkit.stages.loops import Loops, Measured, calibration_data, measure_texts
+from flapkit.stages.target import Target
+from flapkit.stages.text import EvaluationText, RunText
+from flapkit.statistics import SiteStatistics, Statistic
+from flapkit.surgery import slice_
+
+NOTES = "notes"
+EXPECTED = "expected"
+"""What a layer's file says of its sites, as JSON: see ``Pruned``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A run's model, one decoder layer in memory at a time; ``flapkit.stages.whole.Whole`` has the same methods.
+
+    Args:
+        recipe: what to do.
+        stream: the model.
+        sites: the dense model's sites.
+        loops: what it runs on, and whom it tells how far it is.
+        work: folder for what is finished, and for hidden states where they live on the disk.
+    """
+
+    recipe: LoadedRecipe
+    stream: LayerStream
+    sites: Sequence[Site]
+    loops: Loops
+    work: Path
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, its layers without memory."""
+        return self.stream.model
+
+    def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, Measured]:
+        """Measure the perplexity of each text; ``name`` is what the stage is called."""
+        return evaluate_layers(self, texts, name)
+
+    def see(self, trace: Trace | None) -> None:
+        """Keep what the dense layers' consumers see and give."""
+        if trace is not None:
+            for part in _visit(self, "trace dense", self.sites, trace):
+                trace.see(self.model, part)
+
+    def prune(self, budget: Budget, text: RunText) -> tuple[Statistics, Pruned]:
+        """Calibrate and prune; return the statistics that are still in memory, and what was decided."""
+        memory = self.recipe.recipe.calibration.statistics_bytes
+        calibrated = calibrate_layers(self, text, memory)
+        return calibrated.statistics, prune_layers(self, budget, text, calibrated, memory)
+
+    def compare(self, trace: Trace | None, pruned: Pruned) -> Mapping[str, SiteError]:
+        """Measure how far the output of each pruned site is from the dense one."""
+        errors: dict[str, SiteError] = {}
+        if trace is not None:
+            for part in _visit(self, "site errors", trace.left(pruned.plan, self.sites), trace):
+                errors |= trace.compare(self.model, part, pruned.plan, pruned.expected)
+        return errors
+
+    def of(self, layer: int) -> list[Site]:
+        """List the sites of a layer."""
+        return [site for site in self.sites if site.layer == layer]
+
+    def hidden(self, name: str, layers: int = 0) -> HiddenStates:
+        """Return what the batches of one pass over the layers are at.
+
+        Args:
+            name: of the pass.
+            layers: how many layers a stopped run went through; where its hidden states are gone, the pass begins anew.
+        """
+        on_disk = self.recipe.recipe.execution.hidden_states == "disk"
+        return HiddenStates(self.work / "hidden" / name if on_disk else None, layers)
+
+    @property
+    def records(self) -> list[Path]:
+        """The files that hold what was measured, one for each layer."""
+        return [self.work / "calibration" / f"{index:05}.safetensors" for index in range(len(self.stream))]
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files of the pruned model's weights: one for each layer, and one for what stands outside the layers."""
+        count = len(self.stream) + 1
+        return [self.work / "weights" / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+
+
+def check_layerwise(recipe: LoadedRecipe, target: Target) -> None:
+    """Refuse what needs the whole model, and try a tiny model of the target's kind.
+
+    Raises:
+        RecipeError: something that needs the whole model.
+        ModelError: models of this type cannot be run layer by layer.
+    """
+    asked, method = recipe.recipe, recipe.method
+    precision = asked.trainer.precision or ""
+    refused = {
+        f"metric {method.metric.name!r} needs gradients of the whole model; choose another, such as wifv": (
+            needs_gradient(method.statistics)
+        ),
+        f"searcher {method.searcher.name!r} tries plans on the whole model; choose another": (
+            isinstance(method.searcher, TrialSearcher)
+        ),
+        "calibration.sequential needs the whole model twice; leave it out": asked.calibration.sequential,
+        "a recovery trains the whole model; leave it out, and give what is written to `flapkit recover`": (
+            recovery_of(recipe.compensators) is not None
+        ),
+        "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
+            asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
+        ),
+        "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
+            bool(recipe.exporters)
+        ),
+        "it runs on one device; set trainer.devices and trainer.num_nodes to 1": (
+            asked.trainer.devices != 1 or asked.trainer.num_nodes != 1
+        ),
+        f"trainer.precision: {precision} is for the whole model; set model.dtype instead": precision.endswith("-true")
+        and precision != "32-true",
+    }
+    for why, is_asked in refused.items():
+        if is_asked:
+            raise RecipeError(f"{recipe.path}: execution: layerwise: {why}")
+    prove(target.config, layers_of(target.sites))
+
+
+def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) -> Layers:
+    """Build a recipe's model without its layers.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        loops: what it runs on.
+        work: folder for what is finished.
+
+    Raises:
+        ModelError: the model is missing or damaged, or cannot be run layer by layer.
+    """
+    asked = recipe.recipe
+    dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
+    weights = open_weights(asked.model.path, revision=asked.model.revision)
+    layers = layers_of(target.sites)
+    stream = LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision)
+    return Layers(recipe, stream, target.sites, loops, work)
+
+
+def evaluate_layers(layers: Layers, texts: Mapping[str, EvaluationText], name: str) -> dict[str, Measured]:
+    """Measure the perplexity of each text, all of them in one pass over the layers.
+
+    Args:
+        layers: the model, dense or pruned.
+        texts: name -> text.
+        name: what the stage is called.
+
+    Raises:
+        RunError: a loss that is not finite, or a window that the device's memory does not hold.
+    """
+    model, loops = layers.stream.model, layers.loops
+    return measure_texts(model, texts, loops.device, lambda sizes: _perplexities(layers, texts, sizes, name))
+
+
+def _perplexities(
+    layers: Layers, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], name: str
+) -> dict[str, PerplexityValues]:
+    data = PruningData(evaluations={name: text.windows for name, text in texts.items()}, evaluation_batch_size=sizes)
+    batches = [(text, batch) for text, loader in zip(texts, data.test_dataloader(), strict=True) for batch in loader]
+    stream, hidden = layers.stream, layers.hidden("evaluation")
+    with layers.loops.progress.stage(name, len(stream), "layers") as stage:
+        for index in range(len(stream)):
+            with stream.loaded(index):
+                step_all(stream, index, [batch for _, batch in batches], hidden)
+            hidden.advance()
+            stage.advance()
+        metrics = {text: Perplexity() for text in texts}
+        for number, (text, batch) in enumerate(batches):
+            logits = stream.logits(batch, hidden[number])
+            metrics[text].update(*(each.cpu() for each in cross_entropy(logits, batch["labels"].to(logits.device))))
+            metrics[text].check(text)
+    hidden.clear()
+    return {text: metric.compute() for text, metric in metrics.items()}
+
+
+def _visit(layers: Layers, name: str, sites: Sequence[Site], trace: Trace) -> Iterator[Statistics]:
+    """Run a trace's text through the layers, and yield what was measured at each while it is loaded."""
+    stream, hidden = layers.stream, layers.hidden("trace")
+    with layers.loops.progress.stage(name, len(stream), "layers") as stage:
+        for index in range(len(stream)):
+            of_layer = [site for site in sites if site.layer == index]
+            with stream.loaded(index):
+                with Collector(stream.model, of_layer, [trace.statistic]) as collector:
+                    step_all(stream, index, trace.batches, hidden, collector)
+                yield collector.statistics
+            hidden.advance()
+            stage.advance()
+    hidden.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What calibration leaves.
+
+    Args:
+        scores: site name -> scores [units, k].
+        statistics: site name -> what corrections need; without any where that does not fit in memory for all sites.
+    """
+
+    scores: Mapping[str, Tensor]
+    statistics: Statistics
+
+
+def calibrate_layers(layers: Layers, text: RunText, memory: int) -> Calibrated:
+    """Measure and score layer by layer; what is found is written as it comes, and read by a run that is resumed.
+
+    Args:
+        layers: the dense model.
+        text: the calibration text.
+        memory: bytes of statistics at a time.
+
+    Raises:
+        CalibrationError: an input that is not finite.
+    """
+    method = layers.recipe.method
+    repair = needed_statistics(method.compensators)
+    kept = repair if size_of(repair, layers.sites) <= memory else ()
+    needed = tuple(dict.fromkeys([*method.scoring, *kept]))
+    stream, batches, files = layers.stream, _batches(text) if needed else [], layers.records
+    with layers.loops.progress.stage("calibrate", len(stream), "layers") as stage:
+        for index, hidden in _resumed(layers, "calibration", files, batches):
+            found: dict[str, Tensor] = {}
+            for part, measured in _measure(layers, index, batches, hidden, needed, memory):
+                if method.searcher.uses_scores:
+                    scores = score_sites(stream.model, part, measured, method.metric)
+                    found |= {f"{name}/scores": score for name, score in scores.items()}
+                found |= _saved(measured, kept)
+            write_tensors(files[index], found, {})
+            stage.advance()
+    return _read_calibrated(layers, files, kept)
+
+
+def _measure(
+    layers: Layers,
+    index: int,
+    batches: Sequence[Batch],
+    hidden: HiddenStates,
+    statistics: Sequence[type[Statistic]],
+    memory: int,
+) -> Iterator[tuple[list[Site], Statistics]]:
+    """Measure a loaded layer, some sites at a time, so that their statistics fit in memory; then go on behind it."""
+    parts = split_by_memory(layers.of(index), statistics, memory) or [[]]
+    for part in parts:
+        with Collector(layers.stream.model, part, statistics) as collector:
+            step_all(layers.stream, index, batches, hidden, collector, keep=part is parts[-1])
+        yield part, collector.statistics
+
+
+def _resumed(
+    layers: Layers, name: str, files: Sequence[Path], batches: Sequence[Batch]
+) -> Iterator[tuple[int, HiddenStates]]:
+    """Load each layer that has no file yet, with the batches before it, and give its memory back afterwards.
+
+    Where the hidden states of a stopped run are not on the disk, the batches run through the finished layers once more.
+    """
+    stream, done = layers.stream, next((index for index, file in enumerate(files) if not file.is_file()), len(files))
+    if done == len(files):
+        return
+    hidden = layers.hidden(name, done)
+    for index in range(hidden.layers if batches else done, len(stream)):
+        with stream.loaded(index):
+            if index < done:
+                step_all(stream, index, batches, hidden)
+            else:
+                yield index, hidden
+        hidden.advance()
+    hidden.clear()
+
+
+def _saved(measured: Statistics, kept: Sequence[type[Statistic]]) -> dict[str, Tensor]:
+    return {
+        f"{name}/{_key(statistic)}/{part}": tensor
+        for name, found in measured.items()
+        for statistic in kept
+        for part, tensor in found[statistic].saved().items()
+    }
+
+
+def _key(statistic: type[Statistic]) -> str:
+    return f"{statistic.__module__}.{statistic.__qualname__}"
+
+
+def _read_calibrated(layers: Layers, files: Sequence[Path], kept: Sequence[type[Statistic]]) -> Calibrated:
+    tensors = grouped({name: tensor for file in files for name, tensor in Weights.of([file]).items()})
+    return Calibrated(
+        {site.name: tensors[site.name]["scores"] for site in layers.sites if site.name in tensors},
+        {
+            site.name: SiteStatistics(
+                statistic.restored(site, tensors[f"{site.name}/{_key(statistic)}"]).to(layers.loops.device)
+                for statistic in kept
+            )
+            for site in layers.sites
+        },
+    )
+
+
+def prune_layers(layers: Layers, budget: Budget, text: RunText, calibrated: Calibrated, memory: int) -> Pruned:
+    """Find the plan, and write every layer as it leaves it; the model's layers keep the pruned shapes.
+
+    Where corrections need more than calibration kept, the calibration text goes through the dense layers once more.
+
+    Args:
+        layers: the dense model; afterwards the pruned one, which reads what was written.
+        budget: how much to remove.
+        text: the calibration text.
+        calibrated: what calibration left.
+        memory: bytes of statistics at a time.
+    """
+    method = layers.recipe.method
+    plan = find_plan(layers.sites, calibrated.scores, method.searcher, budget)
+    repair = needed_statistics(method.compensators)
+    again = any(not set(repair) <= set(found) for found in calibrated.statistics.values())
+    stream, batches, files = layers.stream, _batches(text) if again else [], layers.shards
+    finished = [index for index in range(len(stream)) if files[index].is_file()]
+    with layers.loops.progress.stage("prune", len(stream), "layers") as stage:
+        for index, hidden in _resumed(layers, "repair", files[:-1], batches):
+            corrections: dict[str, Correction] = {}
+            expected: dict[str, float | None] = {}
+            known = [(layers.of(index), calibrated.statistics)]
+            for part, measured in _measure(layers, index, batches, hidden, repair, memory) if again else known:
+                found = find_corrections(stream.model, part, measured, method.compensators, plan)
+                expected |= expect_errors(stream.model, part, measured, plan, found)
+                corrections |= found
+            _slice_layer_(layers, index, plan, corrections)
+            says = {"format": "pt", NOTES: json.dumps(notes_of(corrections)), EXPECTED: json.dumps(expected)}
+            write_tensors(files[index], stream.tensors_of(index), says)
+            stage.advance()
+    write_tensors(files[-1], stream.tensors_of(None), {"format": "pt"})
+    written = Weights.of(files)
+    for index in finished:
+        _slice_empty_(layers, index, plan, written)
+    describe_(stream.model, layers.sites)
+    stream.read_from(written)
+    return Pruned(calibrated.scores, plan, _said(files, NOTES), _said(files, EXPECTED))
+
+
+def _slice_layer_(layers: Layers, index: int, plan: PruningPlan, corrections: Mapping[str, Correction]) -> None:
+    sites = layers.of(index)
+    slice_(layers.stream.model, sites, PruningPlan({site.name: plan.keep[site.name] for site in sites}), corrections)
+
+
+def _slice_empty_(layers: Layers, index: int, plan: PruningPlan, written: Weights) -> None:
+    """Give a layer that a stopped run has written the shapes, and the biases, that it has there."""
+    sites = layers.of(index)
+    biases = {
+        site.name: Correction(bias=torch.zeros(site.out_features, device="meta"))
+        for site in sites
+        if site.bias in written
+    }
+    _slice_layer_(layers, index, plan, biases)
+
+
+def _said(files: Sequence[Path], key: str) -> dict[str, Any]:
+    """Gather what the layers' files say of their sites."""
+    return {name: value for file in files for name, value in json.loads(read_metadata(file).get(key, "{}")).items()}
+
+
+def _batches(text: RunText) -> list[Batch]:
+    return list(calibration_data(text).predict_dataloader())

@@ -1,0 +1,110 @@
+"""A run that has one layer in memory at a time does what a run that has them all does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from conftest import FORMS, make_llama
+
+from flapkit.bundled import bundled_models
+from flapkit.checkpoint import open_weights
+from flapkit.errors import RecipeError
+from flapkit.recipe import load_recipe
+from flapkit.run import run
+
+RECIPE = {
+    "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 5},
+    "budget": {"ratio": 0.3},
+    "evaluate": {
+        "perplexity": [
+            {"dataset": "text.txt", "length": 16, "windows": 9},
+            {"dataset": "text.txt", "length": 12, "stride": 5, "windows": 7},
+        ]
+    },
+    "trainer": {"accelerator": "cpu"},
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(80)))
+    return tmp_path
+
+
+def save_dense(folder, **options):
+    """A LLaMA with the bundled model's tokenizer, in several files."""
+    model = make_llama(vocab_size=4096, **options)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def prune(home, output, execution, **changes):
+    asked = {**RECIPE, "model": {"path": "dense"}, "output": output, "execution": execution, **changes}
+    (home / f"{output}.yaml").write_text(yaml.safe_dump(asked))
+    return run(load_recipe(home / f"{output}.yaml"))
+
+
+def assert_same(home, whole, layerwise, tolerance=1e-6):
+    for name in ("plan.json", "config.json", "generation_config.json"):
+        assert (home / "layerwise" / name).read_bytes() == (home / "whole" / name).read_bytes()
+    expected, found = open_weights(home / "whole"), open_weights(home / "layerwise")
+    assert set(found) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=tolerance)
+    assert layerwise.params == whole.params
+    for name, figures in whole.perplexity.items():
+        assert layerwise.perplexity[name]["dense"] == pytest.approx(figures["dense"], rel=1e-5)
+        assert layerwise.perplexity[name]["pruned"] == pytest.approx(figures["pruned"], rel=1e-5)
+    for name, error in whole.errors.items():
+        assert layerwise.errors[name].in_model == pytest.approx(error.in_model, rel=1e-3)
+        assert layerwise.errors[name].predicted == (error.predicted and pytest.approx(error.predicted, rel=1e-3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layerwise_is_whole(home, form):
+    save_dense(home / "dense", **FORMS[form])
+    assert_same(home, prune(home, "whole", "whole"), prune(home, "layerwise", "layerwise"))
+
+
+@pytest.mark.parametrize("memory", ["4GB", "10KB"])
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+def test_least_squares(home, memory, hidden):
+    """With 10 KB of statistics, a layer is measured in parts, and goes by twice."""
+    save_dense(home / "dense")
+    changes = {
+        "metric": "trace",
+        "compensator": {"name": "least_squares", "ridge": 0.01},
+        "calibration": {**RECIPE["calibration"], "statistics_memory": memory},
+    }
+    whole = prune(home, "whole", "whole", **changes)
+    layerwise = prune(home, "layerwise", {"mode": "layerwise", "hidden_states": hidden}, **changes)
+    assert_same(home, whole, layerwise, tolerance=1e-5)
+    assert {path.name for path in home.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_without_any_calibration(home):
+    save_dense(home / "dense")
+    changes = {"metric": "magnitude", "compensator": "none"}
+    assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
+
+
+REFUSED = {
+    "gradients": {"metric": "taylor"},
+    "calibration.sequential": {"calibration": {**RECIPE["calibration"], "sequential": True}},
+    "flapkit recover": {"compensator": ["bias", "lora"]},
+    "samples": {"evaluate": {"samples": {"prompts": ["def"]}}},
+    "flapkit export": {"export": "hf"},
+    "one device": {"trainer": {"accelerator": "cpu", "devices": 2}},
+    "model.dtype": {"trainer": {"accelerator": "cpu", "precision": "bf16-true"}},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_needs_the_whole_model_is_refused(home, said):
+    save_dense(home / "dense")
+    with pytest.raises(RecipeError, match=rf"execution: layerwise: .*{said}"):
+        prune(home, "out", "layerwise", **REFUSED[said])
+    assert not (home / "out").exists()

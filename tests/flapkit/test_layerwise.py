@@ -1,0 +1,70 @@
+"""A model that runs layer by layer gives what it gives whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flapkit
+from flapkit.calibration import Collector, measure
+from flapkit.checkpoint.weights import Weights
+from flapkit.errors import ModelError
+from flapkit.layerwise import LayerStream, layers_of
+from flapkit.statistics import Moments
+
+
+def stream_of(model, folder) -> LayerStream:
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return LayerStream(model.config, Weights.of(folder.glob("*.safetensors")), layers_of(flapkit.sites(model)))
+
+
+@torch.no_grad()
+def test_layer_by_layer_is_whole(llama, tokens, tmp_path):
+    stream = stream_of(llama, tmp_path)
+    mask = torch.ones_like(tokens)
+    mask[::2, :5] = 0
+    batch, sites = {"input_ids": tokens, "attention_mask": mask}, flapkit.sites(llama)
+    whole = measure(llama, sites, [Moments], [batch])
+    hidden = None
+    for index in range(len(stream)):
+        with stream.loaded(index):
+            of_layer = [site for site in sites if site.layer == index]
+            with Collector(stream.model, of_layer, [Moments]) as collector:
+                collector.begin(batch)
+                hidden = stream.step(index, batch, hidden)
+        for site in of_layer:
+            found, expected = collector.statistics[site.name][Moments], whole[site.name][Moments]
+            torch.testing.assert_close(found.variance, expected.variance)
+            torch.testing.assert_close(found.mean, expected.mean)
+    attended = mask.bool()
+    logits = stream.logits(batch, hidden)
+    torch.testing.assert_close(logits[attended], llama(**batch).logits[attended], atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_loaded_layer_is_in_memory(llama, tmp_path):
+    stream = stream_of(llama, tmp_path)
+
+    def in_memory():
+        return {name.split(".")[2] for name, p in stream.model.named_parameters() if "layers" in name and not p.is_meta}
+
+    assert in_memory() == set()
+    for index in range(len(stream)):
+        with stream.loaded(index):
+            assert in_memory() == {str(index)}
+    assert in_memory() == set()
+
+
+def test_a_checkpoint_without_a_tensor(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    weights = Weights.of(tmp_path.glob("*.safetensors"))
+    del weights._files["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        LayerStream(llama.config, weights, "model.layers")
+
+
+def test_a_tensor_of_another_shape(llama, tmp_path):
+    stream = stream_of(llama, tmp_path)
+    llama.config.intermediate_size = 24
+    stream = LayerStream(llama.config, Weights.of(tmp_path.glob("*.safetensors")), "model.layers")
+    with pytest.raises(ModelError, match=r"the checkpoint has the shape"), stream.loaded(0):
+        pass
