@@ -24,7 +24,7 @@ from flapkit.data import PruningData
 from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
-from flapkit.interfaces import Correction, TrialSearcher, recovery_of
+from flapkit.interfaces import Correction, TrialSearcher
 from flapkit.layerwise import HiddenStates, LayerStream, layers_of, prove, step_all
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
@@ -132,9 +132,6 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> None:
             isinstance(method.searcher, TrialSearcher)
         ),
         "calibration.sequential needs the whole model twice; leave it out": asked.calibration.sequential,
-        "a recovery trains the whole model; leave it out, and give what is written to `flapkit recover`": (
-            recovery_of(recipe.compensators) is not None
-        ),
         "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
             asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
         ),

@@ -91,10 +91,17 @@ def test_without_any_calibration(home):
     assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
 
 
+def test_a_recovery_trains_what_was_written(home):
+    save_dense(home / "dense")
+    (home / "other.txt").write_text("".join(f"class C{n}:\n    size = {n}\n" for n in range(80)))
+    lora = {"name": "lora", "steps": 2, "length": 16, "dataset": "other.txt"}
+    record = prune(home, "out", "layerwise", compensator=["bias", lora])
+    assert set(next(iter(record.perplexity.values()))) >= {"dense", "pruned", "recovered"}
+
+
 REFUSED = {
     "gradients": {"metric": "taylor"},
     "calibration.sequential": {"calibration": {**RECIPE["calibration"], "sequential": True}},
-    "flapkit recover": {"compensator": ["bias", "lora"]},
     "samples": {"evaluate": {"samples": {"prompts": ["def"]}}},
     "flapkit export": {"export": "hf"},
     "one device": {"trainer": {"accelerator": "cpu", "devices": 2}},
