@@ -22,6 +22,8 @@ from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation import Perplexity
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.interfaces import Compensator, ImportanceMetric, StructureSearcher
+from flapkit.kept import States
+from flapkit.module import CausalLM
 from flapkit.plan import Budget, BudgetBase, PruningPlan
 from flapkit.progress import Stage
 from flapkit.pruning import Method, Pruned, prune_sites_
@@ -93,23 +95,34 @@ class Calibrate(Callback):
         sites: where to measure.
         statistics: what to measure, as classes.
         stop_early: leave each forward pass after the last of the sites.
+        states: where the statistics so far are saved, and those of a stopped calibration are; needs a ``CausalLM``.
 
     Attributes:
         statistics: site name -> what was measured; merged over ranks at the end.
     """
 
     def __init__(
-        self, sites: Sequence[Site], statistics: Sequence[type[Statistic]], *, stop_early: bool = False
+        self,
+        sites: Sequence[Site],
+        statistics: Sequence[type[Statistic]],
+        *,
+        stop_early: bool = False,
+        states: States | None = None,
     ) -> None:
         self._sites = sites
         self._classes = statistics
         self._stop_early = stop_early
+        self._states = states
+        self._batches = 0
         self._collector: Collector | None = None
         self.statistics: Statistics = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the consumers."""
         self._collector = self._collect(_model_of(pl_module))
+        if self._states and isinstance(pl_module, CausalLM):
+            self._batches = self._states.begin(self._collector, self._sites, trainer.global_rank, trainer.world_size)
+            pl_module.calibrated_batches = self._batches
         self._collector.__enter__()
 
     def _collect(self, model: PreTrainedModel) -> Collector:
@@ -119,17 +132,30 @@ class Calibrate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of which tokens count."""
-        if self._collector:
+        if self._collector and batch_idx >= self._batches:
             self._collector.begin(batch)
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Stop at the first input that is not finite."""
-        if self._collector:
+        if self._collector and batch_idx >= self._batches:
             self._collector.check()
+            self._batches = batch_idx + 1
+            if self._states:
+                self._states.save(self._collector, self._batches)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge what the ranks measured."""
         if self._collector:
+            if self._states:
+                self._states.save(self._collector, self._batches, last=True)
             for measured in self._collector.statistics.values():
                 for statistic in measured.values():
                     statistic.sync()
@@ -154,12 +180,18 @@ class CalibrateBehind(Calibrate):
         sites: all sites.
         site: where to measure.
         statistics: what to measure, as classes.
+        states: as of ``Calibrate``.
     """
 
     def __init__(
-        self, dense: PreTrainedModel, sites: Sequence[Site], site: Site, statistics: Sequence[type[Statistic]]
+        self,
+        dense: PreTrainedModel,
+        sites: Sequence[Site],
+        site: Site,
+        statistics: Sequence[type[Statistic]],
+        states: States | None = None,
     ) -> None:
-        super().__init__([site], statistics)
+        super().__init__([site], statistics, states=states)
         self._dense = dense
         self._all_sites = sites
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needed_statistics
 from flapkit.errors import RecipeError
-from flapkit.interfaces import Correction, TrialSearcher, corrector_of
-from flapkit.plan import Budget
+from flapkit.interfaces import TrialSearcher, corrector_of
+from flapkit.kept import Keep, Piece, Repair, make_anew
+from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import (
     Method,
     Pruned,
@@ -37,6 +39,7 @@ def prune_in_passes_(
     budget: Budget,
     memory: int,
     gather_behind: GatherBehind | None = None,
+    keep: Keep = make_anew,
 ) -> Pruned:
     """Prune a model in place, measuring a few sites at a time, so that their statistics fit in memory.
 
@@ -52,6 +55,7 @@ def prune_in_passes_(
         memory: bytes of statistics at a time.
         gather_behind: for sequential calibration: corrections are then found site by site, each in a model whose
             earlier sites are pruned.
+        keep: finds what a stopped run has finished, and keeps what this one finishes.
 
     Raises:
         RecipeError: the searcher tries plans, which would calibrate once more for each.
@@ -65,20 +69,31 @@ def prune_in_passes_(
     scores: dict[str, Tensor] = {}
     needed = method.scoring
     for part in split_by_memory(sites, needed, memory) if method.searcher.uses_scores else ():
-        scores |= score_sites(model, part, gather(part, needed), method.metric)
+        make = partial(_score, model, part, gather, method)
+        scores |= keep(f"scores from {part[0].name}", make).tensors
     plan = find_plan(sites, scores, method.searcher, budget)
-    corrections: dict[str, Correction] = {}
-    expected: dict[str, float | None] = {}
+    pieces = []
     if gather_behind is not None:
-        corrections = correct_in_sequence(model, sites, gather_behind, method.compensators, plan)
+        pieces = correct_in_sequence(model, sites, gather_behind, method.compensators, plan, keep)
     else:
         needed = needed_statistics(method.compensators)
         for part in split_by_memory([site for site in sites if plan.removed_units(site)], needed, memory):
-            statistics = gather(part, needed)
-            corrections |= find_corrections(model, part, statistics, method.compensators, plan)
-            expected |= expect_errors(model, part, statistics, plan, corrections)
+            make = partial(_repair, model, part, gather, method, plan)
+            pieces.append(Repair.of(keep(f"repair from {part[0].name}", make)))
+    corrections = {name: each for piece in pieces for name, each in piece.corrections.items()}
+    expected = {name: each for piece in pieces for name, each in piece.expected.items()}
     carry_out_(model, sites, plan, corrections)
     return Pruned(scores, plan, notes_of(corrections), expected)
+
+
+def _score(model: PreTrainedModel, part: Sequence[Site], gather: Gather, method: Method) -> Piece:
+    return Piece(score_sites(model, part, gather(part, method.scoring), method.metric))
+
+
+def _repair(model: PreTrainedModel, part: Sequence[Site], gather: Gather, method: Method, plan: PruningPlan) -> Piece:
+    statistics = gather(part, needed_statistics(method.compensators))
+    corrections = find_corrections(model, part, statistics, method.compensators, plan)
+    return Repair(corrections, expect_errors(model, part, statistics, plan, corrections)).piece()
 
 
 def count_passes(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,11 @@ from flapkit.checkpoint import check_output, load, load_tokenizer
 from flapkit.evaluation.zero_shot import TaskScores, side_by_side
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
+from flapkit.kept import Kept
 from flapkit.plan import Budget
 from flapkit.progress import Progress
 from flapkit.ranks import is_first
-from flapkit.recipe import LoadedRecipe, TrainerSection, dump_recipe
+from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
 from flapkit.stages.layerwise import Layers, check_layerwise, open_layers
@@ -31,6 +34,7 @@ from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import RunText, read_text
 from flapkit.stages.whole import Whole
 from flapkit.stages.zero_shot import ask, load_tasks
+from flapkit.windows import tokens_hash
 from flapkit.work import Work, open_work
 
 if TYPE_CHECKING:
@@ -145,7 +149,8 @@ def run(
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
     """Say what a stopped run must have been to be gone on with: what prunes counts, and what is done later does not."""
     asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
-    return {key: value for key, value in asked.items() if key not in ("output", "export")}
+    del asked["output"], asked["export"], asked["calibration"]["save_every"]
+    return asked
 
 
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
@@ -167,9 +172,12 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
 def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
     asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, around.progress)
-    subject = _read(recipe, loops, around)
+    # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
+    alone = asked.trainer.num_nodes == 1
+    kept = Kept(around.work, asked.calibration.save_every) if alone else None
+    subject = _read(recipe, loops, around, around.cache if alone else None, kept)
     executed, sites = subject.executed, subject.target.sites
-    dense = _measure(subject, loops, "dense")
+    dense = _measure_dense(subject, loops, kept)
     around.journal.perplexity("dense", dense.perplexity)
     trace = make_trace(sites, subject.text, asked.report, executed.model.dtype)
     executed.see(trace)
@@ -200,7 +208,7 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
     return _write(record, executed, around, overwrite=overwrite) if is_first() else record
 
 
-def _read(recipe: LoadedRecipe, loops: Loops, around: Around) -> Subject:
+def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None, kept: Kept | None) -> Subject:
     """Read all text, and then load the model, or open it to be run layer by layer."""
     asked = recipe.recipe
     with around.progress.stage("text"):
@@ -208,34 +216,69 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around) -> Subject:
         tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
         text = read_text(asked, target, tokenizer)
         tasks = load_tasks(asked.evaluate.zero_shot)
+        around.work.claim(_found(asked, target, text))
     with around.progress.stage("load"):
-        executed = _load(recipe, target, loops, around)
+        if asked.execution.mode == "layerwise":
+            check_layerwise(recipe, target)
+            executed: Whole | Layers = open_layers(recipe, target, loops, around.work.folder)
+        else:
+            model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+            target.adapter.confirm(model, target.sites)
+            executed = Whole(recipe, model, target.sites, loops, cache, kept)
         params = executed.model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
     return Subject(recipe, target, tokenizer, text, tasks, executed, params, budget)
 
 
-def _load(recipe: LoadedRecipe, target: Target, loops: Loops, around: Around) -> Whole | Layers:
-    asked = recipe.recipe
-    if asked.execution.mode == "layerwise":
-        check_layerwise(recipe, target)
-        return open_layers(recipe, target, loops, around.work.folder)
-    model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
-    target.adapter.confirm(model, target.sites)
-    # Machines that do not share a cache would disagree on what is left to measure, and wait for each other.
-    cache = around.cache if asked.trainer.num_nodes == 1 else None
-    return Whole(recipe, model, target.sites, loops, cache)
+def _found(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
+    """Say what a recipe names and does not hold: text, weights and plugins, each so that a change is seen."""
+    folder = Path(asked.model.path).expanduser()
+    weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return {
+        "text": {
+            "calibration": tokens_hash(text.calibration),
+            **{name: tokens_hash(each.windows.labels) for name, each in text.evaluations.items()},
+        },
+        "model files": {name: [found.st_size, found.st_mtime_ns] for name, found in weights},
+        "model commit": getattr(target.config, "_commit_hash", None),
+        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in asked.plugins},
+    }
+
+
+def _measure_dense(subject: Subject, loops: Loops, kept: Kept | None) -> Figures:
+    """Measure the dense model, or find what a stopped run has measured of it."""
+    if kept is None:
+        return _measure(subject, loops, "dense")
+    texts = subject.text.evaluations
+
+    def perplexity() -> dict[str, tuple[float, float | None, int]]:
+        found = _perplexity(subject, "dense")
+        return {name: (each.perplexity, each.bits_per_byte, each.batch_size) for name, each in found.items()}
+
+    values = kept.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
+    return Figures(
+        {name: Measured(texts[name], *each) for name, each in values.items()},
+        kept.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, loops, "dense")),
+        kept.figures("samples", list[str], partial(_samples, subject, loops, "dense")),
+    )
 
 
 def _measure(subject: Subject, loops: Loops, which: str) -> Figures:
     """Measure what the recipe's ``evaluate`` asks for, of the ``dense`` or of the ``pruned`` model."""
-    executed, tokenizer, asked = subject.executed, subject.tokenizer, subject.recipe.recipe.evaluate
-    model = executed.model
-    return Figures(
-        executed.evaluate(subject.text.evaluations, f"evaluate {which}"),
-        ask(model, tokenizer, subject.tasks, loops, f"zero-shot {which}"),
-        sample(model, tokenizer, asked.samples, loops, f"sample {which}"),
-    )
+    return Figures(_perplexity(subject, which), _answers(subject, loops, which), _samples(subject, loops, which))
+
+
+def _perplexity(subject: Subject, which: str) -> Mapping[str, Measured]:
+    return subject.executed.evaluate(subject.text.evaluations, f"evaluate {which}")
+
+
+def _answers(subject: Subject, loops: Loops, which: str) -> Mapping[str, TaskScores]:
+    return ask(subject.executed.model, subject.tokenizer, subject.tasks, loops, f"zero-shot {which}")
+
+
+def _samples(subject: Subject, loops: Loops, which: str) -> list[str]:
+    asked = subject.recipe.recipe.evaluate.samples
+    return sample(subject.executed.model, subject.tokenizer, asked, loops, f"sample {which}")
 
 
 def _write(record: RunRecord, executed: Whole | Layers, around: Around, *, overwrite: bool) -> RunRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from flapkit.calibration import AllSeen, Batch, Collector, Statistics, run_batch
 from flapkit.errors import InputError
-from flapkit.interfaces import Compensator, Correction, corrector_of
+from flapkit.interfaces import Compensator, corrector_of
+from flapkit.kept import Keep, Piece, Repair, make_anew
 from flapkit.plan import PruningPlan
 from flapkit.pruning import find_corrections
 from flapkit.sites import Site
@@ -32,7 +34,8 @@ def correct_in_sequence(
     gather: GatherBehind,
     compensators: Sequence[Compensator],
     plan: PruningPlan,
-) -> dict[str, Correction]:
+    keep: Keep = make_anew,
+) -> list[Repair]:
     """Compute the correction of every site that loses units, each after those of the sites before it.
 
     Args:
@@ -41,17 +44,22 @@ def correct_in_sequence(
         gather: measures statistics at one site of a model whose earlier sites are pruned.
         compensators: at most one corrects.
         plan: the units to keep.
+        keep: finds what a stopped run has finished, and keeps what this one finishes.
     """
     corrector = corrector_of(compensators)
     needed = corrector.measures_in_sequence() if corrector else ()
     pruned = copy_consumers(model, sites)
-    corrections: dict[str, Correction] = {}
+
+    def repair(site: Site) -> Piece:
+        statistics = gather(pruned, site, needed) if needed else {site.name: SiteStatistics([])}
+        return Repair(find_corrections(model, [site], statistics, compensators, plan)).piece()
+
+    repairs = []
     for site in sites:
         if plan.removed_units(site):
-            statistics = gather(pruned, site, needed) if needed else {site.name: SiteStatistics([])}
-            corrections |= find_corrections(model, [site], statistics, compensators, plan)
-            mask_(pruned, [site], PruningPlan({site.name: plan.keep[site.name]}), corrections)
-    return corrections
+            repairs.append(Repair.of(keep(f"repair from {site.name}", partial(repair, site))))
+            mask_(pruned, [site], PruningPlan({site.name: plan.keep[site.name]}), repairs[-1].corrections)
+    return repairs
 
 
 def copy_consumers(model: PreTrainedModel, sites: Sequence[Site]) -> PreTrainedModel:

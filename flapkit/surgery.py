@@ -159,7 +159,7 @@ def _add_biases(model: nn.Module, together: Sequence[Site], corrections: Mapping
             _make_bias(model, site)
         old = model.get_parameter(site.bias)
         part = old if site.expert is None else old[site.expert]
-        part.copy_(part.to(bias) + bias.to(part.device))
+        part.copy_(part.to(bias.dtype) + bias.to(part.device))
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -52,6 +52,30 @@ class Work:
         """Return where a finished piece of the work is, or is to be put; it stays until the output is complete."""
         return self.folder / name
 
+    def claim(self, found: Mapping[str, Any]) -> None:
+        """Note what the work turned out to depend on beside what was asked; for a run that goes on, check it.
+
+        Args:
+            found: by name, as JSON holds it.
+
+        Raises:
+            OutputError: a stopped run had found something else.
+        """
+        if is_first():
+            self.check_same("found", dict(found))
+
+    def check_same(self, kind: str, now: dict[str, Any]) -> None:
+        """Compare with what a stopped run has noted of a kind, if pieces of it are left, and note it."""
+        mark = self.folder / ASKED
+        noted: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        changes = differences(noted[kind], now) if kind in noted and self.pieces() else ()
+        if changes:
+            raise OutputError(
+                f"output {self.output}: the run that was stopped was another: {'; '.join(changes)}. "
+                "Let it be the same again, or begin anew with --overwrite, or choose another output"
+            )
+        _write(mark, json.dumps({**noted, kind: now}, indent=2))
+
     def pieces(self) -> list[str]:
         """List what is finished; whatever has a name with a dot in front is not."""
         names = (path.name for path in self.folder.iterdir()) if self.folder.is_dir() else ()
@@ -209,29 +233,20 @@ def _tidy(work: Work) -> None:
 
 def _settle(work: Work, asked: dict[str, Any], *, overwrite: bool) -> None:
     """Decide what becomes of the pieces that are there, and note what the work is to be."""
-    pieces, mark = work.pieces(), work.folder / ASKED
+    pieces = ", ".join(work.pieces())
     if pieces and not work.resumed:
         if not overwrite:
             raise OutputError(
                 f"output {work.output}: a run that was stopped has left its work in {work.folder} "
-                f"({', '.join(pieces)}); --resume goes on with it, --overwrite removes it and begins anew"
+                f"({pieces}); --resume goes on with it, --overwrite removes it and begins anew"
             )
         work.finish()
-        log.warning("%s: what a stopped run had finished is removed: %s", work.folder, ", ".join(pieces))
-    elif pieces:
-        _check_same(work, json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}, asked)
-    elif work.resumed:
-        log.info("%s: no stopped run has left anything to go on with; begins at the beginning", work.output)
-    _write(mark, json.dumps(asked, indent=2))
-
-
-def _check_same(work: Work, before: dict[str, Any], asked: dict[str, Any]) -> None:
-    if changes := differences(before, asked):
-        raise OutputError(
-            f"output {work.output}: the run that was stopped was another: {'; '.join(changes)}. "
-            "Ask for the same again, or begin anew with --overwrite, or choose another output"
-        )
-    log.info("going on with what a stopped run has finished: %s", ", ".join(work.pieces()))
+        log.warning("%s: what a stopped run had finished is removed: %s", work.folder, pieces)
+    if not work.pieces():
+        _remove(work.folder / ASKED)
+    work.check_same("asked", asked)
+    if work.resumed:
+        log.info("going on with what a stopped run has finished: %s", pieces or "nothing; it begins at the beginning")
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

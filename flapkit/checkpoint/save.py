@@ -54,8 +54,8 @@ def save(
         metadata: what made the model, for ``flapkit.json``; anything that JSON holds.
         files: name -> content of more files for the folder; a name may lead into a folder below.
         max_shard_size: weights beyond this size are split over several files.
-        weights: safetensors files that hold the model's weights already, and are moved into the folder; the model
-            itself then needs none.
+        weights: safetensors files that hold the model's weights already, and are linked into the folder, or moved
+            where the file system knows no links; the model itself then needs none.
         overwrite: replace a folder that flapkit wrote.
         work: the folder's work folder, where it is held already (``flapkit.work``).
 
@@ -67,7 +67,7 @@ def save(
     with new_folder(Path(path), overwrite=overwrite, work=work) as folder:
         _check_generation(model)
         if weights:
-            _move_weights(model, weights, folder)
+            _take_weights(model, weights, folder)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, folder)
@@ -84,10 +84,16 @@ def save(
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
-def _move_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:
+def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:
     """Do what ``save_pretrained`` does, with weights that are written already."""
-    moved = [file.rename(folder / file.name) for file in weights]
-    (folder / INDEX).write_text(Weights.of(moved).index(), encoding="utf-8")
+    taken = [folder / file.name for file in weights]
+    for file, place in zip(weights, taken, strict=True):
+        try:
+            # If the folder is never finished, the file is still where it was.
+            place.hardlink_to(file)
+        except OSError:
+            file.rename(place)
+    (folder / INDEX).write_text(Weights.of(taken).index(), encoding="utf-8")
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -41,7 +41,7 @@ def sweep(
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.asked.output).expanduser()
     progress = Progress(progress_listener(quiet=quiet))
-    with open_work(folder, resume=True):
+    with open_work(folder):
         rows = run_sweep(loaded, Results(folder), progress=progress, cache=None if no_cache else cache_folder())
         _write(loaded, rows, folder)
     if not quiet:

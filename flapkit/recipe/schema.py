@@ -107,6 +107,13 @@ class Calibration(Text):
         "The text runs through the model once for every site.",
     )
 
+    save_every: float = Field(
+        default=10.0,
+        ge=0,
+        description="Minutes after which the statistics so far are saved, so that a run that is stopped loses no more; "
+        "0 saves after each batch.",
+    )
+
     @property
     def statistics_bytes(self) -> int:
         """``statistics_memory`` as a number."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flapkit.cache import Calibrated, read_statistic, write_statistic
 from flapkit.calibration import Statistics
+from flapkit.kept import Kept, make_anew
 from flapkit.passes import prune_in_passes_, size_of
 from flapkit.plan import Budget
 from flapkit.pruning import Pruned, prune_sites_
@@ -30,6 +31,7 @@ def calibrate_and_prune_(
     text: RunText,
     loops: Loops,
     cache: Path | None,
+    kept: Kept | None = None,
 ) -> tuple[Statistics, Pruned]:
     """Calibrate a model and prune it in place: in one pass over the calibration text where the recipe allows it.
 
@@ -41,15 +43,14 @@ def calibrate_and_prune_(
         text: the calibration text.
         loops: what calibration runs on.
         cache: the cache's folder, for what is measured in one pass; None to keep nothing.
+        kept: what a stopped run has left, and where this one keeps what it finishes; None for nowhere.
 
     Returns:
-        The statistics, as far as they are still in memory, and what was decided.
+        The statistics, where all were in memory together, and what was decided.
     """
     asked, method = recipe.recipe.calibration, recipe.method
-    needed = method.scoring if asked.sequential else method.statistics
-    fits = size_of(needed, sites) <= asked.statistics_bytes
-    statistics = find_statistics(model, sites, needed, text, loops, cache) if fits else {}
-    if fits and not asked.sequential:
+    if not asked.sequential and size_of(method.statistics, sites) <= asked.statistics_bytes:
+        statistics = find_statistics(model, sites, method.statistics, text, loops, cache, kept)
         with loops.progress.stage("prune"):
             # Lightning leaves the model on the CPU when a loop ends.
             loops.place_(model)
@@ -57,20 +58,22 @@ def calibrate_and_prune_(
             return statistics, prune_sites_(model, sites, statistics, method, budget, batches)
 
     def gather(part: Sequence[Site], needed: Sequence[type[Statistic]]) -> Statistics:
-        found = statistics or calibrate(model, part, needed, text, loops, stop_early=True)
+        if len(part) == len(sites):
+            found = find_statistics(model, sites, needed, text, loops, cache, kept)
+        else:
+            found = calibrate(model, part, needed, text, loops, kept, stop_early=True)
         loops.place_(model)
         return found
 
     def gather_behind(pruned: PreTrainedModel, site: Site, needed: Sequence[type[Statistic]]) -> Statistics:
-        found = calibrate_behind(model, pruned, sites, site, needed, text, loops)
+        found = calibrate_behind(model, pruned, sites, site, needed, text, loops, kept)
         loops.place_(model)
         return found
 
+    behind, keep = gather_behind if asked.sequential else None, kept.find if kept else make_anew
     with loops.progress.stage("prune"):
-        pruned = prune_in_passes_(
-            model, sites, gather, method, budget, asked.statistics_bytes, gather_behind if asked.sequential else None
-        )
-    return statistics or {site.name: SiteStatistics([]) for site in sites}, pruned
+        pruned = prune_in_passes_(model, sites, gather, method, budget, asked.statistics_bytes, behind, keep)
+    return {site.name: SiteStatistics([]) for site in sites}, pruned
 
 
 def find_statistics(
@@ -80,6 +83,7 @@ def find_statistics(
     text: RunText,
     loops: Loops,
     cache: Path | None,
+    kept: Kept | None = None,
 ) -> Statistics:
     """Find statistics in the cache; what is not there is measured, all in one pass, and kept.
 
@@ -90,18 +94,19 @@ def find_statistics(
         text: the calibration text.
         loops: what calibration runs on.
         cache: the cache's folder; None to measure everything, and to keep nothing.
+        kept: where statistics are saved while they are measured; None for nowhere.
 
     Raises:
         CalibrationError: an input that is not finite.
     """
     if cache is None or not statistics:
-        return calibrate(model, sites, statistics, text, loops)
+        return calibrate(model, sites, statistics, text, loops, kept)
     with loops.progress.stage("find statistics"):
         calibrated = Calibrated.of(model, sites, calibration_data(text).calibration_rows(), loops.numerics)
         known = {statistic: read_statistic(cache, calibrated, statistic, loops.device) for statistic in statistics}
     found = {statistic: states for statistic, states in known.items() if states is not None}
     missing = [statistic for statistic in statistics if statistic not in found]
-    measured = calibrate(model, sites, missing, text, loops)
+    measured = calibrate(model, sites, missing, text, loops, kept)
     for statistic in missing:
         found[statistic] = {site.name: measured[site.name][statistic] for site in sites}
         write_statistic(cache, calibrated, statistic, found[statistic])

@@ -19,6 +19,7 @@ from flapkit.errors import RunError
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.evaluation.protocol import bits_per_byte, perplexity
+from flapkit.kept import Kept
 from flapkit.module import CausalLM
 from flapkit.progress import Progress
 from flapkit.recipe import TrainerSection
@@ -85,6 +86,7 @@ def calibrate(
     statistics: Sequence[type[Statistic]],
     text: RunText,
     loops: Loops,
+    kept: Kept | None = None,
     *,
     stop_early: bool = False,
 ) -> Statistics:
@@ -96,6 +98,7 @@ def calibrate(
         statistics: what to measure, as classes.
         text: the calibration text.
         loops: what it runs on.
+        kept: where the statistics so far are saved, and those of a stopped run are gone on with; None for nowhere.
         stop_early: leave each forward pass after the last of the sites.
 
     Raises:
@@ -104,7 +107,14 @@ def calibrate(
     """
     if not statistics:
         return {site.name: SiteStatistics([]) for site in sites}
-    return _measure(Calibrate(sites, statistics, stop_early=stop_early), model, statistics, text, loops)
+    states = kept.states(_name_of("dense", sites, statistics)) if kept else None
+    measured = Calibrate(sites, statistics, stop_early=stop_early, states=states)
+    return _measure(measured, model, statistics, text, loops)
+
+
+def _name_of(model: str, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> str:
+    names = (f"{each.__module__}.{each.__qualname__}" for each in statistics)
+    return f"{' '.join(names)} of the {model} model at {' '.join(site.name for site in sites)}"
 
 
 def calibrate_behind(
@@ -115,9 +125,11 @@ def calibrate_behind(
     statistics: Sequence[type[Statistic]],
     text: RunText,
     loops: Loops,
+    kept: Kept | None = None,
 ) -> Statistics:
     """Measure statistics at one site of a model whose earlier sites are pruned; see ``flapkit.sequence``."""
-    return _measure(CalibrateBehind(dense, sites, site, statistics), pruned, statistics, text, loops)
+    states = kept.states(_name_of("pruned", [site], statistics)) if kept else None
+    return _measure(CalibrateBehind(dense, sites, site, statistics, states), pruned, statistics, text, loops)
 
 
 def _measure(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics
 from flapkit.evaluation.site_errors import SiteError, Trace
+from flapkit.kept import Kept
 from flapkit.plan import Budget
 from flapkit.pruning import Pruned
 from flapkit.recipe import LoadedRecipe
@@ -30,6 +31,7 @@ class Whole:
         sites: the dense model's sites.
         loops: what it runs on, and whom it tells how far it is.
         cache: folder of the statistics; None for none.
+        kept: what a stopped run has left, and where this one keeps what it finishes; None for nowhere.
     """
 
     recipe: LoadedRecipe
@@ -37,6 +39,7 @@ class Whole:
     sites: Sequence[Site]
     loops: Loops
     cache: Path | None
+    kept: Kept | None = None
 
     @property
     def shards(self) -> Sequence[Path]:
@@ -53,7 +56,9 @@ class Whole:
 
     def prune(self, budget: Budget, text: RunText) -> tuple[Statistics, Pruned]:
         """Calibrate and prune; return the statistics that are still in memory, and what was decided."""
-        return calibrate_and_prune_(self.model, self.sites, self.recipe, budget, text, self.loops, self.cache)
+        return calibrate_and_prune_(
+            self.model, self.sites, self.recipe, budget, text, self.loops, self.cache, self.kept
+        )
 
     def compare(self, trace: Trace | None, pruned: Pruned) -> Mapping[str, SiteError]:
         """Measure how far the output of each pruned site is from the dense one."""

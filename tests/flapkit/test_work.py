@@ -101,6 +101,20 @@ def test_another_run_does_not_go_on_with_it(tmp_path):
         pass
 
 
+def test_text_or_weights_that_changed_meanwhile(tmp_path):
+    def work(text, resume):
+        with open_work(tmp_path / "out", {"metric": "wifv"}, resume=resume) as held:
+            held.claim({"text": text})
+            held.path("piece").touch()
+            raise KeyboardInterrupt
+
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            work("one", resume)
+    with pytest.raises(OutputError, match='was another: text: "one" then, "other" now'):
+        work("other", True)
+
+
 def test_differences_of_lists():
     assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ['a: [1, {"b": 2}] then, [1, {"b": 3}] now']
 

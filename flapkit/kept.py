@@ -1,0 +1,224 @@
+"""What a run keeps in its work folder as it comes, and finds there when it goes on after it was stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from torch import Tensor
+
+from flapkit.calibration import Collector
+from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
+from flapkit.interfaces import Correction
+from flapkit.ranks import is_first
+from flapkit.sites import Site
+from flapkit.statistics import SiteStatistics
+from flapkit.work import Work, disk_error, write_file
+
+T = TypeVar("T")
+
+STATES = "statistics"
+"""How the files of statistics so far begin."""
+
+log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """A finished piece of the work.
+
+    Args:
+        tensors: by name.
+        says: what else is known, as JSON holds it.
+    """
+
+    tensors: Mapping[str, Tensor]
+    says: Mapping[str, Any] = {}
+
+
+Keep = Callable[[str, Callable[[], Piece]], Piece]
+"""Finds a piece of a name, or makes it and keeps it."""
+
+
+def make_anew(name: str, make: Callable[[], Piece]) -> Piece:
+    """Make a piece, and keep nothing: for work without a folder."""
+    return make()
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What some sites get for what they lose.
+
+    Args:
+        corrections: site name -> what a compensator does to the consumer.
+        expected: site name -> the squared error that is predicted, or None; empty where nothing is predicted.
+    """
+
+    corrections: Mapping[str, Correction]
+    expected: Mapping[str, float | None] = field(default_factory=dict)
+
+    def piece(self) -> Piece:
+        """Write it as tensors and JSON."""
+        parts = {f"{name}/weight": each.weight for name, each in self.corrections.items()}
+        parts |= {f"{name}/bias": each.bias for name, each in self.corrections.items()}
+        notes = {name: each.note for name, each in self.corrections.items()}
+        says = {"notes": notes, "expected": dict(self.expected)}
+        return Piece({name: tensor for name, tensor in parts.items() if tensor is not None}, says)
+
+    @classmethod
+    def of(cls, piece: Piece) -> Repair:
+        """Read what ``piece`` wrote."""
+        tensors = piece.tensors
+        corrections = {
+            name: Correction(tensors.get(f"{name}/weight"), tensors.get(f"{name}/bias"), note)
+            for name, note in piece.says["notes"].items()
+        }
+        return cls(corrections, piece.says["expected"])
+
+
+class Kept:
+    """The pieces of a run in its work folder.
+
+    Args:
+        work: the folder.
+        save_every: minutes of calibration after which what was measured so far is saved; 0 to save after each batch.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, work: Work, save_every: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._work = work
+        self._seconds = 60 * save_every
+        self._clock = clock
+
+    def find(self, name: str, make: Callable[[], Piece]) -> Piece:
+        """Find what a stopped run has finished, or finish it now and keep it; the statistics so far have then served.
+
+        Args:
+            name: what the piece is called.
+            make: makes it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = self._work.path(f"{name.replace('/', '_')}.safetensors")
+        if self._work.resumed and path.is_file():
+            return Piece(dict(Weights.of([path])), json.loads(read_metadata(path)["says"]))
+        piece = make()
+        if is_first():
+            try:
+                write_tensors(path, piece.tensors, {"says": json.dumps(piece.says)})
+            except (OSError, SafetensorError) as error:
+                raise disk_error(path, error) from error
+            for states in self._work.folder.glob(f"{STATES}-*"):
+                states.unlink()
+        return piece
+
+    def figures(self, name: str, kind: Any, measure: Callable[[], T]) -> T:
+        """Find figures that a stopped run has measured, or measure them now; they are kept if that took long enough.
+
+        Args:
+            name: what they are called.
+            kind: their type, made of dataclasses and of what JSON holds.
+            measure: measures them.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        path = self._work.path(f"{name}.json")
+        if self._work.resumed and path.is_file():
+            found: T = TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+            return found
+        began = self._clock()
+        found = measure()
+        if found and is_first() and self._clock() - began >= self._seconds:
+            write_file(path, json.dumps(found, default=asdict))
+        return found
+
+    def states(self, what: str) -> States:
+        """Return where a calibration saves its statistics so far.
+
+        Args:
+            what: which calibration it is, of all that a run may need.
+        """
+        return States(self._work, what, self._seconds, self._clock)
+
+
+class States:
+    """The statistics of a calibration that is under way, which each process saves in a file of its own.
+
+    Args:
+        work: the work folder.
+        what: which calibration it is.
+        seconds: how long statistics are measured before they are saved; 0 to save after each batch.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, work: Work, what: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._work = work
+        self._what = what
+        self._seconds = seconds
+        self._clock = clock
+        self._path = Path()
+        self._saved: float | None = None
+        self._began = clock()
+
+    def begin(self, collector: Collector, sites: Sequence[Site], rank: int, ranks: int) -> int:
+        """Find out where a stopped calibration had come to, and let the collector go on from there.
+
+        Args:
+            collector: measures; gets the statistics.
+            sites: where it measures.
+            rank: this process's number.
+            ranks: how many there are.
+
+        Returns:
+            How many batches were done.
+        """
+        self._path = self._work.path(f"{STATES}-{rank}-of-{ranks}.safetensors")
+        self._began = self._clock()
+        if not self._work.resumed or not self._path.is_file():
+            return 0
+        says = read_metadata(self._path)
+        if says["what"] != self._what:
+            return 0
+        parts = grouped(Weights.of([self._path]))
+        collector.statistics = {
+            site.name: SiteStatistics(
+                type(each).restored(site, parts[f"{site.name}/{type(each).__qualname__}"])
+                for each in collector.statistics[site.name].values()
+            )
+            for site in sites
+        }
+        self._saved = self._began
+        batches = int(says["batches"])
+        log.info("calibration goes on behind batch %d", batches)
+        return batches
+
+    def save(self, collector: Collector, batches: int, *, last: bool = False) -> None:
+        """Save the statistics so far, if it is time; where they cannot be saved, a warning says so.
+
+        Args:
+            collector: has them.
+            batches: how many batches are done.
+            last: it is the end: what is worth going on with is saved if anything was before.
+        """
+        due = self._clock() - (self._began if self._saved is None else self._saved) >= self._seconds
+        if not due and not (last and self._saved is not None):
+            return
+        try:
+            tensors = {
+                f"{name}/{type(each).__qualname__}/{part}": tensor
+                for name, statistics in collector.statistics.items()
+                for each in statistics.values()
+                for part, tensor in each.saved().items()
+            }
+            write_tensors(self._path, tensors, {"what": self._what, "batches": str(batches)})
+        except (TypeError, OSError, SafetensorError) as error:
+            log.warning("the statistics so far cannot be saved for a run that goes on: %s", error)
+        self._saved = self._clock()
