@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,14 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
 from flapkit.calibration import Batch, Collector
 from flapkit.checkpoint.weights import Weights, write_tensors
@@ -66,10 +75,9 @@ class LayerStream:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.model.tie_weights()
         self._path = layers
-        self._dtype = dtype
         self._device = torch.device(device)
         self._precision = precision
         self._tuples: dict[int, bool] = {}
@@ -90,7 +98,8 @@ class LayerStream:
             ModelError: a tensor of the model is not there.
         """
         self._weights = weights
-        self._keys = {name: self._key(name) for index in (None, *range(len(self))) for name in self.tensors_of(index)}
+        self._conversions: list[Any] = get_model_conversion_mapping(self.model)
+        self._sources = self._find_sources()
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -183,27 +192,37 @@ class LayerStream:
         finally:
             setattr(owner, name, self.layers)
 
-    def _key(self, name: str) -> str:
-        """Return what the checkpoint calls a tensor: checkpoints of a backbone alone leave out its own name."""
-        for key in (name, name.removeprefix(f"{self.model.base_model_prefix}.")):
-            if key in self._weights:
-                return key
-        raise ModelError(
-            f"execution: layerwise needs each tensor of the model under its own name in the checkpoint, which lacks "
-            f"{name}; run this model whole"
-        )
+    def _find_sources(self) -> dict[str, list[str]]:
+        """Map each tensor of the model to those of the checkpoint that it is made of, as transformers would."""
+        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        state, sources = self.model.state_dict(), defaultdict(list)
+        for key in self._weights:
+            name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            sources[key if key in state and name not in state else name].append(key)
+        for index in (None, *range(len(self))):
+            for name in self.tensors_of(index):
+                if name not in sources:
+                    raise ModelError(
+                        f"the checkpoint holds nothing that {name} is made of: it is not whole, or "
+                        "`execution: layerwise` cannot read it"
+                    )
+        return sources
 
     def _fill(self, names: Sequence[str]) -> None:
-        state = self.model.state_dict()
-        for name in names:
-            tensor, expected = self._weights[self._keys[name]], state[name]
-            if tensor.shape != expected.shape:
-                raise ModelError(
-                    f"{name}: the checkpoint has the shape {list(tensor.shape)}, the model {list(expected.shape)}"
-                )
-            dtype = self._dtype if tensor.is_floating_point() else None
-            value = tensor.to(device=self._device, dtype=dtype)
-            _put(self.model, name, value)
+        """Load some tensors of the model, with the conversions and types that transformers has for them."""
+        keys = [key for name in names for key in self._sources[name]]
+        asked = LoadStateDictConfig(
+            dtype=self.model.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+            device_map={"": self._device},
+            weight_mapping=self._conversions,
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, {key: self._weights[key] for key in keys}, asked)
+        for name, found, expected in info.mismatched_keys:
+            raise ModelError(f"{name}: the checkpoint has the shape {list(found)}, the model {list(expected)}")
+        for name, why in info.conversion_errors.items():
+            raise ModelError(f"{name}: cannot be made of what the checkpoint holds: {why}")
 
 
 class HiddenStates:

@@ -24,7 +24,7 @@ from flapkit.data import PruningData
 from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
-from flapkit.interfaces import Correction, TrialSearcher
+from flapkit.interfaces import ArchitectureAdapter, Correction, TrialSearcher
 from flapkit.layerwise import HiddenStates, LayerStream, layers_of, prove, step_all
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
@@ -137,6 +137,9 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> None:
         ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)
+        ),
+        f"adapter {target.adapter.name!r} is confirmed on the whole model; give a declaration of its own": (
+            type(target.adapter).confirm is not ArchitectureAdapter.confirm
         ),
         "it runs on one device; set trainer.devices and trainer.num_nodes to 1": (
             asked.trainer.devices != 1 or asked.trainer.num_nodes != 1

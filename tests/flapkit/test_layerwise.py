@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import flapkit
+from flapkit.architecture import FamilyAdapter
 from flapkit.calibration import Collector, measure
 from flapkit.checkpoint.weights import Weights
 from flapkit.errors import ModelError
-from flapkit.layerwise import LayerStream, layers_of
+from flapkit.layerwise import LayerStream, layers_of, prove
+from flapkit.registry import Registry
 from flapkit.statistics import Moments
+from flapkit.tiny import tiny_config
 
 
 def stream_of(model, folder) -> LayerStream:
@@ -58,7 +61,7 @@ def test_a_checkpoint_without_a_tensor(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     weights = Weights.of(tmp_path.glob("*.safetensors"))
     del weights._files["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"nothing that model\.layers\.1\.mlp\.up_proj\.weight is made of"):
         LayerStream(llama.config, weights, "model.layers")
 
 
@@ -68,3 +71,23 @@ def test_a_tensor_of_another_shape(llama, tmp_path):
     stream = LayerStream(llama.config, Weights.of(tmp_path.glob("*.safetensors")), "model.layers")
     with pytest.raises(ModelError, match=r"the checkpoint has the shape"), stream.loaded(0):
         pass
+
+
+FAMILIES = [
+    (name, model_type)
+    for name, adapter in Registry.load().names("adapter").items()
+    if issubclass(adapter, FamilyAdapter)
+    for model_type in adapter.family.model_types
+]
+
+
+@pytest.mark.parametrize(("name", "model_type"), FAMILIES)
+def test_every_family(name, model_type):
+    config = tiny_config(model_type)
+    prove(config, layers_of(Registry.load().create("adapter", name).sites(config)))
+
+
+def test_what_does_not_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(LayerStream, "logits", lambda self, batch, hidden: torch.zeros(2, 12, 96))
+    with pytest.raises(ModelError, match="does not hold for models of type 'llama'"):
+        prove(tiny_config("llama"), "model.layers")

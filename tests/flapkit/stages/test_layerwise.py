@@ -9,9 +9,11 @@ from conftest import FORMS, make_llama
 
 from flapkit.bundled import bundled_models
 from flapkit.checkpoint import open_weights
+from flapkit.checkpoint.weights import write_tensors
 from flapkit.errors import RecipeError
 from flapkit.recipe import load_recipe
 from flapkit.run import run
+from flapkit.tiny import tiny_config, tiny_model
 
 RECIPE = {
     "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 5},
@@ -37,6 +39,10 @@ def save_dense(folder, **options):
     """A LLaMA with the bundled model's tokenizer, in several files."""
     model = make_llama(vocab_size=4096, **options)
     model.save_pretrained(folder, max_shard_size="50KB")
+    add_tokenizer(folder)
+
+
+def add_tokenizer(folder):
     for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
 
@@ -59,7 +65,8 @@ def assert_same(home, whole, layerwise, tolerance=1e-6):
         assert layerwise.perplexity[name]["dense"] == pytest.approx(figures["dense"], rel=1e-5)
         assert layerwise.perplexity[name]["pruned"] == pytest.approx(figures["pruned"], rel=1e-5)
     for name, error in whole.errors.items():
-        assert layerwise.errors[name].in_model == pytest.approx(error.in_model, rel=1e-3)
+        assert layerwise.errors[name].alone == pytest.approx(error.alone, rel=1e-3)
+        assert layerwise.errors[name].in_model == (error.in_model and pytest.approx(error.in_model, rel=1e-3))
         assert layerwise.errors[name].predicted == (error.predicted and pytest.approx(error.predicted, rel=1e-3))
 
 
@@ -85,10 +92,60 @@ def test_least_squares(home, memory, hidden):
     assert {path.name for path in home.iterdir() if path.name.startswith(".")} == set()
 
 
+def test_experts(home):
+    """Their weights stand one by one in a checkpoint, and stacked in the model."""
+    model = tiny_model(tiny_config("mixtral", vocab_size=4096))
+    model.save_pretrained(home / "dense")
+    add_tokenizer(home / "dense")
+    changes = {"calibration": {**RECIPE["calibration"], "samples": 64}}
+    assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
+
+
+def test_half_precision(home):
+    save_dense(home / "dense")
+    changes = {"model": {"path": "dense", "dtype": "bfloat16"}}
+    whole, layerwise = (prune(home, mode, mode, **changes) for mode in ("whole", "layerwise"))
+    assert_same(home, whole, layerwise)
+    assert next(iter(open_weights(home / "layerwise").values())).dtype == torch.bfloat16
+
+
 def test_without_any_calibration(home):
     save_dense(home / "dense")
     changes = {"metric": "magnitude", "compensator": "none"}
     assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
+
+
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+@pytest.mark.parametrize("stopped_at", ["calibration/00001", "weights/model-00002", "weights/model-00003"])
+def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
+    """Layers that were measured are not measured again, and those that were written are not written again."""
+    save_dense(home / "dense", attention_bias=True)
+    changes = {
+        "compensator": {"name": "least_squares", "ridge": 0.01},
+        "calibration": {**RECIPE["calibration"], "statistics_memory": "10KB"},
+    }
+    whole = prune(home, "whole", "whole", **changes)
+    written = []
+
+    def stop(path, tensors, metadata):
+        if f"{path.parent.name}/{path.name}".startswith(stopped_at) and stop.armed:
+            raise KeyboardInterrupt
+        written.append(f"{path.parent.name}/{path.name}")
+        write_tensors(path, tensors, metadata)
+
+    monkeypatch.setattr("flapkit.stages.layerwise.write_tensors", stop)
+    stop.armed = True
+    execution = {"mode": "layerwise", "hidden_states": hidden}
+    with pytest.raises(KeyboardInterrupt):
+        prune(home, "layerwise", execution, **changes)
+    assert not (home / "layerwise").exists()
+    stop.armed = False
+    before = list(written)
+    assert before
+    layerwise = run(load_recipe(home / "layerwise.yaml"), resume=True)
+    assert not set(before) & set(written[len(before) :])
+    assert_same(home, whole, layerwise, tolerance=1e-5)
+    assert not list(home.glob(".*"))
 
 
 def test_a_recovery_trains_what_was_written(home):
