@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
+from flapkit import cli
 
 torch.set_num_threads(1)
 
@@ -70,6 +71,31 @@ def _heard() -> Iterator[None]:
     """Let pytest hear flapkit's messages again after a command that was told to be quiet."""
     yield
     logging.getLogger("flapkit").propagate = True
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The folder where commands are run, which holds a text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    return tmp_path
+
+
+@pytest.fixture
+def command(home, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in that folder; return its exit code and what it printed."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 @pytest.fixture(params=FORMS)

@@ -16,7 +16,6 @@ import torch
 import yaml
 
 import flapkit
-from flapkit import cli
 from flapkit.callbacks import Recover
 from flapkit.recipe import load_recipe
 from flapkit.recover import recover
@@ -41,10 +40,9 @@ def write_texts(folder: Path) -> None:
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    return tmp_path
+def home(home) -> Path:
+    write_texts(home)
+    return home
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +55,6 @@ def done(tmp_path_factory) -> Path:
         run(load_recipe(write(folder), ["output=whole"]))
         run(load_recipe(write(folder), ["output=pruned", "compensator=bias"]))
     return folder
-
-
-@pytest.fixture
-def command(home, monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def write(home: Path, **changes) -> Path:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from flapkit import cli
 from flapkit.bundled import bundled_models
 
 RECIPE = """\
@@ -26,25 +25,15 @@ output: out
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
-    return tmp_path
-
-
-@pytest.fixture
-def refused(home, monkeypatch, capsys):
+def refused(home, command):
     def run(recipe: str | bytes, says: str, code: int = 2) -> None:
         before = sorted(home.rglob("*"))
         path = home / "recipe.yaml"
         path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
-        monkeypatch.setattr("sys.argv", ["flapkit", "run", "recipe.yaml"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        printed = capsys.readouterr().err
+        ended, _, printed = command("run", "recipe.yaml")
         assert says in printed
         assert "Traceback" not in printed
-        assert stopped.value.code == code
+        assert ended == code
         path.unlink()
         assert sorted(home.rglob("*")) == before
 
@@ -69,7 +58,7 @@ def test_recipes(refused, recipe, says):
     refused(recipe, says)
 
 
-def test_all_mistakes_at_once(refused, home, capsys):
+def test_all_mistakes_at_once(refused):
     refused("modle: {path: m}\nmetric: wifw\ncalibration: {dataset: d}\nbudget: {ratio: 2}\noutput: 3\n", "wifv")
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flapkit import cli
-
 RECIPE = {
     "model": {"path": "builtin:tiny-llama"},
-    "calibration": {"dataset": "stdlib", "samples": 8, "length": 32},
+    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
     "budget": {"ratio": 0.2},
     "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
     "trainer": {"accelerator": "cpu"},
@@ -35,31 +33,6 @@ class Mine(ImportanceMetric):
 def {hook}():
     return [Mine]
 """
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
-    RECIPE["calibration"]["dataset"] = "text.txt"
-    return tmp_path
-
-
-def flapkit(monkeypatch, capsys, *arguments):
-    """Run a command; return its exit code and what it printed."""
-    monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        code = exit_.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-@pytest.fixture
-def command(home, monkeypatch, capsys):
-    return lambda *arguments: flapkit(monkeypatch, capsys, *arguments)
 
 
 def write(home: Path, **changes) -> Path:

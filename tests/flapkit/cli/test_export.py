@@ -7,25 +7,6 @@ import json
 import pytest
 import yaml
 
-from flapkit import cli
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
-
 
 def test_export(command, pruned_folder, tmp_path):
     code, out, err = command("export", pruned_folder, "--to", "hf", "--output", "out", "--set", "dtype=bfloat16")
@@ -59,7 +40,6 @@ def test_a_folder_that_is_no_checkpoint(command, tmp_path):
 
 
 def test_a_recipe_exports(command, tmp_path):
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
     recipe = {
         "model": {"path": "builtin:tiny-llama"},
         "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
@@ -83,7 +63,6 @@ def test_a_recipe_exports(command, tmp_path):
 
 
 def test_odd_widths_are_warned_of_and_rounded(command, tmp_path):
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
     recipe = {
         "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
         "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},

@@ -9,8 +9,6 @@ import yaml
 from runs import RECIPE as RUN_RECIPE
 from runs import make_run
 
-from flapkit import cli
-
 RECIPE = {
     "model": {"path": "builtin:tiny-llama"},
     "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
@@ -22,22 +20,9 @@ RECIPE = {
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def home(home):
+    (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return home
 
 
 @pytest.fixture
