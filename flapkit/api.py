@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Batch, Statistics, collect, measure
+from flapkit.checkpoint.soundness import check_unquantised, check_weights
 from flapkit.errors import RecipeError
 from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher, recovery_of
 from flapkit.passes import prune_in_passes_, size_of
@@ -92,6 +93,9 @@ def prune_(
             if recovery is None
             else "a compensator trains: give prune_ tokens [windows, tokens] as recovery_text"
         )
+    name = str(model.config.name_or_path or type(model).__name__)
+    check_unquantised(name, model.config)
+    check_weights(name, model.named_parameters())
     found = registry.resolve(adapter, model.config)
     places = found.sites(model.config)
     budget = Budget.over(places, ratio, of, model.num_parameters(), multiple_of)

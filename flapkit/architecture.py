@@ -29,13 +29,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flapkit.checkpoint.empty import build_empty
 from flapkit.checkpoint.modeling_flapkit import columns_of, count, find, heads_of, rows_of
 from flapkit.errors import InputError, ModelError
 from flapkit.interfaces import ArchitectureAdapter
@@ -229,7 +228,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a configuration's causal language model without its memory; the same one is built once.
 
     Raises:
-        ModelError: transformers has no causal language model for it.
+        ModelError: transformers has no causal language model for it, or cannot build it.
     """
     check_causal(config)
     of: Any = type(config)
@@ -239,8 +238,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 @lru_cache(maxsize=4)
 def _skeleton(of: type[PreTrainedConfig], text: str) -> PreTrainedModel:
     config = of.from_dict(json.loads(text))
-    with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model = build_empty(config)
     model.tie_weights()
     return model
 

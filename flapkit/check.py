@@ -11,6 +11,7 @@ import torch
 
 from flapkit.calibration import needed_statistics
 from flapkit.checkpoint import check_output, load_tokenizer
+from flapkit.checkpoint.empty import build_empty
 from flapkit.errors import BudgetError
 from flapkit.evaluation.batch_size import CPU_TOKENS
 from flapkit.interfaces import recovery_of
@@ -21,7 +22,7 @@ from flapkit.pruning import find_plan
 from flapkit.recipe import Calibration, LoadedRecipe, Perplexity
 from flapkit.recovery import Training
 from flapkit.rounding import odd_widths
-from flapkit.stages.target import Target, empty_model, find_target
+from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
 from flapkit.statistics import Gram
@@ -70,7 +71,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
         check_tasks(asked.evaluate.zero_shot)
     check_loggers(asked.trainer.logger)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
-    empty = empty_model(target.config)
+    empty = build_empty(target.config)
     params = empty.num_parameters()
     budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
     plan = _check_floors(recipe, target, budget)

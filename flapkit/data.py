@@ -216,7 +216,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.dtype != torch.long:
+        if calibration.dim() != 2 or calibration.dtype != torch.long or not calibration.shape[1]:
             raise DataError(
                 "calibration: expected tokens as a LongTensor [windows, tokens], "
                 f"found {calibration.dtype} {list(calibration.shape)}"

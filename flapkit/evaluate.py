@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flapkit.checkpoint import load, load_config, load_tokenizer
+from flapkit.checkpoint.soundness import check_unquantised
 from flapkit.conversations import renderer
 from flapkit.errors import InputError
 from flapkit.evaluation.zero_shot import put_beside
@@ -60,6 +61,7 @@ def evaluate_checkpoint(
     loops = Loops.of(asked.trainer, progress or Progress())
     with loops.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
+        check_unquantised(checkpoint, config)
         render = renderer(recipe.adapter, tokenizer)
         texts = read_evaluations(asked.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
         tasks = load_tasks(asked.evaluate.zero_shot)

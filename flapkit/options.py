@@ -5,14 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
+
+from flapkit.errors import InputError
+from flapkit.paths import to_path
+
+
+def _reach(path: Path | str, folder: Path | None = None) -> Path:
+    try:
+        return to_path(path, folder)
+    except InputError as error:
+        raise PydanticCustomError("path", "{what}", {"what": str(error)}) from error
+
+
+def _check(text: str) -> str:
+    _reach(text)
+    return text
 
 
 def _find(path: Path, info: ValidationInfo) -> Path:
     """Make a path absolute, and check that the file is there."""
-    folder = (info.context or {}).get("folder", Path())
-    path = (folder / path.expanduser()).absolute()
+    path = _reach(path, (info.context or {}).get("folder")).absolute()
     if not path.is_file():
         raise PydanticCustomError("file", "there is no such file: {path}", {"path": str(path)})
     return path
@@ -20,3 +34,9 @@ def _find(path: Path, info: ValidationInfo) -> Path:
 
 File = Annotated[Path, AfterValidator(_find)]
 """A file that has to be there; in a recipe its path is relative to the recipe's folder."""
+
+PathText = Annotated[str, AfterValidator(_check)]
+"""Text that may be a path, such as a model's: none that no file can have."""
+
+Count = Annotated[int, Field(le=2**31 - 1)]
+"""How many of something; memory and time end long before this does."""

@@ -6,9 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flapkit.errors import BudgetError, InputError, did_you_mean
+from flapkit.json_text import parse_json
 from flapkit.sites import Site, groups
 
 BudgetBase = Literal["blocks", "model", "attention", "mlp"]
@@ -114,6 +116,18 @@ class PruningPlan:
         return f'{{\n  "keep": {{\n{lines}\n  }}\n}}\n'
 
     @classmethod
+    def read(cls, path: Path) -> PruningPlan:
+        """Read a plan's file.
+
+        Raises:
+            InputError: it cannot be read, or is no plan.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, InputError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
     def from_json(cls, text: str) -> PruningPlan:
         """Read a plan; the inverse of ``to_json``.
 
@@ -121,8 +135,8 @@ class PruningPlan:
             InputError: the text is not JSON, or not a plan.
         """
         try:
-            data: Any = json.loads(text)
-        except json.JSONDecodeError as error:
+            data: Any = parse_json(text)
+        except ValueError as error:
             raise InputError(f"plan: not JSON: {error}") from error
         keep = data.get("keep") if isinstance(data, dict) else None
         if not isinstance(keep, dict) or set(data) != {"keep"}:

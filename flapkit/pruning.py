@@ -162,6 +162,13 @@ def score_sites(
         if not torch.isfinite(score).all():
             raise PluginError(f"metric {metric.name!r} at {site.name}: some scores are not finite")
         scores[site.name] = score.double().cpu()
+    if equal := [name for name, score in scores.items() if score.numel() > 1 and score.max() == score.min()]:
+        log.warning(
+            "scores: metric %r cannot tell the units of %s apart: all of a site score the same; AL-AM ranks them as "
+            "average ones",
+            metric.name,
+            ", ".join(equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else ""),
+        )
     return scores
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flapkit.errors import BudgetError
+from flapkit.errors import BudgetError, InputError
 from flapkit.plan import Budget, PruningPlan
 from flapkit.sites import Site, groups
 
@@ -28,10 +28,12 @@ def standardise(scores: Tensor) -> Tensor:
     Returns:
         The z-scores, of the same shape.
     """
-    centred = scores - scores.mean()
-    if scores.numel() < 2 or not (deviation := scores.std()):
+    if scores.numel() < 2 or scores.max() == scores.min():
         return torch.zeros_like(scores)
-    return centred / deviation
+    # A power of two changes no digit, and keeps the squares of very small and very large scores within range.
+    exponent = math.frexp(float(scores.abs().max()))[1]
+    scaled = scores * 2.0 ** max(-1000, min(1000, -exponent))
+    return (scaled - scaled.mean()) / scaled.std()
 
 
 def raise_attention(sites: Sequence[Site], scores: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
@@ -46,13 +48,19 @@ def raise_attention(sites: Sequence[Site], scores: Mapping[str, Tensor], power: 
 
     Returns:
         Site name -> scores [units, k], those of the MLP as they were.
+
+    Raises:
+        InputError: the power takes a score beyond what a float64 holds.
     """
-    return {
-        site.name: scores[site.name].sign() * scores[site.name].abs().pow(power)
-        if site.kind == "attention"
-        else scores[site.name]
-        for site in sites
-    }
+    raised = {}
+    for site in sites:
+        score = scores[site.name]
+        if site.kind == "attention":
+            score = score.sign() * score.abs().pow(power)
+        if not torch.isfinite(score).all():
+            raise InputError(f"{site.name}: attention_power {power:g} takes its scores out of range; choose 1 or 2")
+        raised[site.name] = score
+    return raised
 
 
 def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], list[Site]]:

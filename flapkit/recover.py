@@ -9,28 +9,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import pydantic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer, save
+from flapkit.checkpoint.empty import build_empty
 from flapkit.checkpoint.folder import MARK, PLAN
 from flapkit.conversations import renderer
-from flapkit.errors import ModelError, OutputError, RecipeError, RunError
+from flapkit.errors import InputError, ModelError, OutputError, RecipeError, RunError
 from flapkit.evaluation.zero_shot import add_scores
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
+from flapkit.json_text import read_object
+from flapkit.paths import within
 from flapkit.plan import PruningPlan
 from flapkit.progress import Progress
 from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.recipe.files import read_settings
 from flapkit.recovery import Recovery
-from flapkit.report.document import PAGE, RECORD, RunDocument
+from flapkit.report.document import PAGE, RECORD, RunDocument, read_result
 from flapkit.report.page import render_run
 from flapkit.report.record import ReportRecord
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_, windows_per_step
 from flapkit.stages.save import add_text_beside, put_texts_beside
-from flapkit.stages.target import empty_model, find_target
+from flapkit.stages.target import find_target
 from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
 from flapkit.stages.zero_shot import ask, load_tasks
 from flapkit.windows import tokens_hash
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 RECIPE = "recipe.yaml"
+_FILES = pydantic.TypeAdapter(list[str])
 
 RECOVERY = "recovery"
 """The folder within the work folder that a training keeps."""
@@ -167,7 +172,7 @@ def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = 
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
         target, tokenizer = find_target(_of_model(recipe, path, revision)), load_tokenizer(path, revision=revision)
-        recovery.attach(empty_model(target.config), target.sites)
+        recovery.attach(build_empty(target.config), target.sites)
         windows = training.steps * windows_per_step(training, loops)
         text = read_recovery_text(training, source, target, tokenizer, windows)
         render = renderer(target.adapter, tokenizer)
@@ -258,7 +263,7 @@ def plan_of(checkpoint: Path) -> PruningPlan:
     """
     if not (checkpoint / MARK).is_file() or not (checkpoint / PLAN).is_file():
         raise ModelError(f"{checkpoint}: is no pruned checkpoint of flapkit's: it holds no {MARK} and {PLAN}")
-    return PruningPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+    return PruningPlan.read(checkpoint / PLAN)
 
 
 def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRecipe:
@@ -270,9 +275,8 @@ def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRe
 
 def _known_result(checkpoint: Path, recipe: LoadedRecipe) -> dict[str, Any]:
     """Read what was measured of the pruned checkpoint, without perplexities if the recipe measures other ones."""
-    result: dict[str, Any] = _json(checkpoint / RESULT) if (checkpoint / RESULT).is_file() else {}
-    source = checkpoint / RECIPE
-    pruned_by = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    result = dict(read_result(checkpoint / RESULT)) if (checkpoint / RESULT).is_file() else {}
+    pruned_by = read_settings(checkpoint / RECIPE) if (checkpoint / RECIPE).is_file() else {}
     if pruned_by.get("evaluate") != recipe.recipe.evaluate.model_dump(mode="json"):
         result.pop("perplexity", None)
         result.pop("zero_shot", None)
@@ -294,9 +298,9 @@ def _identity(recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
 
 def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path, logs: Path) -> dict[str, bytes | str]:
     """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
-    carried = _json(checkpoint / MARK).get("files", [])
+    carried = _carried(checkpoint)
     files: dict[str, bytes | str] = {
-        **{name: (checkpoint / name).read_bytes() for name in carried if (checkpoint / name).is_file()},
+        **{name: path.read_bytes() for name, path in carried.items() if path.is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
         RESULT: json.dumps(record.result(), indent=2) + "\n",
         RECIPE: dump_recipe(prepared.recipe),
@@ -309,15 +313,17 @@ def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path, logs
     return files
 
 
+def _carried(checkpoint: Path) -> dict[str, Path]:
+    """Find the files that a checkpoint says it has beside the model: all of them inside it."""
+    names = read_object(checkpoint / MARK, ModelError).get("files", [])
+    try:
+        return {name: within(checkpoint, name) for name in _FILES.validate_python(names, strict=True)}
+    except (InputError, pydantic.ValidationError) as error:
+        raise ModelError(f"{checkpoint / MARK}: files: {error}") from error
+
+
 def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
-    made = {key: value for key, value in _json(checkpoint / MARK).items() if key not in ("versions", "files")}
+    noted = read_object(checkpoint / MARK, ModelError)
+    made = {key: value for key, value in noted.items() if key not in ("versions", "files")}
     compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
     return {**made, "compensator": compensator, "recovery": dict(record.recovery)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: is damaged: {error}") from error
-    return data

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from flapkit.options import Count
 from flapkit.sites import Site
 from flapkit.text import TextSource
 
@@ -35,17 +36,17 @@ class Training:
         TextSource | None,
         Field(description="Text that chooses what is kept; by default a tenth of the training text, held out."),
     ] = None
-    validation_windows: Annotated[int, Field(ge=1, description="Windows to validate on.")] = 64
-    validate_every: Annotated[int, Field(ge=1, description="Steps between validations.")] = 50
+    validation_windows: Annotated[Count, Field(ge=1, description="Windows to validate on.")] = 64
+    validate_every: Annotated[Count, Field(ge=1, description="Steps between validations.")] = 50
     patience: Annotated[
         int | None,
         Field(ge=1, description="Stop after so many validations without a better one; by default never."),
     ] = None
-    length: Annotated[int, Field(ge=2, description="Tokens in a window.")] = 256
+    length: Annotated[Count, Field(ge=2, description="Tokens in a window.")] = 256
     batch_size: Annotated[
-        int, Field(ge=1, description="Windows that go through the model at once, on each device.")
+        Count, Field(ge=1, description="Windows that go through the model at once, on each device.")
     ] = 8
-    steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 500
+    steps: Annotated[Count, Field(ge=1, description="Optimizer steps.")] = 500
     lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
     warmup: Annotated[
         float, Field(ge=0, lt=1, description="Fraction of the steps that the learning rate rises, before it falls.")

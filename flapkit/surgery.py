@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.checkpoint.modeling_flapkit import add_bias_, replace_, settle_
+from flapkit.checkpoint.soundness import ADVICE, check_plain
 from flapkit.errors import ModelError
 from flapkit.interfaces import Correction
 from flapkit.plan import PruningPlan
@@ -21,8 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise ``ModelError`` unless every consumer and coupled parameter of the sites is there, large enough, and free.
+    """Raise ``ModelError`` unless every consumer and coupled parameter of the sites is there, plain, large and free.
 
+    Plain is a tensor of floating-point numbers: no quantised one.
     Free is a parameter that no other name shares: what is tied across layers, or to an embedding, would be cut twice.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
@@ -34,7 +36,8 @@ def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
         needed += [(c.param, c.dim, c.start(site.units - 1) + c.per_unit) for c in site.couplings]
         for name, dim, length in needed:
             if name not in params:
-                raise ModelError(f"{site.name}: the adapter names {name}, which this {type(model).__name__} has not")
+                raise ModelError(f"{site.name}: the adapter names {name}, which {_lacking(model, name)}")
+            check_plain(name, params[name])
             if params[name].shape[dim] < length:
                 raise ModelError(
                     f"{site.name}: the adapter expects {length} entries in dimension {dim} of {name}, "
@@ -42,6 +45,18 @@ def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
                 )
             if len(shared := names[id(params[name])]) > 1:
                 raise ModelError(f"{site.name}: {' and '.join(shared)} are one tensor; a shared one cannot be pruned")
+
+
+def _lacking(model: nn.Module, name: str) -> str:
+    """Say what lacks a parameter; a quantised linear often keeps its weight under other names."""
+    path = name.rpartition(".")[0]
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return f"this {type(model).__name__} has not"
+    held = [each for each, _ in itertools.chain(owner.named_buffers(), owner.named_parameters())]
+    has = f"its {type(owner).__name__} has not" + (f": it holds {', '.join(held)}" if held else "")
+    return f"{has}; is it quantised? {ADVICE}" if any("weight" in each for each in held) else has
 
 
 def consumer_of(model: nn.Module, site: Site) -> nn.Module:

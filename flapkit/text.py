@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flapkit.conversations import Conversation, is_conversation, normalise
-from flapkit.errors import DataError, closest, did_you_mean
+from flapkit.errors import DataError, InputError, closest, did_you_mean
+from flapkit.json_text import parse_json
+from flapkit.paths import to_path
 
 Purpose = Literal["calibration", "evaluation"]
 Render = Callable[[Conversation], str]
@@ -203,7 +204,7 @@ class TextSource:
 
     def _path(self) -> Path | None:
         """Return the local path that is meant, or None where it is a hub id."""
-        path = Path(self.dataset).expanduser()
+        path = self._reach()
         if path.exists():
             return path
         close = closest(self.dataset, DATASETS)
@@ -216,8 +217,14 @@ class TextSource:
             raise DataError(f"{path}: there is no such file or folder{did_you_mean(self.dataset, DATASETS)}")
         return None
 
+    def _reach(self) -> Path:
+        try:
+            return to_path(self.dataset)
+        except InputError as error:
+            raise DataError(str(error)) from error
+
     def _local_files(self) -> list[Path]:
-        root = Path(self.dataset).expanduser()
+        root = self._reach()
         for option in ("subset", "split"):
             if (value := getattr(self, option)) is not None:
                 raise DataError(f"{root}: local files have no {option} {value!r}; leave `{option}` out")
@@ -360,8 +367,8 @@ def _split(named: NamedDataset, purpose: Purpose) -> str:
 
 def _json_row(line: str, where: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with a text field, found {type(row).__name__}")

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig
 
+from flapkit.checkpoint.empty import build_empty
 from flapkit.errors import InputError, ModelError
 from flapkit.plan import PruningPlan
 
@@ -23,9 +22,7 @@ def check_shapes(name: Path | str, config: PreTrainedConfig, files: Iterable[Pat
         config: its configuration.
         files: its safetensors files; their headers alone are read.
     """
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {each: list(tensor.shape) for each, tensor in model.state_dict().items()}
+    expected = {each: list(tensor.shape) for each, tensor in build_empty(config).state_dict().items()}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for each in tensors.keys():  # noqa: SIM118 - not a mapping
@@ -39,18 +36,18 @@ def check_shapes(name: Path | str, config: PreTrainedConfig, files: Iterable[Pat
                     )
 
 
-def check_plan(name: Path | str, config: Any, text: str) -> None:
+def check_plan(name: Path | str, config: Any, path: Path) -> None:
     """Raise ``ModelError`` unless a checkpoint's plan keeps as much as its configuration says.
 
     Args:
         name: what the checkpoint is called.
         config: its configuration.
-        text: its plan, as JSON.
+        path: the file of its plan.
     """
     try:
-        plan = PruningPlan.from_json(text)
+        plan = PruningPlan.read(path)
     except InputError as error:
-        raise ModelError(f"model {name}: plan.json: {error}") from error
+        raise ModelError(f"model {name}: {error}") from error
     blocks = {block["name"] or block["kind"]: block for block in config.flapkit["blocks"]}
     layers = config.per_layer_config
     for site, units in plan.keep.items():

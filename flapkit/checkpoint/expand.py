@@ -90,7 +90,7 @@ def _dense_of(checkpoint: Path, adapter: ArchitectureAdapter | None) -> _Dense:
     config = load_config(checkpoint)
     if not (checkpoint / PLAN).is_file():
         raise ModelError(f"{checkpoint}: holds no {PLAN}, which says what was kept of the dense model")
-    plan = PruningPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+    plan = PruningPlan.read(checkpoint / PLAN)
     dense = dense_config(config)
     sites = (adapter or Registry.load().adapter_for(dense)).sites(dense)
     plan.check(sites)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flapkit.errors import OutputError
+from flapkit.errors import InputError, OutputError
+from flapkit.paths import to_path
 from flapkit.work import Work, disk_error, open_work, sync
 
 PLAN = "plan.json"
@@ -26,6 +27,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         path: the folder to write.
         overwrite: it may replace a folder that flapkit wrote, or an empty one.
     """
+    _check_reach(path)
     if path.exists() or path.is_symlink():
         if not path.is_dir() or path.is_symlink():
             raise OutputError(f"output {path}: exists and is no folder; choose another")
@@ -34,6 +36,13 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         if not (path / MARK).is_file() and any(path.iterdir()):
             raise OutputError(f"output {path}: was not written by flapkit (it holds no {MARK}); remove it yourself")
     _check_parent(path)
+
+
+def _check_reach(path: Path) -> None:
+    try:
+        to_path(path)
+    except InputError as error:
+        raise OutputError(f"output: {error}") from error
 
 
 def _check_parent(path: Path) -> None:
@@ -106,6 +115,7 @@ def check_output_file(path: Path, *, overwrite: bool = False) -> None:
         path: the file to write.
         overwrite: it may replace a file.
     """
+    _check_reach(path)
     if path.is_dir() or path.is_symlink():
         raise OutputError(f"output {path}: exists and is no file; choose another")
     if path.exists() and not overwrite:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,11 +21,15 @@ from transformers import (
 
 from flapkit.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_shapes
+from flapkit.checkpoint.empty import check_depth
 from flapkit.checkpoint.families import PREFIX as PRUNED
 from flapkit.checkpoint.families import register
 from flapkit.checkpoint.folder import PLAN
+from flapkit.checkpoint.soundness import check_unquantised, check_weights
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.errors import ModelError, did_you_mean
+from flapkit.errors import InputError, ModelError, did_you_mean
+from flapkit.json_text import parse_json
+from flapkit.paths import to_path, within
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -36,6 +40,8 @@ WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -60,13 +66,14 @@ def load(
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
             do not belong together.
     """
-    source = _source(path)
+    source, stored = _source(path), {}
     config = load_config(path, revision=revision)
-    _refuse_quantised(path, config)
+    check_unquantised(path, config)
     if isinstance(source, Path):
-        _check_weights(path, source)
+        stored = _check_files(path, source)
         if config.model_type.startswith(PRUNED):
             _check_pruned(path, source, config)
+    check_depth(config)
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
     load_model: Any = AutoModelForCausalLM.from_pretrained
     model, info = _call(
@@ -78,14 +85,21 @@ def load(
             revision=revision or "main",
             device_map=device_map,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         ),
     )
     if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"model {path}: its weights lack {shown}; the checkpoint is not whole")
+        raise ModelError(f"model {path}: its weights lack {_shown(missing)}; the checkpoint is not whole")
+    if unexpected := sorted(info["unexpected_keys"]):
+        log.warning("model %s: it has no place for %s; left out", path, _shown(unexpected))
+    check_weights(path, model.named_parameters(), stored)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedConfig:
@@ -100,8 +114,24 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     """
     register()
     source = _source(path)
-    config: PreTrainedConfig = _call(path, lambda: AutoConfig.from_pretrained(str(source), revision=revision or "main"))
+    read: Any = AutoConfig.from_pretrained
+    config: PreTrainedConfig = _call(
+        path, lambda: read(str(source), revision=revision or "main", trust_remote_code=False)
+    )
+    _check_no_code(path, config)
     return config
+
+
+def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that has transformers fetch code from the hub and run it."""
+    for part in (config, config.get_text_config()):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            chosen = getattr(part, key, None)
+            if chosen is not None and "/" in str(chosen):
+                raise ModelError(
+                    f"model {name}: its config.json names code on the hub ({key.strip('_')}: {chosen}), and code that "
+                    "comes with a model is not run; take the key away"
+                )
 
 
 def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -116,7 +146,9 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     """
     source = _source(path)
     tokenizer: PreTrainedTokenizerBase = _call(
-        path, lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main"), what="tokenizer"
+        path,
+        lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False),
+        what="tokenizer",
     )
     return tokenizer
 
@@ -132,12 +164,12 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
         ModelError: the model is missing, damaged, pickled or quantised.
     """
     source = _source(path)
-    _refuse_quantised(path, load_config(path, revision=revision))
+    check_unquantised(path, load_config(path, revision=revision))
     if isinstance(source, str):
         hub = source
         source = Path(_call(path, lambda: str(snapshot_download(hub, revision=revision, allow_patterns=[*PARTS]))))
-    _check_weights(path, source)
-    return Weights.of(_weight_files(path, source))
+    _check_files(path, source)
+    return Weights.of(_weight_files(path, source), str(path))
 
 
 def _source(path: Path | str) -> Path | str:
@@ -149,7 +181,10 @@ def _source(path: Path | str) -> Path | str:
             known = [PREFIX + model for model in bundled]
             raise ModelError(f"model {name}: flapkit brings no such model along{did_you_mean(name, known)}")
         return bundled[name.removeprefix(PREFIX)]
-    folder = Path(path).expanduser()
+    try:
+        folder = to_path(path)
+    except InputError as error:
+        raise ModelError(f"model {name}: {error}") from error
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {name}: the folder holds no config.json; name the folder that does")
@@ -161,30 +196,27 @@ def _source(path: Path | str) -> Path | str:
     return name
 
 
-def _refuse_quantised(name: Path | str, config: PreTrainedConfig) -> None:
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"model {name}: its weights are quantised; give the model in float32, float16 or bfloat16")
-
-
-def _check_weights(name: Path | str, folder: Path) -> None:
-    """Find damaged files by their names before transformers stumbles over them."""
+def _check_files(name: Path | str, folder: Path) -> dict[str, str]:
+    """Find damaged files by their names before transformers stumbles over them; return the type of each tensor."""
+    types: dict[str, str] = {}
     for file in _weight_files(name, folder):
         if not file.is_file():
             raise ModelError(f"model {name}: {file.name} is missing, though {INDEX} names it")
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                types |= {each: tensors.get_slice(each).get_dtype() for each in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"model {name}: {file.name} is damaged or cut short ({error}); fetch or write it again"
             ) from error
+    return types
 
 
 def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> None:
     """Find tensors, and a plan, that are not those of the configuration."""
     check_shapes(name, config, _weight_files(name, folder))
     if (folder / PLAN).is_file():
-        check_plan(name, config, (folder / PLAN).read_text(encoding="utf-8"))
+        check_plan(name, config, folder / PLAN)
 
 
 def _weight_files(name: Path | str, folder: Path) -> list[Path]:
@@ -192,10 +224,10 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
-            shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"model {name}: {INDEX} is damaged: {error!r}") from error
-        return [folder / shard for shard in sorted(set(shards))]
+            shards = set(parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            return [within(folder, shard) for shard in sorted(shards)]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, InputError) as error:
+            raise ModelError(f"model {name}: {INDEX} is damaged: {error}") from error
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
         raise ModelError(
             f"model {name}: its weights are pickled, which can run any code; convert them to safetensors first"
@@ -206,6 +238,11 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
 def _call(path: Path | str, loader: Callable[[], T], what: str = "model") -> T:
     try:
         return loader()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what} {path}: cannot be loaded: {' '.join(text)}") from error
+    except Exception as error:
+        # What transformers raises on a damaged checkpoint can be anything.
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            text = "it brings code of its own, and code that comes with a model is not run"
+        elif not isinstance(error, (OSError, ValueError)):
+            text = f"{type(error).__name__}: {text}"
+        raise ModelError(f"{what} {path}: cannot be loaded: {text}") from error

@@ -16,6 +16,7 @@ from flapkit.checkpoint.families import PrunedClasses, pruned_classes
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.errors import ModelError
+from flapkit.paths import within
 from flapkit.plan import PruningPlan
 from flapkit.work import Work
 
@@ -77,8 +78,9 @@ def save(
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / CARD).write_text(_card(Path(path).name, model, metadata or {}, files or {}), encoding="utf-8")
         for name, content in (files or {}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            path = within(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
         made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
         made |= metadata or {}
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")

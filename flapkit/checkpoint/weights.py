@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flapkit.checkpoint.soundness import check_finite
+
 INDEX = "model.safetensors.index.json"
 """The file that says which of several files holds which tensor."""
 
@@ -21,20 +23,24 @@ class Weights(Mapping[str, Tensor]):
 
     Args:
         files: name of a tensor -> the safetensors file that holds it.
+        model: what the model is called whose weights they are: each is then checked to be finite as it is read.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], model: str = "") -> None:
         self._files = files
+        self._model = model
 
     @classmethod
-    def of(cls, files: Iterable[Path]) -> Weights:
+    def of(cls, files: Iterable[Path], model: str = "") -> Weights:
         """Find the tensors of some safetensors files."""
-        return cls({name: file for file in files for name in _names(file)})
+        return cls({name: file for file in files for name in _names(file)}, model)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
-            return tensor
+        if self._model:
+            check_finite(f"model {self._model}: {name}", tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

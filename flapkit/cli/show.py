@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,14 +25,12 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit 
     from flapkit.checkpoint import load_config
     from flapkit.checkpoint.families import dense_config
     from flapkit.checkpoint.folder import MARK
+    from flapkit.json_text import read_object
 
     config = load_config(checkpoint)
     if not (checkpoint / MARK).is_file():
         raise ModelError(f"{checkpoint}: holds no {MARK}: flapkit did not write it")
-    try:
-        made: dict[str, Any] = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{checkpoint}: {MARK} is damaged: {error}") from error
+    made = read_object(checkpoint / MARK, ModelError)
     family = declaration_of(config)
     kept, dense = _sizes(config, family), _sizes(dense_config(config), family)
     names = list(dict.fromkeys(name for _, name in dense))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from flapkit.errors import DataError, did_you_mean
+from flapkit.json_text import parse_json
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The tasks by lm-eval's names; each has a YAML file in ``tasks/`` that says how a row becomes a prompt."""
@@ -84,7 +84,7 @@ def _plain(name: str) -> str:
 
 def _row(line: str, where: str, task: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
     text, options = ("continuation", "context_options") if task == "winogrande" else ("query", "choices")

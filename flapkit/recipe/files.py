@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flapkit
 from flapkit.errors import RecipeError, did_you_mean
+from flapkit.paths import to_path
+from flapkit.recipe.nodes import Position, parse
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -51,7 +54,7 @@ def find_recipe(name_or_path: Path | str) -> Path:
 
 
 def _find(name_or_path: Path | str, shipped: Mapping[str, Path], what: str) -> Path:
-    path = Path(name_or_path)
+    path = to_path(name_or_path)
     if path.is_file():
         return path
     if str(name_or_path) in shipped:
@@ -77,3 +80,16 @@ def read(path: Path) -> str:
         before = data[: error.start].decode("utf-8", errors="replace")
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         raise RecipeError(f"{path}:{line}:{column}: not UTF-8; save the recipe as UTF-8") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a recipe that a run has left, as plain data; nothing of it is checked but its form.
+
+    Raises:
+        RecipeError: the file cannot be read, or is no YAML that a recipe may be.
+    """
+    root, problems = parse(read(path), lambda line, column: Position(str(path), line, column))
+    if problems or root is None or not isinstance(root.value, dict):
+        raise RecipeError(*map(str, problems) or [f"{path}: expected a section of keys"])
+    settings: dict[str, Any] = root.plain()
+    return settings

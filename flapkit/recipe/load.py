@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from flapkit.errors import PluginError, RecipeError, closest
+from flapkit.errors import InputError, PluginError, RecipeError, closest
 from flapkit.interfaces import (
     COMPONENT_KINDS,
     ArchitectureAdapter,
@@ -21,6 +21,7 @@ from flapkit.interfaces import (
     corrector_of,
     recovery_of,
 )
+from flapkit.paths import to_path
 from flapkit.pruning import Method
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
@@ -163,13 +164,13 @@ def load_plugins(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
         if isinstance(entry.value, str):
             try:
                 registry.add_file(_plugin_path(entry.value, path))
-            except PluginError as error:
+            except InputError as error:
                 problems.append(Problem(entry.position, f"plugins.{index}", str(error)))
     return registry, problems
 
 
 def _plugin_path(entry: str, path: Path) -> Path:
-    return (path.parent / Path(entry).expanduser()).resolve()
+    return to_path(entry, path.parent).resolve()
 
 
 def _components(

@@ -21,6 +21,7 @@ FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _DEEPEST = 20
+LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,11 @@ class _Reader:
         if any("\ud800" <= character <= "\udfff" for character in text):
             self._refuse(event, key, "half of a surrogate pair is not a character")
             return None
-        return resolve(text) if event.style is None else text
+        value = resolve(text) if event.style is None else text
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            self._refuse(event, key, f"a whole number beyond {LARGEST_INTEGER} is not read")
+            return None
+        return value
 
     def _position(self, event: Any) -> Position:
         return _at(event.start_mark, self._locate)

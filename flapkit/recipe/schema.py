@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flapkit.options import Count, PathText
 from flapkit.plan import BudgetBase
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -64,7 +65,7 @@ class ComponentSpec(BaseModel):
 class Model(Section):
     """The model to prune."""
 
-    path: str = Field(
+    path: PathText = Field(
         min_length=1,
         description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that flapkit brings along.",
     )
@@ -77,7 +78,7 @@ class Model(Section):
 class Text(Section):
     """Text of a dataset, in windows of tokens."""
 
-    dataset: str = Field(
+    dataset: PathText = Field(
         min_length=1,
         description="A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder.",
     )
@@ -86,18 +87,18 @@ class Text(Section):
     field: str | None = Field(
         default=None, description="Field that holds the text or the conversation; found if not given."
     )
-    length: int = Field(default=128, ge=2, description="Tokens in a window.")
+    length: Count = Field(default=128, ge=2, description="Tokens in a window.")
 
 
 class Calibration(Text):
     """The text on which statistics are measured."""
 
-    samples: int = Field(default=1024, ge=1, description="Windows to draw.")
+    samples: Count = Field(default=1024, ge=1, description="Windows to draw.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
-    batch_size: int = Field(default=8, ge=1, description="Windows that go through the model at once.")
+    batch_size: Count = Field(default=8, ge=1, description="Windows that go through the model at once.")
     statistics_memory: str = Field(
         default="4GB",
-        pattern=r"^[0-9]+(\.[0-9]+)?(KB|MB|GB|TB)$",
+        pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB|TB)$",
         description="Memory for statistics, such as `4GB`. Where those of all sites need more, the text runs through "
         "the model several times, each time for a few sites.",
     )
@@ -121,20 +122,20 @@ class Calibration(Text):
         return int(float(number) * 1000 ** (1 + ["KB", "MB", "GB", "TB"].index(unit)))
 
 
-BatchSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+BatchSize = Annotated[Count, Field(ge=1)] | Literal["auto"]
 
 
 class Perplexity(Text):
     """One measurement of perplexity, before and after pruning."""
 
-    stride: int | None = Field(
+    stride: Count | None = Field(
         default=None,
         ge=1,
         description="Tokens from one window's beginning to the next's, so that each token is scored once, with the "
         "window's earlier tokens as context. Without it windows do not overlap, and the perplexity is that of the "
         "mean over windows: the protocol of FLAP's released code.",
     )
-    windows: int | None = Field(
+    windows: Count | None = Field(
         default=None, ge=1, description="Windows to measure, from the beginning of the text; all if not given."
     )
     batch_size: BatchSize = Field(
@@ -160,13 +161,13 @@ class ZeroShot(Section):
     tasks: tuple[str, ...] = Field(
         min_length=1, description="lm-eval's names of tasks and groups; `lm-eval ls tasks` lists them."
     )
-    data_dir: str | None = Field(
+    data_dir: PathText | None = Field(
         default=None,
         description="Folder with a .jsonl file for each of boolq, piqa, hellaswag, winogrande, arc_easy, "
         "arc_challenge and openbookqa that is asked for, for machines without a network; without it lm-eval fetches "
         "the official rows.",
     )
-    limit: int | None = Field(default=None, ge=1, description="Items of each task, from the first; all if not given.")
+    limit: Count | None = Field(default=None, ge=1, description="Items of each task, from the first; all if not given.")
     batch_size: BatchSize = Field(default="auto", description="Requests at once; `auto` finds how many.")
 
 
@@ -193,7 +194,7 @@ class BudgetSection(Section):
         description="What the ratio counts: `blocks` (every prunable parameter), `model` (all parameters, embeddings "
         "and head included), `attention` or `mlp` (these alone, and only they are pruned).",
     )
-    multiple_of: int = Field(
+    multiple_of: Count = Field(
         default=1,
         ge=1,
         description="Round the width of every pruned MLP, and the heads times their size of every pruned attention, to "
@@ -206,7 +207,7 @@ class Samples(Section):
     """Prompts that the model continues, before and after pruning."""
 
     prompts: tuple[str, ...] = Field(min_length=1, description="Plain text to continue.")
-    tokens: int = Field(default=64, ge=1, description="Tokens to write, fewer where the model ends its text itself.")
+    tokens: Count = Field(default=64, ge=1, description="Tokens to write, fewer where the model ends its text itself.")
     temperature: float = Field(
         default=0.0,
         ge=0,
@@ -226,7 +227,7 @@ class Evaluate(Section):
 class ReportSection(Section):
     """What the run's report takes beside what is measured anyway."""
 
-    error_windows: int = Field(
+    error_windows: Count = Field(
         default=8,
         ge=0,
         description="Held-out calibration windows on which the error of every site is measured; 0 to leave it out.",
@@ -252,10 +253,10 @@ class TrainerSection(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = Field(
         default="auto", description="Kind of device."
     )
-    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    devices: Annotated[Count, Field(ge=1)] | Literal["auto"] = Field(
         default=1, description="How many devices on each machine."
     )
-    num_nodes: int = Field(default=1, ge=1, description="How many machines.")
+    num_nodes: Count = Field(default=1, ge=1, description="How many machines.")
     strategy: Literal["auto", "ddp"] = Field(
         default="auto",
         description="How several devices share the work: `ddp`, where each holds the model and takes its share of the "
@@ -266,7 +267,7 @@ class TrainerSection(Section):
         description="Lightning's precision; by default the model's own type, untouched. A float16 model is trained in "
         "mixed precision.",
     )
-    accumulate_grad_batches: int = Field(
+    accumulate_grad_batches: Count = Field(
         default=1, ge=1, description="In training: batches whose gradients make one optimizer step."
     )
     gradient_clip_val: float | None = Field(
@@ -339,4 +340,4 @@ class Recipe(Section):
     plugins: tuple[str, ...] = Field(
         default=(), description="Python files of your own plugins, relative to the recipe's folder."
     )
-    output: str = Field(min_length=1, description="Folder to write, relative to the current directory.")
+    output: PathText = Field(min_length=1, description="Folder to write, relative to the current directory.")

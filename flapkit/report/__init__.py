@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flapkit.errors import InputError, OutputError
+from flapkit.checkpoint.folder import new_file
+from flapkit.errors import InputError
 from flapkit.report.document import RunDocument
 from flapkit.report.figures import Form, draw_figures
 from flapkit.report.page import render_comparison, render_run
@@ -44,9 +45,6 @@ def write_report(
     if figures is not None:
         content |= {figures / name: picture for name, picture in draw_figures(documents, forms).items()}
     for path, written in content.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(written)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        with new_file(path, overwrite=True) as file:
+            file.write_bytes(written)
     return list(content)

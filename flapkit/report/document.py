@@ -2,16 +2,87 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
 
 from flapkit.errors import InputError
-from flapkit.report.record import ReportRecord
+from flapkit.json_text import read_object
+from flapkit.recipe.files import read_settings
+from flapkit.report.record import ReportRecord, Total
 
 RECORD, BENCH, PAGE = "report.json", "bench.json", "report.html"
+
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Params(TypedDict):
+    dense: Annotated[Total, Field(gt=0)]
+    pruned: Total
+    blocks: Annotated[Total, Field(gt=0)]
+    removed: Total
+
+
+class _Perplexity(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    dense: float | None
+    pruned: float | None
+    recovered: float | None
+    bits_per_byte: Mapping[str, float | None]
+
+
+class _Score(TypedDict, total=False):
+    value: Figure | None
+    stderr: Figure | None
+
+
+class _Paired(TypedDict, total=False):
+    p_value: Figure | None
+
+
+class _Metric(TypedDict, total=False):
+    dense: _Score | None
+    pruned: _Score | None
+    paired: _Paired | None
+
+
+class _Task(TypedDict, total=False):
+    items: Total | None
+    metrics: Mapping[str, _Metric]
+
+
+class _Result(TypedDict):
+    """What a report reads of ``result.json``; there is more in it."""
+
+    params: _Params
+    perplexity: NotRequired[Mapping[str, _Perplexity]]
+    zero_shot: NotRequired[Mapping[str, _Task] | None]
+    seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]
+    warnings: NotRequired[list[str]]
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _Made(TypedDict):
+    """What a report reads of ``flapkit.json``."""
+
+    metric: _Named
+    searcher: _Named
+    compensator: _Named | list[_Named]
+
+
+class _Bench(TypedDict, total=False):
+    """What a report reads of ``bench.json``."""
+
+    ratios: Mapping[str, Figure] | None
+    promised: Figure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +114,14 @@ class RunDocument:
         """
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder; give the output folder of a run")
+        read_settings(folder / "recipe.yaml")
         return cls(
             folder.resolve().name,
             ReportRecord.from_json(_read(folder / RECORD), str(folder / RECORD)),
-            _read_object(folder / "result.json"),
+            read_result(folder / "result.json"),
             _read(folder / "recipe.yaml"),
-            _read_object(folder / "flapkit.json"),
-            _read_object(folder / BENCH) if (folder / BENCH).exists() else {},
+            _checked(folder / "flapkit.json", _Made),
+            _checked(folder / BENCH, _Bench) if (folder / BENCH).exists() else {},
         )
 
 
@@ -70,11 +142,21 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({reason}); reports are made of a finished run's folder") from error
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
+def read_result(path: Path) -> Mapping[str, Any]:
+    """Read a run's ``result.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return _checked(path, _Result)
+
+
+def _checked(path: Path, of: Any) -> Mapping[str, Any]:
+    """Read an object whole, once what a report reads of it is known to be as it should be."""
+    found = read_object(path)
     try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object")
+        pydantic.TypeAdapter(of).validate_python(found, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return found

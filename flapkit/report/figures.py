@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import matplotlib
@@ -37,13 +38,20 @@ def draw_figures(runs: Sequence[RunDocument], forms: Sequence[Form]) -> dict[str
     """
     if not forms:
         return {}
-    drawn = _figures_of(runs[0]) if len(runs) == 1 else _figures_of_all(runs)
-    return {f"{name}.{form}": _write(figure, form) for name, figure in drawn.items() for form in forms}
+    with _plain_text():
+        drawn = _figures_of(runs[0]) if len(runs) == 1 else _figures_of_all(runs)
+        return {f"{name}.{form}": _write(figure, form) for name, figure in drawn.items() for form in forms}
 
 
 def draw_structure(run: RunDocument) -> bytes:
     """Draw the share of units that each layer keeps, as PNG."""
-    return _write(_structure(run), "png")
+    with _plain_text():
+        return _write(_structure(run), "png")
+
+
+def _plain_text() -> AbstractContextManager[None]:
+    """Take names as they are: a dollar sign in a path begins no formula."""
+    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def _figures_of(run: RunDocument) -> dict[str, Figure]:

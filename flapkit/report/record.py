@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from flapkit.errors import InputError
@@ -25,6 +25,9 @@ BINS = 48
 
 WIDEST_LINEAR = 8.0
 """Scores whose largest is so many times their smallest are shown on a logarithmic axis."""
+
+Total = Annotated[int, Field(ge=0, lt=2**63)]
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "tokenizers", "safetensors", "numpy")
 """Packages whose versions are noted."""
@@ -41,8 +44,10 @@ class ScoreRecord:
             the searcher did not go by the score alone.
     """
 
-    kept: tuple[int, ...]
-    removed: tuple[int, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _FINITE
+
+    kept: tuple[Total, ...]
+    removed: tuple[Total, ...]
     threshold: float | None
 
 
@@ -62,15 +67,22 @@ class SiteRecord:
         error: how far the consumer's output moved; None where it was not measured, or no unit went.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _FINITE
+
     name: str
-    layer: int
+    layer: Annotated[Total, Field(lt=10**6)]
     kind: Kind
-    units: int
-    kept: int
-    params_per_unit: int
-    heads: int
+    units: Annotated[Total, Field(gt=0)]
+    kept: Total
+    params_per_unit: Total
+    heads: Total
     scores: ScoreRecord | None = None
     error: SiteError | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` where more is kept than there was."""
+        if self.kept > self.units:
+            raise ValueError(f"{self.name} keeps {self.kept} of {self.units} units")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +94,15 @@ class ScoreAxis:
         edges: borders of the bins, one more than there are bins; scores outside are in the bins at the ends.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _FINITE
+
     scale: Literal["log", "linear"]
-    edges: tuple[float, ...]
+    edges: Annotated[tuple[float, ...], Field(min_length=2)]
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` where the edges do not ascend, or a logarithm has none."""
+        if list(self.edges) != sorted(set(self.edges)) or (self.scale == "log" and self.edges[0] <= 0):
+            raise ValueError(f"the edges of a {self.scale} axis have to ascend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +118,10 @@ class SampleRecord:
 class BudgetRecord:
     """What was asked for: the ratio, what it counts, and both as parameters."""
 
-    ratio: float
+    ratio: Annotated[float, Field(ge=0, lt=1)]
     of: str
-    base: int
-    params: int
+    base: Annotated[Total, Field(gt=0)]
+    params: Total
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +142,22 @@ class ReportRecord:
 
     model: str
     budget: BudgetRecord
-    sites: tuple[SiteRecord, ...]
+    sites: Annotated[tuple[SiteRecord, ...], Field(min_length=1)]
     axes: Mapping[Kind, ScoreAxis]
-    error_tokens: int = 0
+    error_tokens: Total = 0
     samples: tuple[SampleRecord, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     written: str = ""
     format: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` where a site's scores do not lie in the bins of its kind."""
+        for site in self.sites:
+            if site.scores is None:
+                continue
+            bins = len(self.axes[site.kind].edges) - 1 if site.kind in self.axes else 0
+            if not len(site.scores.kept) == len(site.scores.removed) == bins:
+                raise ValueError(f"the scores of {site.name} are not in the {bins} bins of {site.kind}")
 
     def to_json(self) -> str:
         """Write the record as JSON."""

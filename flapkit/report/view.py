@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import yaml
-
+from flapkit.recipe.nodes import Position, parse
 from flapkit.report.document import RunDocument
 from flapkit.report.record import ReportRecord, SiteRecord
 from flapkit.sites import Kind
@@ -156,7 +155,7 @@ def perplexities(result: Mapping[str, Any]) -> Rows:
     rows: Rows = []
     for text, found in (result.get("perplexity") or {}).items():
         dense, pruned = (_number(found.get(which)) for which in ("dense", "pruned"))
-        if dense is None or pruned is None:
+        if not dense or pruned is None:
             continue
         bits = found.get("bits_per_byte") or {}
         recovered = _number(found.get("recovered"))
@@ -261,10 +260,15 @@ def _hashes(where: str, value: Any) -> Iterable[tuple[str, str]]:
 
 def differences(recipes: Sequence[str]) -> list[tuple[str, list[str]]]:
     """List the keys in which recipes differ, each with every recipe's value; but for their outputs."""
-    flat = [dict(_flat("", yaml.safe_load(recipe))) for recipe in recipes]
+    flat = [dict(_flat("", _plain(recipe))) for recipe in recipes]
     keys = dict.fromkeys(key for each in flat for key in each if key != "output")
     values = [(key, [each.get(key, "not set") for each in flat]) for key in keys]
     return [(key, row) for key, row in values if len(set(row)) > 1]
+
+
+def _plain(recipe: str) -> Any:
+    root, _ = parse(recipe, lambda line, column: Position("recipe", line, column))
+    return root.plain() if root else None
 
 
 def _flat(where: str, value: Any) -> Iterable[tuple[str, str]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from flapkit.checkpoint import load_config
+from flapkit.checkpoint.soundness import check_unquantised
 from flapkit.errors import ModelError
 from flapkit.export import biased_kinds, check_exports, dense_type
 from flapkit.interfaces import ArchitectureAdapter, Prospect
@@ -31,13 +31,6 @@ class Target:
     sites: tuple[Site, ...]
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model of a configuration on the meta device: its shapes without its weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
 def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.
 
@@ -46,6 +39,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
+    check_unquantised(model.path, config)
     adapter = recipe.registry.resolve(recipe.adapter, config)
     try:
         sites = adapter.sites(config)

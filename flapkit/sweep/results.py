@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flapkit.errors import OutputError
+from flapkit.json_text import parse_json
 
 RESULTS = "results.jsonl"
 
@@ -87,7 +88,7 @@ class Results:
         rows = {}
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                row = Row(**json.loads(line))
+                row = Row(**parse_json(line.decode()))
             except (ValueError, TypeError) as error:
                 raise OutputError(f"{self._path}:{number}: damaged: {error}; remove this line") from error
             rows[row.id] = row

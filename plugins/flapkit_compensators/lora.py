@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flapkit.errors import ModelError, RecipeError, did_you_mean
 from flapkit.interfaces import Compensator
+from flapkit.options import Count
 from flapkit.recovery import Recovery, Training
 from flapkit.sites import Site
 
@@ -31,8 +32,8 @@ class Lora(Training, Compensator):
 
     name = "lora"
 
-    rank: Annotated[int, Field(ge=1, description="Rank of each update.")] = 8
-    alpha: Annotated[int, Field(ge=1, description="Updates are scaled by alpha / rank.")] = 16
+    rank: Annotated[Count, Field(ge=1, description="Rank of each update.")] = 8
+    alpha: Annotated[Count, Field(ge=1, description="Updates are scaled by alpha / rank.")] = 16
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout of the updates' inputs.")] = 0.0
     targets: Annotated[
         Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)],

@@ -18,6 +18,7 @@ from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.families import dense_config
 from flapkit.errors import ModelError, RunError
 from flapkit.interfaces import Checkpoint, Exporter, Prospect, Runner
+from flapkit.options import Count
 from flapkit.sites import Site
 from flapkit_exporters.gguf_rope import add_rope
 from flapkit_exporters.gguf_vocabulary import add_vocabulary, compare_vocabulary
@@ -69,7 +70,7 @@ class GGUF(Exporter):
 
     type: Annotated[Type, Field(description="Type of the matrices; norms and biases stay in F32.")] = "F16"
     pad_to: Annotated[
-        int, Field(ge=1, description="Zeros widen attention outputs and MLPs to a multiple of this; 32 or 256 help.")
+        Count, Field(ge=1, description="Zeros widen attention outputs and MLPs to a multiple of this; 32 or 256 help.")
     ] = 1
     pre: Annotated[
         str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; found if not given.")

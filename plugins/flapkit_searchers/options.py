@@ -6,11 +6,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-MinUnits = Annotated[int, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
+from flapkit.options import Count
 
-MultipleOf = Annotated[int, Field(ge=1, description="A pruned MLP's width is a multiple of this.")]
+MinUnits = Annotated[Count, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
+
+MultipleOf = Annotated[Count, Field(ge=1, description="A pruned MLP's width is a multiple of this.")]
 
 AttentionPower = Annotated[
     float,
-    Field(gt=0, description="Attention scores are raised to this power: 2 in the released code, 1 in the paper."),
+    Field(
+        gt=0, le=10, description="Attention scores are raised to this power: 2 in the released code, 1 in the paper."
+    ),
 ]

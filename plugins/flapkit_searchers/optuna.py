@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flapkit.errors import InputError
 from flapkit.interfaces import Objective, TrialSearcher
+from flapkit.options import Count
 from flapkit.plan import Budget, PruningPlan
 from flapkit.ranking import raise_attention, remove_lowest, standardise
 from flapkit.sites import Site
@@ -41,7 +42,7 @@ class Optuna(TrialSearcher):
 
     name = "optuna"
 
-    trials: Annotated[int, Field(ge=1, description="Plans to try; the first is AL-AM's own.")] = 50
+    trials: Annotated[Count, Field(ge=1, description="Plans to try; the first is AL-AM's own.")] = 50
     objective: Annotated[
         Literal["perplexity"], Field(description="What is minimised: perplexity on held-out calibration windows.")
     ] = "perplexity"

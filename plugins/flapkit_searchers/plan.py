@@ -35,11 +35,11 @@ class Plan(StructureSearcher):
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Read the plan, and check it against the model and the budget."""
+        named = PruningPlan.read(self.path).keep
+        plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named})
         try:
-            named = PruningPlan.from_json(self.path.read_text(encoding="utf-8")).keep
-            plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named})
             plan.check(sites)
-        except (OSError, UnicodeDecodeError, InputError) as error:
+        except InputError as error:
             alone = f" (budget.of: {budget.of} prunes these alone)" if budget.of in ("attention", "mlp") else ""
             raise InputError(f"{self.path}: {error}{alone}") from error
         removed = plan.removed_params(sites)

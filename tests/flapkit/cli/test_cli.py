@@ -257,7 +257,8 @@ def test_activations_that_are_not_finite(command, home):
 
     model = load("builtin:tiny-llama")
     with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[3] = torch.inf
+        weight = model.model.layers[2].mlp.up_proj.weight
+        weight[3] = torch.finfo(weight.dtype).max
     model.save_pretrained(home / "broken")
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "broken")
     code, _, err = command("run", write(home, model={"path": "./broken"}, evaluate={}))

@@ -79,7 +79,7 @@ def test_a_damaged_result(command, runs):
     (runs / "a" / "result.json").write_text("{")
     code, _, err = command("report", "a")
     assert code == 2
-    assert "result.json: not JSON" in err
+    assert "result.json: is damaged" in err
 
 
 def test_json_events_and_nothing_else(command, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flapkit.recipe import ComponentSpec, Recipe, dump_recipe, load_recipe
-from flapkit.recipe.nodes import Position, parse
+from flapkit.recipe.nodes import LARGEST_INTEGER, Position, parse
 
 PLUGIN = """\
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def test_every_default_is_written(tmp_path: Path) -> None:
         ),
         st.sampled_from(["\x85", "a\u2028b", "a\u2029"]),
         st.floats(allow_nan=False),
-        st.integers(-(10**30), 10**30),
+        st.integers(-LARGEST_INTEGER, LARGEST_INTEGER),
         st.booleans(),
         st.none(),
     )
