@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import flapkit.calibration
-from flapkit.checkpoint.weights import grouped, write_tensors
+from flapkit.checkpoint.weights import grouped, remove_abandoned, write_tensors
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -177,7 +177,9 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
     checksum = hash_tensors(sorted(tensors.items()))
     says = {**calibrated.says, "statistic": statistic.__qualname__, "checksum": checksum}
     try:
-        write_tensors(calibrated.file(folder, statistic), tensors, says)
+        path = calibrated.file(folder, statistic)
+        remove_abandoned(path.parent)
+        write_tensors(path, tensors, says)
     except (OSError, SafetensorError) as error:
         log.warning("%s cannot be kept in %s for later runs: %s", statistic.__name__, folder, error)
 

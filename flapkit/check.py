@@ -26,6 +26,7 @@ from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
 from flapkit.statistics import Gram
+from flapkit.work import check_space
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
@@ -41,6 +42,7 @@ class Estimate:
         weights: bytes of the dense weights.
         memory: bytes at the peak: weights, the activations of a calibration batch, the logits of an evaluation
             batch, the statistics, and what corrections take; or, if that is more, what a recovery needs.
+        disk: bytes of the weights that are written; with a recovery, the pruned model is first written beside them.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains, or None without one.
         odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
@@ -51,6 +53,7 @@ class Estimate:
     budget: Budget
     weights: int
     memory: int
+    disk: int
     passes: int
     trained: int | None = None
     odd: Sequence[int] = ()
@@ -85,9 +88,12 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
         weights = size * (params - budget.params + (params if recovery.training.distill else 0))
         memory = max(memory, weights + _training_memory(recovery.training, target, size, trained))
+    disk = size * (params - budget.params) * (1 if recovery is None else 2)
+    check_space(Path(asked.output).expanduser(), disk)
     text = asked.calibration
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
-    return Estimate(target, params, budget, params * size, memory, passes, trained, odd_widths(target.sites, plan))
+    odd = odd_widths(target.sites, plan)
+    return Estimate(target, params, budget, params * size, memory, disk, passes, trained, odd)
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:

@@ -72,7 +72,7 @@ class CausalLM(LightningModule):
         # In a tuple, so that torch takes it for no submodule.
         self._teachers = () if teacher is None else (teacher,)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> int:
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
         if batch_idx >= self.calibrated_batches:
             run_batch(self.model, batch, gradient=self.calibrate_gradient)

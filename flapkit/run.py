@@ -14,6 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
+from flapkit.checkpoint.save import bytes_of
 from flapkit.evaluation.zero_shot import TaskScores, side_by_side
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
@@ -35,7 +36,7 @@ from flapkit.stages.text import RunText, read_text
 from flapkit.stages.whole import Whole
 from flapkit.stages.zero_shot import ask, load_tasks
 from flapkit.windows import tokens_hash
-from flapkit.work import Work, open_work
+from flapkit.work import Work, check_space, open_work
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
@@ -227,6 +228,10 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None
             executed = Whole(recipe, model, target.sites, loops, cache, kept)
         params = executed.model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
+    left = bytes_of(executed.model) - budget.params * executed.model.dtype.itemsize
+    # A recovery writes the pruned model, and in the end its output.
+    recovered = Path(asked.output).expanduser().resolve() != around.work.output
+    check_space(around.work.output, left * (2 if recovered else 1))
     return Subject(recipe, target, tokenizer, text, tasks, executed, params, budget)
 
 

@@ -290,13 +290,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(path: Path, error: Exception) -> OutputError:
-    """Say why an output cannot be written, and where the disk is full how much is free."""
-    number = getattr(error, "errno", None)
-    if number in FULL or any(f"os error {code}" in str(error) for code in FULL):
-        free = free_space(path)
-        return OutputError(f"output {path}: the disk is full ({free / 1e6:,.0f} MB are free); nothing was written")
+def disk_error(path: Path, error: Exception, needed: int = 0) -> OutputError:
+    """Say why an output cannot be written: where there is no room, how much is free, and was needed if that is known."""
+    if getattr(error, "errno", None) in FULL or any(f"os error {code}" in str(error) for code in FULL):
+        wanted = f", {_megabytes(needed)} are needed" if needed else ""
+        return OutputError(
+            f"output {path}: the disk is full ({error}): {_megabytes(free_space(path))} are free{wanted}; "
+            "nothing of it was written"
+        )
     return OutputError(f"output {path}: cannot be written: {error}")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise ``OutputError`` unless a disk has room for an output; what it replaces stays until it is whole.
+
+    Args:
+        path: the output.
+        needed: its bytes.
+    """
+    free = free_space(path)
+    if needed > free:
+        raise OutputError(
+            f"output {path}: {_megabytes(needed)} are needed, and {_megabytes(free)} are free on its disk; "
+            "nothing of it was written"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def free_space(path: Path) -> int:

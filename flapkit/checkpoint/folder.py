@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from flapkit.errors import InputError, OutputError
 from flapkit.paths import to_path
-from flapkit.work import Work, disk_error, open_work, sync
+from flapkit.work import Work, check_space, disk_error, open_work, sync
 
 PLAN = "plan.json"
 """The file that holds a checkpoint's plan."""
@@ -54,7 +54,7 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None, needed: int = 0) -> Iterator[Path]:
     """Write a folder in the work folder beside it, and rename it when all is written.
 
     Whatever stops the writing, the folder is then either as it was before or complete.
@@ -63,6 +63,7 @@ def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None)
         path: the folder to write.
         overwrite: replace a folder that flapkit wrote.
         work: the work folder, where it is held already.
+        needed: the bytes that will be written, as far as they are known: without room for them nothing is.
 
     Yields:
         The temporary folder to write to.
@@ -70,7 +71,7 @@ def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None)
     Raises:
         OutputError: the folder exists, cannot be written, another process writes it, or the disk is full.
     """
-    with _new(path, check_output, overwrite, work) as temporary:
+    with _new(path, check_output, overwrite, work, needed) as temporary:
         temporary.mkdir()
         yield temporary
 
@@ -94,9 +95,10 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | None) -> Iterator[Path]:
+def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | None, needed: int = 0) -> Iterator[Path]:
     with nullcontext(work) if work else open_work(path, overwrite=overwrite) as work:
         check(path, overwrite=overwrite)
+        check_space(path, needed)
         try:
             with work.half_written() as half:
                 temporary = half / path.absolute().name
@@ -105,7 +107,7 @@ def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | N
                 _open_up(half)
                 work.put(temporary, path.absolute())
         except (OSError, SafetensorError) as error:
-            raise disk_error(path, error) from error
+            raise disk_error(path, error, needed) from error
 
 
 def check_output_file(path: Path, *, overwrite: bool = False) -> None:

@@ -65,7 +65,8 @@ def save(
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
-    with new_folder(Path(path), overwrite=overwrite, work=work) as folder:
+    needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
+    with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
         _check_generation(model)
         if weights:
             _take_weights(model, weights, folder)
@@ -84,6 +85,11 @@ def save(
         made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
         made |= metadata or {}
         (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def bytes_of(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's weights; tied ones count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,6 +18,9 @@ from flapkit.checkpoint.soundness import check_finite
 
 INDEX = "model.safetensors.index.json"
 """The file that says which of several files holds which tensor."""
+
+PARTIAL = ".partial"
+"""How a file is called that is not whole yet."""
 
 
 class Weights(Mapping[str, Tensor]):
@@ -82,10 +87,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         SafetensorError: likewise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=PARTIAL, dir=path.parent)
     temporary = Path(name)
     try:
+        # As long as this process lives; ``remove_abandoned`` goes by it.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(held, temporary, metadata=dict(metadata))
         with temporary.open("rb") as written:
@@ -93,6 +100,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what ``write_tensors`` had half-written in a folder when its process died."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        with suppress(OSError), partial.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

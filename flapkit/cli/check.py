@@ -38,5 +38,6 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
     table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
     table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")
+    table.add_row("disk, about", f"{found.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("output", asked.output)
     print_(table)

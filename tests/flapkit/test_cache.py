@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import logging
 import sys
@@ -13,6 +14,7 @@ from conftest import make_llama
 import flapkit
 from flapkit.cache import Calibrated, cache_folder, clear, entries, read_statistic, write_statistic
 from flapkit.calibration import measure
+from flapkit.checkpoint.weights import remove_abandoned, write_tensors
 from flapkit.data import PruningData
 from flapkit.stages.calibrate import find_statistics
 from flapkit.stages.loops import Loops
@@ -243,3 +245,24 @@ def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "flapkit"
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_not(tokens, cache):
+    folder = cache / "statistics"
+    folder.mkdir()
+    (folder / ".dead.1.partial").write_bytes(b"half")
+    with (folder / ".live.2.partial").open("wb") as live:
+        fcntl.flock(live, fcntl.LOCK_EX)
+        find(make_llama(), tokens, cache, Moments)
+        assert [path.name for path in folder.glob(".*")] == [".live.2.partial"]
+
+
+def test_a_file_that_is_written_is_locked(tmp_path, monkeypatch):
+    def save(tensors, path, metadata):
+        remove_abandoned(tmp_path)
+        assert path.exists()
+        path.write_bytes(b"whole")
+
+    monkeypatch.setattr("flapkit.checkpoint.weights.save_file", save)
+    write_tensors(tmp_path / "file", {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
+from types import SimpleNamespace
 
 import pytest
+from conftest import make_llama
 
+import flapkit
 from flapkit.checkpoint import check_output, new_folder
 from flapkit.checkpoint.folder import MARK
 from flapkit.errors import OutputError
@@ -69,3 +74,39 @@ def test_disk_full(tmp_path, monkeypatch):
         write()
     assert (tmp_path / "out" / MARK).read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def old_and_new(tmp_path, pruned_folder, tokens):
+    """An output that is there, and a pruned model that is to replace it."""
+    model = make_llama(num_key_value_heads=2, vocab_size=9600)
+    plan = flapkit.prune_(model, tokens, ratio=0.4)
+    before = {path.name: path.read_bytes() for path in pruned_folder.iterdir()}
+    return pruned_folder, before, lambda: flapkit.save(model, pruned_folder, plan, overwrite=True)
+
+
+def is_whole(folder, before):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} == before and not list(folder.parent.glob(".*"))
+
+
+def test_the_room_is_looked_for_before_anything_is_written(old_and_new, monkeypatch):
+    folder, before, save = old_and_new
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
+    with pytest.raises(OutputError, match=r"2\.5 MB are needed, and 2\.0 MB are free on its disk; nothing of it was"):
+        save()
+    assert is_whole(folder, before)
+
+
+def test_no_room_in_the_middle_of_the_weights(old_and_new):
+    """A real refusal of the system, to the library that writes the weights."""
+    folder, before, save = old_and_new
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"the disk is full \(.*\): .* MB are free, 2\.5 MB are needed"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_whole(folder, before)
+    save()
+    assert not is_whole(folder, before)
