@@ -291,7 +291,7 @@ def sync(path: Path) -> None:
 
 
 def disk_error(path: Path, error: Exception, needed: int = 0) -> OutputError:
-    """Say why an output cannot be written: where there is no room, how much is free, and was needed if that is known."""
+    """Say why an output cannot be written: where there is no room, how much is free, and how much was needed."""
     if getattr(error, "errno", None) in FULL or any(f"os error {code}" in str(error) for code in FULL):
         wanted = f", {_megabytes(needed)} are needed" if needed else ""
         return OutputError(

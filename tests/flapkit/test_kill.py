@@ -1,0 +1,222 @@
+"""The kill matrix: a run is stopped at each stage by each signal, nothing is lost, and a resumed run ends the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import flapkit
+from flapkit import cli
+
+PLUGIN = '''
+"""Stops its own process before some call of a function; kill.json says which, and by what signal."""
+
+import json
+import os
+from pathlib import Path
+
+import flapkit.callbacks
+import flapkit.checkpoint.save
+import flapkit.pruning
+import flapkit.surgery
+import flapkit.sweep.results
+from flapkit import hookimpl
+
+POINTS = {
+    "calibration": (flapkit.callbacks.Calibrate, "on_predict_batch_end", 4),
+    "search": (flapkit.pruning, "find_plan", 1),
+    "slice": (flapkit.surgery, "_keep", 5),
+    "write": (flapkit.checkpoint.save, "_write_config", 1),
+    # The old output is set aside by the call before.
+    "swap": (Path, "rename", 2),
+    "lora": (flapkit.callbacks.Recover, "on_train_batch_end", 4),
+    "sweep": (flapkit.sweep.results.Results, "add", 2),
+}
+
+
+def stop_before(owner, name, call, number):
+    whole, calls = getattr(owner, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, stopping)
+
+
+if Path("kill.json").exists():
+    asked = json.loads(Path("kill.json").read_text())
+    stop_before(*POINTS[asked["at"]], asked["signal"])
+
+
+@hookimpl
+def flapkit_metrics():
+    return []
+'''
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 2, "save_every": 0},
+    "budget": {"ratio": 0.3},
+    "evaluate": {"perplexity": [{"dataset": "other.txt", "length": 16, "windows": 2}]},
+    "trainer": {"accelerator": "cpu"},
+    "plugins": ["./kill.py"],
+    "output": "out",
+}
+LORA = {"name": "lora", "rank": 2, "steps": 6, "validate_every": 2, "validation_windows": 2, "length": 16, "lr": 1e-3}
+SWEEP = {"recipe": "recipe.yaml", "grid": {"budget.ratio": [0.2, 0.3, 0.4]}, "output": "out"}
+STAGES = ("calibration", "search", "slice", "write", "swap", "lora", "sweep")
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+QUICK = {("calibration", signal.SIGKILL)}
+
+
+def prepare(home: Path) -> None:
+    (home / "kill.py").write_text(PLUGIN)
+    for name, word in (("text.txt", "model"), ("other.txt", "layer")):
+        (home / name).write_text("".join(f"def f{n}({word}):\n    return {word} * {n}\n" for n in range(200)))
+    (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (home / "lora.yaml").write_text(yaml.safe_dump({**RECIPE, "compensator": ["bias", LORA]}))
+    (home / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+
+
+def flapkit_(*arguments: str) -> int:
+    """Run a command in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", ["flapkit", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            return stopped.code or 0
+    return 0
+
+
+def command_of(stage: str) -> list[str]:
+    if stage == "sweep":
+        return ["sweep", "sweep.yaml", "-q", "--no-cache"]
+    return ["run", "lora.yaml" if stage == "lora" else "recipe.yaml", "-q", "--no-cache"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """What runs that nothing stops write, each when it is first asked for."""
+    return tmp_path_factory.mktemp("done")
+
+
+def unstopped(done: Path, stage: str) -> Path:
+    command = command_of(stage)
+    output = done / command[1]
+    if not output.exists():
+        assert flapkit_(*command, *(["--output"] if stage == "sweep" else ["--set"]), _named(stage, output)) == 0
+    return output
+
+
+def _named(stage: str, output: Path) -> str:
+    return str(output) if stage == "sweep" else f"output={output}"
+
+
+def hashes(folder: Path, *names: str) -> dict[str, str]:
+    files = [folder / name for name in names] or [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stop(home: Path, stage: str, number: signal.Signals, *options: str) -> str:
+    """Let a process run a command and stop itself; return what it said."""
+    (home / "kill.json").write_text(json.dumps({"at": stage, "signal": number}))
+    stopped = subprocess.run(
+        [sys.executable, "-m", "flapkit", *command_of(stage), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        # Where the tests run in the background, a shell has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    (home / "kill.json").unlink()
+    assert stopped.returncode == CODES[number], stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    return stopped.stderr
+
+
+def marked(stage: str, number: signal.Signals):
+    marks = () if (stage, number) in QUICK else pytest.mark.slow
+    return pytest.param(stage, number, marks=marks, id=f"{stage}-{number.name}")
+
+
+@pytest.mark.parametrize(("stage", "number"), [marked(stage, number) for stage in STAGES[:-1] for number in CODES])
+def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    expected = unstopped(done, stage)
+    # An older output, which is to be replaced.
+    shutil.copytree(expected, "out")
+    Path("out/older").write_text("than the run")
+    older = hashes(Path("out"))
+
+    said = stop(tmp_path, stage, number, "--overwrite")
+    aside = Path(".out.work/replaced/out")
+    assert aside.exists() == ((stage, number) == ("swap", signal.SIGKILL))
+    assert hashes(aside if aside.exists() else Path("out")) == older
+    if number != signal.SIGKILL:
+        assert said.endswith("error: stopped; no output was written\n")
+    assert flapkit_(*command_of(stage)) == 2
+
+    assert flapkit_(*command_of(stage), "--resume", "--overwrite") == 0
+    names = ("plan.json", "model.safetensors", "config.json")
+    assert hashes(Path("out"), *names) == hashes(expected, *names)
+    assert not Path("out/older").exists()
+    assert not list(tmp_path.glob(".*"))
+    assert flapkit.load("out").num_parameters() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    expected = unstopped(done, "sweep")
+    stop(tmp_path, "sweep", number)
+    first = Path("out/results.jsonl").read_text()
+    assert len(first.splitlines()) == 1
+    assert flapkit_(*command_of("sweep")) == 0
+    assert Path("out/results.jsonl").read_text().startswith(first)
+    assert Path("out/table.csv").read_text() == (expected / "table.csv").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["run", "recover", "sweep", "export"])
+def test_two_that_write_one_output(tmp_path, monkeypatch, done, second):
+    """The first is held in its calibration; the second is refused at once, and the first ends well."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    pruned = str(unstopped(done, "calibration"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    commands = {
+        "run": ["run", "recipe.yaml", "--set", "output=link/out", "--overwrite"],
+        "recover": ["recover", pruned, "lora.yaml", "--set", "output=./link/../out"],
+        "sweep": ["sweep", "sweep.yaml", "--output", "link/out"],
+        "export": ["export", pruned, "--to", "hf", "--output", "link/out"],
+    }
+    (tmp_path / "kill.json").write_text(json.dumps({"at": "calibration", "signal": signal.SIGSTOP}))
+    first = subprocess.Popen([sys.executable, "-m", "flapkit", *command_of("calibration")])
+    while os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code != os.CLD_STOPPED:
+        assert first.poll() is None
+    (tmp_path / "kill.json").unlink()
+    refused = subprocess.run(
+        [sys.executable, "-m", "flapkit", *commands[second]], capture_output=True, text=True, check=False
+    )
+    first.send_signal(signal.SIGCONT)
+    assert (refused.returncode, f"process {first.pid} on" in refused.stderr) == (2, True), refused.stderr
+    assert first.wait() == 0
+    assert hashes(Path("out"), "plan.json") == hashes(Path(pruned), "plan.json")
+    assert not list(tmp_path.glob(".*"))
