@@ -22,10 +22,10 @@ PLUGIN = '''
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import flapkit.callbacks
-import flapkit.checkpoint.save
 import flapkit.pruning
 import flapkit.surgery
 import flapkit.sweep.results
@@ -35,7 +35,7 @@ POINTS = {
     "calibration": (flapkit.callbacks.Calibrate, "on_predict_batch_end", 4),
     "search": (flapkit.pruning, "find_plan", 1),
     "slice": (flapkit.surgery, "_keep", 5),
-    "write": (flapkit.checkpoint.save, "_write_config", 1),
+    "write": (sys.modules["flapkit.checkpoint.save"], "_write_config", 1),
     # The old output is set aside by the call before.
     "swap": (Path, "rename", 2),
     "lora": (flapkit.callbacks.Recover, "on_train_batch_end", 4),
@@ -190,6 +190,24 @@ def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number):
     assert flapkit_(*command_of("sweep")) == 0
     assert Path("out/results.jsonl").read_text().startswith(first)
     assert Path("out/table.csv").read_text() == (expected / "table.csv").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped(tmp_path, monkeypatch, done):
+    """Each has saved its own statistics, and goes on behind its own last batch."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    shared = ["--set", "trainer.devices=2", "--set", "trainer.strategy=ddp"]
+    stop(tmp_path, "calibration", signal.SIGKILL, *shared, "--set", "calibration.samples=20")
+    kept = sorted(path.name for path in Path(".out.work").glob("statistics-*"))
+    assert kept == ["statistics-0-of-2.safetensors", "statistics-1-of-2.safetensors"]
+    command = [sys.executable, "-m", "flapkit", "run", "recipe.yaml", "--no-cache", "--set", "calibration.samples=20"]
+    resumed = subprocess.run([*command, *shared, "--resume"], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "calibration goes on behind batch 3" in resumed.stderr
+    subprocess.run([*command, "--set", "output=whole"], check=True)
+    assert hashes(Path("out"), "plan.json") == hashes(Path("whole"), "plan.json")
     assert not list(tmp_path.glob(".*"))
 
 
