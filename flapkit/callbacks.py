@@ -64,6 +64,8 @@ def build_trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
 class Advance(Callback):
     """Tell a stage of each batch that calibration or evaluation is done with.
 
+    Of several processes each tells of its own share, as of a share of all: they keep step, more or less.
+
     Args:
         stage: counts windows.
     """
@@ -75,17 +77,21 @@ class Advance(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: Any
     ) -> None:
         """Count a calibration batch."""
-        self._stage.advance(len(batch["input_ids"]))
+        self._count(trainer, len(batch["input_ids"]))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: Any
     ) -> None:
         """Count an evaluation batch."""
-        self._stage.advance(len(batch["input_ids"]))
+        self._count(trainer, len(batch["input_ids"]))
 
     def on_train_batch_end(self, trainer: Trainer, *what: Any) -> None:
         """Count optimizer steps; a resumed training begins with those that were done before."""
         self._stage.advance(trainer.global_step - self._stage.done)
+
+    def _count(self, trainer: Trainer, windows: int) -> None:
+        left = float("inf") if self._stage.total is None else self._stage.total - self._stage.done
+        self._stage.advance(int(min(windows * trainer.world_size, left)))
 
 
 class Calibrate(Callback):

@@ -154,14 +154,17 @@ class PruningData(LightningDataModule):
 class RecoveryData(LightningDataModule):
     """The text of a recovery: windows to train on, each seen once and in order, and windows to validate on.
 
+    On several devices each batch of a device has every so manieth window: what all of them take in one optimizer step
+    is what one device would take with as many times the batch size. Each window to validate on is seen exactly once.
+
     An epoch of the trainer is what lies between two validations. The trainer has to ask for the loader of each epoch
     anew (``reload_dataloaders_every_n_epochs=1``); a training that is resumed then goes on with the next windows.
 
     Args:
         windows: tokens to train on [windows, tokens].
-        validation: tokens to validate on [windows, tokens].
-        batch_size: windows that go through the model at once.
-        per_epoch: windows of one epoch, on all devices together.
+        validation: tokens to validate on [windows, tokens]; on several devices a multiple of them.
+        batch_size: windows that go through the model at once, on each device.
+        per_epoch: windows of one epoch, on all devices together; a multiple of the devices.
     """
 
     def __init__(self, windows: Tensor, validation: Tensor, *, batch_size: int, per_epoch: int) -> None:

@@ -24,6 +24,7 @@ from flapkit.json_text import read_object
 from flapkit.paths import within
 from flapkit.plan import PruningPlan
 from flapkit.progress import Progress
+from flapkit.ranks import from_first, is_first
 from flapkit.recipe import LoadedRecipe, dump_recipe
 from flapkit.recipe.files import read_settings
 from flapkit.recovery import Recovery
@@ -32,7 +33,7 @@ from flapkit.report.page import render_run
 from flapkit.report.record import ReportRecord
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
-from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_, windows_per_step
+from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
 from flapkit.stages.save import add_text_beside, put_texts_beside
 from flapkit.stages.target import find_target
 from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
@@ -166,15 +167,12 @@ def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = 
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
     asked, training, loops = recipe.recipe, recovery.training, Loops.of(recipe.recipe.trainer, progress)
-    if loops.trainer([]).world_size > 1:
-        raise RecipeError(f"{recipe.path}: trainer: a recovery trains on one device; set devices and num_nodes to 1")
     source = recovery_source(training, asked)
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
         target, tokenizer = find_target(_of_model(recipe, path, revision)), load_tokenizer(path, revision=revision)
         recovery.attach(build_empty(target.config), target.sites)
-        windows = training.steps * windows_per_step(training, loops)
-        text = read_recovery_text(training, source, target, tokenizer, windows)
+        text = read_recovery_text(training, source, target, tokenizer, loops)
         render = renderer(target.adapter, tokenizer)
         evaluations = read_evaluations(asked.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
         for name, evaluation in evaluations.items():
@@ -185,10 +183,10 @@ def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = 
 def recover_checkpoint(
     checkpoint: Path, prepared: Preparation, warnings: Sequence[str], work: Work, *, overwrite: bool
 ) -> RecoveryRecord:
-    """Train a pruned checkpoint, and write the output folder.
+    """Train a pruned checkpoint, and write the output folder; of several processes the first alone writes.
 
     Args:
-        checkpoint: a folder that flapkit wrote.
+        checkpoint: a folder that flapkit wrote; all processes read it.
         prepared: what to do.
         warnings: what flapkit warns of meanwhile.
         work: the output's work folder; a training that it holds is gone on with.
@@ -197,7 +195,10 @@ def recover_checkpoint(
     Raises:
         RunError: a loss that is not finite.
     """
-    recipe, progress, known = prepared.recipe, prepared.loops.progress, _known_result(checkpoint, prepared.recipe)
+    recipe, progress = prepared.recipe, prepared.loops.progress
+    prepared.loops.meet()
+    # What the processes do next depends on it.
+    known = from_first(lambda: _known_result(checkpoint, recipe))
     with progress.stage("load pruned"):
         model = load(checkpoint, recipe.recipe.model.dtype)
     before = known.get("perplexity") or put_texts_beside(
@@ -216,23 +217,20 @@ def recover_checkpoint(
         {**known.get("seconds", {}), **progress.seconds},
         [*known.get("warnings", []), *warnings],
     )
-    files = _files(record, prepared, checkpoint, work.path(RECOVERY))
-    if not prepared.recovery.merge:
-        files |= recovered.trainable.files()
-        recovered.trainable.remove_()
+
+    def write() -> None:
+        files = _files(record, prepared, checkpoint, work.path(RECOVERY))
+        if not prepared.recovery.merge:
+            files |= recovered.trainable.files()
+            recovered.trainable.remove_()
+        metadata, tokenizer = _metadata(record, recipe, checkpoint), prepared.tokenizer
+        whole = {"tokenizer": tokenizer, "metadata": metadata, "files": files}
+        save(model.cpu(), record.output, record.plan, **whole, overwrite=overwrite, work=work)
+        work.finish()
+
     with progress.stage("save"):
-        save(
-            model.cpu(),
-            record.output,
-            record.plan,
-            tokenizer=prepared.tokenizer,
-            metadata=_metadata(record, recipe, checkpoint),
-            files=files,
-            overwrite=overwrite,
-            work=work,
-        )
-    work.finish()
-    if not recipe.exporters:
+        from_first(write)
+    if not recipe.exporters or not is_first():
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:
         exports = export_all(record.output, recipe.exporters, recipe.registry, stage)

@@ -21,7 +21,7 @@ from flapkit.interfaces import recovery_of
 from flapkit.kept import Kept
 from flapkit.plan import Budget
 from flapkit.progress import Progress
-from flapkit.ranks import is_first
+from flapkit.ranks import from_first, is_first
 from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
@@ -139,8 +139,9 @@ def run(
             if recovery_of(recipe.compensators) is None:
                 return _prune(recipe, around, overwrite=overwrite)
             prepared = prepare(recipe, around.progress)
+            prepared.loops.meet()
             first = _without_recovery(recipe, work.path("pruned"))
-            if work.path("pruned").is_dir():
+            if from_first(work.path("pruned").is_dir):
                 log.info("going on from the pruned model in %s", first.recipe.output)
             else:
                 _prune(first, around, overwrite=False)
@@ -206,7 +207,7 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
         error_tokens=trace.tokens if trace else 0,
         samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
     )
-    return _write(record, executed, around, overwrite=overwrite) if is_first() else record
+    return _write(record, executed, around, overwrite=overwrite)
 
 
 def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None, kept: Kept | None) -> Subject:
@@ -223,6 +224,7 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None
             check_layerwise(recipe, target)
             executed: Whole | Layers = open_layers(recipe, target, loops, around.work.folder)
         else:
+            loops.meet()
             model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
             target.adapter.confirm(model, target.sites)
             executed = Whole(recipe, model, target.sites, loops, cache, kept)
@@ -287,15 +289,19 @@ def _samples(subject: Subject, loops: Loops, which: str) -> list[str]:
 
 
 def _write(record: RunRecord, executed: Whole | Layers, around: Around, *, overwrite: bool) -> RunRecord:
-    """Write the output, and its exports."""
+    """Write the output, and its exports: the first process for all, which wait until the output is complete."""
     progress, recipe = around.progress, record.recipe
-    around.journal.totals(record.params, record.seconds)
-    with progress.stage("save"):
+
+    def save() -> None:
+        around.journal.totals(record.params, record.seconds)
         files = around.journal.files()
         save_run(record, executed.model, files, weights=executed.shards, overwrite=overwrite, work=around.work)
-    if record.output.resolve() == around.work.output:
-        around.work.finish()
-    if not recipe.exporters:
+        if record.output.resolve() == around.work.output:
+            around.work.finish()
+
+    with progress.stage("save"):
+        from_first(save)
+    if not recipe.exporters or not is_first():
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:
         return replace(record, exports=export_all(record.output, recipe.exporters, recipe.registry, stage))

@@ -22,6 +22,7 @@ from flapkit.evaluation.protocol import bits_per_byte, perplexity
 from flapkit.kept import Kept
 from flapkit.module import CausalLM
 from flapkit.progress import Progress
+from flapkit.ranks import check_started
 from flapkit.recipe import TrainerSection
 from flapkit.sites import Site
 from flapkit.stages.text import EvaluationText, RunText
@@ -42,15 +43,27 @@ class Loops:
 
     @classmethod
     def of(cls, asked: TrainerSection, progress: Progress) -> Loops:
-        """Take over what a recipe says; what it leaves open is Lightning's to choose."""
+        """Take over what a recipe says; what it leaves open is Lightning's to choose.
+
+        Raises:
+            RecipeError: a device that this machine does not have, or another number of processes than were started.
+        """
         options = asked.model_dump(exclude={"logger"})
-        return cls({name: value for name, value in options.items() if value is not None}, progress)
+        loops = cls({name: value for name, value in options.items() if value is not None}, progress)
+        check_started(loops.processes)
+        return loops
 
     @property
     def device(self) -> torch.device:
         """The device that the loops run on."""
         device: torch.device = self.trainer([]).strategy.root_device
         return device
+
+    @property
+    def processes(self) -> int:
+        """How many processes share the windows, on all machines together."""
+        processes: int = self.trainer([]).world_size
+        return processes
 
     @property
     def numerics(self) -> str:
@@ -66,6 +79,12 @@ class Loops:
     def place_(self, model: PreTrainedModel) -> None:
         """Move a model to the device that the loops run on."""
         model.to(self.device)  # type: ignore[arg-type]
+
+    def meet(self) -> None:
+        """Wait until all processes of the run know of each other; Lightning starts them where nothing else did."""
+        trainer = self.trainer([])
+        if trainer.world_size > 1:
+            trainer.strategy.launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
 
     def trainer(self, callbacks: Sequence[Any], **options: Any) -> Any:
         """Build the trainer of one stage.
@@ -224,7 +243,14 @@ def _test(
     measured = Evaluate(data.evaluation_names)
     total = sum(len(text.windows) for text in texts.values())
     with loops.progress.stage(name, total, "windows") as stage:
-        quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
+        try:
+            quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
+        except torch.OutOfMemoryError as error:
+            if loops.processes == 1:
+                raise
+            # One that began anew with smaller batches would be waited for by the others.
+            wanted = ", ".join(map(str, sizes.values()))
+            raise RunError(f"{name}: {wanted} windows at once do not fit; set `batch_size` in `evaluate`") from error
     return measured.results
 
 

@@ -21,6 +21,7 @@ from flapkit.data import RecoveryData
 from flapkit.errors import DataError
 from flapkit.loggers import build_loggers
 from flapkit.module import CausalLM, Optimization
+from flapkit.ranks import from_first
 from flapkit.recipe import LoggerName
 from flapkit.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training, hold_out
 from flapkit.sites import Site
@@ -95,7 +96,10 @@ class Workplace:
         return self.folder / f"{LAST}.ckpt"
 
     def open(self) -> Path | None:
-        """Make the folder, and return the checkpoint to go on from, if there is one of this training."""
+        """Make the folder, and return the checkpoint to go on from, if there is one of this training.
+
+        One process does it for all.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "training.json"
         before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
@@ -111,16 +115,16 @@ class Workplace:
 
 
 def read_recovery_text(
-    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, windows: int
+    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, loops: Loops
 ) -> RecoveryText:
-    """Draw the windows of a recovery.
+    """Draw the windows of a recovery: as many as its steps need, and as many to validate on as its devices can share.
 
     Args:
-        training: how long windows are, how many validate, and the seed.
+        training: how many windows, how long they are, and the seed.
         source: text to train on.
         target: the model.
         tokenizer: the model's.
-        windows: how many to train on.
+        loops: what the recovery runs on.
 
     Raises:
         DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
@@ -145,9 +149,10 @@ def read_recovery_text(
             vocab_size=vocabulary,
         )
 
-    return RecoveryText(
-        draw(documents, separator, windows), draw(held_out, held_out_separator, training.validation_windows)
-    )
+    windows = training.steps * windows_per_step(training, loops)
+    # Equal shares: a device with a batch more than the others would wait for them for ever.
+    validation = loops.processes * math.ceil(training.validation_windows / loops.processes)
+    return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))
 
 
 def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
@@ -173,10 +178,9 @@ def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
 
 
 def windows_per_step(training: Training, loops: Loops) -> int:
-    """Count the windows of an optimizer step on all devices together."""
+    """Count the windows of an optimizer step on all devices together: the effective batch size."""
     accumulated: int = loops.options.get("accumulate_grad_batches", 1)
-    devices: int = loops.trainer([]).world_size
-    return training.batch_size * accumulated * devices
+    return training.batch_size * accumulated * loops.processes
 
 
 def recover_(
@@ -210,7 +214,7 @@ def recover_(
     )
     per_epoch = training.validate_every * windows_per_step(training, loops)
     data = RecoveryData(text.windows, text.validation, batch_size=training.batch_size, per_epoch=per_epoch)
-    resumed = workplace.open() if workplace else None
+    resumed = from_first(workplace.open) if workplace else None
     options = {**_options(training), **_precision(model, loops), **_logging(workplace)}
     with torch.random.fork_rng(), loops.progress.stage("recover", training.steps, "steps") as stage:
         folder = workplace.folder if workplace else None
