@@ -135,34 +135,23 @@ class PruningData(LightningDataModule):
         # No workers: the windows are in memory already. Keywords: Lightning builds the loader anew to predict, and
         # then mistakes a positional batch size for a second one.
         return DataLoader(
-            rows, batch_size=batch_size, sampler=self._sampler(name, rows), collate_fn=collate, num_workers=0
+            rows, batch_size=batch_size, sampler=_sampler(self, name, rows), collate_fn=collate, num_workers=0
         )
-
-    def _sampler(self, name: str, rows: Dataset[Row]) -> Sampler[int] | None:
-        """Share the windows among the devices, where Lightning's own sampler for tests would repeat some."""
-        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        if not shares or shares["num_replicas"] == 1:
-            return None
-        if _count(rows) < shares["num_replicas"]:
-            raise DataError(
-                f"{name}: {_count(rows)} windows cannot be shared by {shares['num_replicas']} devices; "
-                "give more windows, or set trainer.devices lower"
-            )
-        return UnrepeatedDistributedSampler(rows, shuffle=False, **shares)
 
 
 class RecoveryData(LightningDataModule):
     """The text of a recovery: windows to train on, each seen once and in order, and windows to validate on.
 
-    On several devices each batch of a device has every so manieth window: what all of them take in one optimizer step
-    is what one device would take with as many times the batch size. Each window to validate on is seen exactly once.
+    On several devices the windows are dealt out in turn: what all devices take in one optimizer step is what one device
+    would take with so many times the batch size. Each window to validate on is seen exactly once.
 
     An epoch of the trainer is what lies between two validations. The trainer has to ask for the loader of each epoch
     anew (``reload_dataloaders_every_n_epochs=1``); a training that is resumed then goes on with the next windows.
 
     Args:
         windows: tokens to train on [windows, tokens].
-        validation: tokens to validate on [windows, tokens]; on several devices a multiple of them.
+        validation: tokens to validate on [windows, tokens]; a multiple of the devices, for one that had a batch more
+            than the others would wait for them.
         batch_size: windows that go through the model at once, on each device.
         per_epoch: windows of one epoch, on all devices together; a multiple of the devices.
     """
@@ -177,15 +166,16 @@ class RecoveryData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Row]:
         """Load the windows of the trainer's epoch."""
         first = (self.trainer.current_epoch if self.trainer else 0) * self._per_epoch
-        return self._loader(self._windows[first : first + self._per_epoch])
+        return self._loader("recovery", self._windows[first : first + self._per_epoch])
 
     def val_dataloader(self) -> DataLoader[Row]:
         """Load the windows to validate on."""
-        return self._loader(self._validation)
+        return self._loader("validation", self._validation)
 
-    def _loader(self, windows: Tensor) -> DataLoader[Row]:
+    def _loader(self, name: str, windows: Tensor) -> DataLoader[Row]:
         rows = WindowRows({"input_ids": windows})
-        return DataLoader(rows, batch_size=self._batch_size, collate_fn=collate, num_workers=0)
+        sampler = _sampler(self, name, rows)
+        return DataLoader(rows, batch_size=self._batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -215,6 +205,19 @@ def collate(rows: Sequence[Row]) -> Batch:
     if "held_out" in rows[0]:
         batch["held_out"] = torch.stack([row["held_out"] for row in rows])
     return batch
+
+
+def _sampler(data: LightningDataModule, name: str, rows: Dataset[Row]) -> Sampler[int] | None:
+    """Deal windows out to the devices, in order; Lightning's own samplers would shuffle them, or repeat some."""
+    shares = data.trainer.distributed_sampler_kwargs if data.trainer else None
+    if not shares or shares["num_replicas"] == 1:
+        return None
+    if _count(rows) < shares["num_replicas"]:
+        raise DataError(
+            f"{name}: {_count(rows)} windows cannot be shared by {shares['num_replicas']} devices; "
+            "give more windows, or set trainer.devices lower"
+        )
+    return UnrepeatedDistributedSampler(rows, shuffle=False, **shares)
 
 
 def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:

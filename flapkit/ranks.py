@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from flapkit.errors import FlapkitError, RecipeError
+from flapkit.errors import FlapkitError, RecipeError, RunError
 
 T = TypeVar("T")
 
@@ -21,12 +22,17 @@ STARTED_VARIABLES = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_STEP_ID": "SLUR
 """What torchrun and srun set -> where they say how many processes they started."""
 
 
-def is_first() -> bool:
-    """Tell whether this process is the one that writes and prints."""
+def rank() -> int:
+    """Return this process's number among those of the run, from 0."""
     distributed = _distributed()
     if distributed is not None:
-        return bool(distributed.get_rank() == 0)
-    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
+        return int(distributed.get_rank())
+    return max(int(os.environ.get(name, 0)) for name in RANK_VARIABLES)
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that writes and prints."""
+    return rank() == 0
 
 
 def check_started(asked: int) -> None:
@@ -54,6 +60,7 @@ def from_first(work: Callable[[], T]) -> T:
 
     Raises:
         FlapkitError: what ``work`` raised, in every process.
+        RunError: another process is gone.
     """
     distributed = _distributed()
     if distributed is None:
@@ -64,11 +71,35 @@ def from_first(work: Callable[[], T]) -> T:
             found[0] = work()
         except FlapkitError as error:
             found[1] = error
-    distributed.broadcast_object_list(found)
-    value, error = found
-    if error is not None:
-        raise error
+    with lost_processes():
+        distributed.broadcast_object_list(found)
+    value, failed = found
+    if failed is not None:
+        raise failed
     return value  # type: ignore[no-any-return]
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Say in plain words that another process is gone, where this one waited for it.
+
+    Raises:
+        RunError: in place of what torch raises then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _tells_of_loss(error):
+            raise
+        raise RunError(
+            "another process of this run has ended: by the error that it told of, or killed, as for want of memory"
+        ) from error
+
+
+def _tells_of_loss(error: RuntimeError) -> bool:
+    distributed = _distributed()
+    # gloo has no error of its own.
+    return distributed is not None and (isinstance(error, distributed.DistError) or "gloo/transport" in str(error))
 
 
 def _distributed() -> Any:

@@ -223,9 +223,16 @@ def recover_checkpoint(
         if not prepared.recovery.merge:
             files |= recovered.trainable.files()
             recovered.trainable.remove_()
-        metadata, tokenizer = _metadata(record, recipe, checkpoint), prepared.tokenizer
-        whole = {"tokenizer": tokenizer, "metadata": metadata, "files": files}
-        save(model.cpu(), record.output, record.plan, **whole, overwrite=overwrite, work=work)
+        save(
+            model.cpu(),
+            record.output,
+            record.plan,
+            tokenizer=prepared.tokenizer,
+            metadata=_metadata(record, recipe, checkpoint),
+            files=files,
+            overwrite=overwrite,
+            work=work,
+        )
         work.finish()
 
     with progress.stage("save"):

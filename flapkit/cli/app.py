@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,13 @@ import typer
 from rich.console import Console
 
 from flapkit.errors import FlapkitError, InputError
-from flapkit.ranks import is_first
+from flapkit.ranks import is_first, rank
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of Ctrl-C and of SIGTERM, as shells have them."""
+
+PATIENCE = 5.0
+"""Seconds that a process which is not the first gives to the others before it speaks, or ends, by itself."""
 
 app = typer.Typer(
     help="Structured pruning of large language models without retraining.",
@@ -34,16 +39,18 @@ def main() -> None:
     """
     # transformers and Lightning draw their own bars and give advice on what flapkit decides.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parent = os.getppid()
     if not is_first():
-        # Lightning starts the command once for each device; the first alone prints what it found.
+        # The command is started once for each device; the first alone prints what it found.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     try:
         with _sigterm_stops():
             code = app(standalone_mode=False)
     except Terminated:
-        _fail("stopped; no output was written", TERMINATED)
+        _fail("stopped; no output was written", TERMINATED, parent)
     except FlapkitError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, parent)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
@@ -55,7 +62,7 @@ def main() -> None:
         sys.exit(InputError.exit_code)
     # Without its standalone mode typer returns the code of Ctrl-C and of --help.
     if code == INTERRUPTED:
-        _fail("stopped; no output was written", INTERRUPTED)
+        _fail("stopped; no output was written", INTERRUPTED, parent)
 
 
 class Terminated(BaseException):
@@ -85,6 +92,28 @@ def exit_code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, FlapkitError) else FlapkitError.exit_code
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, parent: int) -> None:
+    """Say what ended the command, and end it.
+
+    Of several processes the first speaks at once. What another has to say is probably the same, or that the first is
+    gone: it waits to be ended by whoever started it, and speaks if it is not.
+    """
+    if not is_first():
+        if code in (INTERRUPTED, TERMINATED):
+            sys.exit(code)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if os.getppid() != parent:
+                sys.exit(code)
+            time.sleep(0.1)
+        message = f"process {rank()}: {message}"
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     sys.exit(code)
+
+
+def _end_after(parent: int) -> None:
+    """End this process soon after the one that started it: on GPUs it might wait for it for half an hour."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(PATIENCE)
+    os._exit(FlapkitError.exit_code)

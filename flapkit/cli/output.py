@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flapkit.errors import OutputError
+from flapkit.ranks import is_first
 from flapkit.work import write_file
 
 STAGES = ("dense", "pruned", "recovered")
@@ -85,7 +86,7 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     ours = logging.getLogger("flapkit")
     ours.setLevel(logging.INFO)
     # Not by the level: a run notes its warnings in the output whether or not they are shown.
-    ours.propagate = not quiet
+    ours.propagate = not quiet and is_first()
     ours.addHandler(logging.NullHandler())
     if verbose:
         return
@@ -96,8 +97,8 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # Lightning sets the level of its own root when it is imported; these are below it.
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 

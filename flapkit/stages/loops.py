@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from flapkit.calibration import Statistics, needs_gradient
 from flapkit.callbacks import Advance, Calibrate, CalibrateBehind, Evaluate, build_trainer
 from flapkit.data import PruningData
-from flapkit.errors import RunError
+from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.evaluation.protocol import bits_per_byte, perplexity
 from flapkit.kept import Kept
 from flapkit.module import CausalLM
 from flapkit.progress import Progress
-from flapkit.ranks import check_started
+from flapkit.ranks import check_started, lost_processes
 from flapkit.recipe import TrainerSection
 from flapkit.sites import Site
 from flapkit.stages.text import EvaluationText, RunText
@@ -62,8 +62,9 @@ class Loops:
     @property
     def processes(self) -> int:
         """How many processes share the windows, on all machines together."""
-        processes: int = self.trainer([]).world_size
-        return processes
+        trainer = self.trainer([])
+        # Not its world size, which under torchrun is what was started.
+        return int(trainer.num_devices * trainer.num_nodes)
 
     @property
     def numerics(self) -> str:
@@ -81,10 +82,18 @@ class Loops:
         model.to(self.device)  # type: ignore[arg-type]
 
     def meet(self) -> None:
-        """Wait until all processes of the run know of each other; Lightning starts them where nothing else did."""
+        """Wait until all processes of the run know of each other; Lightning starts them where nothing else did.
+
+        Raises:
+            RecipeError: the machines and devices are not those that SLURM gave.
+        """
+        if self.processes == 1:
+            return
         trainer = self.trainer([])
-        if trainer.world_size > 1:
-            trainer.strategy.launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+        try:
+            quietly(trainer.strategy.launcher.launch, trainer.strategy.setup_environment, trainer=trainer)
+        except ValueError as error:
+            raise RecipeError(f"trainer: {error}") from error
 
     def trainer(self, callbacks: Sequence[Any], **options: Any) -> Any:
         """Build the trainer of one stage.
@@ -255,15 +264,16 @@ def _test(
 
 
 def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call Lightning without its advice on loader workers, which windows in memory do not need.
+    """Call Lightning without its advice on loader workers, which windows in memory do not need, and on ranks.
 
     Ctrl-C stays a ``KeyboardInterrupt``: Lightning would exit with code 1 and leave SIGINT ignored.
     """
     handler = signal.getsignal(signal.SIGINT)
-    with warnings.catch_warnings():
+    with lost_processes(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*treespec.*")
+        warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
             call(*args, **kwargs)

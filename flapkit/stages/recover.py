@@ -150,7 +150,6 @@ def read_recovery_text(
         )
 
     windows = training.steps * windows_per_step(training, loops)
-    # Equal shares: a device with a batch more than the others would wait for them for ever.
     validation = loops.processes * math.ceil(training.validation_windows / loops.processes)
     return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))
 

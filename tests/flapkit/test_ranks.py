@@ -1,71 +1,176 @@
-"""Two processes on the CPU prune as one does."""
+"""Two processes on the CPU do as one does, and neither is left waiting for one that is gone."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
-RECIPE = """\
-model: {path: builtin:tiny-llama, dtype: float32}
-calibration: {dataset: text.txt, samples: 13, length: 32, batch_size: 2}
-budget: {ratio: 0.2}
-evaluate: {perplexity: [{dataset: text.txt, length: 32, windows: 9}]}
-trainer: {accelerator: cpu, devices: DEVICES, strategy: STRATEGY}
-output: OUTPUT
-"""
-DIES = """
-import os
+from flapkit.errors import RecipeError
+from flapkit.ranks import check_started, from_first, is_first, rank
+
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "calibration": {"dataset": "text.txt", "samples": 13, "length": 32, "batch_size": 2},
+    "budget": {"ratio": 0.2},
+    "metric": "faulty",
+    "plugins": ["./faulty.py"],
+    "evaluate": {"perplexity": [{"dataset": "test.txt", "length": 32, "windows": 9}]},
+    "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+}
+LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "length": 32, "lr": 1e-3}
+LORA |= {"batch_size": 4, "validation_windows": 8}
+RECOVERY = {**RECIPE, "compensator": ["bias", LORA]}
+LOST = "error: another process of this run has ended"
+FAULTY = """
+import hashlib, os, signal
 from dataclasses import dataclass
-from flapkit import hookimpl
+from pathlib import Path
+
+from flapkit import hookimpl, ranks
+from flapkit.callbacks import Recover
+from flapkit.errors import RunError
 from flapkit.interfaces import ImportanceMetric
+from flapkit.module import CausalLM
+
+def fault(where):
+    place, _, who = os.environ.get("FAULT", "").partition(" ")
+    return place == where and str(ranks.rank()) in who
 
 @dataclass(frozen=True)
-class Dies(ImportanceMetric):
-    name = "dies"
+class Faulty(ImportanceMetric):
+    name = "faulty"
 
     def score(self, site, stats, weight):
-        if os.environ.get("LOCAL_RANK") == "1":
-            raise MemoryError("the second process is out of memory")
-        return weight.abs().sum(dim=0).view(site.units, -1)
+        if fault("memory"):
+            raise MemoryError("it is out of memory")
+        if fault("error"):
+            raise RunError("it does not work")
+        if fault("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return weight.abs().sum(dim=0).view(site.units, -1).sum(dim=1, keepdim=True)
 
 @hookimpl
 def flapkit_metrics():
-    return [Dies]
+    return [Faulty]
+
+class Watched(Recover):
+    def on_train_batch_end(self, trainer, *args, **kwargs):
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if fault("kill in training") and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_fit_end(self, trainer, module):
+        super().on_fit_end(trainer, module)
+        weights = b"".join(weight.numpy().tobytes() for weight in module.state_dict().values())
+        Path(f"weights of {ranks.rank()}").write_text(hashlib.sha256(weights).hexdigest())
+
+class Step(CausalLM):
+    def training_step(self, batch):
+        return super().training_step(batch) * (float("nan") if fault("nan") else 1.0)
+
+import flapkit.stages.recover as stage
+stage.Recover, stage.CausalLM = Watched, Step
 """
 
 
-def flapkit(home: Path, recipe: str, name: str) -> subprocess.CompletedProcess[str]:
-    (home / name).write_text(recipe)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLAPKIT_CACHE": str(home / f"cache of {name}")}
-    return subprocess.run(
-        [sys.executable, "-m", "flapkit", "run", name],
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("text", "test"):
+        lines = [f"def {name}_{number}(model):\n    return model * {number}\n" for number in range(400)]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    (folder / "faulty.py").write_text(FAULTY)
+    return folder
+
+
+def flapkit(home: Path, recipe: dict, output: str, *options: str, launcher=("-m",), fault="") -> subprocess.Popen[str]:
+    """Start a run; each has a cache of its own, so that it calibrates."""
+    (home / f"{output}.yaml").write_text(yaml.safe_dump({**recipe, "output": output}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLAPKIT_CACHE": str(home / f"cache of {output}")}
+    command = [sys.executable, *launcher, "flapkit", "run", f"{output}.yaml", *options]
+    return subprocess.Popen(
+        command,
         cwd=home,
-        env=environment,
-        capture_output=True,
+        env={**environment, "FAULT": fault},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=240,
     )
 
 
-@pytest.fixture
-def home(tmp_path) -> Path:
-    (tmp_path / "text.txt").write_text("".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(400)))
-    return tmp_path
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return a run's exit code and what it printed; no run takes so long that it is ended."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def alone(recipe: dict) -> dict:
+    """Return a recipe for one process."""
+    return {**recipe, "trainer": {**recipe["trainer"], "devices": 1, "strategy": "auto"}}
+
+
+def same_weights(one: Path, other: Path, atol: float = 0.0) -> bool:
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    return all(torch.allclose(first[name], second[name], rtol=0, atol=atol) for name in first)
+
+
+@pytest.fixture(scope="module")
+def recovered(home) -> Path:
+    """The output of two processes that pruned a model and trained it."""
+    code, out, err = end(flapkit(home, RECOVERY, "recovered"))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    assert err.count("recover: validation perplexity") == 1
+    return home / "recovered"
+
+
+def test_a_process_alone_is_the_first(monkeypatch):
+    assert (rank(), is_first()) == (0, True)
+    assert from_first(lambda: "done") == "done"
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"])
+def test_before_they_have_met_the_environment_says_which_process_it_is(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert not is_first()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TORCHELASTIC_RUN_ID": "some", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+)
+def test_as_many_processes_as_the_recipe_asks_for(monkeypatch, environment):
+    check_started(1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_started(2)
+    with pytest.raises(RecipeError, match="2 processes were started, and devices x num_nodes is 1"):
+        check_started(1)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(home):
-    for devices, strategy, output in (("1", "auto", "one"), ("2", "ddp", "two")):
-        asked = RECIPE.replace("DEVICES", devices).replace("STRATEGY", strategy).replace("OUTPUT", output)
-        done = flapkit(home, asked, f"{output}.yaml")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("block parameters") == 1
+    one, two = (flapkit(home, recipe, name) for name, recipe in (("one", alone(RECIPE)), ("two", RECIPE)))
+    for process in (one, two):
+        code, out, err = end(process)
+        assert code == 0, err
+        assert out.count("block parameters") == 1
     assert (home / "one" / "plan.json").read_bytes() == (home / "two" / "plan.json").read_bytes()
     one, two = (json.loads((home / name / "result.json").read_text())["perplexity"] for name in ("one", "two"))
     (one,), (two,) = one.values(), two.values()
@@ -74,10 +179,92 @@ def test_two_processes_are_one(home):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_run(home):
-    (home / "dies.py").write_text(DIES)
-    asked = RECIPE.replace("DEVICES", "2").replace("STRATEGY", "ddp").replace("OUTPUT", "out")
-    done = flapkit(home, asked + "metric: dies\nplugins: [./dies.py]\n", "dies.yaml")
-    assert done.returncode != 0
-    assert "the second process is out of memory" in done.stderr
-    assert not (home / "out").exists()
+def test_a_recovery_of_two_processes_is_that_of_one_with_twice_the_batch(home, recovered):
+    assert (home / "weights of 0").read_text() == (home / "weights of 1").read_text()
+    code, _, err = end(flapkit(home, alone(RECOVERY), "trained alone", "--set", "compensator.1.batch_size=8"))
+    assert code == 0, err
+    two, one = (json.loads((home / name / "result.json").read_text()) for name in ("recovered", "trained alone"))
+    assert two["recovery"]["validation_perplexity"] == pytest.approx(one["recovery"]["validation_perplexity"], rel=1e-4)
+    (measured,) = two["perplexity"].values()
+    assert measured["recovered"] < measured["pruned"]
+    assert same_weights(home / "recovered", home / "trained alone", atol=1e-5)
+    assert not list(home.glob(".recovered*"))
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_training_ends_the_run_which_can_go_on(home, recovered):
+    code, _, err = end(flapkit(home, RECOVERY, "killed", fault="kill in training 1"))
+    assert code not in (0, -15)
+    assert not (home / "killed").exists()
+    code, out, err = end(flapkit(home, RECOVERY, "killed", "--resume", "--json"))
+    assert code == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    stages = {event.get("stage") for event in events}
+    assert ("calibrate" in stages, "recover" in stages) == (False, True)
+    assert [event["event"] for event in events].count("result") == 1
+    assert same_weights(home / "killed", recovered)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_message(home):
+    code, _, err = end(flapkit(home, RECOVERY, "nan", "-q", fault="nan 1"))
+    assert code == 1
+    assert err.count("error: ") == err.count("error: the recovery's loss is not finite at step 1") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("error 01", 1, ["error: it does not work"]),
+        ("error 1", 1, ["error: process 1: it does not work", LOST]),
+        ("memory 1", 1, ["[rank1]: MemoryError: it is out of memory", LOST]),
+        ("kill 1", 1, [LOST]),
+    ],
+)
+def test_the_error_of_a_process_is_told_once(home, fault, code, said):
+    found, _, err = end(flapkit(home, RECIPE, "faulty", "-q", fault=fault))
+    told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
+    # Lightning kills the first process if it looks after the other before the two talk to each other.
+    assert (found == code and len(told) == len(said)) or found == -9
+    assert all(any(line.startswith(each) for line in told) for each in said if each != LOST)
+    assert not (home / "faulty").exists()
+
+
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+@pytest.mark.slow
+def test_torchrun_on_one_machine(home, recovered):
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
+    code, out, err = end(flapkit(home, RECOVERY, "torchrun", launcher=launcher))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    assert same_weights(home / "torchrun", recovered)
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines(home, recovered):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    recipe = {**RECOVERY, "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}}
+    machines = []
+    for machine in ("0", "1"):
+        launcher = (*TORCHRUN, "--nnodes", "2", "--node-rank", machine, "--nproc-per-node", "1")
+        launcher += ("--master-addr", "localhost", "--master-port", str(port), "-m")
+        machines.append(flapkit(home, recipe, "machines", launcher=launcher))
+    for machine, (code, out, err) in enumerate(map(end, machines)):
+        assert code == 0, err
+        assert out.count("block parameters") == (machine == 0)
+    assert same_weights(home / "machines", recovered)
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_processes(home):
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
+    code, _, err = end(flapkit(home, alone(RECIPE), "mismatched", launcher=launcher))
+    assert code != 0
+    assert err.count("2 processes were started, and devices x num_nodes is 1") == 1
+    assert not (home / "mismatched").exists()
