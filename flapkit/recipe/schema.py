@@ -14,6 +14,9 @@ from flapkit.options import Count, PathText
 from flapkit.plan import BudgetBase
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+SHARDING = ("fsdp", "deepspeed", "model_parallel")
+"""How the names begin of those strategies of Lightning's under which no process has the whole model."""
+
 LARGEST_SEED = 2**32 - 1
 
 KEYS: Mapping[str, str] = {
@@ -247,6 +250,17 @@ Components = Annotated[
 """One component, or a list, which may be empty."""
 
 
+def _check_strategy(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(SHARDING):
+        raise PydanticCustomError(
+            "sharding",
+            "{value} shards the model, and pruning needs whole weights; "
+            "for a model that one GPU does not hold, set `execution: layerwise`",
+            {"value": value},
+        )
+    return value
+
+
 class TrainerSection(Section):
     """What PyTorch Lightning runs on."""
 
@@ -257,7 +271,7 @@ class TrainerSection(Section):
         default=1, description="How many devices on each machine."
     )
     num_nodes: Count = Field(default=1, ge=1, description="How many machines.")
-    strategy: Literal["auto", "ddp"] = Field(
+    strategy: Annotated[Literal["auto", "ddp"], BeforeValidator(_check_strategy)] = Field(
         default="auto",
         description="How several devices share the work: `ddp`, where each holds the model and takes its share of the "
         "windows, or Lightning's own choice.",

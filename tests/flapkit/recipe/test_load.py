@@ -194,6 +194,13 @@ def test_a_ratio_that_is_none_says_what_to_give(tmp_path: Path, ratio: str) -> N
     assert "is not a ratio; give the fraction to remove, over 0 and under 1, for example 0.2" in problem
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3", "model_parallel"])
+def test_a_strategy_that_shards_the_model_says_what_to_set_instead(tmp_path: Path, strategy: str) -> None:
+    (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: 0.2}}\ntrainer: {{strategy: {strategy}}}"))
+    assert f"trainer.strategy: {strategy} shards the model" in problem
+    assert "set `execution: layerwise`" in problem
+
+
 def test_a_ratio_in_percent_is_shown_as_a_fraction(tmp_path: Path) -> None:
     assert problems(tmp_path, replaced(3, "budget: {ratio: 35}"))[0].endswith("for example 0.35")
 
