@@ -218,7 +218,7 @@ class LayerStream:
             device_map={"": self._device},
             weight_mapping=self._conversions,
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, {key: self._weights[key] for key in keys}, asked)
+        info, _ = convert_and_load_state_dict_in_model(self.model, self._weights.read(keys), asked)
         for name, found, expected in info.mismatched_keys:
             raise ModelError(f"{name}: the checkpoint has the shape {list(found)}, the model {list(expected)}")
         for name, why in info.conversion_errors.items():

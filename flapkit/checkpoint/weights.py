@@ -41,11 +41,21 @@ class Weights(Mapping[str, Tensor]):
         return cls({name: file for file in files for name in _names(file)}, model)
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        return self.read([name])[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read several tensors, mapping each file once; it stays mapped for as long as one of its tensors lives."""
+        of_file: dict[Path, list[str]] = {}
+        for name in names:
+            of_file.setdefault(self._files[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, held in of_file.items():
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in held}
         if self._model:
-            check_finite(f"model {self._model}: {name}", tensor)
-        return tensor
+            for name, tensor in tensors.items():
+                check_finite(f"model {self._model}: {name}", tensor)
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

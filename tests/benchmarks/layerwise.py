@@ -1,0 +1,108 @@
+"""Prune a model that is larger than the memory that it may have: layer by layer it goes, whole it does not.
+
+```
+python tests/benchmarks/layerwise.py FOLDER [GIGABYTES]
+```
+
+The model has TinyLlama-1.1B's shape (22 layers, 1.1 billion parameters) and random float32 weights, 4.4 GB of them.
+Both runs are held to an address space of so many gigabytes (4 if not given) by RLIMIT_AS, which counts everything that
+the process maps, the libraries' 2.2 GB included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flapkit.bundled import bundled_models
+from flapkit.checkpoint.weights import INDEX, Weights
+
+RECIPE = {
+    "model": {"path": "dense"},
+    "calibration": {"dataset": "stdlib", "samples": 8, "length": 32, "batch_size": 8},
+    "budget": {"ratio": 0.2},
+    "evaluate": {"perplexity": [{"dataset": "stdlib", "length": 32, "windows": 4}]},
+    "trainer": {"accelerator": "cpu"},
+}
+
+
+def write_dense(folder: Path) -> None:
+    """Write the model, a file for each layer, so that this process never holds it either."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    with init_empty_weights():
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        parts.setdefault(name.split(".")[2] if ".layers." in name else name, {})[name] = shape
+    torch.manual_seed(0)
+    for number, part in enumerate(parts.values()):
+        tensors = {
+            name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.02 for name, shape in part.items()
+        }
+        save_file(tensors, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+    (folder / INDEX).write_text(Weights.of(sorted(folder.glob("*.safetensors"))).index())
+
+
+def prune(home: Path, mode: str, limit: int) -> None:
+    """Run the recipe in a process of its own, and print what came of it."""
+    (home / f"{mode}.yaml").write_text(yaml.safe_dump({**RECIPE, "execution": mode, "output": f"pruned-{mode}"}))
+    command = [sys.executable, "-m", "flapkit", "run", f"{mode}.yaml", "--quiet", "--no-cache", "--overwrite"]
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=home,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert process.stderr is not None
+    said = process.stderr.read().strip().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    print(
+        f"{mode}: exit code {code}, {time.perf_counter() - began:.0f} s, resident peak {usage.ru_maxrss / 1e6:.2f} GB"
+    )
+    if code:
+        print(f"  {said[-1] if said else 'nothing said'}")
+        return
+    result = json.loads((home / f"pruned-{mode}" / "result.json").read_text())
+    print(f"  parameters {result['params']['dense']:,} -> {result['params']['pruned']:,}")
+    print(f"  seconds {result['seconds']}")
+
+
+def main(home: Path, gigabytes: float = 4) -> None:
+    """Write the model unless it is there, and prune it both ways."""
+    if not (home / "dense" / INDEX).is_file():
+        write_dense(home / "dense")
+    size = sum(file.stat().st_size for file in (home / "dense").glob("*.safetensors"))
+    print(f"weights {size / 1e9:.2f} GB, address space {gigabytes:.2f} GB")
+    for mode in ("layerwise", "whole"):
+        prune(home, mode, int(gigabytes * 1e9))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
