@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.errors import DataError
+from flapkit.pieces import Ints, encode_in_pieces
 
 UNSCORED = -100
 """The label of a token that is context only."""
@@ -41,7 +42,7 @@ def encode(
 ) -> Tensor:
     """Join documents and turn them into tokens, with the tokenizer's special tokens at the ends of the whole.
 
-    The text is tokenised in one piece, as the released code does, since tokens may span a separator. Conversations
+    The text is tokenised as a whole, as the released code does, since tokens may span a separator. Conversations
     that begin with the tokenizer's start token are complete: they are joined with nothing between.
 
     Args:
@@ -96,23 +97,24 @@ def encode_measured(
     start = tokenizer.bos_token
     complete = bool(start) and all(document.startswith(start) for document in documents)
     text = ("" if complete else separator).join(documents)
-    offsets = measure and tokenizer.is_fast
-    # verbose=False: that the whole is longer than the model's context is no surprise, it is cut into windows.
-    encoded = tokenizer(text, add_special_tokens=not complete, verbose=False, return_offsets_mapping=offsets)
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    if tokenizer.is_fast:
+        found = encode_in_pieces(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.from_numpy(found.ids), _sizes(text, found.places) if measure else None
+    else:
+        tokens, sizes = torch.tensor(tokenizer(text, add_special_tokens=not complete, verbose=False)["input_ids"]), None
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
-    return Encoded(tokens, _sizes(text, encoded["offset_mapping"]) if offsets else None)
+    return Encoded(tokens, sizes)
 
 
-def _sizes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor:
+def _sizes(text: str, places: Ints) -> Tensor:
     """Share a text's bytes among its tokens: each has what lies between the end of those before it and its own.
 
     What a tokenizer skips belongs to the token after it, and a character that several tokens spell to the first.
     """
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     widths = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
-    ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
+    ends = np.maximum.accumulate(places[:, 1])
     return torch.from_numpy(np.diff(np.concatenate([[0], np.cumsum(widths)])[ends], prepend=0).astype(np.int64))
 
 
