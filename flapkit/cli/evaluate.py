@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from flapkit.cli.options import AsJson, CheckpointArgument, OutputFile, Override
 from flapkit.cli.output import add_perplexity, add_zero_shot, check_new, percent, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
 from flapkit.errors import InputError
+from flapkit.ranks import from_first
 
 if TYPE_CHECKING:
     from flapkit.evaluate import Evaluation
@@ -45,7 +47,7 @@ def evaluate(
     set_logging(quiet=as_json, verbose=False)
     found = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
     if output is not None:
-        write_new(output, found.to_json())
+        from_first(partial(write_new, output, found.to_json()))
     sys.stdout.write(found.to_json()) if as_json else print_(_table(found))
 
 

@@ -31,7 +31,7 @@ LORA |= {"batch_size": 4, "validation_windows": 8}
 RECOVERY = {**RECIPE, "compensator": ["bias", LORA]}
 LOST = "error: another process of this run has ended"
 FAULTY = """
-import hashlib, os, signal
+import hashlib, os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,7 @@ from flapkit.interfaces import ImportanceMetric
 from flapkit.module import CausalLM
 
 def fault(where):
-    place, _, who = os.environ.get("FAULT", "").partition(" ")
-    return place == where and str(ranks.rank()) in who
+    return f"{where} {ranks.rank()}" in os.environ["FAULT"]
 
 @dataclass(frozen=True)
 class Faulty(ImportanceMetric):
@@ -54,6 +53,8 @@ class Faulty(ImportanceMetric):
             raise MemoryError("it is out of memory")
         if fault("error"):
             raise RunError("it does not work")
+        if fault("stuck"):
+            time.sleep(600)
         if fault("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         return weight.abs().sum(dim=0).view(site.units, -1).sum(dim=1, keepdim=True)
@@ -92,15 +93,20 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def flapkit(home: Path, recipe: dict, output: str, *options: str, launcher=("-m",), fault="") -> subprocess.Popen[str]:
+def flapkit(
+    home: Path, recipe: dict, output: str, *options: str, launcher=("-m",), fault="", environment=None
+) -> subprocess.Popen[str]:
     """Start a run; each has a cache of its own, so that it calibrates."""
     (home / f"{output}.yaml").write_text(yaml.safe_dump({**recipe, "output": output}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLAPKIT_CACHE": str(home / f"cache of {output}")}
-    command = [sys.executable, *launcher, "flapkit", "run", f"{output}.yaml", *options]
+    variables = {"FLAPKIT_CACHE": str(home / f"cache of {output}"), "FAULT": fault, **(environment or {})}
+    return start(home, [*launcher, "flapkit", "run", f"{output}.yaml", *options], variables)
+
+
+def start(home: Path, command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command,
+        [sys.executable, *command],
         cwd=home,
-        env={**environment, "FAULT": fault},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,6 +198,17 @@ def test_a_recovery_of_two_processes_is_that_of_one_with_twice_the_batch(home, r
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_as_the_run_did(home, recovered):
+    command = ["-m", "flapkit", "evaluate", "recovered", "--output", "evaluated.json"]
+    code, out, err = end(start(home, command, {"FAULT": ""}))
+    assert code == 0, err
+    assert out.count("perplexity, ") == 1
+    (found,) = json.loads((home / "evaluated.json").read_text())["perplexity"].values()
+    (measured,) = json.loads((recovered / "result.json").read_text())["perplexity"].values()
+    assert found["model"] == pytest.approx(measured["recovered"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_process_killed_in_training_ends_the_run_which_can_go_on(home, recovered):
     code, _, err = end(flapkit(home, RECOVERY, "killed", fault="kill in training 1"))
     assert code not in (0, -15)
@@ -217,13 +234,15 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_message(hom
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        ("error 01", 1, ["error: it does not work"]),
+        ("error 0, error 1", 1, ["error: it does not work"]),
         ("error 1", 1, ["error: process 1: it does not work", LOST]),
         ("memory 1", 1, ["[rank1]: MemoryError: it is out of memory", LOST]),
         ("kill 1", 1, [LOST]),
+        ("kill 0, stuck 1", -9, []),
     ],
 )
 def test_the_error_of_a_process_is_told_once(home, fault, code, said):
+    # It ends when both processes have: both write to the same pipe.
     found, _, err = end(flapkit(home, RECIPE, "faulty", "-q", fault=fault))
     told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
     # Lightning kills the first process if it looks after the other before the two talk to each other.
@@ -259,6 +278,22 @@ def test_torchrun_on_two_machines(home, recovered):
         assert code == 0, err
         assert out.count("block parameters") == (machine == 0)
     assert same_weights(home / "machines", recovered)
+
+
+@pytest.mark.slow
+def test_srun(home, recovered):
+    """As srun starts them: Lightning reads from SLURM's variables which process is which."""
+    job = {"SLURM_JOB_ID": str(20000 + os.getpid() % 10000), "SLURM_NODELIST": "localhost", "SLURM_NNODES": "2"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    recipe = {**RECOVERY, "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}}
+    tasks = []
+    for task in ("0", "1"):
+        variables = {**job, "SLURM_PROCID": task, "SLURM_NODEID": task, "SLURM_LOCALID": "0"}
+        tasks.append(flapkit(home, recipe, "srun", environment=variables))
+    for task, (code, out, err) in enumerate(map(end, tasks)):
+        assert code == 0, err
+        assert out.count("block parameters") == (task == 0)
+    assert same_weights(home / "srun", recovered)
 
 
 @pytest.mark.slow

@@ -95,6 +95,12 @@ def test_a_compensator_that_trains_is_refused(home):
         run_sweep(sweep, Results(home / "out"))
 
 
+def test_several_devices_are_refused(home):
+    sweep = load_sweep(write_sweep(home, grid={"trainer.devices": [1, 2]}))
+    with pytest.raises(RecipeError, match="devices=2: a sweep runs on one device"):
+        run_sweep(sweep, Results(home / "out"))
+
+
 def test_a_metric_of_ones_own_beside_the_others(home):
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(# my_metric\.py.*?)```", readme, flags=re.DOTALL)
