@@ -24,6 +24,8 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            # Without initialisation, tied weights would count twice.
+            model.tie_weights()
     except Exception as error:
         said = f"the configuration of type {config.model_type!r} describes no model"
         raise ModelError(f"{said}: {type(error).__name__}: {error}") from error

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import flapkit.callbacks
 import flapkit.pruning
+import flapkit.stages.layerwise
 import flapkit.surgery
 import flapkit.sweep.results
 from flapkit import hookimpl
@@ -39,6 +40,8 @@ POINTS = {
     # The old output is set aside by the call before.
     "swap": (Path, "rename", 2),
     "lora": (flapkit.callbacks.Recover, "on_train_batch_end", 4),
+    "measure a layer": (flapkit.stages.layerwise, "write_tensors", 3),
+    "write a layer": (flapkit.stages.layerwise, "write_tensors", 7),
     "sweep": (flapkit.sweep.results.Results, "add", 2),
 }
 
@@ -75,7 +78,7 @@ RECIPE = {
 }
 LORA = {"name": "lora", "rank": 2, "steps": 6, "validate_every": 2, "validation_windows": 2, "length": 16, "lr": 1e-3}
 SWEEP = {"recipe": "recipe.yaml", "grid": {"budget.ratio": [0.2, 0.3, 0.4]}, "output": "out"}
-STAGES = ("calibration", "search", "slice", "write", "swap", "lora", "sweep")
+STAGES = ("calibration", "search", "slice", "write", "swap", "lora", "measure a layer", "write a layer")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 QUICK = {("calibration", signal.SIGKILL)}
 
@@ -86,6 +89,7 @@ def prepare(home: Path) -> None:
         (home / name).write_text("".join(f"def f{n}({word}):\n    return {word} * {n}\n" for n in range(200)))
     (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (home / "lora.yaml").write_text(yaml.safe_dump({**RECIPE, "compensator": ["bias", LORA]}))
+    (home / "layerwise.yaml").write_text(yaml.safe_dump({**RECIPE, "execution": "layerwise"}))
     (home / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
 
 
@@ -103,7 +107,8 @@ def flapkit_(*arguments: str) -> int:
 def command_of(stage: str) -> list[str]:
     if stage == "sweep":
         return ["sweep", "sweep.yaml", "-q", "--no-cache"]
-    return ["run", "lora.yaml" if stage == "lora" else "recipe.yaml", "-q", "--no-cache"]
+    recipes = {"lora": "lora.yaml", "measure a layer": "layerwise.yaml", "write a layer": "layerwise.yaml"}
+    return ["run", recipes.get(stage, "recipe.yaml"), "-q", "--no-cache"]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +157,7 @@ def marked(stage: str, number: signal.Signals):
     return pytest.param(stage, number, marks=marks, id=f"{stage}-{number.name}")
 
 
-@pytest.mark.parametrize(("stage", "number"), [marked(stage, number) for stage in STAGES[:-1] for number in CODES])
+@pytest.mark.parametrize(("stage", "number"), [marked(stage, number) for stage in STAGES for number in CODES])
 def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
@@ -171,7 +176,8 @@ def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
     assert flapkit_(*command_of(stage)) == 2
 
     assert flapkit_(*command_of(stage), "--resume", "--overwrite") == 0
-    names = ("plan.json", "model.safetensors", "config.json")
+    weights = [path.name for path in expected.glob("*.safetensors")]
+    names = ("plan.json", "config.json", *weights)
     assert hashes(Path("out"), *names) == hashes(expected, *names)
     assert not Path("out/older").exists()
     assert not list(tmp_path.glob(".*"))
@@ -230,11 +236,12 @@ def test_two_that_write_one_output(tmp_path, monkeypatch, done, second):
     while os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code != os.CLD_STOPPED:
         assert first.poll() is None
     (tmp_path / "kill.json").unlink()
-    refused = subprocess.run(
-        [sys.executable, "-m", "flapkit", *commands[second]], capture_output=True, text=True, check=False
-    )
-    first.send_signal(signal.SIGCONT)
+    try:
+        command = [sys.executable, "-m", "flapkit", *commands[second]]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        first.send_signal(signal.SIGCONT)
+        assert first.wait() == 0
     assert (refused.returncode, f"process {first.pid} on" in refused.stderr) == (2, True), refused.stderr
-    assert first.wait() == 0
     assert hashes(Path("out"), "plan.json") == hashes(Path(pruned), "plan.json")
     assert not list(tmp_path.glob(".*"))
