@@ -1,11 +1,11 @@
 """Measure compensators side by side: ``python tests/benchmarks/compensation.py RECIPE FOLDER [--set KEY=VALUE]...``.
 
-Every row of the table is a ``flapkit run`` of the recipe in a process of its own, with another ratio, metric and
-compensator. Printed in Markdown: the perplexity of the recipe's first evaluation text, and of the process the processor
-seconds and the peak memory; reading text and evaluation are a part of both. The metric ``kfac`` is ranked by
-``per_parameter``, the others by the recipe's searcher.
+Every figure is of a ``flapkit run`` of the recipe in a process of its own, with another ratio, metric and compensator.
+Printed in Markdown: for every ratio the perplexity of the recipe's first evaluation text, then the most processor
+seconds and the highest peak memory of the row's processes, reading text and evaluation included. The metric ``kfac`` is
+ranked by ``per_parameter``, the others by the recipe's searcher.
 
-What a row gave is kept in FOLDER; the same command goes on where it was stopped, and measures no row twice.
+What a run gave is kept in FOLDER; the same command goes on where it was stopped, and runs nothing twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[list[Any], bool]] = {
     "least squares, sequential": (["least_squares"], True),
     "least squares, sequential + LoRA": (["least_squares", LORA], True),
 }
-"""What the rows are called -> the compensators, and whether calibration is sequential."""
+"""What rows are called -> the compensators, and whether calibration is sequential."""
 
 WITHOUT_ASKING = tuple(name for name, (_, sequential) in WAYS.items() if not sequential)
 
@@ -59,7 +59,7 @@ class Measured:
 
 
 def settings(ratio: float, metric: str, way: str, lora: str) -> list[str]:
-    """Return what a row overrides of the recipe."""
+    """Return what a run overrides of the recipe."""
     compensators, sequential = WAYS[way]
     asked = json.dumps(compensators).replace(json.dumps(LORA), lora)
     searcher = ["searcher=per_parameter"] if metric == "kfac" else []
@@ -73,12 +73,12 @@ def settings(ratio: float, metric: str, way: str, lora: str) -> list[str]:
 
 
 def measure(recipe: str, overrides: Sequence[str], row: Path) -> Measured:
-    """Run a row, or read what it gave before.
+    """Run, or read what the same run gave before.
 
     Args:
         recipe: the recipe.
         overrides: of its keys.
-        row: what the row's folder, its log and its figures are called, without an ending.
+        row: what its folder, its log and its figures are called, without an ending.
 
     Raises:
         SystemExit: the run failed.
@@ -108,10 +108,10 @@ def measure(recipe: str, overrides: Sequence[str], row: Path) -> Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, each row as soon as it is known."""
+    """Print the table, each row as soon as its runs are done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="a recipe, as `flapkit run` takes it")
-    parser.add_argument("folder", type=Path, help="where rows are kept")
+    parser.add_argument("folder", type=Path, help="where runs are kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--metrics", nargs="+", default=["wifv"])
@@ -119,13 +119,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", default="{name: lora}", help="the compensator that trains, in YAML")
     asked = parser.parse_args(arguments)
     asked.folder.mkdir(parents=True, exist_ok=True)
-    print("| removed | metric | compensation | perplexity | seconds | memory |\n|---|---|---|---|---|---|")
-    for ratio, metric, way in product(asked.ratios, asked.metrics, asked.ways):
-        row = asked.folder / f"{100 * ratio:g} {metric} {way}".replace(", ", " ").replace(" ", "-")
-        found = measure(asked.recipe, [*asked.set, *settings(ratio, metric, way, asked.lora)], row)
-        figures = f"{found.perplexity:.3f} | {found.seconds:.0f} | {found.memory / 1e9:.2f} GB"
-        print(f"| {100 * ratio:g} % | `{metric}` | {way} | {figures} |", flush=True)
-    print(f"\nThe dense model has {found.dense:.3f}.")
+    ratios = " | ".join(f"{100 * ratio:g} %" for ratio in asked.ratios)
+    print(f"| metric | compensation | {ratios} | seconds | memory |\n|---|---|{'---|' * len(asked.ratios)}---|---|")
+    for metric, way in product(asked.metrics, asked.ways):
+        found = []
+        for ratio in asked.ratios:
+            row = asked.folder / f"{100 * ratio:g} {metric} {way}".replace(", ", " ").replace(" ", "-")
+            found.append(measure(asked.recipe, [*asked.set, *settings(ratio, metric, way, asked.lora)], row))
+        perplexities = " | ".join(f"{each.perplexity:.3f}" for each in found)
+        seconds, memory = max(each.seconds for each in found), max(each.memory for each in found)
+        print(f"| `{metric}` | {way} | {perplexities} | {seconds:.0f} | {memory / 1e9:.2f} GB |", flush=True)
+    print(f"\nThe dense model has {found[0].dense:.3f}.")
 
 
 if __name__ == "__main__":
