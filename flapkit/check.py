@@ -26,7 +26,7 @@ from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
 from flapkit.statistics import Gram
-from flapkit.work import check_space
+from flapkit.work import Work, check_space
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
@@ -46,6 +46,7 @@ class Estimate:
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains, or None without one.
         odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
+        left: what a stopped run has left in the output's work folder.
     """
 
     target: Target
@@ -57,6 +58,7 @@ class Estimate:
     passes: int
     trained: int | None = None
     odd: Sequence[int] = ()
+    left: Sequence[str] = ()
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
@@ -89,11 +91,13 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False) -> Estimate:
         weights = size * (params - budget.params + (params if recovery.training.distill else 0))
         memory = max(memory, weights + _training_memory(recovery.training, target, size, trained))
     disk = size * (params - budget.params) * (1 if recovery is None else 2)
-    check_space(Path(asked.output).expanduser(), disk)
+    output = Path(asked.output).expanduser()
+    check_space(output, disk)
     text = asked.calibration
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
     odd = odd_widths(target.sites, plan)
-    return Estimate(target, params, budget, params * size, memory, disk, passes, trained, odd)
+    left = Work(output).pieces()
+    return Estimate(target, params, budget, params * size, memory, disk, passes, trained, odd, left)
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,12 +141,13 @@ def recover(
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
     plan_of(checkpoint)
-    asked = {"recover": str(checkpoint.resolve())}
-    with open_work(output, asked, resume=resume, overwrite=overwrite) as work:
-        check_output(output, overwrite=overwrite)
-        with noted_warnings() as warnings:
-            prepared = prepare(recipe, progress or Progress(), checkpoint)
-            return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
+    asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
+    with (
+        open_work(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
+        noted_warnings() as warnings,
+    ):
+        prepared = prepare(recipe, progress or Progress(), checkpoint)
+        return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
 
 def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = None) -> Preparation:

@@ -132,20 +132,23 @@ def run(
         FlapkitError: whatever keeps the run from its end; no output is written then.
     """
     output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
-    with open_work(output, _identity(recipe), resume=resume, overwrite=overwrite) as work:
-        check_output(output, overwrite=overwrite)
-        with noted_warnings() as warnings, open_log(asked.trainer.logger, asked) as journal:
-            around = Around(progress or Progress(), cache, warnings, journal, work)
-            if recovery_of(recipe.compensators) is None:
-                return _prune(recipe, around, overwrite=overwrite)
-            prepared = prepare(recipe, around.progress)
-            prepared.loops.meet()
-            first = _without_recovery(recipe, work.path("pruned"))
-            if from_first(work.path("pruned").is_dir):
-                log.info("going on from the pruned model in %s", first.recipe.output)
-            else:
-                _prune(first, around, overwrite=False)
-            return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
+    check = partial(check_output, output, overwrite=overwrite)
+    with (
+        open_work(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
+        noted_warnings() as warnings,
+        open_log(asked.trainer.logger, asked) as journal,
+    ):
+        around = Around(progress or Progress(), cache, warnings, journal, work)
+        if recovery_of(recipe.compensators) is None:
+            return _prune(recipe, around, overwrite=overwrite)
+        prepared = prepare(recipe, around.progress)
+        prepared.loops.meet()
+        first = _without_recovery(recipe, work.path("pruned"))
+        if from_first(work.path("pruned").is_dir):
+            log.info("going on from the pruned model in %s", first.recipe.output)
+        else:
+            _prune(first, around, overwrite=False)
+        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
 
 
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:

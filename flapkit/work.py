@@ -14,12 +14,13 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from flapkit.errors import OutputError
+from flapkit.json_text import read_object
 from flapkit.ranks import is_first
 
 LOCK, ASKED = "lock", "asked.json"
@@ -62,12 +63,12 @@ class Work:
             OutputError: a stopped run had found something else.
         """
         if is_first():
-            self.check_same("found", dict(found))
+            self.note("found", dict(found))
 
-    def check_same(self, kind: str, now: dict[str, Any]) -> None:
-        """Compare with what a stopped run has noted of a kind, if pieces of it are left, and note it."""
+    def note(self, kind: str, now: dict[str, Any]) -> None:
+        """Note what the work depends on, and compare it with what a stopped run has noted, if pieces of it are left."""
         mark = self.folder / ASKED
-        noted: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        noted = read_object(mark, OutputError) if mark.is_file() else {}
         changes = differences(noted[kind], now) if kind in noted and self.pieces() else ()
         if changes:
             raise OutputError(
@@ -129,7 +130,12 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def open_work(
-    output: Path, asked: Mapping[str, Any] | None = None, *, resume: bool = False, overwrite: bool = False
+    output: Path,
+    asked: Mapping[str, Any] | None = None,
+    *,
+    check: Callable[[], None] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Iterator[Work]:
     """Hold the work folder of an output while it is made. Of several processes, the first alone holds and tidies it.
 
@@ -138,6 +144,7 @@ def open_work(
     Args:
         output: the file or folder that is to be written.
         asked: what the work is to be, as JSON holds it; what was finished for something else is not gone on with.
+        check: raises if the output may not be written; called when an old one is in its place, and nothing is removed.
         resume: go on with what a stopped run has finished.
         overwrite: without ``resume``: remove it.
 
@@ -147,12 +154,17 @@ def open_work(
     """
     work = Work(output.expanduser().resolve(), resumed=resume)
     if not is_first():
+        if check:
+            check()
         yield work
         return
     with _locked(work):
         try:
             _tidy(work)
-            _settle(work, dict(asked or {}), overwrite=overwrite)
+            _refuse_leftovers(work, overwrite=overwrite)
+            if check:
+                check()
+            _settle(work, dict(asked or {}))
         except OSError as error:
             raise disk_error(output, error) from error
         try:
@@ -231,20 +243,23 @@ def _tidy(work: Work) -> None:
         _remove(path)
 
 
-def _settle(work: Work, asked: dict[str, Any], *, overwrite: bool) -> None:
-    """Decide what becomes of the pieces that are there, and note what the work is to be."""
+def _refuse_leftovers(work: Work, *, overwrite: bool) -> None:
+    if work.pieces() and not work.resumed and not overwrite:
+        raise OutputError(
+            f"output {work.output}: a run that was stopped has left its work in {work.folder} "
+            f"({', '.join(work.pieces())}); --resume goes on with it, --overwrite removes it and begins anew"
+        )
+
+
+def _settle(work: Work, asked: dict[str, Any]) -> None:
+    """Go on with the pieces that are there, or remove them, and note what the work is to be."""
     pieces = ", ".join(work.pieces())
     if pieces and not work.resumed:
-        if not overwrite:
-            raise OutputError(
-                f"output {work.output}: a run that was stopped has left its work in {work.folder} "
-                f"({pieces}); --resume goes on with it, --overwrite removes it and begins anew"
-            )
         work.finish()
         log.warning("%s: what a stopped run had finished is removed: %s", work.folder, pieces)
     if not work.pieces():
         _remove(work.folder / ASKED)
-    work.check_same("asked", asked)
+    work.note("asked", asked)
     if work.resumed:
         log.info("going on with what a stopped run has finished: %s", pieces or "nothing; it begins at the beginning")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -96,8 +97,9 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | None, needed: int = 0) -> Iterator[Path]:
-    with nullcontext(work) if work else open_work(path, overwrite=overwrite) as work:
-        check(path, overwrite=overwrite)
+    allowed = partial(check, path, overwrite=overwrite)
+    with nullcontext(work) if work else open_work(path, check=allowed, overwrite=overwrite) as work:
+        allowed()
         check_space(path, needed)
         try:
             with work.half_written() as half:

@@ -40,4 +40,6 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
     table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")
     table.add_row("disk, about", f"{found.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("output", asked.output)
+    if found.left:
+        table.add_row("stopped run", f"has left {', '.join(found.left)}; --resume goes on with it")
     print_(table)

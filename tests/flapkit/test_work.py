@@ -105,6 +105,15 @@ def test_begun_anew(tmp_path, caplog):
     assert "what a stopped run had finished is removed: statistics" in caplog.text
 
 
+def test_nothing_is_removed_where_the_output_may_not_be_written(tmp_path):
+    stopped(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(OutputError, match="was not written by flapkit"), new_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert Work(tmp_path / "out").pieces() == ["statistics"]
+
+
 def test_another_run_does_not_go_on_with_it(tmp_path):
     stopped(tmp_path / "out", {"budget": {"ratio": 0.2, "of": "blocks"}, "metric": "wifv"})
     asked = {"budget": {"ratio": 0.3, "of": "blocks"}, "metric": "wifv", "searcher": "al_am"}
