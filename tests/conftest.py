@@ -10,6 +10,7 @@ from pathlib import Path
 # Before anything imports huggingface_hub: no test waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,11 @@ import flapkit
 from flapkit import cli
 
 torch.set_num_threads(1)
+
+# The same cases on every machine and in every run, and nothing kept of them; `deep` is for a search of an hour.
+hypothesis.settings.register_profile("usual", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("deep", database=None, deadline=None, max_examples=5000, print_blob=True)
+hypothesis.settings.load_profile("usual")
 
 FORMS = {
     "mha": {},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flapkit.errors import RecipeError, did_you_mean
+from flapkit.errors import InputError, RecipeError, did_you_mean
+from flapkit.paths import to_path
 from flapkit.recipe import LoadedRecipe, find_recipe
 from flapkit.recipe.files import read
 from flapkit.recipe.load import build_recipe, component_names, load_plugins, read_tree
@@ -130,10 +132,10 @@ def _place(problem: Problem) -> tuple[str, int, int]:
 
 def _base(asked: SweepFile, root: Node, path: Path) -> Path:
     """Find the base recipe: beside the sweep's file, or by its name."""
-    beside = path.parent / Path(asked.recipe).expanduser()
     try:
+        beside = to_path(asked.recipe, path.parent)
         return find_recipe(beside if beside.is_file() else asked.recipe)
-    except RecipeError as error:
+    except InputError as error:
         node = root.child("recipe") or root
         raise RecipeError(str(Problem(node.position, "recipe", str(error)))) from error
 
@@ -143,7 +145,9 @@ def _plugin_files(root: Node, file: Path) -> list[Node]:
     entries = _items(root.child("plugins"))
     for entry in entries:
         if isinstance(entry.value, str):
-            entry.value = str((file.parent / Path(entry.value).expanduser()).resolve())
+            # What cannot be reached is said when it is loaded.
+            with suppress(InputError):
+                entry.value = str(to_path(entry.value, file.parent).resolve())
     return entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from flapkit.options import PathText
 from flapkit.recipe.schema import Section
 
 PARAMETERS = "parameters"
+MOST_POINTS = 10_000
 
 
 class Plot(Section):
@@ -50,4 +52,11 @@ class SweepFile(Section):
     def _some_points(self) -> SweepFile:
         if not self.grid and not self.points:
             raise PydanticCustomError("points", "there is no point; give `grid` or `points`")
+        count = len(self.points) + (math.prod(map(len, self.grid.values())) if self.grid else 0)
+        if count > MOST_POINTS:
+            raise PydanticCustomError(
+                "points",
+                "there are {count} points; {most} is the most",
+                {"count": f"{count:,}", "most": f"{MOST_POINTS:,}"},
+            )
         return self

@@ -1,0 +1,108 @@
+"""What the fuzz tests share: how many cases, and values that nobody expects.
+
+Each test runs the number of cases that its ``cases`` says, the same ones every time. ``--hypothesis-profile=deep`` runs
+fifty times as many, other ones every time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+USUAL = 100
+"""Cases of a test under the default profile: hypothesis's own number."""
+
+
+def cases(count: int) -> settings:
+    """Run so many cases, more under a deeper profile."""
+    return settings(max_examples=count * settings().max_examples // USUAL, suppress_health_check=list(HealthCheck))
+
+
+ODD_TEXT = st.sampled_from(
+    [
+        "",
+        "\0",
+        "a\0b",
+        "~",
+        "~nobody-of-this-name/x",
+        "..",
+        "../..",
+        "/",
+        "/etc/passwd",
+        "a" * 300,
+        "a/" * 3000,
+        "\u2028",
+        "\ufeff",
+        "ß",
+        "日本語",
+        "\x85",
+        "$x$",
+        "{{7*7}}",
+        "%s%n",
+        "-1",
+        "1e999",
+        "0x10",
+        ".nan",
+        "null",
+        "<script>",
+        "trap.py",
+        "./trap.py",
+        "builtin:",
+        "builtin:../x",
+        "https://example.org/x",
+        "C:\\x",
+    ]
+)
+TEXT = ODD_TEXT | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ODD_NUMBERS = st.sampled_from(
+    [0, -1, 1, 2, 7, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 10**30, -(10**30), 0.0, -0.0, 0.5, 1.0, 1e-300, 1e300]
+)
+NUMBERS = ODD_NUMBERS | st.integers(-(10**6), 10**6) | st.floats(allow_nan=True)
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXT
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """List the paths of everything in a tree of mappings and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def tampered(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES, most: int = 3) -> Any:
+    """Change a tree in a few places: replace, remove, repeat or add something."""
+    changed = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, most))):
+        known = list(places(changed))
+        if not known:
+            return draw(values)
+        *path, last = draw(st.sampled_from(known))
+        parent = changed
+        for part in path:
+            parent = parent[part]
+        how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "scale"]))
+        if how == "remove":
+            del parent[last]
+        elif how == "add":
+            _add(draw, parent, values)
+        elif how == "scale" and isinstance(parent[last], (int, float)) and not isinstance(parent[last], bool):
+            parent[last] = parent[last] * draw(st.sampled_from([-1, 0, 1000, 10**9, math.inf]))
+        else:
+            parent[last] = draw(values)
+    return changed
+
+
+def _add(draw: st.DrawFn, parent: Any, values: st.SearchStrategy[Any]) -> None:
+    if isinstance(parent, dict):
+        parent[draw(TEXT)] = draw(values)
+    else:
+        parent.insert(draw(st.integers(0, len(parent))), draw(st.sampled_from(parent) if parent else values))
