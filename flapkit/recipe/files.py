@@ -90,6 +90,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     root, problems = parse(read(path), lambda line, column: Position(str(path), line, column))
     if problems or root is None or not isinstance(root.value, dict):
-        raise RecipeError(*map(str, problems) or [f"{path}: expected a section of keys"])
+        raise RecipeError(*([str(problem) for problem in problems] or [f"{path}: expected a section of keys"]))
     settings: dict[str, Any] = root.plain()
     return settings

@@ -8,7 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import pydantic
+from pydantic import ConfigDict
 
 from flapkit.errors import OutputError
 from flapkit.json_text import parse_json
@@ -32,6 +35,8 @@ class Row:
         warnings: what flapkit warned of.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     id: str
     settings: Mapping[str, Any]
     error: str | None = None
@@ -39,6 +44,9 @@ class Row:
     perplexity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+
+_ROW = pydantic.TypeAdapter(Row)
 
 
 class Results:
@@ -88,8 +96,9 @@ class Results:
         rows = {}
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                row = Row(**parse_json(line.decode()))
-            except (ValueError, TypeError) as error:
-                raise OutputError(f"{self._path}:{number}: damaged: {error}; remove this line") from error
+                row = _ROW.validate_python(parse_json(line.decode()))
+            except ValueError as error:
+                what = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else error
+                raise OutputError(f"{self._path}:{number}: damaged: {what}; remove this line") from error
             rows[row.id] = row
         return rows
