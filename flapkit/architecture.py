@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -49,6 +49,8 @@ NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I"
 
 EXPERT_MULTIPLE = 8
 """Grouped matrix products take widths of whole 16 bytes; experts of other widths run one by one."""
+
+LONGEST_EXPRESSION = 100
 
 OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -73,7 +75,12 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             return node.value
         raise ValueError(f"{expression!r} is no expression of {', '.join(sizes)} with +, * and //")
 
-    return value(ast.parse(expression, mode="eval").body)
+    try:
+        if len(expression) > LONGEST_EXPRESSION:
+            raise ValueError(f"{expression[:LONGEST_EXPRESSION]!r}… is too long an expression")
+        return value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{expression!r} cannot be computed: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Block:
         for name, expression in {**self.attributes, **self.reads}.items():
             try:
                 evaluate(expression, NAMES[self.kind])
-            except (ValueError, SyntaxError) as error:
+            except ValueError as error:
                 raise InputError(f"{self.name}: {name}: {error}") from error
 
     @cached_property
@@ -153,6 +160,9 @@ class Block:
     def takes_query_heads(self) -> bool:
         """Tell whether forward can do with fewer query heads for each key/value head: it counts them, or has one."""
         return isinstance(self.kv_heads, int) or any("//" in expression for expression in self.attributes.values())
+
+
+_BLOCKS = TypeAdapter(tuple[Block, ...])
 
 
 @dataclass(frozen=True)
@@ -254,7 +264,10 @@ def declaration_of(config: PreTrainedConfig) -> Family:
         raise ModelError(
             f"this configuration of type {config.model_type!r} declares no blocks: flapkit did not write it"
         )
-    blocks = tuple(Block(**block) for block in declared["blocks"])
+    try:
+        blocks = _BLOCKS.validate_python(declared["blocks"])
+    except (LookupError, TypeError, ValueError, InputError) as error:
+        raise ModelError(f"what the configuration declares as its blocks is damaged: {error}") from error
     dense = config.model_type.removeprefix("flapkit_")
     return Family(dense, (dense,), declared["layers"], blocks)
 
@@ -338,12 +351,16 @@ class _Place:
             raise ModelError(f"{self.path}: the adapter names {name}, which is not there") from error
 
     def _counts(self, channels: int) -> dict[str, int]:
+        if not channels:
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: {self.block.consumer} has no channel")
         if self.block.kind != "attention":
             return {"I": channels}
         try:
             counts = heads_of(self.model.config.per_layer_config[self.layer], self.block.data)
         except AttributeError as error:
             raise ModelError(f"layers.{self.layer}.{self.block.name}: {error}") from error
+        if not all(isinstance(heads, int) and heads > 0 for heads in counts.values()):
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: the configuration counts {counts} heads")
         if channels % counts["H"] or counts["H"] % counts["K"]:
             raise ModelError(
                 f"layers.{self.layer}.{self.block.name}: {channels} channels of {self.block.consumer}, "

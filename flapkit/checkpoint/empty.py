@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from flapkit.errors import ModelError
+
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""What configurations call the number of decoder layers."""
 
 MOST_LAYERS = 10_000
 """A configuration of more decoder layers is a mistake, or wants to keep somebody waiting: all of them are built."""
@@ -20,7 +24,6 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ModelError: transformers can build none of it.
     """
-    check_depth(config)
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -32,8 +35,12 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def check_depth(config: PreTrainedConfig) -> None:
-    """Raise ``ModelError`` unless a configuration has a sensible number of layers."""
-    layers: Any = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-        raise ModelError(f"its configuration says num_hidden_layers {layers}, expected 1 to {MOST_LAYERS}")
+def check_depth(settings: Any) -> None:
+    """Raise ``ModelError`` unless a configuration, as plain data, has a sensible number of layers, if it says one."""
+    if not isinstance(settings, Mapping):
+        raise ModelError(f"expected an object, found a {type(settings).__name__}")
+    for part in (settings, *(value for value in settings.values() if isinstance(value, Mapping))):
+        for key in DEPTHS:
+            layers = part.get(key)
+            if isinstance(layers, (int, float)) and not 0 < layers <= MOST_LAYERS:
+                raise ModelError(f"{key} is {layers}, expected 1 to {MOST_LAYERS}")

@@ -73,7 +73,6 @@ def load(
         stored = _check_files(path, source)
         if config.model_type.startswith(PRUNED):
             _check_pruned(path, source, config)
-    check_depth(config)
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
     load_model: Any = AutoModelForCausalLM.from_pretrained
     model, info = _call(
@@ -114,7 +113,13 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     """
     register()
     source = _source(path)
-    read: Any = AutoConfig.from_pretrained
+    plain, read = PreTrainedConfig.get_config_dict, AutoConfig.from_pretrained
+    settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
+    try:
+        # Before anybody builds so many.
+        check_depth(settings)
+    except ModelError as error:
+        raise ModelError(f"model {path}: its config.json: {error}") from error
     config: PreTrainedConfig = _call(
         path, lambda: read(str(source), revision=revision or "main", trust_remote_code=False)
     )
@@ -225,7 +230,7 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             shards = set(parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            return [within(folder, shard) for shard in sorted(shards)]
+            return [to_path(within(folder, shard)) for shard in sorted(shards)]
         except (OSError, ValueError, LookupError, AttributeError, TypeError, InputError) as error:
             raise ModelError(f"model {name}: {INDEX} is damaged: {error}") from error
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):

@@ -91,7 +91,7 @@ def test_a_declaration_that_does_not_fit(changes, says):
         ("attention", {"q_proj": "i"}, {}, "is no layout of attention"),
         ("mlp", {"up_proj": "q"}, {}, "is no layout of mlp"),
         ("mlp", {"up_proj": "i"}, {"attributes": {"width": "H"}}, "'H' is no expression of I"),
-        ("mlp", {"up_proj": "i"}, {"reads": {"width": "I+"}}, "width: invalid syntax"),
+        ("mlp", {"up_proj": "i"}, {"reads": {"width": "I+"}}, "width: 'I\\+' cannot be computed: invalid syntax"),
     ],
 )
 def test_a_declaration_that_says_nothing(kind, parameters, options, says):
