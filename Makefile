@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all fuzz lint docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/flapkit run recipes/demo.yaml --overwrite
@@ -13,6 +13,10 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/all
 	$(BIN)/python -m pytest --numprocesses auto -m "slow or not slow"
+
+# About an hour; what it finds goes into the test as an @example.
+fuzz: $(VENV)/dev
+	$(BIN)/python -m pytest tests/fuzz --numprocesses auto --hypothesis-profile=deep
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -141,6 +141,7 @@ def recover(
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
     plan_of(checkpoint)
+    _carried(checkpoint)
     asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
     with (
         open_work(output, asked, check=check, resume=resume, overwrite=overwrite) as work,

@@ -153,6 +153,10 @@ def open_work(
             ``resume`` nor ``overwrite`` says what is to become of it, or it was finished for something else.
     """
     work = Work(output.expanduser().resolve(), resumed=resume)
+    for path in (output.expanduser(), work.folder):
+        # Whatever a link leads to is somebody else's, and what is half-written would be removed there.
+        if path.is_symlink():
+            raise OutputError(f"output {output}: {path} is a link; remove it, or choose another output")
     if not is_first():
         if check:
             check()
@@ -287,6 +291,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def _write(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
+    # A link that somebody left there would be followed.
+    partial.unlink(missing_ok=True)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(partial)

@@ -84,7 +84,7 @@ def tampered(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES
     for _ in range(draw(st.integers(1, most))):
         known = list(places(changed))
         if not known:
-            return draw(values)
+            return copy.deepcopy(draw(values))
         *path, last = draw(st.sampled_from(known))
         parent = changed
         for part in path:
@@ -97,12 +97,14 @@ def tampered(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES
         elif how == "scale" and isinstance(parent[last], (int, float)) and not isinstance(parent[last], bool):
             parent[last] = parent[last] * draw(st.sampled_from([-1, 0, 1000, 10**9, math.inf]))
         else:
-            parent[last] = draw(values)
+            parent[last] = copy.deepcopy(draw(values))
     return changed
 
 
 def _add(draw: st.DrawFn, parent: Any, values: st.SearchStrategy[Any]) -> None:
     if isinstance(parent, dict):
-        parent[draw(TEXT)] = draw(values)
+        parent[draw(TEXT)] = copy.deepcopy(draw(values))
     else:
-        parent.insert(draw(st.integers(0, len(parent))), draw(st.sampled_from(parent) if parent else values))
+        parent.insert(
+            draw(st.integers(0, len(parent))), copy.deepcopy(draw(st.sampled_from(parent) if parent else values))
+        )

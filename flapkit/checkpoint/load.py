@@ -155,6 +155,10 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
         lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False),
         what="tokenizer",
     )
+    # They are the names of files where the tokenizer is saved.
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not name.isidentifier():
+            raise ModelError(f"tokenizer {path}: a chat template is called {name!r}, which is no name")
     return tokenizer
 
 

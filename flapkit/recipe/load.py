@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from flapkit.errors import InputError, PluginError, RecipeError, closest
 from flapkit.interfaces import (
     COMPONENT_KINDS,
@@ -27,7 +25,7 @@ from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
-from flapkit.recipe.validation import check
+from flapkit.recipe.validation import adapter_of, check
 from flapkit.registry import Registry
 
 
@@ -249,5 +247,5 @@ def _default_names(kind: str) -> list[str]:
 
 def _spec(component: Component) -> ComponentSpec:
     """Name a component with every option written out."""
-    options: Mapping[str, Any] = pydantic.TypeAdapter(type(component)).dump_python(component, mode="json")
+    options: Mapping[str, Any] = adapter_of(type(component)).dump_python(component, mode="json")
     return ComponentSpec(name=component.name, **options)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -43,6 +44,12 @@ _LONGEST_SHOWN = 60
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 
 
+@lru_cache(maxsize=256)
+def adapter_of(of: Any) -> pydantic.TypeAdapter[Any]:
+    """Build what checks a type, once: a sweep checks the same few types at each of its points."""
+    return pydantic.TypeAdapter(of)
+
+
 def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) -> T | list[Problem]:
     """Build a section, or a component, from a tree.
 
@@ -60,7 +67,9 @@ def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) ->
     """
     try:
         context = {"folder": folder or Path()}
-        return pydantic.TypeAdapter(of).validate_json(json.dumps(node.plain()), strict=True, context=context)
+        kind: Any = of
+        built: T = adapter_of(kind).validate_json(json.dumps(node.plain()), strict=True, context=context)
+        return built
     except pydantic.ValidationError as error:
         return _problems(error.errors(include_url=False), node, of, key)
     except pydantic.errors.PydanticUserError as error:

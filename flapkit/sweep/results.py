@@ -61,6 +61,8 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / RESULTS
+        if self._path.is_symlink():
+            raise OutputError(f"output {folder}: {self._path} is a link; choose another folder")
         if folder.is_dir() and not self._path.is_file() and any(folder.iterdir()):
             raise OutputError(f"output {folder}: it holds no {RESULTS}, but something else; choose another folder")
         try:

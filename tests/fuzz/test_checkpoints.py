@@ -257,7 +257,7 @@ def test_a_configuration_that_was_changed(request, which):
     content = (folder / "config.json").read_text()
     known = json.loads(content)
 
-    @cases(60 if which == "dense" else 30)
+    @cases(30)
     @given(tampered(known, SIZES | VALUES, most=2))
     def check(tree):
         (folder / "config.json").write_text(json.dumps(tree))

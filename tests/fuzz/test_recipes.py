@@ -97,7 +97,7 @@ def test_any_bytes(folder, content):
     assert isinstance(load(content), FlapkitError)
 
 
-@cases(1000)
+@cases(1200)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join))
 @example("a: &a [x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n")
 @example("[" * 5000)

@@ -1,0 +1,249 @@
+"""Nothing outside the output folder is ever written, whatever a recipe, a checkpoint or the folder itself names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_llama
+from fuzzing import TEXT, cases
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import flapkit
+from flapkit.bundled import bundled_models
+from flapkit.checkpoint import check_output
+from flapkit.errors import FlapkitError, InputError, ModelError, OutputError
+from flapkit.paths import to_path, within
+from flapkit.plan import PruningPlan
+from flapkit.pruning import carry_out_
+
+PARTS = st.sampled_from(["..", ".", "", "a", "b.txt", "/", "\\", "C:", "~", "\0", " ", "..\\x", "...", "a/../.."])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map("/".join) | TEXT
+
+
+@cases(1500)
+@given(NAMES)
+@example("../x")
+@example("/x")
+@example("a/../../x")
+@example("..\\..\\x")
+@example("C:/x")
+@example("\\\\server\\share\\x")
+@example("")
+@example(".")
+def test_a_name_stays_within_its_folder(name):
+    folder = Path("/some/where/folder")
+    try:
+        path = within(folder, name)
+    except InputError:
+        return
+    assert path.is_relative_to(folder)
+    assert path != folder
+    assert ".." not in path.parts
+    assert ".." not in name.replace("\\", "/").split("/")
+
+
+@cases(1000)
+@given(NAMES)
+@example("a" * 300)
+@example("a/" * 3000)
+@example("~nobody-of-this-name")
+@example("\0")
+def test_a_path_can_be_reached_or_is_refused(name):
+    try:
+        path = to_path(name)
+    except InputError as error:
+        assert "\0" not in str(error)  # noqa: PT017 - both ways are right
+        return
+    path.exists()
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """List everything in a folder: files with a hash of what they hold, links with what they lead to."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = f"link to {path.readlink()}"
+        else:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return found
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch) -> Path:
+    """A folder beside others that nobody may touch: ``outside`` and what lies around ``home``, where commands run."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("a secret")
+    (tmp_path / "outside" / ".profile").write_text("settings")
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "outside"))
+    (tmp_path / "home" / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    return tmp_path
+
+
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
+    "budget": {"ratio": 0.2},
+    "report": {"figures": ["svg"]},
+    "trainer": {"accelerator": "cpu"},
+    "export": ["hf"],
+    "output": "out",
+}
+
+
+@pytest.fixture
+def call(sandbox, command, monkeypatch):
+    """Run a command in the sandbox; nothing but ``home`` may have changed, and of that only what is named."""
+    home = sandbox / "home"
+    monkeypatch.chdir(home)
+
+    def run(*arguments, may_write: tuple[str, ...] = (), **changes):
+        (home / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **changes}))
+        before = listing(sandbox)
+        said = command(*arguments)
+        after = listing(sandbox)
+        allowed = tuple(str(home / name) for name in may_write)
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        assert not [path for path in changed if not path.startswith(allowed or ("nothing",))], said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def home(sandbox) -> Path:
+    return sandbox / "home"
+
+
+def test_a_whole_run_writes_its_output_alone(call, home):
+    code, _, err = call("run", "recipe.yaml", "-q", may_write=("out",))
+    assert code == 0, err
+    assert call("report", "out", "--figures", "out/more", may_write=("out/report.html", "out/more"))[0] == 0
+    assert call("show", "out")[0] == 0
+    assert call("export", "out", "--to", "hf-stock", "-o", "form", may_write=("form",))[0] in (0, 2)
+
+
+def test_links_in_an_output_that_is_replaced_are_not_followed(call, home, sandbox):
+    assert call("run", "recipe.yaml", "-q", may_write=("out",))[0] == 0
+    (home / "out" / "folder").symlink_to(sandbox / "outside")
+    (home / "out" / "plan.json").unlink()
+    (home / "out" / "plan.json").symlink_to(sandbox / "outside" / "secret")
+    assert call("run", "recipe.yaml", "-q", "--overwrite", may_write=("out",))[0] == 0
+    assert not (home / "out" / "folder").exists()
+    assert not (home / "out" / "plan.json").is_symlink()
+    (home / "out" / "report.html").unlink()
+    (home / "out" / "report.html").symlink_to(sandbox / "outside" / "secret")
+    code, _, err = call("report", "out")
+    assert (code, "report.html is a link" in err) == (2, True), err
+
+
+def test_an_output_that_is_a_link(call, home, sandbox):
+    (home / "out").symlink_to(sandbox / "outside")
+    code, _, err = call("run", "recipe.yaml", "-q", "--overwrite")
+    assert (code, "out is a link" in err) == (2, True), err
+
+
+def test_a_work_folder_that_is_a_link(call, home, sandbox):
+    """It is tidied, dotfiles and all: a link to somebody's home would cost them their settings."""
+    (home / ".out.work").symlink_to(sandbox / "outside")
+    for more in ((), ("--overwrite",), ("--resume",)):
+        code, _, err = call("run", "recipe.yaml", "-q", *more)
+        assert (code, ".out.work is a link" in err) == (2, True), err
+
+
+def test_results_of_a_sweep_that_are_a_link(call, home, sandbox):
+    (home / "sweep.yaml").write_text(
+        yaml.safe_dump({"recipe": "recipe.yaml", "grid": {"metric": ["ifv"]}, "output": "s"})
+    )
+    (home / "s").mkdir()
+    (sandbox / "outside" / "empty").touch()
+    (home / "s" / "results.jsonl").symlink_to(sandbox / "outside" / "empty")
+    code, _, err = call("sweep", "sweep.yaml", export=[])
+    assert (code, "results.jsonl is a link" in err) == (2, True), err
+    (home / "s" / "results.jsonl").unlink()
+    (home / "s" / "results.jsonl").touch()
+    (home / "s" / ".table.csv.partial").symlink_to(sandbox / "outside" / "empty")
+    code, _, err = call("sweep", "sweep.yaml", export=[], may_write=("s",))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "..", ""])
+def test_chat_templates_that_are_called_like_paths(call, home, name):
+    """transformers writes each as a file of that name."""
+    shutil.copytree(bundled_models()["tiny-llama"], home / "model")
+    path = home / "model" / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "y"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+    code, _, err = call("run", "recipe.yaml", "-q", model={"path": "model"})
+    assert (code, "which is no name" in err) == (2, True), err
+
+
+@pytest.fixture(scope="module")
+def unpruned() -> tuple[PreTrainedModel, PruningPlan]:
+    model = make_llama()
+    sites = flapkit.sites(model)
+    plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
+    carry_out_(model, sites, plan, {})
+    return model, plan
+
+
+def test_files_that_are_saved_along(unpruned, tmp_path):
+    model, plan = unpruned
+
+    @cases(25)
+    @given(st.lists(NAMES, min_size=1, max_size=3))
+    @example(["../evil"])
+    @example(["/tmp/evil"])
+    @example(["a/b/c.txt"])
+    def check(names):
+        before = listing(tmp_path)
+        try:
+            flapkit.save(model, tmp_path / "out", plan, files=dict.fromkeys(names, "content"), overwrite=True)
+        except InputError:
+            assert {path for path in listing(tmp_path) if "/out" not in path} == {
+                path for path in before if "/out" not in path
+            }
+            return
+        assert all(path.startswith(str(tmp_path / "out")) for path in listing(tmp_path))
+
+    check()
+
+
+def test_a_checkpoint_that_carries_another_s_file(call, home, sandbox):
+    """``flapkit recover`` takes along what ``flapkit.json`` names."""
+    lora = {"name": "lora", "rank": 2, "steps": 1, "validation_windows": 2, "length": 16, "batch_size": 1}
+    assert call("run", "recipe.yaml", "-q", export=[], may_write=("out",))[0] == 0
+    mark = home / "out" / "flapkit.json"
+    for name in ("../../outside/secret", str(sandbox / "outside" / "secret")):
+        mark.write_text(json.dumps({**json.loads(mark.read_text()), "files": [name]}))
+        code, _, err = call(
+            "recover", "out", "recipe.yaml", "-q", export=[], output="again", compensator=["bias", lora], may_write=()
+        )
+        assert (code, "has to stay inside" in err) == (2, True), err
+
+
+def test_what_is_pushed_is_the_checkpoint(tmp_path):
+    with pytest.raises(FlapkitError):
+        flapkit.push(tmp_path, "nobody/model")
+
+
+@pytest.mark.parametrize("output", ["../x\0", "~nobody-of-this-name/x", "a" * 300])
+def test_outputs_that_cannot_be(call, output):
+    code, _, err = call("run", "recipe.yaml", "-q", output=output)
+    assert (code, "no such path can be reached" in err) == (2, True), err
+
+
+def test_errors_of_outputs_are_one_kind(tmp_path):
+    for wrong in (tmp_path / ("a" * 300), tmp_path / "a\0"):
+        with pytest.raises(OutputError, match="no such path"):
+            check_output(wrong)
+    with pytest.raises(ModelError):
+        flapkit.load("~nobody-of-this-name/model")
