@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from flapkit.errors import FlapkitError, RecipeError, RunError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
@@ -77,6 +78,23 @@ def from_first(work: Callable[[], T]) -> T:
     if failed is not None:
         raise failed
     return value  # type: ignore[no-any-return]
+
+
+def in_all(mine: Mapping[K, T | None]) -> dict[K, T]:
+    """Keep what every process has: what one of them lacks, all have to make anew.
+
+    Args:
+        mine: by the same names, in the same order, in every process; None for what this process lacks.
+    """
+    distributed = _distributed()
+    has = [[value is not None for value in mine.values()]]
+    if distributed is not None:
+        has = [[] for _ in range(distributed.get_world_size())]
+        with lost_processes():
+            distributed.all_gather_object(has, [value is not None for value in mine.values()])
+    everywhere = map(all, zip(*has, strict=True))
+    pairs = zip(mine.items(), everywhere, strict=True)
+    return {name: value for (name, value), kept in pairs if kept and value is not None}
 
 
 @contextmanager

@@ -178,9 +178,8 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
     asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, around.progress)
     # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
-    alone = asked.trainer.num_nodes == 1
-    kept = Kept(around.work, asked.calibration.save_every) if alone else None
-    subject = _read(recipe, loops, around, around.cache if alone else None, kept)
+    kept = Kept(around.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
+    subject = _read(recipe, loops, around, kept)
     executed, sites = subject.executed, subject.target.sites
     dense = _measure_dense(subject, loops, kept)
     around.journal.perplexity("dense", dense.perplexity)
@@ -213,7 +212,7 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
     return _write(record, executed, around, overwrite=overwrite)
 
 
-def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None, kept: Kept | None) -> Subject:
+def _read(recipe: LoadedRecipe, loops: Loops, around: Around, kept: Kept | None) -> Subject:
     """Read all text, and then load the model, or open it to be run layer by layer."""
     asked = recipe.recipe
     with around.progress.stage("text"):
@@ -230,7 +229,7 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around, cache: Path | None
             loops.meet()
             model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
             target.adapter.confirm(model, target.sites)
-            executed = Whole(recipe, model, target.sites, loops, cache, kept)
+            executed = Whole(recipe, model, target.sites, loops, around.cache, kept)
         params = executed.model.num_parameters()
         budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
     left = bytes_of(executed.model) - budget.params * executed.model.dtype.itemsize

@@ -14,6 +14,7 @@ from flapkit.kept import Kept, make_anew
 from flapkit.passes import prune_in_passes_, size_of
 from flapkit.plan import Budget
 from flapkit.pruning import Pruned, prune_sites_
+from flapkit.ranks import in_all, is_first
 from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
 from flapkit.stages.loops import Loops, calibrate, calibrate_behind, calibration_data
@@ -87,6 +88,8 @@ def find_statistics(
 ) -> Statistics:
     """Find statistics in the cache; what is not there is measured, all in one pass, and kept.
 
+    Of several processes all find a statistic, or all measure it, and the first keeps it.
+
     Args:
         model: the dense model.
         sites: where to measure.
@@ -104,12 +107,13 @@ def find_statistics(
     with loops.progress.stage("find statistics"):
         calibrated = Calibrated.of(model, sites, calibration_data(text).calibration_rows(), loops.numerics)
         known = {statistic: read_statistic(cache, calibrated, statistic, loops.device) for statistic in statistics}
-    found = {statistic: states for statistic, states in known.items() if states is not None}
+    found = in_all(known)
     missing = [statistic for statistic in statistics if statistic not in found]
     measured = calibrate(model, sites, missing, text, loops, kept)
     for statistic in missing:
         found[statistic] = {site.name: measured[site.name][statistic] for site in sites}
-        write_statistic(cache, calibrated, statistic, found[statistic])
+        if is_first():
+            write_statistic(cache, calibrated, statistic, found[statistic])
     if not missing:
         log.info("calibration: every statistic was found in %s; --no-cache measures anew", cache)
     return {site.name: SiteStatistics(found[statistic][site.name] for statistic in statistics) for site in sites}

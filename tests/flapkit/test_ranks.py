@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flapkit.errors import RecipeError
-from flapkit.ranks import check_started, from_first, is_first, rank
+from flapkit.ranks import check_started, from_first, in_all, is_first, rank
 
 RECIPE = {
     "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
@@ -146,6 +146,7 @@ def recovered(home) -> Path:
 def test_a_process_alone_is_the_first(monkeypatch):
     assert (rank(), is_first()) == (0, True)
     assert from_first(lambda: "done") == "done"
+    assert in_all({"a": 1, "b": None, "c": 0}) == {"a": 1, "c": 0}
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"])
@@ -173,8 +174,7 @@ def test_as_many_processes_as_the_recipe_asks_for(monkeypatch, environment):
 @pytest.mark.slow
 def test_two_processes_are_one(home):
     one, two = (flapkit(home, recipe, name) for name, recipe in (("one", alone(RECIPE)), ("two", RECIPE)))
-    for process in (one, two):
-        code, out, err = end(process)
+    for code, out, err in [end(process) for process in (one, two)]:
         assert code == 0, err
         assert out.count("block parameters") == 1
     assert (home / "one" / "plan.json").read_bytes() == (home / "two" / "plan.json").read_bytes()
@@ -273,10 +273,12 @@ def test_torchrun_on_two_machines(home, recovered):
     for machine in ("0", "1"):
         launcher = (*TORCHRUN, "--nnodes", "2", "--node-rank", machine, "--nproc-per-node", "1")
         launcher += ("--master-addr", "localhost", "--master-port", str(port), "-m")
-        machines.append(flapkit(home, recipe, "machines", launcher=launcher))
-    for machine, (code, out, err) in enumerate(map(end, machines)):
+        # What the first machine has in its cache and the other has not, both measure.
+        cache = {"FLAPKIT_CACHE": str(home / f"cache of {('recovered', 'machines')[int(machine)]}")}
+        machines.append(flapkit(home, recipe, "machines", launcher=launcher, environment=cache))
+    for machine, (code, out, err) in enumerate([end(machine) for machine in machines]):
         assert code == 0, err
-        assert out.count("block parameters") == (machine == 0)
+        assert out.count("block parameters") == err.count("\ncalibrate: ") == (machine == 0)
     assert same_weights(home / "machines", recovered)
 
 
@@ -289,10 +291,12 @@ def test_srun(home, recovered):
     tasks = []
     for task in ("0", "1"):
         variables = {**job, "SLURM_PROCID": task, "SLURM_NODEID": task, "SLURM_LOCALID": "0"}
+        variables["FLAPKIT_CACHE"] = str(home / "cache of recovered")
         tasks.append(flapkit(home, recipe, "srun", environment=variables))
-    for task, (code, out, err) in enumerate(map(end, tasks)):
+    for task, (code, out, err) in enumerate([end(task) for task in tasks]):
         assert code == 0, err
         assert out.count("block parameters") == (task == 0)
+        assert "\ncalibrate: " not in err
     assert same_weights(home / "srun", recovered)
 
 
