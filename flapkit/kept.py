@@ -89,10 +89,14 @@ class Kept:
         work: the folder.
         save_every: minutes of calibration after which what was measured so far is saved; 0 to save after each batch.
         clock: returns the time in seconds.
+        origin: what statistics depend on, where the work folder does not hold the work of one recipe alone.
     """
 
-    def __init__(self, work: Work, save_every: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, work: Work, save_every: float, clock: Callable[[], float] = time.monotonic, origin: str = ""
+    ) -> None:
         self._work = work
+        self._origin = origin
         self._seconds = 60 * save_every
         self._clock = clock
 
@@ -146,7 +150,7 @@ class Kept:
         Args:
             what: which calibration it is, of all that a run may need.
         """
-        return States(self._work, what, self._seconds, self._clock)
+        return States(self._work, self._origin + what, self._seconds, self._clock)
 
 
 class States:

@@ -138,6 +138,8 @@ def run(
         noted_warnings() as warnings,
         open_log(asked.trainer.logger, asked) as journal,
     ):
+        if resume and not work.pieces():
+            log.info("no stopped run has left anything to go on with: begins at the beginning")
         around = Around(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:
             return _prune(recipe, around, overwrite=overwrite)

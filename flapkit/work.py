@@ -264,8 +264,8 @@ def _settle(work: Work, asked: dict[str, Any]) -> None:
     if not work.pieces():
         _remove(work.folder / ASKED)
     work.note("asked", asked)
-    if work.resumed:
-        log.info("going on with what a stopped run has finished: %s", pieces or "nothing; it begins at the beginning")
+    if pieces and work.resumed:
+        log.info("going on with what a stopped run has left: %s", pieces)
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -41,9 +41,11 @@ def sweep(
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.asked.output).expanduser()
     progress = Progress(progress_listener(quiet=quiet))
-    with open_work(folder):
-        rows = run_sweep(loaded, Results(folder), progress=progress, cache=None if no_cache else cache_folder())
+    cache = None if no_cache else cache_folder()
+    with open_work(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
+        rows = run_sweep(loaded, Results(folder), progress=progress, cache=cache, work=work)
         _write(loaded, rows, folder)
+        work.finish()
     if not quiet:
         _print(loaded, rows, folder)
     failed = [f"{label(row.settings)}: {row.error}" for row in rows if row.error is not None]

@@ -17,6 +17,7 @@ from flapkit.calibration import Statistics
 from flapkit.checkpoint import load, load_tokenizer
 from flapkit.errors import FlapkitError, RecipeError
 from flapkit.interfaces import recovery_of
+from flapkit.kept import Kept
 from flapkit.passes import size_of
 from flapkit.plan import Budget
 from flapkit.progress import Progress
@@ -32,6 +33,8 @@ from flapkit.statistics import Statistic
 from flapkit.surgery import share
 from flapkit.sweep.load import Point, Sweep
 from flapkit.sweep.results import Results, Row
+from flapkit.windows import tokens_hash
+from flapkit.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Dense:
         target: its sites.
         loops: what it runs on.
         params: its parameters.
+        work: where statistics are saved while they are measured; None for nowhere.
     """
 
     model: PreTrainedModel
@@ -55,6 +59,7 @@ class Dense:
     target: Target
     loops: Loops
     params: int
+    work: Work | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,12 @@ class Task:
 
 
 def run_sweep(
-    sweep: Sweep, results: Results, *, progress: Progress | None = None, cache: Path | None = None
+    sweep: Sweep,
+    results: Results,
+    *,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    work: Work | None = None,
 ) -> list[Row]:
     """Carry out the points of a sweep that the results do not hold yet; a point that fails does not stop the others.
 
@@ -76,6 +86,7 @@ def run_sweep(
         results: where rows go as they come.
         progress: whom the stages tell how far they are.
         cache: folder of the statistics; None for none.
+        work: where statistics are saved while they are measured; None for nowhere.
 
     Returns:
         The rows of all points, in the sweep's order.
@@ -88,7 +99,7 @@ def run_sweep(
     ids: dict[int, str] = {}
     with progress.stage("points", len(sweep.points), "points") as stage:
         for points in _grouped(sweep.points, _model_key):
-            for task in _run_group(points, results, progress, cache, stage.advance):
+            for task in _run_group(points, results, progress, cache, work, stage.advance):
                 ids[id(task.point)] = task.id
     return [results.rows[ids[id(point)]] for point in sweep.points]
 
@@ -113,7 +124,12 @@ def check_sweep(sweep: Sweep) -> None:
 
 
 def _run_group(
-    points: Sequence[Point], results: Results, progress: Progress, cache: Path | None, advance: Callable[[], None]
+    points: Sequence[Point],
+    results: Results,
+    progress: Progress,
+    cache: Path | None,
+    work: Work | None,
+    advance: Callable[[], None],
 ) -> list[Task]:
     """Carry out the points of one dense model."""
     first = points[0].recipe
@@ -131,6 +147,7 @@ def _run_group(
             target,
             Loops.of(first.recipe.trainer, progress),
             model.num_parameters(),
+            work,
         )
     tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}
@@ -167,7 +184,10 @@ def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Stati
     if asked.sequential or size_of(tuple(needed), dense.target.sites) > asked.statistics_bytes:
         return None
     dense.loops.place_(dense.model)
-    return find_statistics(dense.model, dense.target.sites, tuple(needed), tasks[0].text, dense.loops, cache)
+    text = tasks[0].text
+    origin = f"{dense.weights} on {tokens_hash(text.calibration)}: "
+    kept = Kept(dense.work, asked.save_every, origin=origin) if dense.work else None
+    return find_statistics(dense.model, dense.target.sites, tuple(needed), text, dense.loops, cache, kept)
 
 
 def _carry_out_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 import flapkit
 from flapkit import cli
 from flapkit.cache import hash_tensors
+from flapkit.calibration import run_batch
 from flapkit.checkpoint.weights import Weights
 
 PLUGIN = '''
@@ -141,11 +143,11 @@ def hash_weights(folder: Path) -> str:
     return hash_tensors(sorted(Weights.of(folder.glob("*.safetensors")).items()))
 
 
-def stop(home: Path, stage: str, number: signal.Signals, *options: str) -> str:
+def stop(home: Path, stage: str, number: signal.Signals, *options: str, command: Sequence[str] = ()) -> str:
     """Let a process run a command and stop itself; return what it said."""
     (home / "kill.json").write_text(json.dumps({"at": stage, "signal": number}))
     stopped = subprocess.run(
-        [sys.executable, "-m", "flapkit", *command_of(stage), *options],
+        [sys.executable, "-m", "flapkit", *(command or command_of(stage)), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -191,15 +193,19 @@ def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stage", "rows", "left"), [("sweep", 1, 0), ("calibration", 0, 3)])
 @pytest.mark.parametrize("number", CODES)
-def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number):
+def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number, stage, rows, left):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     expected = unstopped(done, "sweep")
-    stop(tmp_path, "sweep", number)
-    first = Path("out/results.jsonl").read_text()
-    assert len(first.splitlines()) == 1
+    stop(tmp_path, stage, number, command=command_of("sweep"))
+    first = Path("out/results.jsonl").read_text() if rows else ""
+    assert len(first.splitlines()) == rows
+    batches, run_whole = [], run_batch
+    monkeypatch.setattr("flapkit.module.run_batch", lambda *a, **k: (batches.append(a), run_whole(*a, **k)))
     assert flapkit_(*command_of("sweep")) == 0
+    assert len(batches) == left
     assert Path("out/results.jsonl").read_text().startswith(first)
     assert Path("out/table.csv").read_text() == (expected / "table.csv").read_text()
     assert not list(tmp_path.glob(".*"))
