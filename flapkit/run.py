@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer
 from flapkit.checkpoint.save import bytes_of
+from flapkit.estimate import refuse_too_large
 from flapkit.evaluation.zero_shot import TaskScores, side_by_side
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
@@ -111,6 +112,7 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> RunRecord | RecoveryRecord:
@@ -125,6 +127,7 @@ def run(
         recipe: what to do.
         overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
         resume: go on with what a stopped run of the same recipe has left.
+        force: begin though the run takes more memory than there is.
         progress: whom the stages tell how far they are.
         cache: folder in which statistics are looked for and kept (``flapkit.cache.cache_folder``); None for none.
 
@@ -132,6 +135,8 @@ def run(
         FlapkitError: whatever keeps the run from its end; no output is written then.
     """
     output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    if not force:
+        refuse_too_large(recipe)
     check = partial(check_output, output, overwrite=overwrite)
     with (
         open_work(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,

@@ -5,19 +5,23 @@ from __future__ import annotations
 from rich.table import Table
 
 from flapkit.cli.app import app
-from flapkit.cli.options import Overrides, Overwrite, RecipeArgument
+from flapkit.cli.options import Force, Overrides, Overwrite, RecipeArgument
 from flapkit.cli.output import print_, set_logging
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def check(
+    recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwrite = False, force: Force = False
+) -> None:
     """Check a recipe, and say what it will do and need, without running it."""
     from flapkit.check import check as check_recipe
+    from flapkit.estimate import memory_limit
     from flapkit.recipe import find_recipe, load_recipe
 
     set_logging(quiet=True, verbose=False)
     loaded = load_recipe(find_recipe(recipe), overrides or [])
-    found = check_recipe(loaded, overwrite=overwrite)
+    found = check_recipe(loaded, overwrite=overwrite, force=force)
+    needs = found.needs
     asked = loaded.recipe
     table = Table("", "", title=f"{loaded.path}: right", show_header=False)
     table.add_row("model", f"{asked.model.path} ({found.target.config.model_type}), {found.params:,} parameters")
@@ -29,16 +33,19 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwr
         options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
         table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
     text = asked.calibration
-    often = f", {found.passes} times" if found.passes > 1 else ""
+    often = f", {needs.passes} times" if needs.passes > 1 else ""
     table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{often}")
-    if found.trained is not None:
-        table.add_row("recovery", f"{found.trained:,} parameters are trained after pruning")
+    if needs.trained is not None:
+        table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if found.odd:
         table.add_row("widths", f"{len(found.odd)} MLPs will be of odd width; budget.multiple_of: 32 rounds them")
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
-    table.add_row("weights", f"{found.weights / 1e9:,.3f} GB")
-    table.add_row("memory, about", f"{found.memory / 1e9:,.3f} GB beside the program's own")
-    table.add_row("disk, about", f"{found.disk / 1e9:,.3f} GB, and 1 MB for the report")
+    layerwise = "no list of layers" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
+    table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB")
+    table.add_row("memory, about", f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise")
+    table.add_row("", f"{needs.own / 1e9:,.2f} GB of it the program's own; there are {memory_limit() / 1e9:,.2f} GB")
+    table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
+    table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
     table.add_row("output", asked.output)
     if found.left:
         table.add_row("stopped run", f"has left {', '.join(found.left)}; --resume goes on with it")

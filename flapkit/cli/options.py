@@ -15,6 +15,7 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output folder that flapkit wrote, or what a stopped run has left."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Go on though the run takes more memory than there is.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run has left.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure all statistics anew, and keep none.")]
 CheckpointArgument = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flapkit.cli.app import app
-from flapkit.cli.options import NoCache, Overrides, Overwrite, RecipeArgument, Resume
+from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume
 from flapkit.cli.output import print_, print_result, set_logging
 from flapkit.cli.progress import json_lines, progress_listener
 from flapkit.progress import Listener
@@ -25,6 +25,7 @@ def run(
     overwrite: Overwrite = False,
     resume: Resume = False,
     no_cache: NoCache = False,
+    force: Force = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one a line.")] = False,
@@ -40,7 +41,7 @@ def run(
         set_logging(quiet=quiet, verbose=verbose)
         cache = None if no_cache else cache_folder()
         return loaded.recipe.model.path, run_recipe(
-            loaded, overwrite=overwrite, resume=resume, progress=Progress(listener), cache=cache
+            loaded, overwrite=overwrite, resume=resume, force=force, progress=Progress(listener), cache=cache
         )
 
     if as_json:

@@ -19,8 +19,8 @@ from flapkit.sites import Site
 from flapkit.statistics import Gram, Moments, SiteStatistics, Statistic
 from flapkit.surgery import bias_of, weight_of
 
-LARGEST_TRACE = 2**28
-"""Bytes of inputs and outputs that a trace keeps at most: 256 MiB."""
+LARGEST_TRACE = 2**26
+"""Bytes of inputs and outputs that a trace keeps at most: 64 MiB, or one window's where that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,19 @@ def _inputs_up_to(tokens: int) -> type[_Inputs]:
     return type("_Inputs", (_Inputs,), {"most": tokens})
 
 
+def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) -> int:
+    """Return how many tokens a trace compares.
+
+    Args:
+        sites: the dense model's sites.
+        windows: windows of text.
+        length: tokens of a window.
+        size: bytes of one of the model's numbers.
+    """
+    each = sum(site.channels + 2 * site.out_features for site in sites) * size
+    return min(windows * length, max(LARGEST_TRACE // each, length))
+
+
 class Trace:
     """What the dense model's consumers take in and give out on a little text, to compare the pruned model with.
 
@@ -131,9 +144,8 @@ class Trace:
         self._sites = {site.name: site for site in sites}
         # Several sites of a kind in a layer are experts: other tokens reach them in the pruned model.
         self._alike = Counter((site.layer, site.kind) for site in sites)
-        size = sum(site.channels + 2 * site.out_features for site in sites) * dtype.itemsize
         self.batches: list[Batch] = [{"input_ids": part} for part in windows.split(batch_size)]
-        self.tokens = min(windows.numel(), max(LARGEST_TRACE // size, windows.shape[1]))
+        self.tokens = trace_tokens(sites, windows.shape[0], windows.shape[1], dtype.itemsize)
         self.statistic = _inputs_up_to(self.tokens)
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -1,0 +1,257 @@
+"""What a run takes: memory, disk, and compute, from the recipe and the model's configuration alone."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from flapkit.calibration import needed_statistics, needs_gradient
+from flapkit.checkpoint.empty import build_empty
+from flapkit.data import held_out
+from flapkit.errors import ModelError, RecipeError
+from flapkit.evaluation.batch_size import first_batch_size
+from flapkit.evaluation.perplexity import CHUNK_ELEMENTS
+from flapkit.evaluation.site_errors import trace_tokens
+from flapkit.interfaces import recovery_of
+from flapkit.layerwise import layers_of
+from flapkit.passes import count_passes, peak_memory, size_of
+from flapkit.plan import Budget
+from flapkit.progress import Progress
+from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
+from flapkit.recovery import Training
+from flapkit.sites import Site
+from flapkit.stages.loops import Loops
+from flapkit.stages.target import Target, find_target
+from flapkit.statistics import Gram
+
+TEXT = 100_000_000
+"""Bytes that reading and tokenising text leaves behind, as measured with 9 MB of it."""
+
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container has, new and old."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run takes. Memory is the resident peak of the process, in bytes.
+
+    Args:
+        weights: bytes of the dense weights.
+        own: memory of the program itself, its libraries and the text.
+        whole: memory with the model whole, ``own`` included.
+        layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
+        device: bytes on a GPU with the model whole.
+        disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states.
+        flops: floating-point operations of calibration, two for each multiplication with its addition.
+        passes: how often the calibration text runs through the model.
+        trained: parameters that a recovery trains; None without one.
+    """
+
+    weights: int
+    own: int
+    whole: int
+    layerwise: int | None
+    device: int
+    disk: int
+    flops: int
+    passes: int
+    trained: int | None = None
+
+
+def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
+    """Build a recipe's dense model without memory, in the type in which it will run.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    empty = build_empty(target.config)
+    return empty if asked.model.dtype == "auto" else empty.to(getattr(torch, asked.model.dtype))
+
+
+def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget) -> Needs:
+    """Estimate what a run takes on a CPU, and what of it stands on a GPU if there is one.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        empty: the dense model without memory, in the type in which it will run.
+        budget: how much is to go.
+    """
+    asked, size = recipe.recipe, empty.dtype.itemsize
+    text, own, weights = asked.calibration, psutil.Process().memory_info().rss + TEXT, empty.num_parameters() * size
+    statistics, trace = _statistics_memory(recipe, target), _trace_memory(recipe, target, size)
+    batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
+    working, left = statistics + trace + batch, weights - size * budget.params
+    # What is pruned stands beside the file that the dense weights are mapped from.
+    whole = own + weights + _pruned_blocks(recipe, target, size) - size * budget.params + working
+    hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
+    parts = _layer_bytes(empty, target)
+    layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden)
+    passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
+    disk, trained = left + (2 * hidden if on_disk else 0), None
+    if (recovery := recovery_of(recipe.compensators)) is not None:
+        recovery.attach(empty, target.sites)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        teacher = weights if recovery.training.distill else 0
+        training = own + left + teacher + _training_memory(recovery.training, target, size, trained)
+        whole, layerwise, disk = max(whole, training), layerwise and max(layerwise, training), disk + left
+    flops = passes * calibration_flops(recipe, target)
+    return Needs(weights, own, whole, layerwise, weights + statistics + batch, disk, flops, passes, trained)
+
+
+def refuse_too_large(recipe: LoadedRecipe) -> None:
+    """Do as ``check_fits`` does, for a recipe of which nothing is known yet."""
+    asked, target = recipe.recipe, find_target(recipe)
+    empty, budget = empty_model(asked, target), asked.budget
+    wanted = Budget.over(target.sites, budget.ratio, budget.of, empty.num_parameters(), budget.multiple_of)
+    needs = estimate_needs(recipe, target, empty, wanted)
+    check_fits(recipe, needs, Loops.of(asked.trainer, Progress()).device)
+
+
+def check_fits(recipe: LoadedRecipe, needs: Needs, device: torch.device) -> None:
+    """Raise ``RecipeError`` where the machine has less memory than a run takes.
+
+    Args:
+        recipe: what to do.
+        needs: what it takes.
+        device: where the model runs.
+    """
+    layerwise = recipe.recipe.execution.mode == "layerwise"
+    if device.type == "cuda":
+        needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
+    else:
+        needed, limit, whose = needs.whole, memory_limit(), "there are"
+    if layerwise:
+        needed, limit, whose = needs.layerwise or 0, memory_limit(), "there are"
+    if needed <= limit:
+        return
+    way = "" if layerwise or not needs.layerwise else f"`execution: layerwise` takes {_gigabytes(needs.layerwise)}; "
+    raise RecipeError(
+        f"{recipe.path}: the run takes about {_gigabytes(needed)} of memory, and {whose} {_gigabytes(limit)}; {way}"
+        "--force goes on nevertheless"
+    )
+
+
+def memory_limit() -> int:
+    """Return the bytes of memory that this process may have: the machine's, or a container's or a process's limit."""
+    limits = [psutil.virtual_memory().total]
+    limits += [int(text) for text in map(_read, CGROUPS) if text.isdigit()]
+    soft = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    limits += [limit for limit in soft if limit != resource.RLIM_INFINITY]
+    return int(min(limits))
+
+
+def _read(path: str) -> str:
+    file = Path(path)
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
+    """Return the floating-point operations of one pass of the calibration text through the blocks.
+
+    Every weight that a token meets is multiplied and added once; attention compares each token of a window with each
+    other, in scores and in values. A backward pass for gradients costs twice as much again.
+    """
+    text = recipe.recipe.calibration
+    weights = sum(site.params * _routed(site, target) for site in target.sites)
+    attention = sum(2 * text.length * site.channels for site in target.sites if site.kind == "attention")
+    forward = 2 * text.samples * text.length * (weights + attention)
+    return int(forward * (3 if needs_gradient(recipe.method.statistics) else 1))
+
+
+def _routed(site: Site, target: Target) -> float:
+    """Return the share of the tokens that reach a site: all of them, but for experts."""
+    if site.expert is None:
+        return 1.0
+    experts = sum(other.layer == site.layer and other.expert is not None for other in target.sites)
+    return float(getattr(target.config.get_text_config(), "num_experts_per_tok", experts) / experts)
+
+
+def _layer_bytes(empty: PreTrainedModel, target: Target) -> tuple[int, int] | None:
+    """Return the bytes outside the decoder layers, and those of the largest layer."""
+    try:
+        path = f"{layers_of(target.sites)}."
+    except ModelError:
+        return None
+    outer, layers = 0, dict[str, int]()
+    for name, parameter in empty.named_parameters():
+        if name.startswith(path):
+            index = name.removeprefix(path).partition(".")[0]
+            layers[index] = layers.get(index, 0) + parameter.nbytes
+        else:
+            outer += parameter.nbytes
+    return outer, max(layers.values())
+
+
+def _hidden_states(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of the hidden states of all windows that go through the layers together."""
+    asked = recipe.recipe
+    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
+    tokens: int = max(asked.calibration.samples * asked.calibration.length, evaluated)
+    return tokens * int(target.config.get_text_config().hidden_size) * size
+
+
+def _calibration_batch(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of a calibration batch's activations."""
+    text, widest = recipe.recipe.calibration, max(site.channels for site in target.sites)
+    hidden = int(target.config.get_text_config().hidden_size)
+    # A layer's inputs and outputs, and the MLP's three products; the statistics' copy of an input in float64.
+    return text.batch_size * text.length * (size * (4 * hidden + 3 * widest) + 8 * 2 * widest)
+
+
+def _evaluation_batch(recipe: LoadedRecipe, empty: PreTrainedModel) -> int:
+    """Return the bytes of an evaluation batch's logits, and of what their cross-entropy is computed from in pieces."""
+    size, vocabulary = empty.dtype.itemsize, int(empty.config.get_text_config().vocab_size)
+
+    def bytes_of(text: Perplexity) -> int:
+        size_of_batch = text.batch_size
+        if size_of_batch == "auto":
+            size_of_batch = first_batch_size(empty, text.length, torch.device("cpu"))
+        logits = min(size_of_batch, text.windows or size_of_batch) * text.length * vocabulary
+        return logits * size + min(logits, CHUNK_ELEMENTS) * (8 if size == 4 else 8 + size)
+
+    return max(map(bytes_of, recipe.recipe.evaluate.perplexity), default=0)
+
+
+def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of what the site errors are measured from, in the dense and in the pruned model."""
+    asked = recipe.recipe
+    windows = min(asked.report.error_windows, int(held_out(asked.calibration.samples).sum()))
+    tokens = trace_tokens(target.sites, windows, asked.calibration.length, size)
+    return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
+
+
+def _statistics_memory(recipe: LoadedRecipe, target: Target) -> int:
+    """Return the bytes of statistics, and of what one correction is solved with."""
+    text, method, sites = recipe.recipe.calibration, recipe.method, target.sites
+    repair = needed_statistics(method.compensators)
+    # Least squares works on copies of its products: of all, of the fitted and of the held-out windows, and of the kept.
+    solving = 3 * max(size_of(repair, [site]) for site in sites)
+    return peak_memory(sites, method, text.statistics_bytes, sequential=text.sequential) + solving
+
+
+def _pruned_blocks(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of the blocks, and of corrected weights, that stand beside them until all are found."""
+    text, consumers = recipe.recipe.calibration, sum(site.channels * site.out_features for site in target.sites)
+    waiting = int(Gram in needed_statistics(recipe.method.compensators)) + int(text.sequential)
+    return size * (sum(site.params for site in target.sites) + consumers * waiting)
+
+
+def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:
+    """Return the bytes that a recovery takes beside the weights."""
+    tokens, config = training.batch_size * training.length, target.config.get_text_config()
+    # What the backward pass needs of each block: its input and its norm's, and about four tensors of its own width.
+    kept: int = sum(6 * config.hidden_size + 4 * site.channels for site in target.sites)
+    # Logits, their float copy and its gradient; the teacher's, and both logarithms.
+    copies: int = size + 8 + (size + 12 if training.distill else 0)
+    # Weights, gradients and AdamW's two moments, and the best so far.
+    return 20 * trained + tokens * (size * kept + copies * int(config.vocab_size))
