@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_, set_logging
@@ -41,7 +40,10 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise RecipeError(f"--set {text}: expected option=value, such as dtype=bfloat16")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not YAML") from error
+    from flapkit.recipe.nodes import parse
+    from flapkit.recipe.overrides import override_position
+
+    root, problems = parse(value, lambda line, column: override_position(text))
+    if problems:
+        raise RecipeError(*(str(problem) for problem in problems))
+    return name, root.plain() if root else None

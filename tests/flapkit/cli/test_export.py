@@ -24,6 +24,9 @@ def test_export(command, pruned_folder, tmp_path):
         (["--to", "hf", "--set", "dtype=int3"], "option 'dtype'"),
         (["--to", "hf", "--set", "dtyp=float16"], "did you mean 'dtype'"),
         (["--to", "hf", "--set", "dtype"], "expected option=value"),
+        (["--to", "hf", "--set", "dtype=["], "--set dtype=[: not YAML"),
+        (["--to", "hf", "--set", "dtype=" + "9" * 5000], "option 'dtype'"),
+        (["--to", "hf", "--set", "dtype=&a x"], "anchors such as &a are not read"),
     ],
 )
 def test_bad_input(command, pruned_folder, tmp_path, arguments, says):
