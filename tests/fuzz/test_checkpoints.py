@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ GIGABYTES = 4
 @pytest.fixture(scope="module", autouse=True)
 def little_memory() -> Iterator[None]:
     """Whoever believes a header or a configuration and allocates what it says fails."""
+    if sys.platform != "linux":
+        yield
+        return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30, hard))
