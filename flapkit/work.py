@@ -73,7 +73,7 @@ class Work:
         if changes:
             raise OutputError(
                 f"output {self.output}: the run that was stopped was another: {'; '.join(changes)}. "
-                "Let it be the same again, or begin anew with --overwrite, or choose another output"
+                "Ask for the same again, or begin anew with --overwrite, or choose another output"
             )
         _write(mark, json.dumps({**noted, kind: now}, indent=2))
 
