@@ -44,6 +44,8 @@ class Needs:
         weights: bytes of the dense weights.
         own: memory of the program itself, its libraries and the text.
         whole: memory with the model whole, ``own`` included.
+        least: the part of ``whole`` that the system cannot do without: pages of the dense weights' file whose layers
+            are pruned already can go.
         layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
         device: bytes on a GPU with the model whole.
         disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states.
@@ -55,6 +57,7 @@ class Needs:
     weights: int
     own: int
     whole: int
+    least: int
     layerwise: int | None
     device: int
     disk: int
@@ -87,8 +90,9 @@ def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel,
     statistics, trace = _statistics_memory(recipe, target), _trace_memory(recipe, target, size)
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
     working, left = statistics + trace + batch, weights - size * budget.params
+    least = own + weights + _waiting_weights(recipe, target, size) + working
     # What is pruned stands beside the file that the dense weights are mapped from.
-    whole = own + weights + _pruned_blocks(recipe, target, size) - size * budget.params + working
+    whole = least + size * (sum(site.params for site in target.sites) - budget.params)
     hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
     parts = _layer_bytes(empty, target)
     layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden)
@@ -99,9 +103,10 @@ def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel,
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
         teacher = weights if recovery.training.distill else 0
         training = own + left + teacher + _training_memory(recovery.training, target, size, trained)
-        whole, layerwise, disk = max(whole, training), layerwise and max(layerwise, training), disk + left
+        whole, least, disk = max(whole, training), max(least, training), disk + left
+        layerwise = layerwise and max(layerwise, training)
     flops = passes * calibration_flops(recipe, target)
-    return Needs(weights, own, whole, layerwise, weights + statistics + batch, disk, flops, passes, trained)
+    return Needs(weights, own, whole, least, layerwise, weights + statistics + batch, disk, flops, passes, trained)
 
 
 def refuse_too_large(recipe: LoadedRecipe) -> None:
@@ -125,7 +130,7 @@ def check_fits(recipe: LoadedRecipe, needs: Needs, device: torch.device) -> None
     if device.type == "cuda":
         needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     else:
-        needed, limit, whose = needs.whole, memory_limit(), "there are"
+        needed, limit, whose = needs.least, memory_limit(), "there are"
     if layerwise:
         needed, limit, whose = needs.layerwise or 0, memory_limit(), "there are"
     if needed <= limit:
@@ -239,11 +244,10 @@ def _statistics_memory(recipe: LoadedRecipe, target: Target) -> int:
     return peak_memory(sites, method, text.statistics_bytes, sequential=text.sequential) + solving
 
 
-def _pruned_blocks(recipe: LoadedRecipe, target: Target, size: int) -> int:
-    """Return the bytes of the blocks, and of corrected weights, that stand beside them until all are found."""
+def _waiting_weights(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of corrected weights, which wait until all are found."""
     text, consumers = recipe.recipe.calibration, sum(site.channels * site.out_features for site in target.sites)
-    waiting = int(Gram in needed_statistics(recipe.method.compensators)) + int(text.sequential)
-    return size * (sum(site.params for site in target.sites) + consumers * waiting)
+    return size * consumers * (int(Gram in needed_statistics(recipe.method.compensators)) + int(text.sequential))
 
 
 def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:

@@ -20,7 +20,10 @@ from flapkit.statistics import Gram, Moments, SiteStatistics, Statistic
 from flapkit.surgery import bias_of, weight_of
 
 LARGEST_TRACE = 2**26
-"""Bytes of inputs and outputs that a trace keeps at most: 64 MiB, or one window's where that is more."""
+"""Bytes of inputs and outputs that a trace keeps at most: 64 MiB."""
+
+FEWEST_TRACED = 64
+"""Tokens that a trace keeps at least, whatever they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) ->
         size: bytes of one of the model's numbers.
     """
     each = sum(site.channels + 2 * site.out_features for site in sites) * size
-    return min(windows * length, max(LARGEST_TRACE // each, length))
+    return min(windows * length, max(LARGEST_TRACE // each, FEWEST_TRACED))
 
 
 class Trace:

@@ -1,12 +1,12 @@
 """Prune a model that is larger than the memory that it may have: layer by layer it goes, whole it does not.
 
 ```
-python tests/benchmarks/layerwise.py FOLDER [GIGABYTES]
+python tests/benchmarks/layerwise.py FOLDER [GIGABYTES [MODE]]
 ```
 
 The model has TinyLlama-1.1B's shape (22 layers, 1.1 billion parameters) and random float32 weights, 4.4 GB of them.
 Both runs are held to an address space of so many gigabytes (4 if not given) by RLIMIT_AS, which counts everything that
-the process maps, the libraries' 2.2 GB included.
+the process maps, the libraries' 2.2 GB included; ``--force`` lets the whole one begin nevertheless.
 """
 
 from __future__ import annotations
@@ -69,7 +69,17 @@ def write_dense(folder: Path) -> None:
 def prune(home: Path, mode: str, limit: int) -> None:
     """Run the recipe in a process of its own, and print what came of it."""
     (home / f"{mode}.yaml").write_text(yaml.safe_dump({**RECIPE, "execution": mode, "output": f"pruned-{mode}"}))
-    command = [sys.executable, "-m", "flapkit", "run", f"{mode}.yaml", "--quiet", "--no-cache", "--overwrite"]
+    command = [
+        sys.executable,
+        "-m",
+        "flapkit",
+        "run",
+        f"{mode}.yaml",
+        "--quiet",
+        "--no-cache",
+        "--overwrite",
+        "--force",
+    ]
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -94,15 +104,15 @@ def prune(home: Path, mode: str, limit: int) -> None:
     print(f"  seconds {result['seconds']}")
 
 
-def main(home: Path, gigabytes: float = 4) -> None:
+def main(home: Path, gigabytes: float = 4, *modes: str) -> None:
     """Write the model unless it is there, and prune it both ways."""
     if not (home / "dense" / INDEX).is_file():
         write_dense(home / "dense")
     size = sum(file.stat().st_size for file in (home / "dense").glob("*.safetensors"))
     print(f"weights {size / 1e9:.2f} GB, address space {gigabytes:.2f} GB")
-    for mode in ("layerwise", "whole"):
+    for mode in modes or ("layerwise", "whole"):
         prune(home, mode, int(gigabytes * 1e9))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:3]), *sys.argv[3:])

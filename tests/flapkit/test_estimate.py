@@ -97,9 +97,9 @@ def test_hidden_states_on_the_disk(recipe):
 def test_what_does_not_fit_is_refused(recipe, monkeypatch):
     asked = recipe(make_llama())
     needs = needs_of(asked)
-    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.whole)
+    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.least)
     check_fits(asked, needs, CPU)
-    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.whole - 1)
+    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.least - 1)
     with pytest.raises(RecipeError, match=r"takes about .* GB of memory, and there are .*`execution: layerwise` takes"):
         check_fits(asked, needs, CPU)
 

@@ -85,7 +85,7 @@ def test_without_statistics_nothing_is_predicted(llama, tokens):
 def test_a_trace_keeps_no_more_than_it_may(llama, tokens, monkeypatch):
     monkeypatch.setattr("flapkit.evaluation.site_errors.LARGEST_TRACE", 1)
     trace = traced(llama, flapkit.sites(llama), tokens)
-    assert trace.tokens == tokens.shape[1]
+    assert trace.tokens == 64 < tokens.numel()
 
 
 def test_nothing_is_left_on_the_model(llama, tokens):

@@ -1,0 +1,168 @@
+"""Time what pruning adds to running the model, in turns, and draw how the cost grows.
+
+```
+python tests/benchmarks/cost.py overhead           # calibration against a plain forward pass, 3 M and 148 M parameters
+python tests/benchmarks/cost.py share              # what comes after calibration against it, at LLaMA-7B's widths
+python tests/benchmarks/cost.py memory             # what pruning takes beside a model of 148 M parameters
+python tests/benchmarks/cost.py growth FIGURE.svg  # calibration against windows and against layers
+```
+
+All of it with the method's defaults (wifv, al_am, bias), random tokens and, but for the bundled model, random float32
+weights, on the CPU, in one process and in turns: A B A B. Medians are shown, with quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib as mpl
+import psutil
+import torch
+from flapkit_compensators.bias import Bias
+from flapkit_metrics.wifv import WIFV
+from flapkit_searchers.al_am import ALAM
+from matplotlib.figure import Figure
+from random_llama import random_llama
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import flapkit
+from flapkit.calibration import Statistics
+from flapkit.plan import Budget
+from flapkit.pruning import Method, prune_sites_
+from flapkit.stages.loops import Loops, calibrate
+from flapkit.stages.text import RunText
+from flapkit.surgery import share
+
+T = TypeVar("T")
+
+METHOD = Method(WIFV(), ALAM(), (Bias(),))
+TURNS = 7
+
+
+def llama(layers: int, width: int, mlp: int, heads: int, vocabulary: int = 4096) -> LlamaForCausalLM:
+    """Build a random LLaMA."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size: int = 8) -> RunText:
+    """Draw random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return RunText(torch.randint(model.config.vocab_size, (windows, length), generator=generator), batch_size)
+
+
+def measured(model: PreTrainedModel, text: RunText) -> Statistics:
+    """Calibrate as a run does, under Lightning."""
+    return calibrate(model, flapkit.sites(model), METHOD.statistics, text, Loops({"accelerator": "cpu"}))
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, text: RunText) -> None:
+    """Run the backbone alone over the same batches."""
+    for batch in text.calibration.split(text.batch_size):
+        model.base_model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+
+
+def timed(work: Callable[..., T], *args: Any) -> tuple[float, T]:
+    """Call a function, and return how long it took besides what it returned."""
+    began = time.perf_counter()
+    found = work(*args)
+    return time.perf_counter() - began, found
+
+
+def quartiles(values: list[float]) -> str:
+    """Write a median and its quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def overhead() -> None:
+    """Compare calibration with the forward pass that it needs anyway."""
+    for model, windows in ((flapkit.load("builtin:tiny-llama", "float32"), 64), (random_llama(), 8)):
+        text = text_of(model, windows)
+        forward(model, text)
+        measured(model, text)
+        turns = [(timed(measured, model, text)[0], timed(forward, model, text)[0]) for _ in range(TURNS)]
+        ratio = quartiles([calibrated / plain for calibrated, plain in turns])
+        plain = quartiles([each for _, each in turns])
+        print(f"{model.num_parameters():,} parameters, {windows} windows of 128 tokens: forward {plain} s")
+        print(f"  calibration / forward {ratio}")
+
+
+def share_of_pruning(windows: int = 8, paper: int = 1024, layers: int = 2) -> None:
+    """Compare all that comes after calibration with calibration, for layers of LLaMA-7B's shape."""
+    model = llama(layers, 4096, 11008, 32, vocabulary=64)
+    sites, text = flapkit.sites(model), text_of(model, windows)
+    budget = Budget.over(sites, 0.2)
+    turns = []
+    for _ in range(3):
+        calibrating, found = timed(measured, model, text)
+        turns.append((calibrating, timed(prune_sites_, share(model, sites), sites, found, METHOD, budget)[0]))
+    calibrating, pruning = (statistics.median(each) for each in zip(*turns, strict=True))
+    whole = calibrating * paper / windows
+    print(f"{layers} layers of LLaMA-7B's shape: calibration {calibrating:.1f} s for {windows} windows of 128")
+    print(
+        f"search, correction and slicing {pruning:.2f} s; calibration with {paper} windows {whole:.0f} s by proportion"
+    )
+    print(f"share {100 * pruning / whole:.2f} %")
+
+
+def memory() -> None:
+    """Watch what pruning takes beside a model that is in memory already."""
+    model, process = random_llama(), psutil.Process()
+    text = text_of(model, 16)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    activations = 8 * 128 * (4 * (4 * 768 + 3 * 2560) + 8 * 2 * 2560)
+    forward(model, text)
+    before = process.memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")
+    flapkit.prune_(model, text.calibration, ratio=0.2)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    taken = int(line.split()[1]) * 1024 - before
+    print(
+        f"weights {weights / 1e6:.0f} MB, a batch's activations {activations / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB"
+    )
+    print(f"beside weights and a batch's activations: {100 * (taken - activations) / weights:.1f} % of the weights")
+
+
+def growth(figure: Path) -> None:
+    """Draw calibration's time against windows and against layers."""
+    model = flapkit.load("builtin:tiny-llama", "float32")
+    windows = {count: (model, text_of(model, count)) for count in (16, 32, 64, 128)}
+    deep = {count: llama(count, 384, 1024, 6) for count in (2, 4, 8, 12)}
+    layers = {count: (each, text_of(each, 32)) for count, each in deep.items()}
+    mpl.rcParams["svg.hashsalt"] = "flapkit"
+    drawing = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = drawing.subplots(1, 2)
+    for axis, (what, works) in zip(axes, {"windows": windows, "layers": layers}.items(), strict=True):
+        times: dict[int, list[float]] = {count: [] for count in works}
+        for _ in range(TURNS):
+            for count, work in works.items():
+                times[count].append(timed(measured, *work)[0])
+        medians = {count: statistics.median(found) for count, found in times.items()}
+        slope, constant = statistics.linear_regression(list(medians), list(medians.values()))
+        fit = statistics.correlation(list(medians), list(medians.values())) ** 2
+        print(f"{what}: { ({count: round(value, 3) for count, value in medians.items()}) }")
+        print(f"  {1000 * slope:.1f} ms each, {constant:.2f} s besides, R² {fit:.4f}")
+        axis.plot(list(medians), list(medians.values()), "o", color="#2563eb")
+        axis.plot([0, max(medians)], [constant, constant + slope * max(medians)], color="#2563eb", linewidth=1)
+        axis.set(xlabel=what, ylabel="calibration, s", xlim=(0, None), ylim=(0, None))
+    drawing.savefig(figure, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    {"overhead": overhead, "share": share_of_pruning, "memory": memory, "growth": lambda: growth(Path(rest[0]))}[what]()
