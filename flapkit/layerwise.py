@@ -44,6 +44,9 @@ from flapkit.errors import ModelError
 from flapkit.sites import Site
 from flapkit.tiny import tiny_config, tiny_model
 
+Forms = Mapping[type[nn.Module], bool]
+"""Class of a layer -> whether it gives its hidden states in a tuple."""
+
 _Answer = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -57,6 +60,8 @@ class LayerStream:
         dtype: type of the weights in memory; that of the checkpoint if not given.
         device: where the layers run.
         precision: context of every forward pass, such as autocast.
+        forms: class of a layer -> whether it gives its hidden states in a tuple, as far as that is known already; a
+            class is known once a layer of it has run.
 
     Attributes:
         model: the model, its layers without memory while they are not loaded.
@@ -73,6 +78,7 @@ class LayerStream:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        forms: Forms | None = None,
     ) -> None:
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -80,7 +86,7 @@ class LayerStream:
         self._path = layers
         self._device = torch.device(device)
         self._precision = precision
-        self._tuples: dict[int, bool] = {}
+        self.forms: dict[type[nn.Module], bool] = dict(forms or {})
         self.layers: nn.ModuleList = self.model.get_submodule(layers)
         self.read_from(weights)
         self._fill(list(self.tensors_of(None)))
@@ -142,7 +148,7 @@ class LayerStream:
 
         def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = self.layers[index](arrived if hidden is None else hidden.to(arrived.device), *args, **kwargs)
-            self._tuples[index] = isinstance(given, tuple)
+            self.forms[type(self.layers[index])] = isinstance(given, tuple)
             raise _Done(given[0] if isinstance(given, tuple) else given)
 
         with self._staged({index: answer}):
@@ -165,8 +171,7 @@ class LayerStream:
         last = len(self) - 1
 
         def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            found = hidden.to(arrived.device)
-            return (found,) if self._tuples.get(last) else found
+            return self._given(last, hidden.to(arrived.device))
 
         with self._staged({last: answer}):
             logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
@@ -180,7 +185,7 @@ class LayerStream:
         """Put stages in the layers' places: those without an answer pass on what arrives."""
 
         def passing(index: int) -> _Answer:
-            return lambda arrived, args, kwargs: (arrived,) if self._tuples.get(index) else arrived
+            return lambda arrived, args, kwargs: self._given(index, arrived)
 
         stages = [_Stage(layer, answers.get(i) or passing(i)) for i, layer in enumerate(self.layers)]
         path, _, name = self._path.rpartition(".")
@@ -191,6 +196,10 @@ class LayerStream:
                 yield
         finally:
             setattr(owner, name, self.layers)
+
+    def _given(self, index: int, hidden: Tensor) -> Any:
+        """Give hidden states in the form in which a layer does."""
+        return (hidden,) if self.forms[type(self.layers[index])] else hidden
 
     def _find_sources(self) -> dict[str, list[str]]:
         """Map each tensor of the model to those of the checkpoint that it is made of, as transformers would."""
@@ -359,12 +368,15 @@ def layers_of(sites: Sequence[Site]) -> str:
 
 
 @torch.no_grad()
-def prove(config: PreTrainedConfig, layers: str) -> None:
+def prove(config: PreTrainedConfig, layers: str) -> Forms:
     """Compare a tiny model of a configuration's kind, run layer by layer, with the same one run whole.
 
     Args:
         config: of the model that shall run layer by layer.
         layers: full name of its list of decoder layers.
+
+    Returns:
+        In what form its layers give their hidden states.
 
     Raises:
         ModelError: the two differ, or the class cannot be run layer by layer.
@@ -386,3 +398,4 @@ def prove(config: PreTrainedConfig, layers: str) -> None:
             f"execution: layerwise does not hold for models of type {config.model_type!r}: a tiny one's logits are "
             f"{float((found - expected).abs().max()):.1e} off; run it whole"
         )
+    return stream.forms

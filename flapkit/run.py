@@ -26,7 +26,7 @@ from flapkit.ranks import from_first, is_first
 from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
-from flapkit.stages.layerwise import Layers, check_layerwise, open_layers
+from flapkit.stages.layerwise import Layers, open_layers
 from flapkit.stages.log import RunLog, open_log
 from flapkit.stages.loops import Loops, Measured
 from flapkit.stages.noted import noted_warnings
@@ -230,7 +230,6 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around, kept: Kept | None)
         around.work.claim(_found(asked, target, text))
     with around.progress.stage("load"):
         if asked.execution.mode == "layerwise":
-            check_layerwise(recipe, target)
             executed: Whole | Layers = open_layers(recipe, target, loops, around.work.folder)
         else:
             loops.meet()

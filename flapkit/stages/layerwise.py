@@ -25,7 +25,7 @@ from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
 from flapkit.interfaces import ArchitectureAdapter, Correction, TrialSearcher
-from flapkit.layerwise import HiddenStates, LayerStream, layers_of, prove, step_all
+from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
@@ -115,8 +115,11 @@ class Layers:
         return [self.work / "weights" / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
 
 
-def check_layerwise(recipe: LoadedRecipe, target: Target) -> None:
+def check_layerwise(recipe: LoadedRecipe, target: Target) -> Forms:
     """Refuse what needs the whole model, and try a tiny model of the target's kind.
+
+    Returns:
+        What the trial has shown of the layers.
 
     Raises:
         RecipeError: something that needs the whole model.
@@ -150,7 +153,7 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> None:
     for why, is_asked in refused.items():
         if is_asked:
             raise RecipeError(f"{recipe.path}: execution: layerwise: {why}")
-    prove(target.config, layers_of(target.sites))
+    return prove(target.config, layers_of(target.sites))
 
 
 def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) -> Layers:
@@ -163,13 +166,14 @@ def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) 
         work: folder for what is finished.
 
     Raises:
+        RecipeError: something that needs the whole model.
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
-    asked = recipe.recipe
+    forms, asked = check_layerwise(recipe, target), recipe.recipe
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     weights = open_weights(asked.model.path, revision=asked.model.revision)
     layers = layers_of(target.sites)
-    stream = LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision)
+    stream = LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision, forms)
     return Layers(recipe, stream, target.sites, loops, work)
 
 

@@ -13,7 +13,7 @@ from flapkit.errors import ModelError
 from flapkit.layerwise import LayerStream, layers_of, prove
 from flapkit.registry import Registry
 from flapkit.statistics import Moments
-from flapkit.tiny import tiny_config
+from flapkit.tiny import tiny_config, tiny_model
 
 
 def stream_of(model, folder) -> LayerStream:
@@ -91,3 +91,24 @@ def test_what_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setattr(LayerStream, "logits", lambda self, batch, hidden: torch.zeros(2, 12, 96))
     with pytest.raises(ModelError, match="does not hold for models of type 'llama'"):
         prove(tiny_config("llama"), "model.layers")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "llama"])
+def test_from_the_middle(model_type, tmp_path):
+    """A stream that begins behind some layers gives what one gives that ran them, whatever form they answer in."""
+    name = next(name for name, known in FAMILIES if known == model_type)
+    model = tiny_model(tiny_config(model_type, num_hidden_layers=6))
+    path = layers_of(Registry.load().create("adapter", name).sites(model.config))
+    forms = prove(model.config, path)
+    model.save_pretrained(tmp_path)
+    weights = Weights.of(tmp_path.glob("*.safetensors"))
+    batch = {"input_ids": torch.randint(96, (3, 7), generator=torch.Generator().manual_seed(0))}
+    first, second = (LayerStream(model.config, weights, path, forms=known) for known in (None, forms))
+    hidden = None
+    for index in range(6):
+        with first.loaded(index), second.loaded(index):
+            before, hidden = hidden, first.step(index, batch, hidden)
+            if index == 5:
+                torch.testing.assert_close(second.step(index, batch, before), hidden)
+    torch.testing.assert_close(second.logits(batch, hidden), model(**batch).logits, atol=1e-4, rtol=1e-4)
