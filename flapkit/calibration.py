@@ -63,6 +63,7 @@ class Collector:
         self._model = model
         self._sites = sites
         self._attended = self._held_out = torch.empty(0)
+        self._complete = False
         self._handles: list[RemovableHandle] = []
         self._watched: list[nn.Module] = []
         self._stop_early = stop_early and not needs_gradient(statistics)
@@ -95,6 +96,7 @@ class Collector:
     def begin(self, batch: Batch) -> None:
         """Take note of which of a batch's tokens count."""
         self._attended = attended(batch)
+        self._complete = bool(self._attended.all())
         self._held_out = batch.get("held_out", torch.zeros(len(self._attended))).to(self._attended.device).bool()
         self._unseen = {site.name for site in self._sites}
 
@@ -128,7 +130,8 @@ class Collector:
             tokens = tokens if routed is None else tokens[routed]
             statistic.to(x.device)
             if not isinstance(statistic, GradientStatistic):
-                statistic.update(x[tokens])
+                # Of a batch without padding no copy is made: it would cost as much as the moments themselves.
+                statistic.update(x if self._complete and statistic.windows == "all" else x[tokens])
             elif output.requires_grad:
                 output.register_hook(_see_gradient(statistic, x, tokens))
         self._unseen.discard(site.name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flapkit.interfaces import Compensator, Correction
 from flapkit.sites import Site
 from flapkit.statistics import Moments, SiteStatistics
+from flapkit.wide import wide_rows
 
 
 @dataclass(frozen=True)
@@ -26,4 +28,4 @@ class Bias(Compensator):
         """Return the removed channels' mean output [out_features]; the kept columns stay."""
         removed = stats[Moments].mean.clone()
         removed[site.channels_of(keep)] = 0
-        return Correction(bias=weight.double() @ removed)
+        return Correction(bias=torch.cat([rows @ removed for rows in wide_rows(weight)]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
 from flapkit.statistics import SiteStatistics
+from flapkit.wide import column_sums
 
 
 @dataclass(frozen=True)
@@ -22,4 +23,4 @@ class Magnitude(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        return weight.double().square().sum(dim=0).sqrt().view(site.units, -1).sum(dim=1, keepdim=True)
+        return column_sums(weight, 2).sqrt().view(site.units, -1).sum(dim=1, keepdim=True)

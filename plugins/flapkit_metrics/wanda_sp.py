@@ -9,6 +9,7 @@ from torch import Tensor
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
 from flapkit.statistics import Moments, SiteStatistics
+from flapkit.wide import column_sums
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,5 @@ class WandaSP(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        channels = weight.double().abs().sum(dim=0) * stats[Moments].second_moment.sqrt()
+        channels = column_sums(weight, 1) * stats[Moments].second_moment.sqrt()
         return channels.view(site.units, -1).sum(dim=1, keepdim=True)

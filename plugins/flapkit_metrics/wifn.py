@@ -9,6 +9,7 @@ from torch import Tensor
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
 from flapkit.statistics import Moments, SiteStatistics
+from flapkit.wide import column_sums
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,4 @@ class WIFN(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every channel; [units, channels_per_unit]."""
-        return (weight.double().abs().mean(dim=0) * stats[Moments].second_moment.sqrt()).view(site.units, -1)
+        return (column_sums(weight, 1) / len(weight) * stats[Moments].second_moment.sqrt()).view(site.units, -1)

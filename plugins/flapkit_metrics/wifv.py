@@ -9,6 +9,7 @@ from torch import Tensor
 from flapkit.interfaces import ImportanceMetric
 from flapkit.sites import Site
 from flapkit.statistics import Moments, SiteStatistics
+from flapkit.wide import column_sums
 
 
 @dataclass(frozen=True)
@@ -23,4 +24,4 @@ class WIFV(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every channel; [units, channels_per_unit]."""
-        return (stats[Moments].variance * weight.double().square().sum(dim=0)).view(site.units, -1)
+        return (stats[Moments].variance * column_sums(weight, 2)).view(site.units, -1)

@@ -91,7 +91,7 @@ def quartiles(values: list[float]) -> str:
 
 def overhead() -> None:
     """Compare calibration with the forward pass that it needs anyway."""
-    for model, windows in ((flapkit.load("builtin:tiny-llama", "float32"), 64), (random_llama(), 8)):
+    for model, windows in ((flapkit.load("builtin:tiny-llama", "float32"), 512), (random_llama(), 16)):
         text = text_of(model, windows)
         forward(model, text)
         measured(model, text)
