@@ -43,7 +43,7 @@ def write(tree: Any) -> str:
     return json.dumps(tree)
 
 
-@cases(400)
+@cases(1200)
 @given(st.text(max_size=40) | st.lists(TOKENS, max_size=12).map("".join) | VALUES.map(write))
 @example('{"keep": ' + "[" * 200_000)
 @example('{"keep": {"a": [' + "9" * 5000 + "]}}")
@@ -59,7 +59,7 @@ def test_no_plan(text):
     assert plan.to_json() == PruningPlan.from_json(plan.to_json()).to_json()
 
 
-@cases(400)
+@cases(1200)
 @given(tampered(PLAN))
 @example({"keep": {**PLAN["keep"], "layers.0.mlp": [0, 0, 1]}})
 @example({"keep": {**PLAN["keep"], "layers.0.mlp": [1, 0]}})

@@ -46,7 +46,7 @@ def documents(path: Path, content: bytes, field: str | None = None) -> list[str]
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift_jis")
 
 
-@cases(300)
+@cases(600)
 @given(st.text(max_size=30), st.sampled_from(ENCODINGS))
 @example("", "utf-8")
 @example(" \n\t\r\n", "utf-8-sig")
@@ -59,7 +59,7 @@ def test_text_in_any_encoding(folder, text, encoding):
         assert found == [text.encode("utf-8", "ignore").decode()]
 
 
-@cases(300)
+@cases(600)
 @given(st.binary(max_size=60), st.sampled_from(["a.txt", "a.jsonl", "a.parquet"]))
 def test_any_bytes(folder, content, name):
     documents(folder / name, content)
@@ -75,7 +75,7 @@ MESSAGES = st.lists(
 CONVERSATIONS = st.fixed_dictionaries({"messages": MESSAGES}).map(json.dumps)
 
 
-@cases(500)
+@cases(1000)
 @given(st.lists(LINES | CONVERSATIONS | VALUES.map(json.dumps) | st.text(max_size=20), max_size=4))
 @example(['{"text": "a"}', '{"text": 1}'])
 @example(['{"text": "a"}', '{"body": "b"}'])
@@ -101,7 +101,7 @@ def whole_table() -> bytes:
 TABLE = whole_table()
 
 
-@cases(300)
+@cases(600)
 @given(st.integers(0, len(TABLE) - 1), st.binary(min_size=0, max_size=8), st.booleans())
 def test_a_damaged_table(folder, place, patch, cut):
     damaged = TABLE[:place] + patch + (b"" if cut else TABLE[place + len(patch) :])
