@@ -18,8 +18,8 @@ from flapkit.sites import Site
 
 S = TypeVar("S", bound="Statistic")
 
-IN_CACHE = 64
-"""Tokens whose moments are taken at once on a CPU: a few megabytes in float64, six times as fast as a whole batch."""
+IN_CACHE = 2**16
+"""Numbers whose moments are taken at once on a CPU: half a megabyte in float64, far faster than all together."""
 
 
 class Statistic(Metric):
@@ -215,7 +215,7 @@ class Moments(_SpreadStatistic):
         if len(x) == 0:
             return
         # One sweep over rows that stay in a processor's cache, about a mean that is rough: shifted sums.
-        parts = x.split(IN_CACHE if x.device.type == "cpu" else len(x))
+        parts = x.split(max(1, IN_CACHE // self.channels) if x.device.type == "cpu" else len(x))
         rough = parts[0].double().mean(dim=0)
         first, second = torch.zeros_like(rough), torch.zeros_like(rough)
         for part in parts:
