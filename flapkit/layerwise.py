@@ -6,10 +6,8 @@ from the checkpoint's safetensors, does its work on all windows, and gives its m
 ```python
 stream = LayerStream(config, open_weights(path), "model.layers")
 hidden = HiddenStates()
-for index in range(len(stream)):
-    with stream.loaded(index):
-        step_all(stream, index, batches, hidden)
-    hidden.advance()
+for index in walk(stream, hidden):
+    step_all(stream, index, batches, hidden)
 logits = stream.logits(batches[0], hidden[0])
 ```
 """
@@ -125,14 +123,14 @@ class LayerStream:
             index: the layer; None for all that stands outside the layers.
         """
         start = f"{self._path}." if index is None else f"{self._path}.{index}."
+        inside = index is not None
+        return {name: tensor for name, tensor in self._tensors().items() if name.startswith(start) == inside}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Map the full names of all tensors to their values; tied ones come once."""
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied -= {name for name, _ in self.model.named_parameters()}
-        state = self.model.state_dict()
-        return {
-            name: tensor
-            for name, tensor in state.items()
-            if name not in tied and name.startswith(start) == (index is not None)
-        }
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
 
     def step(self, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Run one layer on a batch, as the model around it would: with its own masks and positions.
@@ -209,13 +207,12 @@ class LayerStream:
         for key in self._weights:
             name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
             sources[key if key in state and name not in state else name].append(key)
-        for index in (None, *range(len(self))):
-            for name in self.tensors_of(index):
-                if name not in sources:
-                    raise ModelError(
-                        f"the checkpoint holds nothing that {name} is made of: it is not whole, or "
-                        "`execution: layerwise` cannot read it"
-                    )
+        for name in self._tensors():
+            if name not in sources:
+                raise ModelError(
+                    f"the checkpoint holds nothing that {name} is made of: it is not whole, or "
+                    "`execution: layerwise` cannot read it"
+                )
         return sources
 
     def _fill(self, names: Sequence[str]) -> None:
@@ -286,6 +283,20 @@ class HiddenStates:
     def _file(self, layers: int, batch: int) -> Path:
         assert self._folder is not None
         return self._folder / str(layers) / f"{batch}.safetensors"
+
+
+def walk(stream: LayerStream, hidden: HiddenStates, first: int | None = None) -> Iterator[int]:
+    """Load each layer, and give its memory back when the next is asked for.
+
+    Args:
+        stream: the model.
+        hidden: what the batches are at; goes on with the layers.
+        first: the layer to begin with, where no batch goes through; by default the one that the batches are before.
+    """
+    for index in range(hidden.layers if first is None else first, len(stream)):
+        with stream.loaded(index):
+            yield index
+        hidden.advance()
 
 
 def step_all(
@@ -388,10 +399,8 @@ def prove(config: PreTrainedConfig, layers: str) -> Forms:
         whole.save_pretrained(folder)
         stream = LayerStream(whole.config, Weights.of(Path(folder).glob("*.safetensors")), layers)
         hidden = HiddenStates()
-        for index in range(len(stream)):
-            with stream.loaded(index):
-                step_all(stream, index, [batch], hidden)
-            hidden.advance()
+        for index in walk(stream, hidden):
+            step_all(stream, index, [batch], hidden)
     found, expected = stream.logits(batch, hidden[0]), whole(**batch).logits
     if not torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())):
         raise ModelError(

@@ -25,7 +25,7 @@ from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
 from flapkit.interfaces import ArchitectureAdapter, Correction, TrialSearcher
-from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all
+from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all, walk
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
@@ -199,10 +199,8 @@ def _perplexities(
     batches = [(text, batch) for text, loader in zip(texts, data.test_dataloader(), strict=True) for batch in loader]
     stream, hidden = layers.stream, layers.hidden("evaluation")
     with layers.loops.progress.stage(name, len(stream), "layers") as stage:
-        for index in range(len(stream)):
-            with stream.loaded(index):
-                step_all(stream, index, [batch for _, batch in batches], hidden)
-            hidden.advance()
+        for index in walk(stream, hidden):
+            step_all(stream, index, [batch for _, batch in batches], hidden)
             stage.advance()
         metrics = {text: Perplexity() for text in texts}
         for number, (text, batch) in enumerate(batches):
@@ -217,13 +215,11 @@ def _visit(layers: Layers, name: str, sites: Sequence[Site], trace: Trace) -> It
     """Run a trace's text through the layers, and yield what was measured at each while it is loaded."""
     stream, hidden = layers.stream, layers.hidden("trace")
     with layers.loops.progress.stage(name, len(stream), "layers") as stage:
-        for index in range(len(stream)):
+        for index in walk(stream, hidden):
             of_layer = [site for site in sites if site.layer == index]
-            with stream.loaded(index):
-                with Collector(stream.model, of_layer, [trace.statistic]) as collector:
-                    step_all(stream, index, trace.batches, hidden, collector)
-                yield collector.statistics
-            hidden.advance()
+            with Collector(stream.model, of_layer, [trace.statistic]) as collector:
+                step_all(stream, index, trace.batches, hidden, collector)
+            yield collector.statistics
             stage.advance()
     hidden.clear()
 
@@ -297,13 +293,11 @@ def _resumed(
     if done == len(files):
         return
     hidden = layers.hidden(name, done)
-    for index in range(hidden.layers if batches else done, len(stream)):
-        with stream.loaded(index):
-            if index < done:
-                step_all(stream, index, batches, hidden)
-            else:
-                yield index, hidden
-        hidden.advance()
+    for index in walk(stream, hidden, None if batches else done):
+        if index < done:
+            step_all(stream, index, batches, hidden)
+        else:
+            yield index, hidden
     hidden.clear()
 
 

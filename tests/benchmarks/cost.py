@@ -28,7 +28,7 @@ from flapkit_metrics.wifv import WIFV
 from flapkit_searchers.al_am import ALAM
 from matplotlib.figure import Figure
 from random_llama import random_llama
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import flapkit
 from flapkit.calibration import Statistics
@@ -42,20 +42,6 @@ T = TypeVar("T")
 
 METHOD = Method(WIFV(), ALAM(), (Bias(),))
 TURNS = 7
-
-
-def llama(layers: int, width: int, mlp: int, heads: int, vocabulary: int = 4096) -> LlamaForCausalLM:
-    """Build a random LLaMA."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size: int = 8) -> RunText:
@@ -104,7 +90,7 @@ def overhead() -> None:
 
 def share_of_pruning(windows: int = 8, paper: int = 1024, layers: int = 2) -> None:
     """Compare all that comes after calibration with calibration, for layers of LLaMA-7B's shape."""
-    model = llama(layers, 4096, 11008, 32, vocabulary=64)
+    model = random_llama(layers, 4096, 11008, 32, vocabulary=64)
     sites, text = flapkit.sites(model), text_of(model, windows)
     budget = Budget.over(sites, 0.2)
     turns = []
@@ -142,7 +128,7 @@ def growth(figure: Path) -> None:
     """Draw calibration's time against windows and against layers."""
     model = flapkit.load("builtin:tiny-llama", "float32")
     windows = {count: (model, text_of(model, count)) for count in (16, 32, 64, 128)}
-    deep = {count: llama(count, 384, 1024, 6) for count in (2, 4, 8, 12)}
+    deep = {count: random_llama(count, 384, 1024, 6, vocabulary=4096) for count in (2, 4, 8, 12)}
     layers = {count: (each, text_of(each, 32)) for count, each in deep.items()}
     mpl.rcParams["svg.hashsalt"] = "flapkit"
     drawing = Figure(figsize=(7, 2.8), layout="constrained")

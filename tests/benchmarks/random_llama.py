@@ -21,16 +21,18 @@ import flapkit
 RATIOS = (0.2, 0.5)
 
 
-def random_llama() -> LlamaForCausalLM:
-    """Build the dense model: 12 layers of 12 heads, weights from a fixed seed."""
+def random_llama(
+    layers: int = 12, width: int = 768, mlp: int = 2560, heads: int = 12, vocabulary: int = 32000
+) -> LlamaForCausalLM:
+    """Build a dense model, weights from a fixed seed; of 148 million parameters if nothing else is asked for."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2560,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=2048,
     )
     return LlamaForCausalLM(config).eval()
