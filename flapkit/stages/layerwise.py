@@ -315,13 +315,14 @@ def _key(statistic: type[Statistic]) -> str:
 
 
 def _read_calibrated(layers: Layers, files: Sequence[Path], kept: Sequence[type[Statistic]]) -> Calibrated:
-    tensors = grouped({name: tensor for file in files for name, tensor in Weights.of([file]).items()})
+    tensors = grouped(Weights.of(files))
+    # Asked for once: Lightning builds a trainer to find it.
+    device = layers.loops.device
     return Calibrated(
         {site.name: tensors[site.name]["scores"] for site in layers.sites if site.name in tensors},
         {
             site.name: SiteStatistics(
-                statistic.restored(site, tensors[f"{site.name}/{_key(statistic)}"]).to(layers.loops.device)
-                for statistic in kept
+                statistic.restored(site, tensors[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in kept
             )
             for site in layers.sites
         },
