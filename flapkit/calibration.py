@@ -109,6 +109,15 @@ class Collector:
                     "try model.dtype float32 or bfloat16, and check that the model's weights are sound"
                 )
 
+    def merge(self) -> None:
+        """Merge what the processes of the run measured, each on its own windows; every one of them has to call it."""
+        for site in self._sites:
+            device = next(consumer_of(self._model, site).parameters()).device
+            for statistic in self.statistics[site.name].values():
+                # What saw nothing here, such as an expert, still lies where it was made.
+                statistic.to(device)
+                statistic.sync()
+
     def _hook(self, site: Site) -> Any:
         def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._see(site, args[0].flatten(0, -2), output, None)

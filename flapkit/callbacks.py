@@ -162,9 +162,7 @@ class Calibrate(Callback):
         if self._collector:
             if self._states:
                 self._states.save(self._collector, self._batches, last=True)
-            for measured in self._collector.statistics.values():
-                for statistic in measured.values():
-                    statistic.sync()
+            self._collector.merge()
             self.statistics = self._collector.statistics
         self._unhook()
 

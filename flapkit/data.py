@@ -77,6 +77,8 @@ class PruningData(LightningDataModule):
         evaluations: name -> windows, in the order of the loaders.
         batch_size: calibration windows that go through the model at once.
         evaluation_batch_size: the same for evaluation, or name -> the same for each.
+        share: which windows are this process's (``flapkit.ranks.share``), where no trainer deals them out; None for
+            all.
 
     Raises:
         DataError: calibration tokens of a wrong shape or type, or no window at all.
@@ -89,12 +91,14 @@ class PruningData(LightningDataModule):
         *,
         batch_size: int = 8,
         evaluation_batch_size: int | Mapping[str, int] = 8,
+        share: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.calibration = None if calibration is None else _calibration_rows(calibration)
         self.evaluations = dict(evaluations or {})
         self._batch_size = batch_size
         self._evaluation_batch_size = evaluation_batch_size
+        self._share = share
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:
@@ -134,9 +138,8 @@ class PruningData(LightningDataModule):
     def _loader(self, name: str, rows: Dataset[Row], batch_size: int) -> DataLoader[Row]:
         # No workers: the windows are in memory already. Keywords: Lightning builds the loader anew to predict, and
         # then mistakes a positional batch size for a second one.
-        return DataLoader(
-            rows, batch_size=batch_size, sampler=_sampler(self, name, rows), collate_fn=collate, num_workers=0
-        )
+        sampler = _sampler(name, rows, self._share or _share_of(self))
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
 
 
 class RecoveryData(LightningDataModule):
@@ -174,7 +177,7 @@ class RecoveryData(LightningDataModule):
 
     def _loader(self, name: str, windows: Tensor) -> DataLoader[Row]:
         rows = WindowRows({"input_ids": windows})
-        sampler = _sampler(self, name, rows)
+        sampler = _sampler(name, rows, _share_of(self))
         return DataLoader(rows, batch_size=self._batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
 
 
@@ -207,17 +210,20 @@ def collate(rows: Sequence[Row]) -> Batch:
     return batch
 
 
-def _sampler(data: LightningDataModule, name: str, rows: Dataset[Row]) -> Sampler[int] | None:
+def _share_of(data: LightningDataModule) -> Mapping[str, int] | None:
+    return data.trainer.distributed_sampler_kwargs if data.trainer else None
+
+
+def _sampler(name: str, rows: Dataset[Row], share: Mapping[str, int] | None) -> Sampler[int] | None:
     """Deal windows out to the devices, in order; Lightning's own samplers would shuffle them, or repeat some."""
-    shares = data.trainer.distributed_sampler_kwargs if data.trainer else None
-    if not shares or shares["num_replicas"] == 1:
+    if not share or share["num_replicas"] == 1:
         return None
-    if _count(rows) < shares["num_replicas"]:
+    if _count(rows) < share["num_replicas"]:
         raise DataError(
-            f"{name}: {_count(rows)} windows cannot be shared by {shares['num_replicas']} devices; "
+            f"{name}: {_count(rows)} windows cannot be shared by {share['num_replicas']} devices; "
             "give more windows, or set trainer.devices lower"
         )
-    return UnrepeatedDistributedSampler(rows, shuffle=False, **shares)
+    return UnrepeatedDistributedSampler(rows, shuffle=False, **share)
 
 
 def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:

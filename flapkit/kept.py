@@ -82,6 +82,23 @@ class Repair:
         return cls(corrections, piece.says["expected"])
 
 
+def write_piece(path: Path, tensors: Mapping[str, Tensor], says: Mapping[str, str]) -> None:
+    """Write the tensors of a finished piece of the work, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: by name.
+        says: what the file says of itself.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        write_tensors(path, tensors, says)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from error
+
+
 class Kept:
     """The pieces of a run in its work folder.
 
@@ -115,10 +132,7 @@ class Kept:
             return Piece(dict(Weights.of([path])), json.loads(read_metadata(path)["says"]))
         piece = make()
         if is_first():
-            try:
-                write_tensors(path, piece.tensors, {"says": json.dumps(piece.says)})
-            except (OSError, SafetensorError) as error:
-                raise disk_error(path, error) from error
+            write_piece(path, piece.tensors, {"says": json.dumps(piece.says)})
             for states in self._work.folder.glob(f"{STATES}-*"):
                 states.unlink()
         return piece

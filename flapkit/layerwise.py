@@ -37,8 +37,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from flapkit.calibration import Batch, Collector
-from flapkit.checkpoint.weights import Weights, write_tensors
+from flapkit.checkpoint.weights import Weights
 from flapkit.errors import ModelError
+from flapkit.kept import write_piece
 from flapkit.sites import Site
 from flapkit.tiny import tiny_config, tiny_model
 
@@ -263,7 +264,7 @@ class HiddenStates:
         if self._folder is None:
             self._kept[batch] = hidden.cpu()
         else:
-            write_tensors(self._file(self.layers + 1, batch), {"hidden": hidden}, {})
+            write_piece(self._file(self.layers + 1, batch), {"hidden": hidden}, {})
 
     def advance(self) -> None:
         """Note that all batches went through another layer."""

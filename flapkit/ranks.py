@@ -53,6 +53,14 @@ def check_started(asked: int) -> None:
             )
 
 
+def share() -> dict[str, int] | None:
+    """Return this process's share of the windows as torch's distributed samplers take it; None for all of them."""
+    distributed = _distributed()
+    if distributed is None or distributed.get_world_size() == 1:
+        return None
+    return {"rank": int(distributed.get_rank()), "num_replicas": int(distributed.get_world_size())}
+
+
 def from_first(work: Callable[[], T]) -> T:
     """Do something in the first process alone; every process waits for it, and gets what it returned.
 

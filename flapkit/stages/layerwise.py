@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 from flapkit.calibration import Batch, Collector, Statistics, needed_statistics, needs_gradient
 from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.families import describe_
-from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
+from flapkit.checkpoint.weights import Weights, grouped, read_metadata
 from flapkit.data import PruningData
 from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
 from flapkit.interfaces import ArchitectureAdapter, Correction, TrialSearcher
+from flapkit.kept import write_piece
 from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all, walk
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
 from flapkit.pruning import Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
+from flapkit.ranks import from_first, lost_processes, rank, share
 from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
 from flapkit.stages.loops import Loops, Measured, calibration_data, measure_texts
@@ -78,8 +80,9 @@ class Layers:
     def prune(self, budget: Budget, text: RunText) -> tuple[Statistics, Pruned]:
         """Calibrate and prune; return the statistics that are still in memory, and what was decided."""
         memory = self.recipe.recipe.calibration.statistics_bytes
-        calibrated = calibrate_layers(self, text, memory)
-        return calibrated.statistics, prune_layers(self, budget, text, calibrated, memory)
+        with lost_processes():
+            calibrated = calibrate_layers(self, text, memory)
+            return calibrated.statistics, prune_layers(self, budget, text, calibrated, memory)
 
     def compare(self, trace: Trace | None, pruned: Pruned) -> Mapping[str, SiteError]:
         """Measure how far the output of each pruned site is from the dense one."""
@@ -101,7 +104,11 @@ class Layers:
             layers: how many layers a stopped run went through; where its hidden states are gone, the pass begins anew.
         """
         on_disk = self.recipe.recipe.execution.hidden_states == "disk"
-        return HiddenStates(self.work / "hidden" / name if on_disk else None, layers)
+        return HiddenStates(self.work / "hidden" / f"{name}-{rank()}" if on_disk else None, layers)
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], says: Mapping[str, str]) -> None:
+        """Write a file of the work folder: the first process for all, which wait until it is there."""
+        from_first(lambda: write_piece(path, tensors, says))
 
     @property
     def records(self) -> list[Path]:
@@ -144,9 +151,6 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> Forms:
         f"adapter {target.adapter.name!r} is confirmed on the whole model; give a declaration of its own": (
             type(target.adapter).confirm is not ArchitectureAdapter.confirm
         ),
-        "it runs on one device; set trainer.devices and trainer.num_nodes to 1": (
-            asked.trainer.devices != 1 or asked.trainer.num_nodes != 1
-        ),
         f"trainer.precision: {precision} is for the whole model; set model.dtype instead": precision.endswith("-true")
         and precision != "32-true",
     }
@@ -170,6 +174,7 @@ def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) 
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
     forms, asked = check_layerwise(recipe, target), recipe.recipe
+    loops.meet()
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     weights = open_weights(asked.model.path, revision=asked.model.revision)
     layers = layers_of(target.sites)
@@ -189,23 +194,26 @@ def evaluate_layers(layers: Layers, texts: Mapping[str, EvaluationText], name: s
         RunError: a loss that is not finite, or a window that the device's memory does not hold.
     """
     model, loops = layers.stream.model, layers.loops
-    return measure_texts(model, texts, loops.device, lambda sizes: _perplexities(layers, texts, sizes, name))
+    with lost_processes():
+        return measure_texts(model, texts, loops, name, lambda sizes: _perplexities(layers, texts, sizes, name))
 
 
 def _perplexities(
     layers: Layers, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], name: str
 ) -> dict[str, PerplexityValues]:
-    data = PruningData(evaluations={name: text.windows for name, text in texts.items()}, evaluation_batch_size=sizes)
+    windows = {name: text.windows for name, text in texts.items()}
+    data = PruningData(evaluations=windows, evaluation_batch_size=sizes, share=share())
     batches = [(text, batch) for text, loader in zip(texts, data.test_dataloader(), strict=True) for batch in loader]
     stream, hidden = layers.stream, layers.hidden("evaluation")
     with layers.loops.progress.stage(name, len(stream), "layers") as stage:
         for index in walk(stream, hidden):
             step_all(stream, index, [batch for _, batch in batches], hidden)
             stage.advance()
-        metrics = {text: Perplexity() for text in texts}
+        device = layers.loops.device
+        metrics = {text: Perplexity().to(device) for text in texts}
         for number, (text, batch) in enumerate(batches):
             logits = stream.logits(batch, hidden[number])
-            metrics[text].update(*(each.cpu() for each in cross_entropy(logits, batch["labels"].to(logits.device))))
+            metrics[text].update(*cross_entropy(logits, batch["labels"].to(device)))
             metrics[text].check(text)
     hidden.clear()
     return {text: metric.compute() for text, metric in metrics.items()}
@@ -261,7 +269,7 @@ def calibrate_layers(layers: Layers, text: RunText, memory: int) -> Calibrated:
                     scores = score_sites(stream.model, part, measured, method.metric)
                     found |= {f"{name}/scores": score for name, score in scores.items()}
                 found |= _saved(measured, kept)
-            write_tensors(files[index], found, {})
+            layers.write(files[index], found, {})
             stage.advance()
     return _read_calibrated(layers, files, kept)
 
@@ -279,6 +287,7 @@ def _measure(
     for part in parts:
         with Collector(layers.stream.model, part, statistics) as collector:
             step_all(layers.stream, index, batches, hidden, collector, keep=part is parts[-1])
+            collector.merge()
         yield part, collector.statistics
 
 
@@ -289,7 +298,7 @@ def _resumed(
 
     Where the hidden states of a stopped run are not on the disk, the batches run through the finished layers once more.
     """
-    stream, done = layers.stream, next((index for index, file in enumerate(files) if not file.is_file()), len(files))
+    stream, done = layers.stream, from_first(lambda: _count_finished(files))
     if done == len(files):
         return
     hidden = layers.hidden(name, done)
@@ -299,6 +308,11 @@ def _resumed(
         else:
             yield index, hidden
     hidden.clear()
+
+
+def _count_finished(files: Sequence[Path]) -> int:
+    """Count the layers, from the first, that have their file already."""
+    return next((index for index, file in enumerate(files) if not file.is_file()), len(files))
 
 
 def _saved(measured: Statistics, kept: Sequence[type[Statistic]]) -> dict[str, Tensor]:
@@ -346,7 +360,7 @@ def prune_layers(layers: Layers, budget: Budget, text: RunText, calibrated: Cali
     repair = needed_statistics(method.compensators)
     again = any(not set(repair) <= set(found) for found in calibrated.statistics.values())
     stream, batches, files = layers.stream, _batches(text) if again else [], layers.shards
-    finished = [index for index in range(len(stream)) if files[index].is_file()]
+    finished = range(from_first(lambda: _count_finished(files[:-1])))
     with layers.loops.progress.stage("prune", len(stream), "layers") as stage:
         for index, hidden in _resumed(layers, "repair", files[:-1], batches):
             corrections: dict[str, Correction] = {}
@@ -358,9 +372,9 @@ def prune_layers(layers: Layers, budget: Budget, text: RunText, calibrated: Cali
                 corrections |= found
             _slice_layer_(layers, index, plan, corrections)
             says = {"format": "pt", NOTES: json.dumps(notes_of(corrections)), EXPECTED: json.dumps(expected)}
-            write_tensors(files[index], stream.tensors_of(index), says)
+            layers.write(files[index], stream.tensors_of(index), says)
             stage.advance()
-    write_tensors(files[-1], stream.tensors_of(None), {"format": "pt"})
+    layers.write(files[-1], stream.tensors_of(None), {"format": "pt"})
     written = Weights.of(files)
     for index in finished:
         _slice_empty_(layers, index, plan, written)
@@ -391,4 +405,4 @@ def _said(files: Sequence[Path], key: str) -> dict[str, Any]:
 
 
 def _batches(text: RunText) -> list[Batch]:
-    return list(calibration_data(text).predict_dataloader())
+    return list(calibration_data(text, share()).predict_dataloader())

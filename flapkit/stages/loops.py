@@ -172,9 +172,9 @@ def _measure(
     return measured.statistics
 
 
-def calibration_data(text: RunText) -> PruningData:
-    """Return the calibration text as Lightning loads it."""
-    return PruningData(text.calibration, batch_size=text.batch_size)
+def calibration_data(text: RunText, share: Mapping[str, int] | None = None) -> PruningData:
+    """Return the calibration text as Lightning loads it; ``share`` as of ``PruningData``."""
+    return PruningData(text.calibration, batch_size=text.batch_size, share=share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +208,14 @@ def evaluate(
     Raises:
         RunError: a loss that is not finite, or a window that the device's memory does not hold.
     """
-    return measure_texts(model, texts, loops.device, lambda sizes: _test(model, texts, sizes, loops, name))
+    return measure_texts(model, texts, loops, name, lambda sizes: _test(model, texts, sizes, loops, name))
 
 
 def measure_texts(
     model: PreTrainedModel,
     texts: Mapping[str, EvaluationText],
-    device: torch.device,
+    loops: Loops,
+    name: str,
     test: Callable[[Mapping[str, int]], Mapping[str, PerplexityValues]],
 ) -> dict[str, Measured]:
     """Measure the perplexity of each text with as many windows at once as it asks for, or as fit.
@@ -222,26 +223,36 @@ def measure_texts(
     Args:
         model: the model, for its sizes.
         texts: name -> text.
-        device: where it runs.
+        loops: what it runs on.
+        name: what the stage is called.
         test: measures, given how many windows of each text go through the model at once.
+
+    Raises:
+        RunError: a window that the device's memory does not hold; of several processes, also a batch.
     """
     if not texts:
         return {}
+    device = loops.device
     sizes: Mapping[str, int] = {
         name: first_batch_size(model, text.asked.length, device)
         if text.asked.batch_size == "auto"
         else text.asked.batch_size
         for name, text in texts.items()
     }
-    results, sizes = halving(sizes, test)
+    try:
+        results, sizes = (test(sizes), sizes) if loops.processes > 1 else halving(sizes, test)
+    except torch.OutOfMemoryError as error:
+        # One that began anew with smaller batches would be waited for by the others.
+        wanted = ", ".join(map(str, sizes.values()))
+        raise RunError(f"{name}: {wanted} windows at once do not fit; set `batch_size` in `evaluate`") from error
     return {
-        name: Measured(
-            texts[name],
-            perplexity(values, texts[name].protocol),
-            bits_per_byte(values, texts[name].protocol),
-            sizes[name],
+        text: Measured(
+            texts[text],
+            perplexity(values, texts[text].protocol),
+            bits_per_byte(values, texts[text].protocol),
+            sizes[text],
         )
-        for name, values in results.items()
+        for text, values in results.items()
     }
 
 
@@ -252,14 +263,7 @@ def _test(
     measured = Evaluate(data.evaluation_names)
     total = sum(len(text.windows) for text in texts.values())
     with loops.progress.stage(name, total, "windows") as stage:
-        try:
-            quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
-        except torch.OutOfMemoryError as error:
-            if loops.processes == 1:
-                raise
-            # One that began anew with smaller batches would be waited for by the others.
-            wanted = ", ".join(map(str, sizes.values()))
-            raise RunError(f"{name}: {wanted} windows at once do not fit; set `batch_size` in `evaluate`") from error
+        quietly(loops.trainer([measured, Advance(stage)]).test, CausalLM(model), data, verbose=False)
     return measured.results
 
 

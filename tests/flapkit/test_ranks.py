@@ -80,6 +80,16 @@ class Step(CausalLM):
 
 import flapkit.stages.recover as stage
 stage.Recover, stage.CausalLM = Watched, Step
+
+import flapkit.stages.layerwise as layers
+step_all = layers.step_all
+
+def step_to_death(stream, index, *args, **kwargs):
+    step_all(stream, index, *args, **kwargs)
+    if kwargs.get("keep") is not None and fault(f"kill at layer {index}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+layers.step_all = step_to_death
 """
 
 
@@ -182,6 +192,73 @@ def test_two_processes_are_one(home):
     (one,), (two,) = one.values(), two.values()
     assert two["dense"] == pytest.approx(one["dense"], rel=1e-6)
     assert two["pruned"] == pytest.approx(one["pruned"], rel=1e-6)
+
+
+LAYERWISE = {
+    **alone(RECIPE),
+    "metric": "wifv",
+    "compensator": {"name": "least_squares", "ridge": 0.01},
+    "calibration": {**RECIPE["calibration"], "statistics_memory": "8MB"},
+    "execution": {"mode": "layerwise", "hidden_states": "disk"},
+}
+
+
+@pytest.fixture(scope="module")
+def layerwise(home) -> Path:
+    """The output of one process that had one layer at a time in memory, and measured in parts, twice."""
+    code, _, err = end(flapkit(home, LAYERWISE, "layerwise"))
+    assert code == 0, err
+    return home / "layerwise"
+
+
+def shared(recipe: dict) -> dict:
+    """Return a recipe for two processes."""
+    return {**recipe, "trainer": RECIPE["trainer"]}
+
+
+def is_as(layerwise: Path, folder: Path) -> bool:
+    """Tell whether a run's output is that of one process: its plan, its weights, its perplexities."""
+    assert (folder / "plan.json").read_bytes() == (layerwise / "plan.json").read_bytes()
+    for file in sorted(layerwise.glob("*.safetensors")):
+        expected, found = load_file(file), load_file(folder / file.name)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], expected[name], atol=1e-5, rtol=1e-5) for name in expected)
+    one, two = (json.loads((run / "result.json").read_text())["perplexity"] for run in (layerwise, folder))
+    (one,), (two,) = one.values(), two.values()
+    return all(two[which] == pytest.approx(one[which], rel=1e-5) for which in ("dense", "pruned"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+def test_two_processes_share_the_windows_layer_by_layer(home, layerwise, hidden):
+    recipe = {**shared(LAYERWISE), "execution": {"mode": "layerwise", "hidden_states": hidden}}
+    code, out, err = end(flapkit(home, recipe, f"layerwise in {hidden}"))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    assert is_as(layerwise, home / f"layerwise in {hidden}")
+
+
+@pytest.mark.slow
+def test_a_process_killed_between_two_layers_ends_the_run_which_can_go_on(home, layerwise):
+    recipe = {**shared(LAYERWISE), "plugins": RECIPE["plugins"]}
+    code, _, err = end(flapkit(home, recipe, "layers killed", fault="kill at layer 2 1"))
+    assert code not in (0, -15)
+    assert not (home / "layers killed").exists()
+    finished = sorted(path.name for path in (home / ".layers killed.work" / "calibration").iterdir())
+    assert finished == ["00000.safetensors", "00001.safetensors"]
+    code, _, err = end(flapkit(home, recipe, "layers killed", "--resume"))
+    assert code == 0, err
+    assert is_as(layerwise, home / "layers killed")
+    assert not list(home.glob(".layers killed*"))
+
+
+@pytest.mark.slow
+def test_torchrun_layer_by_layer(home, layerwise):
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
+    code, out, err = end(flapkit(home, shared(LAYERWISE), "layers of torchrun", launcher=launcher))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    assert is_as(layerwise, home / "layers of torchrun")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 import yaml
@@ -10,7 +12,8 @@ from conftest import FORMS, make_llama
 from flapkit.bundled import bundled_models
 from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.weights import write_tensors
-from flapkit.errors import RecipeError
+from flapkit.errors import OutputError, RecipeError
+from flapkit.kept import write_piece
 from flapkit.recipe import load_recipe
 from flapkit.run import run
 from flapkit.tiny import tiny_config, tiny_model
@@ -131,9 +134,9 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
         if f"{path.parent.name}/{path.name}".startswith(stopped_at) and stop.armed:
             raise KeyboardInterrupt
         written.append(f"{path.parent.name}/{path.name}")
-        write_tensors(path, tensors, metadata)
+        write_piece(path, tensors, metadata)
 
-    monkeypatch.setattr("flapkit.stages.layerwise.write_tensors", stop)
+    monkeypatch.setattr("flapkit.stages.layerwise.write_piece", stop)
     stop.armed = True
     execution = {"mode": "layerwise", "hidden_states": hidden}
     with pytest.raises(KeyboardInterrupt):
@@ -146,6 +149,21 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     assert not set(before) & set(written[len(before) :])
     assert_same(home, whole, layerwise, tolerance=1e-5)
     assert not list(home.glob(".*"))
+
+
+@pytest.mark.parametrize("file", ["hidden/trace-0/1", "calibration", "weights"])
+def test_a_full_disk(home, monkeypatch, file):
+    save_dense(home / "dense")
+
+    def fill(path, tensors, metadata):
+        if f"/{file}/" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_tensors(path, tensors, metadata)
+
+    monkeypatch.setattr("flapkit.kept.write_tensors", fill)
+    with pytest.raises(OutputError, match=f"{file}.*: the disk is full"):
+        prune(home, "out", {"mode": "layerwise", "hidden_states": "disk"})
+    assert not (home / "out").exists()
 
 
 def test_a_recovery_trains_what_was_written(home):
@@ -161,7 +179,6 @@ REFUSED = {
     "calibration.sequential": {"calibration": {**RECIPE["calibration"], "sequential": True}},
     "samples": {"evaluate": {"samples": {"prompts": ["def"]}}},
     "flapkit export": {"export": "hf"},
-    "one device": {"trainer": {"accelerator": "cpu", "devices": 2}},
     "model.dtype": {"trainer": {"accelerator": "cpu", "precision": "bf16-true"}},
 }
 
