@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from flapkit.api import prune_
 from flapkit.calibration import Collector, Statistics
 from flapkit.checkpoint import save
+from flapkit.data import of_all
 from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation import Perplexity
 from flapkit.evaluation.perplexity import PerplexityValues
@@ -227,7 +228,10 @@ class Prune(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune the model in place."""
         model, statistics = _model_of(pl_module), self._calibrate.statistics
-        batches = trainer.predict_dataloaders or ()
+        batches: Any = trainer.predict_dataloaders
+        if trainer.world_size > 1:
+            # A searcher that tries plans has to find the same one in every process.
+            batches = of_all(batches)
         self.pruned = prune_sites_(model, self._sites, statistics, self._method, self._budget, batches)
 
 

@@ -210,6 +210,11 @@ def collate(rows: Sequence[Row]) -> Batch:
     return batch
 
 
+def of_all(loader: DataLoader[Row]) -> DataLoader[Row]:
+    """Load the windows of all processes, where a loader has one process's share."""
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn, num_workers=0)
+
+
 def _share_of(data: LightningDataModule) -> Mapping[str, int] | None:
     return data.trainer.distributed_sampler_kwargs if data.trainer else None
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from flapkit.data import PruningData, collate
+from flapkit.data import PruningData, collate, of_all
 from flapkit.errors import DataError
 from flapkit.windows import Windows, cut_windows
 
@@ -120,6 +120,9 @@ def test_devices_see_each_window_once(windows: int, ranks: int) -> None:
         data = share(PruningData(calibration, sets, batch_size=2, evaluation_batch_size=2), rank, ranks)
         seen["calibration"] += first_tokens(data.predict_dataloader())
         seen["test"] += first_tokens(data.test_dataloader()[0])
+        assert first_tokens(of_all(data.predict_dataloader())) == list(range(windows))
+        given = PruningData(calibration, batch_size=2, share={"rank": rank, "num_replicas": ranks})
+        assert first_tokens(given.predict_dataloader()) == first_tokens(data.predict_dataloader())
     assert sorted(seen["calibration"]) == sorted(seen["test"]) == list(range(windows))
 
 
