@@ -35,6 +35,7 @@ class Checked:
         params: parameters of the dense model.
         budget: how many parameters will go.
         needs: memory, disk and compute.
+        processes: how many share a machine's memory.
         odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
         left: what a stopped run has left in the output's work folder.
     """
@@ -43,6 +44,7 @@ class Checked:
     params: int
     budget: Budget
     needs: Needs
+    processes: int = 1
     odd: Sequence[int] = ()
     left: Sequence[str] = ()
 
@@ -74,14 +76,17 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         recovery_source(recovery.training, asked).check()
     empty = empty_model(asked, target)
     params = empty.num_parameters()
-    budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
+    budget = asked.budget.over(target.sites, params)
     plan = _check_floors(recipe, target, budget)
-    needs = estimate_needs(recipe, target, empty, budget)
+    loops = Loops.of(asked.trainer, Progress())
+    needs = estimate_needs(recipe, target, empty, budget, loops.processes)
     output = Path(asked.output).expanduser()
     check_space(output, needs.disk)
     if not force:
-        check_fits(recipe, needs, Loops.of(asked.trainer, Progress()).device)
-    return Checked(target, params, budget, needs, odd_widths(target.sites, plan), Work(output).pieces())
+        check_fits(recipe, needs, loops)
+    return Checked(
+        target, params, budget, needs, loops.per_machine, odd_widths(target.sites, plan), Work(output).pieces()
+    )
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:

@@ -26,7 +26,7 @@ from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
 from flapkit.recovery import Training
 from flapkit.sites import Site
 from flapkit.stages.loops import Loops
-from flapkit.stages.target import Target, find_target
+from flapkit.stages.target import Target
 from flapkit.statistics import Gram
 
 TEXT = 100_000_000
@@ -38,7 +38,7 @@ CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a run takes. Memory is the resident peak of the process, in bytes.
+    """What a run takes. Memory is the resident peak of a process, in bytes.
 
     Args:
         weights: bytes of the dense weights.
@@ -48,7 +48,8 @@ class Needs:
             are pruned already can go.
         layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
         device: bytes on a GPU with the model whole.
-        disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states.
+        disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states of all
+            processes.
         flops: floating-point operations of calibration, two for each multiplication with its addition.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains; None without one.
@@ -76,7 +77,9 @@ def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
     return empty if asked.model.dtype == "auto" else empty.to(getattr(torch, asked.model.dtype))
 
 
-def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget) -> Needs:
+def estimate_needs(
+    recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget, processes: int = 1
+) -> Needs:
     """Estimate what a run takes on a CPU, and what of it stands on a GPU if there is one.
 
     Args:
@@ -84,6 +87,7 @@ def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel,
         target: what it prunes.
         empty: the dense model without memory, in the type in which it will run.
         budget: how much is to go.
+        processes: how many share the windows.
     """
     asked, size = recipe.recipe, empty.dtype.itemsize
     text, own, weights = asked.calibration, psutil.Process().memory_info().rss + TEXT, empty.num_parameters() * size
@@ -95,7 +99,7 @@ def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel,
     whole = least + size * (sum(site.params for site in target.sites) - budget.params)
     hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
     parts = _layer_bytes(empty, target)
-    layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden)
+    layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden // processes)
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
     disk, trained = left + (2 * hidden if on_disk else 0), None
     if (recovery := recovery_of(recipe.compensators)) is not None:
@@ -109,43 +113,48 @@ def estimate_needs(recipe: LoadedRecipe, target: Target, empty: PreTrainedModel,
     return Needs(weights, own, whole, least, layerwise, weights + statistics + batch, disk, flops, passes, trained)
 
 
-def refuse_too_large(recipe: LoadedRecipe) -> None:
-    """Do as ``check_fits`` does, for a recipe of which nothing is known yet."""
-    asked, target = recipe.recipe, find_target(recipe)
-    empty, budget = empty_model(asked, target), asked.budget
-    wanted = Budget.over(target.sites, budget.ratio, budget.of, empty.num_parameters(), budget.multiple_of)
-    needs = estimate_needs(recipe, target, empty, wanted)
-    check_fits(recipe, needs, Loops.of(asked.trainer, Progress()).device)
+def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
+    """Do as ``check_fits`` does, where nothing is known yet but what is pruned."""
+    asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, Progress())
+    empty = empty_model(asked, target)
+    budget = asked.budget.over(target.sites, empty.num_parameters())
+    check_fits(recipe, estimate_needs(recipe, target, empty, budget, loops.processes), loops)
 
 
-def check_fits(recipe: LoadedRecipe, needs: Needs, device: torch.device) -> None:
+def check_fits(recipe: LoadedRecipe, needs: Needs, loops: Loops) -> None:
     """Raise ``RecipeError`` where the machine has less memory than a run takes.
 
     Args:
         recipe: what to do.
-        needs: what it takes.
-        device: where the model runs.
+        needs: what each process takes.
+        loops: what it runs on.
     """
-    layerwise = recipe.recipe.execution.mode == "layerwise"
-    if device.type == "cuda":
-        needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
-    else:
-        needed, limit, whose = needs.least, memory_limit(), "there are"
+    layerwise, device, processes = recipe.recipe.execution.mode == "layerwise", loops.device, loops.per_machine
+    # Processes map the same pages of the dense weights' file.
+    needed, limit = needs.least - needs.weights + needs.weights // processes, memory_limit(processes)
+    whose = "there are"
     if layerwise:
-        needed, limit, whose = needs.layerwise or 0, memory_limit(), "there are"
+        needed = needs.layerwise or 0
+    elif device.type == "cuda":
+        needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     if needed <= limit:
         return
+    each = f" in each of {processes} processes" if processes > 1 else ""
     way = "" if layerwise or not needs.layerwise else f"`execution: layerwise` takes {_gigabytes(needs.layerwise)}; "
     raise RecipeError(
-        f"{recipe.path}: the run takes about {_gigabytes(needed)} of memory, and {whose} {_gigabytes(limit)}; {way}"
-        "--force goes on nevertheless"
+        f"{recipe.path}: the run takes about {_gigabytes(needed)} of memory{each}, and {whose} {_gigabytes(limit)}"
+        f"{' for it' if each else ''}; {way}--force goes on nevertheless"
     )
 
 
-def memory_limit() -> int:
-    """Return the bytes of memory that this process may have: the machine's, or a container's or a process's limit."""
-    limits = [psutil.virtual_memory().total]
-    limits += [int(text) for text in map(_read, CGROUPS) if text.isdigit()]
+def memory_limit(processes: int = 1) -> int:
+    """Return the bytes of memory that a process may have: its part of the machine's or container's, or its own limit.
+
+    Args:
+        processes: how many share the machine.
+    """
+    limits = [psutil.virtual_memory().total // processes]
+    limits += [int(text) // processes for text in map(_read, CGROUPS) if text.isdigit()]
     soft = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     limits += [limit for limit in soft if limit != resource.RLIM_INFINITY]
     return int(min(limits))

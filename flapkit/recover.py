@@ -36,7 +36,7 @@ from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
 from flapkit.stages.save import add_text_beside, put_texts_beside
-from flapkit.stages.target import find_target
+from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
 from flapkit.stages.zero_shot import ask, load_tasks
 from flapkit.windows import tokens_hash
@@ -147,15 +147,17 @@ def recover(
         open_work(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
         noted_warnings() as warnings,
     ):
-        prepared = prepare(recipe, progress or Progress(), checkpoint)
+        target = find_target(_of_model(recipe, str(checkpoint), None))
+        prepared = prepare(recipe, target, progress or Progress(), checkpoint)
         return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
 
-def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = None) -> Preparation:
+def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint: Path | None = None) -> Preparation:
     """Read the text of a recovery, and try the recovery on an empty model, before anything is run.
 
     Args:
         recipe: what to do.
+        target: the model, dense or pruned.
         progress: whom the stages tell how far they are.
         checkpoint: the pruned model, if there is one already.
 
@@ -173,7 +175,7 @@ def prepare(recipe: LoadedRecipe, progress: Progress, checkpoint: Path | None = 
     source = recovery_source(training, asked)
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
-        target, tokenizer = find_target(_of_model(recipe, path, revision)), load_tokenizer(path, revision=revision)
+        tokenizer = load_tokenizer(path, revision=revision)
         recovery.attach(build_empty(target.config), target.sites)
         text = read_recovery_text(training, source, target, tokenizer, loops)
         render = renderer(target.adapter, tokenizer)

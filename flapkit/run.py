@@ -135,8 +135,9 @@ def run(
         FlapkitError: whatever keeps the run from its end; no output is written then.
     """
     output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    target = find_target(recipe)
     if not force:
-        refuse_too_large(recipe)
+        refuse_too_large(recipe, target)
     check = partial(check_output, output, overwrite=overwrite)
     with (
         open_work(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
@@ -147,14 +148,14 @@ def run(
             log.info("no stopped run has left anything to go on with: begins at the beginning")
         around = Around(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:
-            return _prune(recipe, around, overwrite=overwrite)
-        prepared = prepare(recipe, around.progress)
+            return _prune(recipe, target, around, overwrite=overwrite)
+        prepared = prepare(recipe, target, around.progress)
         prepared.loops.meet()
         first = _without_recovery(recipe, work.path("pruned"))
         if from_first(work.path("pruned").is_dir):
             log.info("going on from the pruned model in %s", first.recipe.output)
         else:
-            _prune(first, around, overwrite=False)
+            _prune(first, target, around, overwrite=False)
         return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
 
 
@@ -181,12 +182,12 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
 
 
-def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecord:
+def _prune(recipe: LoadedRecipe, target: Target, around: Around, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
     asked, loops = recipe.recipe, Loops.of(recipe.recipe.trainer, around.progress)
     # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
     kept = Kept(around.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
-    subject = _read(recipe, loops, around, kept)
+    subject = _read(recipe, target, loops, around, kept)
     executed, sites = subject.executed, subject.target.sites
     dense = _measure_dense(subject, loops, kept)
     around.journal.perplexity("dense", dense.perplexity)
@@ -219,11 +220,10 @@ def _prune(recipe: LoadedRecipe, around: Around, *, overwrite: bool) -> RunRecor
     return _write(record, executed, around, overwrite=overwrite)
 
 
-def _read(recipe: LoadedRecipe, loops: Loops, around: Around, kept: Kept | None) -> Subject:
+def _read(recipe: LoadedRecipe, target: Target, loops: Loops, around: Around, kept: Kept | None) -> Subject:
     """Read all text, and then load the model, or open it to be run layer by layer."""
     asked = recipe.recipe
     with around.progress.stage("text"):
-        target = find_target(recipe)
         tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
         text = read_text(asked, target, tokenizer)
         tasks = load_tasks(asked.evaluate.zero_shot)
@@ -237,7 +237,7 @@ def _read(recipe: LoadedRecipe, loops: Loops, around: Around, kept: Kept | None)
             target.adapter.confirm(model, target.sites)
             executed = Whole(recipe, model, target.sites, loops, around.cache, kept)
         params = executed.model.num_parameters()
-        budget = Budget.over(target.sites, asked.budget.ratio, asked.budget.of, params, asked.budget.multiple_of)
+        budget = asked.budget.over(target.sites, params)
     left = bytes_of(executed.model) - budget.params * executed.model.dtype.itemsize
     # A recovery writes the pruned model, and in the end its output.
     recovered = Path(asked.output).expanduser().resolve() != around.work.output

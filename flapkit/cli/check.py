@@ -42,8 +42,14 @@ def check(
     table.add_row("budget", f"{found.budget.params:,} of {found.budget.base:,} parameters of {asked.budget.of}")
     layerwise = "no list of layers" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB")
-    table.add_row("memory, about", f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise")
-    table.add_row("", f"{needs.own / 1e9:,.2f} GB of it the program's own; there are {memory_limit() / 1e9:,.2f} GB")
+    each = f", in each of {found.processes} processes" if found.processes > 1 else ""
+    table.add_row("memory, about", f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise{each}")
+    limit = f"{memory_limit(found.processes) / 1e9:,.2f} GB"
+    table.add_row(
+        "", f"{needs.own / 1e9:,.2f} GB of it the program's own; there are {limit}{' for each' if each else ''}"
+    )
+    if asked.execution.mode == "layerwise" and any(each.windows is None for each in asked.evaluate.perplexity):
+        table.add_row("", "not counted: hidden states of the texts in `evaluate` that have no `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
     table.add_row("output", asked.output)

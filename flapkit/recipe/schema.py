@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from flapkit.options import Count, PathText
-from flapkit.plan import BudgetBase
+from flapkit.plan import Budget, BudgetBase
+from flapkit.sites import Site
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 SHARDING = ("fsdp", "deepspeed", "model_parallel")
@@ -204,6 +205,10 @@ class BudgetSection(Section):
         "a multiple of this, whatever the searcher; no more goes than the ratio says. 32 or 64 suit most kernels, 256 "
         "suits GGUF's K types.",
     )
+
+    def over(self, sites: Iterable[Site], model_params: int) -> Budget:
+        """Return the budget over a model of some sites and so many parameters."""
+        return Budget.over(sites, self.ratio, self.of, model_params, self.multiple_of)
 
 
 class Samples(Section):

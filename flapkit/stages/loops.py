@@ -67,6 +67,11 @@ class Loops:
         return int(trainer.num_devices * trainer.num_nodes)
 
     @property
+    def per_machine(self) -> int:
+        """How many of the processes share a machine."""
+        return int(self.trainer([]).num_devices)
+
+    @property
     def numerics(self) -> str:
         """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
         return f"{self.device.type} {self.trainer([]).precision}"

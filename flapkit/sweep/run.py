@@ -217,8 +217,7 @@ def _carry_out(
         try:
             loops.place_(dense.model)
             model = share(dense.model, dense.target.sites)
-            asked = task.point.recipe.recipe.budget
-            budget = Budget.over(dense.target.sites, asked.ratio, asked.of, dense.params, asked.multiple_of)
+            budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
             pruned = _prune_(model, task, dense.target.sites, statistics, budget, loops, cache)
             after = evaluate(model, task.text.evaluations, loops, "evaluate pruned")
         except (FlapkitError, RuntimeError) as error:

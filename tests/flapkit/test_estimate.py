@@ -18,12 +18,12 @@ from flapkit.bundled import bundled_models
 from flapkit.calibration import run_batch
 from flapkit.errors import RecipeError
 from flapkit.estimate import calibration_flops, check_fits, empty_model, estimate_needs, memory_limit
-from flapkit.plan import Budget
 from flapkit.recipe import load_recipe
+from flapkit.stages.loops import Loops
 from flapkit.stages.target import find_target
 from flapkit.tiny import tiny_config, tiny_model
 
-CPU = torch.device("cpu")
+CPU = Loops({"accelerator": "cpu"})
 WATCHED = """
 import sys
 import flapkit.run
@@ -70,10 +70,10 @@ def recipe(tmp_path, monkeypatch):
     return make
 
 
-def needs_of(recipe):
+def needs_of(recipe, processes=1):
     asked, target = recipe.recipe, find_target(recipe)
     empty = empty_model(asked, target)
-    return estimate_needs(recipe, target, empty, Budget.over(target.sites, 0.3, "blocks", empty.num_parameters()))
+    return estimate_needs(recipe, target, empty, asked.budget.over(target.sites, empty.num_parameters()), processes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -116,17 +116,29 @@ def test_hidden_states_on_the_disk(recipe):
 def test_what_does_not_fit_is_refused(recipe, monkeypatch):
     asked = recipe(make_llama())
     needs = needs_of(asked)
-    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.least)
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least)
     check_fits(asked, needs, CPU)
-    monkeypatch.setattr(estimate, "memory_limit", lambda: needs.least - 1)
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least - 1)
     with pytest.raises(RecipeError, match=r"takes about .* GB of memory, and there are .*`execution: layerwise` takes"):
         check_fits(asked, needs, CPU)
+
+
+def test_processes_share_the_memory_and_the_windows(recipe, monkeypatch):
+    asked = recipe(make_llama(), execution="layerwise")
+    alone, two = needs_of(asked), needs_of(asked, processes=2)
+    assert alone.layerwise - alone.own - (two.layerwise - two.own) == 6 * 24 * 32 * 4 / 2
+    whole, half = memory_limit(), memory_limit(2)
+    assert half == whole // 2
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: two.layerwise - 1)
+    loops = Loops({"accelerator": "cpu", "devices": 2})
+    with pytest.raises(RecipeError, match=r"GB of memory in each of 2 processes, and there are .* GB for it; --force"):
+        check_fits(asked, two, loops)
 
 
 @pytest.mark.parametrize("words", [("check",), ("run", "-q")])
 def test_force_goes_on(recipe, command, monkeypatch, words):
     recipe(make_llama(vocab_size=4096))
-    monkeypatch.setattr(estimate, "memory_limit", lambda: 1)
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes=1: 1)
     code, _, said = command(*words, "recipe.yaml")
     assert code == 2
     assert "--force goes on nevertheless" in said
