@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -134,27 +134,35 @@ class Collector:
     def _see(self, site: Site, x: Tensor, output: Tensor, routed: Tensor | None) -> None:
         """Show a consumer's input [tokens, channels] to the statistics; of an expert, that of the routed tokens."""
         x = x.detach()
-        for statistic in self.statistics[site.name].values():
-            tokens = self._tokens_of(statistic, x.device).flatten()
-            tokens = tokens if routed is None else tokens[routed]
-            statistic.to(x.device)
+        for statistic in self._statistics_of(site, x.device):
+            tokens = self._tokens_of(statistic, x.device, routed)
             if not isinstance(statistic, GradientStatistic):
-                # Of a batch without padding no copy is made: it would cost as much as the moments themselves.
-                statistic.update(x if self._complete and statistic.windows == "all" else x[tokens])
+                statistic.update(x[tokens])
             elif output.requires_grad:
                 output.register_hook(_see_gradient(statistic, x, tokens))
         self._unseen.discard(site.name)
         if self._stop_early and not self._unseen:
             raise AllSeen
 
-    def _tokens_of(self, statistic: Statistic, device: torch.device) -> Tensor:
-        """Return which tokens a statistic takes in, [windows, tokens]."""
-        if statistic.windows == "held_out":
-            return (self._attended & self._held_out[:, None]).to(device)
-        return self._attended.to(device)
+    def _statistics_of(self, site: Site, device: torch.device) -> Iterator[Statistic]:
+        """Yield a site's statistics, on the device of its input."""
+        for statistic in self.statistics[site.name].values():
+            # Asked first: a metric that is moved walks through all that it has, also where it is there already.
+            if statistic.device != device:
+                statistic.to(device)
+            yield statistic
+
+    def _tokens_of(self, statistic: Statistic, device: torch.device, routed: Tensor | None = None) -> Tensor | slice:
+        """Return an index of the tokens that a statistic takes in: of all, or of those routed to an expert."""
+        if self._complete and statistic.windows == "all":
+            # No copy is made then: it would cost as much as the moments themselves.
+            return slice(None)
+        counted = self._attended & self._held_out[:, None] if statistic.windows == "held_out" else self._attended
+        tokens = counted.flatten().to(device)
+        return tokens if routed is None else tokens[routed]
 
 
-def _see_gradient(statistic: GradientStatistic, x: Tensor, tokens: Tensor) -> Any:
+def _see_gradient(statistic: GradientStatistic, x: Tensor, tokens: Tensor | slice) -> Any:
     def hook(gradient: Tensor) -> None:
         statistic.update(x[tokens], gradient.flatten(0, -2)[tokens])
 

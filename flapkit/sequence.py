@@ -141,10 +141,9 @@ class PrefixCollector(Collector):
         bias = getattr(consumer_of(self._model, self._site), "bias", None)
         if bias is not None:
             target = target - bias.detach()
-        for statistic in self.statistics[self._site.name].values():
-            statistic.to(x.device)
+        for statistic in self._statistics_of(self._site, x.device):
             seen = torch.cat([x.float(), target], dim=1) if isinstance(statistic, TargetGram) else x
-            statistic.update(seen[self._tokens_of(statistic, x.device).flatten()])
+            statistic.update(seen[self._tokens_of(statistic, x.device)])
 
 
 def check_outputs_are_added(model: PreTrainedModel, layer: Sequence[Site], batch: Batch) -> None:

@@ -173,7 +173,7 @@ class _SpreadStatistic(Statistic):
         super().sync(*args, **kwargs)
 
     def _keep(self, spread: Spread) -> None:
-        self._tokens, self._mean, self._squares = (part.to(self.device) for part in spread)
+        self._tokens, self._mean, self._squares = spread
 
     @property
     def spread(self) -> Spread:
@@ -203,7 +203,8 @@ class _SpreadStatistic(Statistic):
 class Moments(_SpreadStatistic):
     """Token count, mean and variance of every channel, merged exactly.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), in float64.
+    Deviations from the mean so far are summed in float64: the shifted data of Chan, Golub and LeVeque (1983). A batch
+    whose own mean lies far from that one loses nothing: what nearly cancels is then a part of the variance itself.
     """
 
     def _empty(self, device: torch.device) -> Spread:
@@ -214,17 +215,18 @@ class Moments(_SpreadStatistic):
         """Merge the moments of ``x`` [tokens, channels]."""
         if len(x) == 0:
             return
-        # One sweep over rows that stay in a processor's cache, about a mean that is rough: shifted sums.
+        # One sweep over rows that stay in a processor's cache.
         parts = x.split(max(1, IN_CACHE // self.channels) if x.device.type == "cpu" else len(x))
-        rough = parts[0].double().mean(dim=0)
-        first, second = torch.zeros_like(rough), torch.zeros_like(rough)
+        seen = self.spread
+        about = seen.mean if seen.tokens else parts[0].double().mean(dim=0)
+        first, second = torch.zeros_like(about), torch.zeros_like(about)
         for part in parts:
-            deviations = part.double() - rough
+            deviations = part.to(torch.float64, copy=True).sub_(about)
             first += deviations.sum(dim=0)
             second += deviations.square_().sum(dim=0)
-        squares = (second - first.square() / len(x)).clamp_(min=0)
-        batch = Spread(squares.new_full((1,), len(x)), rough + first / len(x), squares)
-        self._keep(self.spread.merged(batch))
+        tokens = seen.tokens + len(x)
+        squares = seen.squares + (second - first.square() / tokens).clamp_(min=0)
+        self._keep(Spread(tokens, about + first / tokens, squares))
 
     def compute(self) -> Tensor:
         """Return the variance [channels]."""

@@ -35,6 +35,22 @@ def test_a_small_variance_beside_a_large_mean_is_not_lost():
     torch.testing.assert_close(moments(*x.split(7)).variance, x.var(dim=0))
 
 
+@pytest.mark.parametrize("seen", [1, 2, 500])
+@pytest.mark.parametrize("away", [1e-3, 1e2, 1e7])
+def test_a_mean_that_jumps_between_batches_costs_no_precision(seen, away):
+    x = torch.randn(1500, 3, generator=torch.Generator().manual_seed(seen), dtype=torch.float64) + 10
+    x[seen:] += away
+    torch.testing.assert_close(moments(*x.split([seen, 1500 - seen])).variance, x.var(dim=0), rtol=1e-12, atol=0)
+
+
+def test_float64_inputs_stay_as_they_are():
+    x = correlated(5)
+    before = x.clone()
+    moments(x)
+    gram(x)
+    assert torch.equal(x, before)
+
+
 def test_constant_channels_have_no_variance():
     assert moments(*torch.full((9, 2), 0.1).split(2)).variance.tolist() == [0.0, 0.0]
 
