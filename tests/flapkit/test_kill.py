@@ -34,6 +34,7 @@ import flapkit.pruning
 import flapkit.stages.layerwise
 import flapkit.surgery
 import flapkit.sweep.results
+import flapkit.work
 from flapkit import hookimpl
 
 POINTS = {
@@ -41,8 +42,9 @@ POINTS = {
     "search": (flapkit.pruning, "find_plan", 1),
     "slice": (flapkit.surgery, "_keep", 5),
     "write": (sys.modules["flapkit.checkpoint.save"], "_write_config", 1),
-    # The old output is set aside by the call before.
-    "swap": (Path, "rename", 2),
+    "swap": (flapkit.work, "exchange", 1),
+    # Where a system cannot exchange two folders: the old output is set aside by the call before.
+    "two renames": (Path, "rename", 2),
     "lora": (flapkit.callbacks.Recover, "on_train_batch_end", 4),
     "measure a layer": (flapkit.stages.layerwise, "write_tensors", 3),
     "write a layer": (flapkit.stages.layerwise, "write_tensors", 7),
@@ -64,6 +66,8 @@ def stop_before(owner, name, call, number):
 
 if Path("kill.json").exists():
     asked = json.loads(Path("kill.json").read_text())
+    if asked["at"] == "two renames":
+        flapkit.work.exchange = lambda one, other: False
     stop_before(*POINTS[asked["at"]], asked["signal"])
 
 
@@ -82,7 +86,7 @@ RECIPE = {
 }
 LORA = {"name": "lora", "rank": 2, "steps": 6, "validate_every": 2, "validation_windows": 2, "length": 16, "lr": 1e-3}
 SWEEP = {"recipe": "recipe.yaml", "grid": {"budget.ratio": [0.2, 0.3, 0.4]}, "output": "out"}
-STAGES = ("calibration", "search", "slice", "write", "swap", "lora", "measure a layer", "write a layer")
+STAGES = ("calibration", "search", "slice", "write", "swap", "two renames", "lora", "measure a layer", "write a layer")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 QUICK = {("calibration", signal.SIGKILL)}
 
@@ -178,7 +182,7 @@ def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
 
     said = stop(tmp_path, stage, number, "--overwrite")
     aside = Path(".out.work/replaced/out")
-    assert aside.exists() == ((stage, number) == ("swap", signal.SIGKILL))
+    assert aside.exists() == ((stage, number) == ("two renames", signal.SIGKILL))
     assert hashes(aside if aside.exists() else Path("out")) == older
     if number != signal.SIGKILL:
         assert said.endswith("error: stopped; no output was written\n")

@@ -12,7 +12,7 @@ import pytest
 from flapkit.checkpoint import new_folder
 from flapkit.checkpoint.folder import MARK
 from flapkit.errors import OutputError
-from flapkit.work import Work, differences, open_work, work_folder
+from flapkit.work import Work, differences, exchange, open_work, work_folder
 
 HOLDS = """
 import fcntl, os, sys
@@ -24,6 +24,17 @@ print("held", flush=True)
 sys.stdin.read()
 """
 """Holds a lock, as ``open_work`` does, without importing what takes seconds."""
+
+
+WATCHES = """
+import os, sys
+print("watching", flush=True)
+while True:
+    try:
+        os.stat(sys.argv[1])
+    except FileNotFoundError:
+        print("missing", flush=True)
+"""
 
 
 def hold(output):
@@ -140,6 +151,23 @@ def test_text_or_weights_that_changed_meanwhile(tmp_path):
 
 def test_differences_of_lists():
     assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ['a: [1, {"b": 2}] then, [1, {"b": 3}] now']
+
+
+def test_an_output_is_never_missing_while_it_is_replaced(tmp_path):
+    """Another process looks for it all the time, and sees an old or a new one each time."""
+    out, other = old_output(tmp_path), tmp_path / "other"
+    other.mkdir()
+    if not exchange(other, out):
+        pytest.skip("this system or file system cannot exchange two folders")
+    exchange(other, out)
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHES, str(out)], stdout=subprocess.PIPE, text=True)
+    assert watcher.stdout.readline() == "watching\n"
+    for number in range(100):
+        with new_folder(out, overwrite=True) as folder:
+            (folder / MARK).write_text(str(number))
+    watcher.send_signal(signal.SIGTERM)
+    assert watcher.communicate()[0] == ""
+    assert list(tmp_path.iterdir()) == [out, other]
 
 
 def test_an_output_that_was_set_aside_is_put_back(tmp_path, caplog):
