@@ -34,7 +34,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flapkit.checkpoint.empty import build_empty
+from flapkit.checkpoint.empty import build_empty, config_of
 from flapkit.checkpoint.modeling_flapkit import columns_of, count, find, heads_of, rows_of
 from flapkit.errors import InputError, ModelError
 from flapkit.interfaces import ArchitectureAdapter
@@ -162,9 +162,6 @@ class Block:
         return isinstance(self.kv_heads, int) or any("//" in expression for expression in self.attributes.values())
 
 
-_BLOCKS = TypeAdapter(tuple[Block, ...])
-
-
 @dataclass(frozen=True)
 class Family:
     """A family of models whose decoder layers are built alike.
@@ -191,6 +188,9 @@ class Family:
         members = {"name": self.name, "family": self, "__doc__": about, "__module__": __name__}
         made = type(f"{self.name.title().replace('_', '')}Adapter", (FamilyAdapter,), members)
         return dataclass(frozen=True)(made)
+
+
+_FAMILY = TypeAdapter(Family)
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 @lru_cache(maxsize=4)
 def _skeleton(of: type[PreTrainedConfig], text: str) -> PreTrainedModel:
-    config = of.from_dict(json.loads(text))
-    model = build_empty(config)
+    model = build_empty(config_of(of, json.loads(text)))
     model.tie_weights()
     return model
 
@@ -264,12 +263,11 @@ def declaration_of(config: PreTrainedConfig) -> Family:
         raise ModelError(
             f"this configuration of type {config.model_type!r} declares no blocks: flapkit did not write it"
         )
-    try:
-        blocks = _BLOCKS.validate_python(declared["blocks"])
-    except (LookupError, TypeError, ValueError, InputError) as error:
-        raise ModelError(f"what the configuration declares as its blocks is damaged: {error}") from error
     dense = config.model_type.removeprefix("flapkit_")
-    return Family(dense, (dense,), declared["layers"], blocks)
+    try:
+        return _FAMILY.validate_python({**declared, "name": dense, "model_types": (dense,)})
+    except (TypeError, ValueError, InputError) as error:
+        raise ModelError(f"what the configuration declares as its blocks is damaged: {error}") from error
 
 
 def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") -> tuple[Site, ...]:
@@ -318,7 +316,7 @@ class _Place:
     def sites(self, unit: Unit) -> Iterator[Site]:
         consumer, dim = columns_of(self.module, self.block.data)
         weight = self.module.get_parameter(consumer)
-        counts = self._counts(weight.shape[dim])
+        counts = self._counts(weight.shape[dim] if weight.numel() else 0)
         units, runs = self._units(counts, unit)
         name = f"layers.{self.layer}.{self.block.name}"
         experts: Sequence[int | None] = range(len(weight)) if self.block.kind == "experts" else [None]
@@ -391,7 +389,7 @@ class _Place:
                 for size in shape[1 if self.block.kind == "experts" else 0 :]:
                     numel *= size
                 where = f"{self.path}.{parameter}"
-                if rows % count(layout, counts):
+                if not rows or rows % count(layout, counts):
                     said = ", ".join(f"{key} {value}" for key, value in counts.items())
                     raise ModelError(f"{where}: its {rows} rows cannot be laid out as {layout!r} with {said}")
                 yield from _parts(where, dim, numel // rows, layout, counts, units, rows // count(layout, counts))

@@ -77,13 +77,14 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     empty = empty_model(asked, target)
     params = empty.num_parameters()
     budget = asked.budget.over(target.sites, params)
-    plan = _check_floors(recipe, target, budget)
     loops = Loops.of(asked.trainer, Progress())
     needs = estimate_needs(recipe, target, empty, budget, loops.processes)
     output = Path(asked.output).expanduser()
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, loops)
+    # Last: it takes memory for every unit.
+    plan = _check_floors(recipe, target, budget)
     return Checked(
         target, params, budget, needs, loops.per_machine, odd_widths(target.sites, plan), Work(output).pieces()
     )

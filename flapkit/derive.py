@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.architecture import Block, Family, FamilyAdapter, check_causal, declaration_of, sites_of, skeleton
+from flapkit.checkpoint.empty import config_of
 from flapkit.checkpoint.modeling_flapkit import find, heads_of
 from flapkit.death import Layer
 from flapkit.errors import ModelError
@@ -82,7 +83,7 @@ def derive(config: PreTrainedConfig) -> Family:
 
 @lru_cache(maxsize=8)
 def _derive(of: Any, text: str) -> Family:
-    config = of.from_dict(json.loads(text))
+    config = config_of(of, json.loads(text))
     family = None
     try:
         with torch.random.fork_rng(), torch.enable_grad():

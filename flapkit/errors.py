@@ -71,6 +71,11 @@ class CalibrationError(RunError):
     """Calibration met activations that are not finite, or too few of them."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Tell whether an error is a panic of a library's Rust code, which is no ``Exception`` and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that was probably meant, if any is near."""
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)

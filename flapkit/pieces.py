@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from flapkit.errors import DataError, is_panic
+
 PIECE = 2**17
 """Characters of a piece."""
 
@@ -67,13 +69,36 @@ def encode_in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, *, add_speci
     return Tokens(np.concatenate([each.ids for each in joined]), np.concatenate([each.places for each in joined]))
 
 
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
+    """Call a tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        text: of any length; that it is longer than the model's context is no surprise.
+        options: as transformers takes them.
+
+    Returns:
+        What the tokenizer returns.
+
+    Raises:
+        DataError: the tokenizer fails.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        # A tokenizer is what somebody wrote, for a library that can raise anything on what it does not expect.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"the tokenizer fails ({said}); fetch the model's tokenizer again") from error
+
+
 def _encode(tokenizer: Any, text: str, first: int, add_special_tokens: bool) -> tuple[Tokens, Sequence[int]]:
     """Tokenise a piece; return its tokens, and which of them the tokenizer put at the ends."""
-    # verbose=False: that the whole is longer than the model's context is no surprise, it is cut into windows.
-    found = tokenizer(
+    found = tokenise(
+        tokenizer,
         text,
         add_special_tokens=add_special_tokens,
-        verbose=False,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_attention_mask=False,

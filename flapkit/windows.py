@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.errors import DataError
-from flapkit.pieces import Ints, encode_in_pieces
+from flapkit.pieces import Ints, encode_in_pieces, tokenise
 
 UNSCORED = -100
 """The label of a token that is context only."""
@@ -98,10 +98,11 @@ def encode_measured(
     complete = bool(start) and all(document.startswith(start) for document in documents)
     text = ("" if complete else separator).join(documents)
     if tokenizer.is_fast:
-        found = encode_in_pieces(tokenizer, text, add_special_tokens=not complete)
-        tokens, sizes = torch.from_numpy(found.ids), _sizes(text, found.places) if measure else None
+        pieces = encode_in_pieces(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.from_numpy(pieces.ids), _sizes(text, pieces.places) if measure else None
     else:
-        tokens, sizes = torch.tensor(tokenizer(text, add_special_tokens=not complete, verbose=False)["input_ids"]), None
+        found = tokenise(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.tensor(found["input_ids"]), None
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
     return Encoded(tokens, sizes)

@@ -14,7 +14,7 @@ from flapkit.errors import ModelError
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """What configurations call the number of decoder layers."""
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1000
 """A configuration of more decoder layers is a mistake, or wants to keep somebody waiting: all of them are built."""
 
 
@@ -33,6 +33,25 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
         said = f"the configuration of type {config.model_type!r} describes no model"
         raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
     return model
+
+
+def config_of(of: Any, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make a configuration of plain data.
+
+    Args:
+        of: its class.
+        values: what ``to_dict`` gave, perhaps without some of it.
+
+    Raises:
+        ModelError: the class does not take it.
+    """
+    try:
+        config: PreTrainedConfig = of.from_dict(dict(values))
+    except Exception as error:
+        # Each class checks in its own way what it is given, or does not.
+        said = f"the configuration of type {of.model_type!r} is damaged"
+        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+    return config
 
 
 def check_depth(settings: Any) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flapkit.checkpoint import modeling_flapkit
+from flapkit.checkpoint.empty import config_of
 from flapkit.sites import Site
 
 PREFIX = "flapkit_"
@@ -173,12 +174,15 @@ def register() -> None:
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the dense form of a pruned model's configuration; a dense one stays as it is."""
+    """Return the dense form of a pruned model's configuration; a dense one stays as it is.
+
+    Raises:
+        ModelError: the dense model's class does not take what it holds.
+    """
     if not config.model_type.startswith(PREFIX):
         return config
     kept = {key: value for key, value in config.to_dict().items() if key not in ADDED}
-    dense: PreTrainedConfig = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](**kept)
-    return dense
+    return config_of(CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)], kept)
 
 
 def describe_(model: PreTrainedModel, sites: Sequence[Site]) -> None:

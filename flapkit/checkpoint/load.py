@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from flapkit.bundled import PREFIX, bundled_models
-from flapkit.checkpoint.consistency import check_plan, check_shapes
+from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
 from flapkit.checkpoint.empty import check_depth
 from flapkit.checkpoint.families import PREFIX as PRUNED
 from flapkit.checkpoint.families import register
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.soundness import check_unquantised, check_weights
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.errors import InputError, ModelError, did_you_mean
+from flapkit.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.json_text import parse_json
 from flapkit.paths import to_path, within
 
@@ -37,6 +37,9 @@ PARTS = ("*.safetensors", "*.json")
 """What is fetched of a hub model whose weights are read one by one."""
 
 WEIGHTS = "model.safetensors"
+MOST_TOKENS = 10_000_000
+"""A tokenizer with larger numbers is damaged."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 T = TypeVar("T")
@@ -73,6 +76,8 @@ def load(
         stored = _check_files(path, source)
         if config.model_type.startswith(PRUNED):
             _check_pruned(path, source, config)
+        else:
+            check_size(path, config, _weight_files(path, source))
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
     load_model: Any = AutoModelForCausalLM.from_pretrained
     model, info = _call(
@@ -155,11 +160,28 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
         lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False),
         what="tokenizer",
     )
-    # They are the names of files where the tokenizer is saved.
-    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
-        if not name.isidentifier():
-            raise ModelError(f"tokenizer {path}: a chat template is called {name!r}, which is no name")
+    _check_numbers(path, tokenizer)
+    _check_templates(path, tokenizer.chat_template)
     return tokenizer
+
+
+def _check_numbers(name: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens of huge numbers: where a tokenizer is saved, memory is taken for every number below."""
+    vocabulary: dict[str, int] = _call(name, tokenizer.get_vocab, what="tokenizer")
+    token = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if token is not None and vocabulary[token] >= MOST_TOKENS:
+        raise ModelError(
+            f"tokenizer {name}: {token!r} has the number {vocabulary[token]}, expected under {MOST_TOKENS}"
+        )
+
+
+def _check_templates(name: Path | str, templates: Any) -> None:
+    """Refuse chat templates that are no text, or whose names, by which they are saved as files, are none."""
+    for key, template in templates.items() if isinstance(templates, dict) else [("default", templates)]:
+        if not key.isidentifier():
+            raise ModelError(f"tokenizer {name}: a chat template is called {key!r}, which is no name")
+        if template is not None and not isinstance(template, str):
+            raise ModelError(f"tokenizer {name}: a chat template is a {type(template).__name__}, expected text")
 
 
 def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
@@ -224,6 +246,7 @@ def _check_files(name: Path | str, folder: Path) -> dict[str, str]:
 def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> None:
     """Find tensors, and a plan, that are not those of the configuration."""
     check_shapes(name, config, _weight_files(name, folder))
+    check_settings(name, config)
     if (folder / PLAN).is_file():
         check_plan(name, config, folder / PLAN)
 
@@ -247,8 +270,10 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
 def _call(path: Path | str, loader: Callable[[], T], what: str = "model") -> T:
     try:
         return loader()
-    except Exception as error:
+    except BaseException as error:
         # What transformers raises on a damaged checkpoint can be anything.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             text = "it brings code of its own, and code that comes with a model is not run"

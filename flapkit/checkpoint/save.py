@@ -67,7 +67,7 @@ def save(
     classes = savable_classes(model)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
-        _check_generation(model)
+        settle_generation_(model)
         if weights:
             _take_weights(model, weights, folder)
         else:
@@ -129,7 +129,7 @@ def savable_classes(model: PreTrainedModel) -> PrunedClasses:
     return classes
 
 
-def _check_generation(model: PreTrainedModel) -> None:
+def settle_generation_(model: PreTrainedModel) -> None:
     """Turn sampling on where the generation settings need it: transformers refuses to save them otherwise."""
     settings = model.generation_config
     if settings is None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flapkit.pieces import tokenise
+
 
 @torch.no_grad()
 def write_samples(
@@ -42,7 +44,7 @@ def write_samples(
         **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
     )
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        inputs = tokenise(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             generate: Any = model.generate

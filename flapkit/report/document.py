@@ -85,6 +85,9 @@ class _Bench(TypedDict, total=False):
     promised: Figure | None
 
 
+_RESULT, _MADE, _BENCH = (pydantic.TypeAdapter[Any](of) for of in (_Result, _Made, _Bench))
+
+
 @dataclass(frozen=True, slots=True)
 class RunDocument:
     """What a run's folder says, without the model.
@@ -120,8 +123,8 @@ class RunDocument:
             ReportRecord.from_json(_read(folder / RECORD), str(folder / RECORD)),
             read_result(folder / "result.json"),
             _read(folder / "recipe.yaml"),
-            _checked(folder / "flapkit.json", _Made),
-            _checked(folder / BENCH, _Bench) if (folder / BENCH).exists() else {},
+            _checked(folder / "flapkit.json", _MADE),
+            _checked(folder / BENCH, _BENCH) if (folder / BENCH).exists() else {},
         )
 
 
@@ -148,14 +151,14 @@ def read_result(path: Path) -> Mapping[str, Any]:
     Raises:
         InputError: it is damaged.
     """
-    return _checked(path, _Result)
+    return _checked(path, _RESULT)
 
 
-def _checked(path: Path, of: Any) -> Mapping[str, Any]:
+def _checked(path: Path, of: pydantic.TypeAdapter[Any]) -> Mapping[str, Any]:
     """Read an object whole, once what a report reads of it is known to be as it should be."""
     found = read_object(path)
     try:
-        pydantic.TypeAdapter(of).validate_python(found, strict=True)
+        of.validate_python(found, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -199,6 +200,25 @@ def _code(text: str) -> Markup:
 
 
 def _render(template: str, **content: Any) -> str:
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content,
+            style=_source("templates", "style.css"),
+            plot=_source("vendor", "plot.js"),
+            charts=_source("templates", "charts.js"),
+        )
+    )
+
+
+def _source(*path: str) -> str:
+    return files("flapkit.report").joinpath(*path).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    """Make what templates are compiled by, once: that takes longer than to render a page."""
     environment = Environment(
         loader=PackageLoader("flapkit.report"),
         autoescape=True,
@@ -214,10 +234,4 @@ def _render(template: str, **content: Any) -> str:
         "duration": duration,
         "short": view.short,
     }
-    source = files("flapkit.report")
-    return environment.get_template(template).render(
-        **content,
-        style=source.joinpath("templates", "style.css").read_text(encoding="utf-8"),
-        plot=source.joinpath("vendor", "plot.js").read_text(encoding="utf-8"),
-        charts=source.joinpath("templates", "charts.js").read_text(encoding="utf-8"),
-    )
+    return environment

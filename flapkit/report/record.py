@@ -171,11 +171,14 @@ class ReportRecord:
             InputError: the text is no record; ``where`` is named.
         """
         try:
-            return TypeAdapter(cls).validate_json(text)
+            return _RECORD.validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "its content"
             raise InputError(f"{where}: {place}: {first['msg']}; `flapkit run` writes it anew") from error
+
+
+_RECORD = TypeAdapter(ReportRecord)
 
 
 def make_record(

@@ -48,6 +48,8 @@ def find_target(recipe: LoadedRecipe) -> Target:
             f"model {model.path}: adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
             f"({error}); leave `adapter` out, or name the right one"
         ) from error
+    except ModelError as error:
+        raise ModelError(f"model {model.path}: {error}") from error
     if any(site.block is None for site in sites):
         raise ModelError(
             f"models pruned by adapter {adapter.name!r} cannot be saved: its sites come from no declaration "

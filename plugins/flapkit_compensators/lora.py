@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
@@ -74,7 +76,9 @@ class Lora(Training, Compensator):
             target_parameters=stacks or None,
             fan_in_fan_out=conv,
         )
-        with warnings.catch_warnings():
+        # A model without memory stays without: its parameters are only counted.
+        place = torch.device("meta") if model.device.type == "meta" else nullcontext()
+        with warnings.catch_warnings(), place:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             return Adapter(peft.get_peft_model(model, config), trained)
 
