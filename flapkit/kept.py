@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -14,15 +15,19 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
+from flapkit.cache import hash_tensors
 from flapkit.calibration import Collector
 from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
 from flapkit.interfaces import Correction
+from flapkit.json_text import parse_json
 from flapkit.ranks import is_first
 from flapkit.sites import Site
 from flapkit.statistics import SiteStatistics
-from flapkit.work import Work, disk_error, write_file
+from flapkit.work import Work, disk_error, left_whole, write_file
 
 T = TypeVar("T")
+
+CHECKSUM = "checksum"
 
 STATES = "statistics"
 """How the files of statistics so far begin."""
@@ -99,6 +104,38 @@ def write_piece(path: Path, tensors: Mapping[str, Tensor], says: Mapping[str, st
         raise disk_error(path, error) from error
 
 
+def sealed(tensors: Mapping[str, Tensor], says: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file says of itself, and a checksum of all that is in it.
+
+    Args:
+        tensors: by name.
+        says: what else it says.
+    """
+    return {**says, CHECKSUM: _checksum(tensors, says)}
+
+
+def _checksum(tensors: Mapping[str, Tensor], says: Mapping[str, str]) -> str:
+    text = json.dumps([hash_tensors(sorted(tensors.items())), dict(says)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file whose checksum was written by ``sealed``.
+
+    Returns:
+        The tensors by name, and what the file says of itself.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with left_whole(path):
+        weights, says = Weights.of([path]), read_metadata(path)
+        tensors = weights.read(weights)
+        if says.pop(CHECKSUM, None) != _checksum(tensors, says):
+            raise ValueError("its checksum does not fit")
+    return tensors, says
+
+
 class Kept:
     """The pieces of a run in its work folder.
 
@@ -125,14 +162,15 @@ class Kept:
             make: makes it.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or is damaged.
         """
         path = self._work.path(f"{name.replace('/', '_')}.safetensors")
         if self._work.resumed and path.is_file():
-            return Piece(dict(Weights.of([path])), json.loads(read_metadata(path)["says"]))
+            tensors, says = read_sealed(path)
+            return Piece(tensors, json.loads(says["says"]))
         piece = make()
         if is_first():
-            write_piece(path, piece.tensors, {"says": json.dumps(piece.says)})
+            write_piece(path, piece.tensors, sealed(piece.tensors, {"says": json.dumps(piece.says)}))
             for states in self._work.folder.glob(f"{STATES}-*"):
                 states.unlink()
         return piece
@@ -146,11 +184,12 @@ class Kept:
             measure: measures them.
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: they cannot be written, or are damaged.
         """
         path = self._work.path(f"{name}.json")
         if self._work.resumed and path.is_file():
-            found: T = TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+            with left_whole(path):
+                found: T = TypeAdapter(kind).validate_python(parse_json(path.read_text(encoding="utf-8")))
             return found
         began = self._clock()
         found = measure()
@@ -197,15 +236,18 @@ class States:
 
         Returns:
             How many batches were done.
+
+        Raises:
+            OutputError: what was saved is damaged.
         """
         self._path = self._work.path(f"{STATES}-{rank}-of-{ranks}.safetensors")
         self._began = self._clock()
         if not self._work.resumed or not self._path.is_file():
             return 0
-        says = read_metadata(self._path)
+        tensors, says = read_sealed(self._path)
         if says["what"] != self._what:
             return 0
-        parts = grouped(Weights.of([self._path]))
+        parts = grouped(tensors)
         collector.statistics = {
             site.name: SiteStatistics(
                 type(each).restored(site, parts[f"{site.name}/{type(each).__qualname__}"])
@@ -236,7 +278,7 @@ class States:
                 for each in statistics.values()
                 for part, tensor in each.saved().items()
             }
-            write_tensors(self._path, tensors, {"what": self._what, "batches": str(batches)})
+            write_tensors(self._path, tensors, sealed(tensors, {"what": self._what, "batches": str(batches)}))
         except (TypeError, OSError, SafetensorError) as error:
             log.warning("the statistics so far cannot be saved for a run that goes on: %s", error)
         self._saved = self._clock()

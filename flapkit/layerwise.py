@@ -42,6 +42,7 @@ from flapkit.errors import ModelError
 from flapkit.kept import write_piece
 from flapkit.sites import Site
 from flapkit.tiny import tiny_config, tiny_model
+from flapkit.work import left_whole
 
 Forms = Mapping[type[nn.Module], bool]
 """Class of a layer -> whether it gives its hidden states in a tuple."""
@@ -257,7 +258,9 @@ class HiddenStates:
     def __getitem__(self, batch: int) -> Tensor:
         if self._folder is None:
             return self._kept[batch]
-        return load_file(self._file(self.layers, batch))["hidden"]
+        path = self._file(self.layers, batch)
+        with left_whole(path):
+            return load_file(path)["hidden"]
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Keep what a layer gave for a batch."""

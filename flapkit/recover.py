@@ -10,28 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pydantic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint import check_output, load, load_tokenizer, save
 from flapkit.checkpoint.empty import build_empty
-from flapkit.checkpoint.folder import MARK, PLAN
 from flapkit.conversations import renderer
-from flapkit.errors import InputError, ModelError, OutputError, RecipeError, RunError
+from flapkit.errors import OutputError, RecipeError, RunError
 from flapkit.evaluation.zero_shot import add_scores
 from flapkit.export import export_all
 from flapkit.interfaces import recovery_of
-from flapkit.json_text import read_object
-from flapkit.paths import within
+from flapkit.origin import RECIPE, RESULT, Origin
 from flapkit.plan import PruningPlan
 from flapkit.progress import Progress
 from flapkit.ranks import from_first, is_first
 from flapkit.recipe import LoadedRecipe, dump_recipe
-from flapkit.recipe.files import read_settings
 from flapkit.recovery import Recovery
-from flapkit.report.document import PAGE, RECORD, RunDocument, read_result
+from flapkit.report.document import PAGE, RunDocument
 from flapkit.report.page import render_run
-from flapkit.report.record import ReportRecord
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
@@ -44,10 +39,6 @@ from flapkit.work import Work, open_work
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
-
-RESULT = "result.json"
-RECIPE = "recipe.yaml"
-_FILES = pydantic.TypeAdapter(list[str])
 
 RECOVERY = "recovery"
 """The folder within the work folder that a training keeps."""
@@ -140,8 +131,8 @@ def recover(
     output = Path(recipe.recipe.output).expanduser()
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
-    plan_of(checkpoint)
-    _carried(checkpoint)
+    # Whatever is damaged is known before anything is trained.
+    Origin.of(checkpoint)
     asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
     with (
         open_work(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
@@ -203,18 +194,19 @@ def recover_checkpoint(
     recipe, progress = prepared.recipe, prepared.loops.progress
     prepared.loops.meet()
     # What the processes do next depends on it.
-    known = from_first(lambda: _known_result(checkpoint, recipe))
+    origin = from_first(lambda: Origin.of(checkpoint))
+    known = origin.known(recipe.recipe, prepared.evaluations)
     with progress.stage("load pruned"):
         model = load(checkpoint, recipe.recipe.model.dtype)
     before = known.get("perplexity") or put_texts_beside(
         {"pruned": evaluate(model, prepared.evaluations, prepared.loops, "evaluate pruned")}
     )
-    recovered = _train(model, checkpoint, prepared, work.path(RECOVERY))
+    recovered = _train(model, origin, prepared, work.path(RECOVERY))
     after = evaluate(model, prepared.evaluations, prepared.loops, "evaluate recovered")
     answers = ask(model, prepared.tokenizer, prepared.tasks, prepared.loops, "zero-shot recovered")
     record = RecoveryRecord(
         prepared.output,
-        plan_of(checkpoint),
+        origin.plan,
         known.get("params", {}),
         {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
         add_scores(known.get("zero_shot", {}), "recovered", answers),
@@ -224,7 +216,7 @@ def recover_checkpoint(
     )
 
     def write() -> None:
-        files = _files(record, prepared, checkpoint, work.path(RECOVERY))
+        files = _files(record, prepared, origin, work.path(RECOVERY))
         if not prepared.recovery.merge:
             files |= recovered.trainable.files()
             recovered.trainable.remove_()
@@ -233,7 +225,7 @@ def recover_checkpoint(
             record.output,
             record.plan,
             tokenizer=prepared.tokenizer,
-            metadata=_metadata(record, recipe, checkpoint),
+            metadata=_metadata(record, recipe, origin),
             files=files,
             overwrite=overwrite,
             work=work,
@@ -249,11 +241,11 @@ def recover_checkpoint(
     return dataclasses.replace(record, exports=exports)
 
 
-def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation, folder: Path) -> Recovered:
+def _train(model: PreTrainedModel, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
     """Train a pruned model in place; what the training keeps is in a folder."""
     recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
-    sites = find_target(_of_model(recipe, str(checkpoint), None)).sites
-    workplace = Workplace(folder, _identity(recipe, checkpoint), asked.trainer.logger)
+    sites = find_target(_of_model(recipe, str(origin.folder), None)).sites
+    workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
     teacher = None
     if recovery.training.distill:
         teacher = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
@@ -262,18 +254,7 @@ def _train(model: PreTrainedModel, checkpoint: Path, prepared: Preparation, fold
     try:
         return recover_(model, sites, recovery, prepared.text, prepared.loops, workplace=workplace, teacher=teacher)
     except RunError as error:
-        raise RunError(f"{error}; the pruned model is whole in {checkpoint}") from error
-
-
-def plan_of(checkpoint: Path) -> PruningPlan:
-    """Read the plan of a pruned checkpoint.
-
-    Raises:
-        ModelError: the folder is not one that flapkit wrote.
-    """
-    if not (checkpoint / MARK).is_file() or not (checkpoint / PLAN).is_file():
-        raise ModelError(f"{checkpoint}: is no pruned checkpoint of flapkit's: it holds no {MARK} and {PLAN}")
-    return PruningPlan.read(checkpoint / PLAN)
+        raise RunError(f"{error}; the pruned model is whole in {origin.folder}") from error
 
 
 def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRecipe:
@@ -283,17 +264,7 @@ def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRe
     return dataclasses.replace(recipe, recipe=asked.model_copy(update={"model": model}))
 
 
-def _known_result(checkpoint: Path, recipe: LoadedRecipe) -> dict[str, Any]:
-    """Read what was measured of the pruned checkpoint, without perplexities if the recipe measures other ones."""
-    result = dict(read_result(checkpoint / RESULT)) if (checkpoint / RESULT).is_file() else {}
-    pruned_by = read_settings(checkpoint / RECIPE) if (checkpoint / RECIPE).is_file() else {}
-    if pruned_by.get("evaluate") != recipe.recipe.evaluate.model_dump(mode="json"):
-        result.pop("perplexity", None)
-        result.pop("zero_shot", None)
-    return result
-
-
-def _identity(recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
+def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     """Say all that a training depends on."""
     specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
     return {
@@ -301,39 +272,26 @@ def _identity(recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
         "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
         "calibration": recipe.recipe.calibration.model_dump(mode="json"),
         "model": recipe.recipe.model.model_dump(mode="json"),
-        "checkpoint": str(checkpoint.resolve()),
-        "plan": json.loads(plan_of(checkpoint).to_json()),
+        "checkpoint": str(origin.folder.resolve()),
+        "plan": json.loads(origin.plan.to_json()),
     }
 
 
-def _files(record: RecoveryRecord, prepared: Preparation, checkpoint: Path, logs: Path) -> dict[str, bytes | str]:
+def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: Path) -> dict[str, bytes | str]:
     """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
-    carried = _carried(checkpoint)
     files: dict[str, bytes | str] = {
-        **{name: path.read_bytes() for name, path in carried.items() if path.is_file()},
+        **{name: path.read_bytes() for name, path in origin.carried.items() if path.is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
         RESULT: json.dumps(record.result(), indent=2) + "\n",
         RECIPE: dump_recipe(prepared.recipe),
     }
-    if RECORD in files:
-        noted = ReportRecord.from_json((checkpoint / RECORD).read_text(encoding="utf-8"), str(checkpoint / RECORD))
-        made = _metadata(record, prepared.recipe, checkpoint)
-        document = RunDocument(record.output.name, noted, record.result(), dump_recipe(prepared.recipe), made)
+    if origin.record is not None:
+        made, text = _metadata(record, prepared.recipe, origin), dump_recipe(prepared.recipe)
+        document = RunDocument(record.output.name, origin.record, record.result(), text, made)
         files[PAGE] = render_run(document)
     return files
 
 
-def _carried(checkpoint: Path) -> dict[str, Path]:
-    """Find the files that a checkpoint says it has beside the model: all of them inside it."""
-    names = read_object(checkpoint / MARK, ModelError).get("files", [])
-    try:
-        return {name: within(checkpoint, name) for name in _FILES.validate_python(names, strict=True)}
-    except (InputError, pydantic.ValidationError) as error:
-        raise ModelError(f"{checkpoint / MARK}: files: {error}") from error
-
-
-def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, checkpoint: Path) -> dict[str, Any]:
-    noted = read_object(checkpoint / MARK, ModelError)
-    made = {key: value for key, value in noted.items() if key not in ("versions", "files")}
+def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
-    return {**made, "compensator": compensator, "recovery": dict(record.recovery)}
+    return {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}

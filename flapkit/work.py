@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from flapkit.errors import OutputError
 from flapkit.json_text import read_object
 from flapkit.ranks import is_first
@@ -344,6 +346,22 @@ def disk_error(path: Path, error: Exception, needed: int = 0) -> OutputError:
             "nothing of it was written"
         )
     return OutputError(f"output {path}: cannot be written: {error}")
+
+
+@contextmanager
+def left_whole(path: Path) -> Iterator[None]:
+    """Read what a stopped run has left in a file; what shows that it is damaged is one error that names it.
+
+    Raises:
+        OutputError: something else was in the file than was written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        raise OutputError(
+            f"{path}: what a stopped run has left there is damaged ({error}); remove it, and --resume makes it anew; "
+            "or begin anew with --overwrite"
+        ) from error
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from flapkit.errors import InputError
+from flapkit.paths import to_path
 
 CARD = "README.md"
 
@@ -61,9 +65,12 @@ def licence_of(base: str) -> str | None:
     Returns:
         Its identifier, such as ``apache-2.0``; None where no card is at hand, or it names none.
     """
-    card: Any = Path(base).expanduser() / CARD if base else Path()
-    if base and not card.is_file():
-        card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
+    card: Any = _reached(f"{base}/{CARD}") if base else None
+    try:
+        if card is None or not card.is_file():
+            card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
+    except HFValidationError:
+        return None
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     try:
@@ -76,7 +83,16 @@ def licence_of(base: str) -> str | None:
 
 def is_hub_id(base: str) -> bool:
     """Tell whether a model's name is one on the hub, and no folder's."""
-    return base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()
+    path = _reached(base)
+    return base.count("/") == 1 and not base.startswith((".", "~", "/")) and path is not None and not path.exists()
+
+
+def _reached(name: str) -> Path | None:
+    """Return a path by what somebody calls it; None where the system can have nothing there."""
+    try:
+        return to_path(name)
+    except InputError:
+        return None
 
 
 def _header(base: str) -> str:
@@ -118,7 +134,7 @@ def _figures(result: Mapping[str, Any]) -> list[str]:
     rows = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     rows.append(_row("parameters", [f"{counted[name]:,}" if name in counted else "" for name in models]))
     for text, measured in texts.items():
-        figures = [f"{measured[name]:.3f}" if name in measured else "" for name in models]
+        figures = ["" if measured.get(name) is None else f"{measured[name]:.3f}" for name in models]
         rows.append(_row(f"perplexity, {text}", figures))
     return ["\n".join(rows)]
 

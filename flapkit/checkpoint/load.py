@@ -177,10 +177,12 @@ def _check_numbers(name: Path | str, tokenizer: PreTrainedTokenizerBase) -> None
 
 def _check_templates(name: Path | str, templates: Any) -> None:
     """Refuse chat templates that are no text, or whose names, by which they are saved as files, are none."""
+    if templates is None:
+        return
     for key, template in templates.items() if isinstance(templates, dict) else [("default", templates)]:
         if not key.isidentifier():
             raise ModelError(f"tokenizer {name}: a chat template is called {key!r}, which is no name")
-        if template is not None and not isinstance(template, str):
+        if not isinstance(template, str):
             raise ModelError(f"tokenizer {name}: a chat template is a {type(template).__name__}, expected text")
 
 

@@ -120,10 +120,10 @@ class RunDocument:
         read_settings(folder / "recipe.yaml")
         return cls(
             folder.resolve().name,
-            ReportRecord.from_json(_read(folder / RECORD), str(folder / RECORD)),
+            read_record(folder / RECORD),
             read_result(folder / "result.json"),
             _read(folder / "recipe.yaml"),
-            _checked(folder / "flapkit.json", _MADE),
+            read_made(folder / "flapkit.json"),
             _checked(folder / BENCH, _BENCH) if (folder / BENCH).exists() else {},
         )
 
@@ -143,6 +143,24 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise InputError(f"{path}: cannot be read ({reason}); reports are made of a finished run's folder") from error
+
+
+def read_record(path: Path) -> ReportRecord:
+    """Read a run's ``report.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return ReportRecord.from_json(_read(path), str(path))
+
+
+def read_made(path: Path) -> Mapping[str, Any]:
+    """Read a run's ``flapkit.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return _checked(path, _MADE)
 
 
 def read_result(path: Path) -> Mapping[str, Any]:

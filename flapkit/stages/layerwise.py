@@ -25,7 +25,7 @@ from flapkit.errors import RecipeError
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.site_errors import SiteError, Trace
 from flapkit.interfaces import ArchitectureAdapter, Correction, TrialSearcher
-from flapkit.kept import write_piece
+from flapkit.kept import read_sealed, sealed, write_piece
 from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all, walk
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
@@ -38,6 +38,7 @@ from flapkit.stages.target import Target
 from flapkit.stages.text import EvaluationText, RunText
 from flapkit.statistics import SiteStatistics, Statistic
 from flapkit.surgery import slice_
+from flapkit.work import left_whole
 
 NOTES = "notes"
 EXPECTED = "expected"
@@ -269,7 +270,7 @@ def calibrate_layers(layers: Layers, text: RunText, memory: int) -> Calibrated:
                     scores = score_sites(stream.model, part, measured, method.metric)
                     found |= {f"{name}/scores": score for name, score in scores.items()}
                 found |= _saved(measured, kept)
-            layers.write(files[index], found, {})
+            layers.write(files[index], found, sealed(found, {}))
             stage.advance()
     return _read_calibrated(layers, files, kept)
 
@@ -311,8 +312,17 @@ def _resumed(
 
 
 def _count_finished(files: Sequence[Path]) -> int:
-    """Count the layers, from the first, that have their file already."""
-    return next((index for index, file in enumerate(files) if not file.is_file()), len(files))
+    """Count the layers, from the first, that have their file already.
+
+    Raises:
+        OutputError: one of the files is damaged.
+    """
+    for index, file in enumerate(files):
+        if not file.is_file():
+            return index
+        with left_whole(file):
+            read_metadata(file)
+    return len(files)
 
 
 def _saved(measured: Statistics, kept: Sequence[type[Statistic]]) -> dict[str, Tensor]:
@@ -329,7 +339,7 @@ def _key(statistic: type[Statistic]) -> str:
 
 
 def _read_calibrated(layers: Layers, files: Sequence[Path], kept: Sequence[type[Statistic]]) -> Calibrated:
-    tensors = grouped(Weights.of(files))
+    tensors = grouped({name: tensor for file in files for name, tensor in read_sealed(file)[0].items()})
     # Asked for once: Lightning builds a trainer to find it.
     device = layers.loops.device
     return Calibrated(
@@ -401,7 +411,11 @@ def _slice_empty_(layers: Layers, index: int, plan: PruningPlan, written: Weight
 
 def _said(files: Sequence[Path], key: str) -> dict[str, Any]:
     """Gather what the layers' files say of their sites."""
-    return {name: value for file in files for name, value in json.loads(read_metadata(file).get(key, "{}")).items()}
+    found: dict[str, Any] = {}
+    for file in files:
+        with left_whole(file):
+            found |= json.loads(read_metadata(file).get(key, "{}"))
+    return found
 
 
 def _batches(text: RunText) -> list[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flapkit.callbacks import LAST, Advance, Recover, recovery_callbacks
 from flapkit.conversations import renderer
 from flapkit.data import RecoveryData
-from flapkit.errors import DataError
+from flapkit.errors import DataError, OutputError
+from flapkit.json_text import read_object
 from flapkit.loggers import build_loggers
 from flapkit.module import CausalLM, Optimization
 from flapkit.ranks import from_first
@@ -29,7 +31,7 @@ from flapkit.stages.loops import Loops, quietly
 from flapkit.stages.target import Target
 from flapkit.text import TextSource
 from flapkit.windows import draw_windows
-from flapkit.work import differences, write_file
+from flapkit.work import differences, left_whole, write_file
 
 LOG_POINTS = 100
 """How many training losses the loggers get, about."""
@@ -99,19 +101,34 @@ class Workplace:
         """Make the folder, and return the checkpoint to go on from, if there is one of this training.
 
         One process does it for all.
+
+        Raises:
+            OutputError: what was left of the training is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "training.json"
-        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        before = read_object(mark, OutputError) if mark.is_file() else {}
         changes = differences(before, self.identity)
         if not changes:
-            return self.checkpoint if self.checkpoint.is_file() else None
+            if not self.checkpoint.is_file():
+                return None
+            _check_whole(self.checkpoint)
+            return self.checkpoint
         if self.checkpoint.is_file():
             log.warning("recover: begins anew, since the training that was stopped was another: %s", "; ".join(changes))
             self.checkpoint.unlink()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         write_file(mark, json.dumps(self.identity, indent=2))
         return None
+
+
+def _check_whole(checkpoint: Path) -> None:
+    with left_whole(checkpoint):
+        try:
+            # Mapped, and nothing of it is looked at: what was cut short shows all the same.
+            torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def read_recovery_text(

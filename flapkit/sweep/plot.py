@@ -67,7 +67,9 @@ def draw(rows: Sequence[Row], keys: Sequence[str], asked: Plot, kind: Literal["p
         The picture.
     """
     texts = list(dict.fromkeys(name for row in rows for name in row.perplexity))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "flapkit", "font.size": 9}):
+    # Names are taken as they are: a dollar sign in a path begins no formula.
+    plain: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flapkit", "font.size": 9}
+    with rc_context(plain):
         figure = Figure(figsize=(7 * max(len(texts), 1) + 2, 4.8), layout="constrained")
         panels = figure.subplots(1, max(len(texts), 1), squeeze=False)[0]
         for axes, text in zip(panels, texts, strict=False):

@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 
 from flapkit.errors import OutputError
 from flapkit.json_text import parse_json
+from flapkit.report.record import Total
 
 RESULTS = "results.jsonl"
 
@@ -40,10 +41,19 @@ class Row:
     id: str
     settings: Mapping[str, Any]
     error: str | None = None
-    params: Mapping[str, int] = field(default_factory=dict)
+    params: Mapping[str, Total] = field(default_factory=dict)
     perplexity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` where a figure that tables and plots show is missing."""
+        counted = self.params.keys() >= {"pruned", "removed", "blocks"} and self.params["blocks"] > 0
+        if (self.params or self.perplexity) and not counted:
+            raise ValueError("params: expected pruned, removed and blocks")
+        for text, found in self.perplexity.items():
+            if not all(type(found.get(which)) in (int, float) for which in ("dense", "pruned")):
+                raise ValueError(f"perplexity: {text}: expected the numbers dense and pruned")
 
 
 _ROW = pydantic.TypeAdapter(Row)

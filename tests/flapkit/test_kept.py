@@ -9,6 +9,7 @@ from conftest import make_llama
 
 import flapkit
 from flapkit.calibration import Collector, run_batch
+from flapkit.errors import OutputError
 from flapkit.evaluation.zero_shot import Score, TaskScores
 from flapkit.interfaces import Correction
 from flapkit.kept import Kept, Repair
@@ -96,6 +97,22 @@ def test_a_calibration_goes_on_batch_by_batch(home, setting):
         assert counted_run(recipe, resume=True) == batches - stopped
         assert same(home / f"out{stopped}", home / "whole")
     assert list(home.glob(".*")) == []
+
+
+@pytest.mark.parametrize("stopped", [5, 33])
+def test_a_damaged_file_is_named_and_made_anew_once_it_is_removed(home, stopped):
+    """Stopped in the first pass, it has statistics; later, it has scores as well."""
+    run(load_recipe("recipe.yaml", [*PASSES, "output=whole"]))
+    recipe = load_recipe("recipe.yaml", PASSES)
+    counted_run(recipe, stopped)
+    files = sorted((home / ".out.work").glob("*.safetensors"))
+    content = files[0].read_bytes()
+    files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OutputError, match=f"{files[0].name}: what a stopped run has left there is damaged"):
+        run(recipe, resume=True)
+    files[0].unlink()
+    run(recipe, resume=True)
+    assert same(home / "out", home / "whole")
 
 
 def test_stopped_again_and_again(home):

@@ -128,7 +128,7 @@ def test_a_configuration_that_was_changed(request, registry, which):
     path: Path = request.getfixturevalue(which) / "config.json"
     known = json.loads(path.read_text())
 
-    @cases(1000)
+    @cases(800)
     @given(tampered(known, ODD, most=2))
     @example({**known, "dtype": 1.5})
     @example({**known, "head_dim": 0})
@@ -148,7 +148,7 @@ def test_a_model_whose_configuration_was_changed(request, which):
     path: Path = request.getfixturevalue(which) / "config.json"
     known = json.loads(path.read_text())
 
-    @cases(250)
+    @cases(150)
     @given(tampered(known, ODD, most=2))
     def check(tree):
         path.write_text(json.dumps(tree))
@@ -184,7 +184,7 @@ def test_no_memory_is_taken_for_a_configuration_that_is_not_the_weights_own(dens
             flapkit.load(dense)
 
 
-@cases(200)
+@cases(100)
 @given(data=st.data())
 def test_a_check_of_a_configuration_that_was_changed(recipe, dense, data):
     path = dense / "config.json"
@@ -193,7 +193,7 @@ def test_a_check_of_a_configuration_that_was_changed(recipe, dense, data):
         read(lambda: check_recipe(recipe), str(dense.parent))
 
 
-@cases(150)
+@cases(100)
 @given(data=st.data())
 def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
     """Those that are read can be saved with what was pruned."""

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_llama
 from fuzzing import VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
-from runs import RECIPE, make_run, make_sites
+from runs import make_run, make_sites
 
-import flapkit
 from flapkit.errors import InputError
 from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
-from flapkit.recover import _carried, plan_of
-from flapkit.sites import Site
-from flapkit.sweep.results import Results
+from flapkit.sweep.plot import draw
+from flapkit.sweep.results import Results, Row
+from flapkit.sweep.schema import Plot
+from flapkit.sweep.table import to_csv
 
 SITES = make_sites(2)
 PLAN = {"keep": {site.name: list(range(0, site.units, 2)) for site in SITES}}
 RUN = make_run(layers=2)
-ROW = {"id": "a", "settings": {"metric": "wifv"}, "params": {"dense": 1}, "perplexity": {"t": {"dense": 1.0}}}
+KEYS = ["metric", "budget.ratio"]
+ROW: dict[str, Any] = {
+    "id": "a",
+    "settings": {"metric": "wifv", "budget.ratio": 0.2},
+    "params": {"dense": 100, "pruned": 90, "blocks": 80, "removed": 10},
+    "perplexity": {"t": {"dense": 4.0, "pruned": 5.0, "bits_per_byte": {"dense": 1.5}}},
+    "seconds": {"prune": 0.5},
+    "warnings": ["w"],
+}
 TOKENS = st.sampled_from(
     ["{", "}", "[", "]", ",", ":", '"keep"', '"\\ud800"', "NaN", "1e999", "-1", "null", "9" * 5000, "\0"]
 )
@@ -74,56 +79,38 @@ def test_a_plan_that_was_changed_fits_or_is_refused(tree):
         assert 0 <= units[0] <= units[-1] < site.units
 
 
-@cases(300)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+def rows_of(folder: Path, lines: list[str]) -> list[Row]:
+    (folder / "results.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
+    return list((read(lambda: Results(folder).rows, "results.jsonl:") or {}).values())
+
+
+@cases(1000)
 @given(st.lists(tampered(ROW).map(write) | st.text(max_size=20), max_size=3))
 @example(["[" * 100_000])
 @example(['{"id": [], "settings": {}}'])
 @example(['{"id": "a", "settings": {}, "error": 5}'])
-def test_rows_of_a_sweep(tmp_path_factory, lines):
-    folder = tmp_path_factory.getbasetemp() / "rows"
-    folder.mkdir(exist_ok=True)
-    (folder / "results.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
-    for name, row in (read(lambda: Results(folder).rows, "results.jsonl:") or {}).items():
-        assert isinstance(name, str)
+@example(['{"id": "a", "settings": {}, "params": {"dense": 1}}'])
+@example(['{"id": "a", "settings": {}, "perplexity": {"t": {"dense": 1.0, "pruned": 2.0}}}'])
+@example([write({**ROW, "perplexity": {"t": {"dense": 1.0}}})])
+@example([write({**ROW, "params": {**ROW["params"], "blocks": 0}})])
+def test_rows_of_a_sweep(folder, lines):
+    rows = rows_of(folder, lines)
+    for row in rows:
+        assert isinstance(row.id, str)
         assert row.error is None or isinstance(row.error, str)
+    assert to_csv(KEYS, rows).count("\n") > len(rows)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "pruned"
-    model = make_llama()
-    sites: tuple[Site, ...] = flapkit.sites(model)
-    plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    carry_out_(model, sites, plan, {})
-    flapkit.save(
-        model, folder, plan, files={"result.json": write(RUN.result), "notes/a.txt": "a", "recipe.yaml": RECIPE}
-    )
-    return folder
-
-
-@cases(300)
-@given(tampered({"versions": {"flapkit": "1"}, "files": ["notes/a.txt", "result.json"], "params": {"dense": 1}}))
-@example({"files": ["../outside.txt"]})
-@example({"files": ["/etc/passwd"]})
-@example({"files": ["notes/../../outside.txt"]})
-@example({"files": ["C:\\outside.txt"]})
-@example({"files": "notes"})
-@example({"files": {"a": 1}})
-def test_what_a_checkpoint_carries_lies_in_it(checkpoint, tree):
-    (checkpoint / "flapkit.json").write_text(write(tree))
-    (checkpoint.parent / "outside.txt").write_text("a secret")
-    for path in (read(lambda: _carried(checkpoint), "flapkit.json") or {}).values():
-        assert path.absolute().is_relative_to(checkpoint.absolute())
-        assert ".." not in path.parts
-
-
-def test_a_checkpoint_without_a_plan_is_named(checkpoint):
-    (checkpoint / "flapkit.json").write_text("{}")
-    content = (checkpoint / "plan.json").read_bytes()
-    for damage in (b"\xff", b"[" * 100_000, b"", b"{}"):
-        (checkpoint / "plan.json").write_bytes(damage)
-        for reader in (plan_of, flapkit.load):
-            with pytest.raises(InputError, match=r"plan"):
-                reader(checkpoint)
-    (checkpoint / "plan.json").write_bytes(content)
-    assert math.isfinite(sum(map(len, plan_of(checkpoint).keep.values())))
+@cases(15)
+@given(tampered(ROW).map(write))
+@example(write({**ROW, "perplexity": {"$\\foo$": {"dense": 1.0, "pruned": 2.0}}}))
+@example(write({**ROW, "settings": {"metric": {"name": "$\\foo$"}, "budget.ratio": 0.3}}))
+def test_a_plot_of_rows_of_a_sweep(folder, line):
+    rows = rows_of(folder, [write(ROW), line])
+    for asked in (Plot(), Plot(x="budget.ratio")):
+        assert draw(rows, KEYS, asked, "svg")

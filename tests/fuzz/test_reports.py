@@ -113,7 +113,7 @@ def report(folder: Path, name: str, content: str | bytes, render: Callable[[RunD
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_run_s_file_that_was_changed(run, name):
-    @cases(500)
+    @cases(400)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
         report(run, name, json.dumps(tree))
@@ -123,7 +123,7 @@ def test_a_run_s_file_that_was_changed(run, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_comparison_with_a_run_whose_file_was_changed(run, name):
-    @cases(100)
+    @cases(75)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
         report(run, name, json.dumps(tree), lambda document: render_comparison([document, RUN]))
@@ -136,13 +136,13 @@ LINES = st.lists(
 )
 
 
-@cases(200)
+@cases(150)
 @given(LINES.map("\n".join) | VALUES.map(json.dumps) | st.binary(max_size=40), st.booleans())
 def test_a_recipe_that_was_changed(run, content, compared):
     report(run, "recipe.yaml", content, (lambda found: render_comparison([found, RUN])) if compared else render_run)
 
 
-@cases(300)
+@cases(250)
 @given(st.sampled_from(sorted(FILES)), st.integers(0, 10**4), st.binary(max_size=4), st.booleans())
 def test_bytes_that_were_changed(run, name, place, patch, cut):
     content = (run / name).read_bytes()
@@ -164,7 +164,7 @@ def test_a_run_s_file_that_is_something_else(run, name, content):
 def test_figures_of_a_run_whose_file_was_changed(run, name):
     """Each draws several pictures, which takes a fifth of a second."""
 
-    @cases(6)
+    @cases(5)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
         before = (run / name).read_bytes()

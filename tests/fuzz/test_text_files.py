@@ -9,13 +9,16 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fuzzing import SCALARS, VALUES, cases
+from flapkit_adapters.vicuna import Vicuna
+from fuzzing import SCALARS, VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flapkit.bundled import bundled_models
+from flapkit.conversations import renderer
 from flapkit.errors import DataError
+from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.text import load_documents
 from flapkit.windows import encode
 
@@ -30,11 +33,11 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(bundled_models()["tiny-llama"])
 
 
-def documents(path: Path, content: bytes, field: str | None = None) -> list[str]:
+def documents(path: Path, content: bytes, field: str | None = None, render: Any = None) -> list[str]:
     """Read the documents of a file, or nothing where it is refused in words."""
     path.write_bytes(content)
     try:
-        found = load_documents(str(path), field=field)
+        found = load_documents(str(path), field=field, render=render)
     except DataError as error:
         if path.name not in str(error):
             raise AssertionError(error) from error
@@ -92,6 +95,30 @@ def test_json_lines(folder, tokenizer, lines):
         encode(tokenizer, found, " ")
 
 
+SPEAKERS = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "", None, 5])
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": SPEAKERS, "content": st.text(max_size=9) | SCALARS})
+    | st.fixed_dictionaries({"from": SPEAKERS, "value": st.text(max_size=9) | SCALARS}),
+    max_size=4,
+)
+TEMPLATES = ["{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", "{{ messages[9].x }}", "{{ 1/0 }}"]
+
+
+@cases(1000)
+@given(st.lists(TURNS | MESSAGES, min_size=1, max_size=3), st.sampled_from([*TEMPLATES, "vicuna"]))
+@example([[]], "vicuna")
+@example([[{"role": "assistant", "content": "a"}]], "vicuna")
+@example([[{"role": "user", "content": "a"}]], "{{ 1/0 }}")
+@example([[{"role": "user", "content": "<s>"}, {"role": "user", "content": ""}]], "vicuna")
+def test_conversations(folder, tokenizer, conversations, template):
+    adapter = Vicuna() if template == "vicuna" else None
+    tokenizer.chat_template = None if adapter else template
+    lines = "\n".join(json.dumps({"messages": each}) for each in conversations)
+    found = documents(folder / "a.jsonl", lines.encode(), render=renderer(adapter, tokenizer))
+    if found:
+        encode(tokenizer, found, " ")
+
+
 def whole_table() -> bytes:
     written = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["some text", "more"] * 50, "n": list(range(100))}), written)
@@ -127,6 +154,97 @@ def test_columns_of_any_type(folder, of):
     pyarrow.parquet.write_table(pyarrow.table({"text": COLUMNS[of]}), written)
     found = documents(folder / "a.parquet", written.getvalue().to_pybytes())
     assert bool(found) == (of == "dictionary")
+
+
+def arrow(depth: int = 2) -> st.SearchStrategy[Any]:
+    """Choose the type of a column."""
+    plain = st.sampled_from(
+        [
+            pyarrow.null(),
+            pyarrow.int8(),
+            pyarrow.uint64(),
+            pyarrow.float16(),
+            pyarrow.bool_(),
+            pyarrow.string(),
+            pyarrow.large_string(),
+            pyarrow.binary(),
+            pyarrow.binary(2),
+            pyarrow.date32(),
+            pyarrow.timestamp("us", "UTC"),
+            pyarrow.duration("s"),
+            pyarrow.decimal128(5, 2),
+        ]
+    )
+    if not depth:
+        return plain
+    inner = arrow(depth - 1)
+    names = st.sampled_from(["role", "content", "from", "value"])
+    structs = st.dictionaries(names, inner, min_size=1, max_size=3).map(lambda of: pyarrow.struct([*of.items()]))
+    return (
+        plain | inner.map(pyarrow.list_) | structs | st.tuples(pyarrow_keys(), inner).map(lambda of: pyarrow.map_(*of))
+    )
+
+
+def pyarrow_keys() -> st.SearchStrategy[Any]:
+    return st.sampled_from([pyarrow.string(), pyarrow.int64()])
+
+
+def values_of(of: Any) -> st.SearchStrategy[Any]:
+    """Choose what a column of a type holds."""
+    if pyarrow.types.is_list(of):
+        return st.none() | st.lists(values_of(of.value_type), max_size=2)
+    if pyarrow.types.is_struct(of):
+        return st.none() | st.fixed_dictionaries({each.name: values_of(each.type) for each in of})
+    if pyarrow.types.is_map(of):
+        return st.none() | st.lists(st.tuples(values_of(of.key_type).filter(bool), values_of(of.item_type)), max_size=2)
+    if pyarrow.types.is_string(of) or pyarrow.types.is_large_string(of):
+        return st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+    if pyarrow.types.is_integer(of):
+        return st.none() | st.integers(0, 99)
+    return st.none() | (st.booleans() if pyarrow.types.is_boolean(of) else st.nothing())
+
+
+@st.composite
+def columns(draw: st.DrawFn) -> Any:
+    of = draw(arrow())
+    return pyarrow.array(draw(st.lists(values_of(of), max_size=3)), of)
+
+
+@cases(300)
+@given(st.dictionaries(st.sampled_from(["text", "messages", "conversations", "x", ""]), columns(), max_size=2))
+def test_a_table_of_any_types(folder, tokenizer, table):
+    length = max(map(len, table.values()), default=0)
+    whole = {
+        name: pyarrow.concat_arrays([each, pyarrow.nulls(length - len(each), each.type)])
+        for name, each in table.items()
+    }
+    written = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(whole), written)
+    tokenizer.chat_template = TEMPLATES[0]
+    documents(folder / "a.parquet", written.getvalue().to_pybytes(), render=renderer(None, tokenizer))
+
+
+ROW = {"query": "a", "choices": ["b", "c"], "gold": 1}
+WINOGRANDE = {"continuation": "a", "context_options": ["b", "c"], "gold": 0}
+
+
+@pytest.mark.parametrize(("task", "row"), [("boolq", ROW), ("winogrande", WINOGRANDE)])
+def test_rows_of_a_local_task(folder, task, row):
+    path = folder / f"{task}.jsonl"
+
+    @cases(500)
+    @given(st.lists(tampered(row).map(json.dumps) | st.text(max_size=9) | st.binary(max_size=9), max_size=3))
+    @example(["[" * 100_000])
+    @example([json.dumps({**row, "gold": True})])
+    @example([json.dumps({**row, "gold": 10**30})])
+    def check(lines):
+        content = [each if isinstance(each, bytes) else each.encode("utf-8", "surrogatepass") for each in lines]
+        path.write_bytes(b"\n".join(content))
+        for each in read(lambda: LocalTask(task, path).rows(), str(path)) or ():
+            options = each.get("choices") or each["context_options"]
+            assert options[each["gold"]]
+
+    check()
 
 
 def test_a_table_without_columns_and_one_without_the_field(folder):

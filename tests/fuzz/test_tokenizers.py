@@ -133,7 +133,7 @@ def test_a_tokenizer_that_was_changed(folder, model):
     known = {**BASE, "model": MODELS[model]}
     vocabulary = known["model"]["vocab"]
 
-    @cases(500)
+    @cases(350)
     @given(tampered(known))
     @example({**known, "post_processor": {**BASE["post_processor"], "special_tokens": {}}})
     @example({**known, "model": {**known["model"], "vocab": [*vocabulary][1:], "unk_token": "<x>"}})
@@ -145,10 +145,11 @@ def test_a_tokenizer_that_was_changed(folder, model):
     check()
 
 
-@cases(1000)
+@cases(700)
 @given(tampered(SETTINGS, CLASSES | VALUES))
 @example({**SETTINGS, "model_max_length": "2048"})
 @example({**SETTINGS, "chat_template": ["x"]})
+@example({**SETTINGS, "chat_template": {"a": None}})
 @example({**SETTINGS, "auto_map": {"AutoTokenizer": ["trap.T", None]}, "tokenizer_class": "Trap"})
 def test_settings_that_were_changed(folder, tree):
     examine(folder, "tokenizer_config.json", json.dumps(tree))
@@ -157,7 +158,7 @@ def test_settings_that_were_changed(folder, tree):
 SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", **TOKEN}, "additional_special_tokens": ["<x>"]}
 
 
-@cases(300)
+@cases(200)
 @given(st.sampled_from(["special_tokens_map.json", "added_tokens.json"]), tampered({**SPECIAL, "<y>": 7}))
 def test_special_tokens_that_were_changed(folder, name, tree):
     examine(folder, name, json.dumps(tree))
@@ -167,13 +168,13 @@ PIECES = "{{ ¦{% ¦}} ¦%} ¦messages ¦for m in messages ¦endfor ¦set x = ¦
 PIECES += "¦x.__class__ ¦range(9) ¦raise_exception('no') ¦strftime_now('%Y') ¦self ¦cycler.__init__ ¦* 10**7 ¦'a' "
 
 
-@cases(300)
+@cases(200)
 @given(st.lists(st.sampled_from(PIECES.split("¦")), max_size=10).map("".join) | st.text(max_size=20))
 def test_a_chat_template_of_pieces(folder, template):
     examine(folder, "chat_template.jinja", template)
 
 
-@cases(300)
+@cases(200)
 @given(
     st.sampled_from(["tokenizer.json", "tokenizer_config.json"]),
     st.integers(0, 10**4),

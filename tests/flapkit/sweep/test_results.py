@@ -11,7 +11,14 @@ from flapkit.sweep.results import RESULTS, Results, Row
 
 
 def test_rows_are_found_again(tmp_path):
-    row = Row("a", {"metric": "wifv"}, None, {"pruned": 7}, {"text": {"dense": 1.0, "pruned": 2.0}}, {"prune": 0.1})
+    row = Row(
+        "a",
+        {"metric": "wifv"},
+        None,
+        {"pruned": 7, "removed": 1, "blocks": 6},
+        {"text": {"dense": 1.0, "pruned": 2.0}},
+        {"prune": 0.1},
+    )
     Results(tmp_path / "out").add(row)
     found = Results(tmp_path / "out")
     assert found.rows == {"a": row}

@@ -1,0 +1,225 @@
+"""What a stopped run has left, and the cache of statistics, damaged: found as written, or refused, or made anew."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import VALUES, cases, read, tampered
+from hypothesis import example, given
+from hypothesis import strategies as st
+from runs import make_sites
+from torch import Tensor
+
+from flapkit.cache import Calibrated, clear, entries, read_statistic, write_statistic
+from flapkit.interfaces import Correction
+from flapkit.kept import Kept, Repair, States
+from flapkit.layerwise import HiddenStates
+from flapkit.stages.recover import Workplace
+from flapkit.statistics import Moments, SiteStatistics
+from flapkit.work import Work, open_work
+
+SITES = make_sites(1)
+ASKED = {"recipe": {"model": {"path": "a"}, "budget": {"ratio": 0.2}}, "overrides": []}
+FIGURES = {"text, 128 tokens": [4.0, 1.5, 8], "other": [5.0, None, 1]}
+KIND = dict[str, tuple[float, float | None, int]]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Work:
+    """The work folder of a run that goes on."""
+    work = Work(tmp_path_factory.mktemp("work") / "out", resumed=True)
+    work.folder.mkdir()
+    return work
+
+
+def never() -> Any:
+    raise AssertionError("it was there, and is made anew")
+
+
+def measured(seed: int = 0) -> dict[str, Moments]:
+    torch.manual_seed(seed)
+    found = {site.name: Moments.of(site) for site in SITES}
+    for site in SITES:
+        found[site.name].update(torch.randn(8, site.channels))
+    return found
+
+
+def same(found: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
+    return found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
+
+
+DAMAGE = st.tuples(st.integers(0, 10**6), st.binary(max_size=6), st.sampled_from(["over", "within", "cut"]))
+
+
+def damaged(content: bytes, damage: tuple[int, bytes, str]) -> bytes:
+    place, patch, how = damage
+    place %= len(content)
+    return content[:place] + patch + {"over": content[place + len(patch) :], "within": content[place:], "cut": b""}[how]
+
+
+def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header: Any, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def changed(content: bytes) -> st.SearchStrategy[bytes]:
+    """Change bytes of a safetensors file, or its header."""
+    header, data = header_of(content)
+    odd = st.sampled_from(["F32", "F64", "I8", [0, 8], [2], [-1], [2**62]])
+    return DAMAGE.map(lambda damage: damaged(content, damage)) | tampered(header, odd | VALUES).map(
+        lambda tree: with_header(tree, data)
+    )
+
+
+REPAIR = Repair({"a": Correction(torch.randn(3, 2), torch.zeros(3), "kept"), "b": Correction(None, None)}, {"a": 0.5})
+
+
+def test_a_piece_that_was_damaged(work):
+    kept = Kept(work, 0)
+    kept.find("repair", REPAIR.piece)
+    path, piece = work.path("repair.safetensors"), REPAIR.piece()
+
+    @cases(400)
+    @given(changed(path.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        found = read(lambda: kept.find("repair", never), str(path))
+        if found is not None:
+            assert same(dict(found.tensors), dict(piece.tensors))
+            assert found.says == piece.says
+
+    check()
+
+
+def test_statistics_so_far_that_were_damaged(work):
+    before = measured()
+    collector = SimpleNamespace(statistics={name: SiteStatistics([each]) for name, each in before.items()})
+    states = States(work, "dense", 0)
+    states.begin(collector, SITES, 0, 1)
+    states.save(collector, 3)
+    path = work.path("statistics-0-of-1.safetensors")
+
+    @cases(400)
+    @given(changed(path.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        later = SimpleNamespace(statistics={site.name: SiteStatistics([Moments.of(site)]) for site in SITES})
+        batches = read(lambda: States(work, "dense", 0).begin(later, SITES, 0, 1), str(path))
+        if batches is not None:
+            assert batches == 3
+            for name, each in before.items():
+                assert same(later.statistics[name][Moments].saved(), each.saved())
+
+    check()
+    path.unlink()
+
+
+@cases(300)
+@given(tampered(FIGURES).map(json.dumps) | DAMAGE.map(lambda damage: damaged(json.dumps(FIGURES).encode(), damage)))
+@example("[" * 100_000)
+@example('{"a": [1, null, ' + "9" * 5000 + "]}")
+def test_figures_that_were_damaged(work, content):
+    path = work.path("perplexity.json")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read(lambda: Kept(work, 0).figures("perplexity", KIND, never), str(path))
+    for name, (perplexity, bits, size) in (found or {}).items():
+        assert isinstance(name, str)
+        assert isinstance(perplexity, float)
+        assert bits is None or isinstance(bits, float)
+        assert isinstance(size, int)
+
+
+@cases(300)
+@given(
+    tampered({"asked": ASKED, "found": {"texts": {"a": "b"}}}).map(json.dumps)
+    | DAMAGE.map(lambda damage: damaged(json.dumps({"asked": ASKED}).encode(), damage))
+)
+def test_what_was_asked_that_was_damaged(tmp_path_factory, content):
+    output = tmp_path_factory.getbasetemp() / "asked" / "out"
+    work = Work(output)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    work.path("piece.safetensors").touch()
+    work.path("asked.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def go_on() -> bool:
+        with open_work(output, ASKED, resume=True) as resumed:
+            resumed.claim({"texts": {"a": "b"}})
+        return True
+
+    read(go_on, "asked")
+    assert work.path("piece.safetensors").exists()
+
+
+def test_a_training_that_was_damaged(tmp_path):
+    workplace = Workplace(tmp_path / "recovery", ASKED)
+    workplace.open()
+    torch.save({"state_dict": {"a": torch.zeros(4)}, "step": 3, "callbacks": {}}, workplace.checkpoint)
+    contents = {path: path.read_bytes() for path in (workplace.checkpoint, workplace.folder / "training.json")}
+
+    @cases(400)
+    @given(st.sampled_from([*contents]), DAMAGE)
+    def check(path, damage):
+        for each, content in contents.items():
+            each.write_bytes(damaged(content, damage) if each == path else content)
+        found = read(workplace.open, str(path))
+        assert found in (None, workplace.checkpoint)
+
+    check()
+
+
+def test_hidden_states_that_were_damaged(tmp_path):
+    hidden = HiddenStates(tmp_path)
+    hidden.put(0, torch.ones(2, 3))
+    hidden.advance()
+    (path,) = tmp_path.rglob("*.safetensors")
+
+    @cases(200)
+    @given(changed(path.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        found = read(lambda: hidden[0], str(path))
+        assert found is None or isinstance(found, Tensor)
+
+    check()
+
+
+@pytest.fixture
+def unheard(monkeypatch) -> Callable[[], list[str]]:
+    """Gather what the cache warns of, and show it to nobody."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("flapkit.cache"), "warning", lambda text, *parts: said.append(text % parts))
+    return lambda: said
+
+
+def test_a_cached_statistic_that_was_damaged(tmp_path, unheard):
+    calibrated, before = Calibrated(tuple(SITES), "ab", {"model": "m"}), measured()
+    write_statistic(tmp_path, calibrated, Moments, before)
+    path = calibrated.file(tmp_path, Moments)
+
+    @cases(400)
+    @given(changed(path.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        unheard().clear()
+        found = read_statistic(tmp_path, calibrated, Moments, torch.device("cpu"))
+        for name, each in (found or {}).items():
+            assert same(each.saved(), before[name].saved())
+        assert bool(unheard()) == (found is None)
+        (entry,) = entries(tmp_path)
+        assert isinstance(entry.statistic + entry.model, str)
+
+    check()
+    clear(tmp_path)
+    assert entries(tmp_path) == []
