@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
@@ -42,6 +43,24 @@ FORMS = {
         }
     },
 }
+
+
+TEXT = "def pruned(model):\n    return model\n" * 200
+RECIPE = {
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
+    "budget": {"ratio": 0.2},
+    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
+    "trainer": {"accelerator": "cpu"},
+    "output": "out",
+}
+
+
+def write_recipe(folder: Path, **changes) -> Path:
+    """Write a recipe for a small run on that text, with other sections where they are given; return its file."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
 
 
 def make_llama(**options) -> LlamaForCausalLM:
@@ -83,8 +102,14 @@ def _heard() -> Iterator[None]:
 def home(tmp_path, monkeypatch) -> Path:
     """The folder where commands are run, which holds a text."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
+
+
+@pytest.fixture
+def recipe(home) -> Path:
+    """The recipe of a small run, in that folder."""
+    return write_recipe(home)
 
 
 @pytest.fixture

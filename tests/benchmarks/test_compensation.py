@@ -8,15 +8,8 @@ import subprocess
 import pytest
 import yaml
 from benchmarks.compensation import main
+from conftest import write_recipe
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
-    "calibration": {"dataset": "train.txt", "samples": 8, "length": 32},
-    "budget": {"ratio": 0.3},
-    "evaluate": {"perplexity": [{"dataset": "test.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
-}
 LORA = "{name: lora, steps: 2, validate_every: 1, validation_windows: 2, length: 32}"
 
 
@@ -27,7 +20,8 @@ def test_figures_are_of_runs_and_none_is_run_twice(tmp_path, monkeypatch, capsys
         (tmp_path / name).write_text(
             "".join(f"def f{n}(model):\n    return model * {factor * n}\n" for n in range(400))
         )
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    evaluate = {"perplexity": [{"dataset": "test.txt", "length": 32, "windows": 4}]}
+    write_recipe(tmp_path, calibration={"dataset": "train.txt", "samples": 8, "length": 32}, evaluate=evaluate)
     asked = ["recipe.yaml", "rows", "--ratios", "0.3", "--lora", LORA, "--set", "calibration.samples=9", "--ways"]
     main([*asked, "none", "bias + LoRA"])
     table = capsys.readouterr().out

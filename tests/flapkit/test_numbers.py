@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import make_llama
+from conftest import make_llama, write_recipe
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -209,21 +208,10 @@ def test_two_tokens_are_the_least(tokens, probe):
         flapkit.prune_(make_llama(), tokens[:1, :2], compensator="least_squares")
 
 
-RECIPE = {
-    "model": {"path": "model"},
-    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
-    "budget": {"ratio": 0.2},
-    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
-}
-
-
 @pytest.fixture
 def recipe(home) -> Path:
     shutil.copytree(bundled_models()["tiny-llama"], home / "model")
-    (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return home / "recipe.yaml"
+    return write_recipe(home, model={"path": "model"})
 
 
 @pytest.mark.parametrize("text", ["", " \n\n\t", "\ufeff"])

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
+from conftest import write_recipe
 
 import flapkit
 from flapkit.callbacks import Recover
@@ -22,14 +23,10 @@ from flapkit.recover import recover
 from flapkit.run import run
 
 LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "validation_windows": 4, "length": 32, "lr": 1e-3}
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+CHANGES = {
     "calibration": {"dataset": "train.txt", "samples": 8, "length": 32},
     "compensator": ["bias", LORA],
-    "budget": {"ratio": 0.3},
     "evaluate": {"perplexity": [{"dataset": "test.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
 }
 
 
@@ -58,9 +55,7 @@ def done(tmp_path_factory) -> Path:
 
 
 def write(home: Path, **changes) -> Path:
-    path = home / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
-    return path
+    return write_recipe(home, **{**CHANGES, **changes})
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import yaml
+from conftest import write_recipe
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama"},
-    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
-    "budget": {"ratio": 0.2},
-    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
-}
 METRIC = """
 from dataclasses import dataclass
 import torch
@@ -35,14 +26,8 @@ def {hook}():
 """
 
 
-def write(home: Path, **changes) -> Path:
-    path = home / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
-    return path
-
-
 def test_run_then_show(command, home):
-    code, out, err = command("run", write(home))
+    code, out, err = command("run", write_recipe(home))
     assert (code, "block parameters" in out) == (0, True), err
     files = {path.name for path in (home / "out").iterdir()}
     assert {
@@ -67,13 +52,13 @@ def test_run_then_show(command, home):
 
 
 def test_the_resolved_recipe_gives_the_same_plan(command, home):
-    assert command("run", write(home), "-q")[0] == 0
+    assert command("run", write_recipe(home), "-q")[0] == 0
     assert command("run", home / "out" / "recipe.yaml", "--set", "output=again", "-q")[0] == 0
     assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
 
 
 def test_cache(command, home):
-    assert command("run", write(home), "-q", "--no-cache")[0] == 0
+    assert command("run", write_recipe(home), "-q", "--no-cache")[0] == 0
     assert "0 files" in command("cache")[1]
     assert command("run", home / "recipe.yaml", "-q", "--overwrite")[0] == 0
     code, out, _ = command("cache")
@@ -83,7 +68,7 @@ def test_cache(command, home):
 
 
 def test_check(command, home):
-    code, out, err = command("check", write(home))
+    code, out, err = command("check", write_recipe(home))
     assert code == 0, err
     assert "530,842 of 2,654,208 parameters of blocks" in out
 
@@ -131,7 +116,7 @@ def test_usage_error(command):
     ],
 )
 def test_bad_recipes(command, home, changes, says):
-    code, _, err = command("run", write(home, **changes))
+    code, _, err = command("run", write_recipe(home, **changes))
     assert code == 2, err
     assert says in err
     assert "Traceback" not in err
@@ -149,23 +134,25 @@ def test_bad_recipes(command, home, changes, says):
 )
 def test_bad_plugins(command, home, score, hook, says):
     (home / "mine.py").write_text(METRIC.replace("{score}", score).replace("{hook}", hook))
-    code, _, err = command("run", write(home, metric="mine", plugins=["./mine.py"]))
+    code, _, err = command("run", write_recipe(home, metric="mine", plugins=["./mine.py"]))
     assert code == 2, err
     assert says in err
     assert not (home / "out").exists()
 
 
 def test_a_metric_from_gradients(command, home):
-    code, _, err = command("run", write(home, metric={"name": "taylor", "form": "vector"}))
+    code, _, err = command("run", write_recipe(home, metric={"name": "taylor", "form": "vector"}))
     assert code == 0, err
     assert json.loads((home / "out" / "flapkit.json").read_text())["metric"] == {"name": "taylor", "form": "vector"}
 
 
 def test_a_saved_plan_beside_the_recipe(command, home):
-    assert command("run", write(home), "-q")[0] == 0
+    assert command("run", write_recipe(home), "-q")[0] == 0
     (home / "elsewhere").mkdir()
     (home / "elsewhere" / "mine.json").write_text((home / "out" / "plan.json").read_text())
-    path = write(home / "elsewhere", searcher={"name": "plan", "path": "mine.json"}, output="again", compensator="none")
+    path = write_recipe(
+        home / "elsewhere", searcher={"name": "plan", "path": "mine.json"}, output="again", compensator="none"
+    )
     assert command("check", path)[0] == 0
     code, _, err = command("run", path)
     assert code == 0, err
@@ -176,7 +163,7 @@ def test_a_saved_plan_beside_the_recipe(command, home):
 
 
 def test_a_plan_that_is_not_there(command, home):
-    code, _, err = command("run", write(home, searcher={"name": "plan", "path": "mine.json"}))
+    code, _, err = command("run", write_recipe(home, searcher={"name": "plan", "path": "mine.json"}))
     assert code == 2
     assert f"searcher.path: there is no such file: {home / 'mine.json'}" in err
 
@@ -184,7 +171,7 @@ def test_a_plan_that_is_not_there(command, home):
 def test_a_clash(command, home):
     clash = METRIC.replace("{score}", "weight").replace("{hook}", "flapkit_metrics").replace('"mine"', '"wifv"')
     (home / "mine.py").write_text(clash)
-    code, _, err = command("run", write(home, plugins=["./mine.py"]))
+    code, _, err = command("run", write_recipe(home, plugins=["./mine.py"]))
     assert code == 2
     assert "two plugins offer a metric named 'wifv'" in err
 
@@ -192,7 +179,7 @@ def test_a_clash(command, home):
 def test_a_metric_of_ones_own(command, home):
     own = METRIC.replace("{score}", "weight.abs().sum(dim=0).view(site.units, -1)").replace("{hook}", "flapkit_metrics")
     (home / "mine.py").write_text(own)
-    code, _, err = command("run", write(home, metric="mine", plugins=["./mine.py"]), "-q")
+    code, _, err = command("run", write_recipe(home, metric="mine", plugins=["./mine.py"]), "-q")
     assert code == 0, err
     assert json.loads((home / "out" / "flapkit.json").read_text())["metric"]["name"] == "mine"
 
@@ -204,11 +191,11 @@ def test_an_architecture_that_nobody_declared(command, home):
 
     StableLmConfig().save_pretrained(home / "stablelm")
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "stablelm")
-    code, out, err = command("check", write(home, model={"path": "./stablelm"}, adapter="auto"))
+    code, out, err = command("check", write_recipe(home, model={"path": "./stablelm"}, adapter="auto"))
     assert code == 0, err
     assert "auto (derived and proven): 64 sites (attention, mlp)" in " ".join(out.split())
     MambaConfig().save_pretrained(home / "mamba")
-    code, _, err = command("check", write(home, model={"path": "./mamba"}))
+    code, _, err = command("check", write_recipe(home, model={"path": "./mamba"}))
     assert code == 2
     assert "models of type 'mamba' are declared by no plugin" in err
     assert "this is no transformer" in err
@@ -221,7 +208,7 @@ def test_the_declaration_that_was_derived_is_recorded(command, home):
     tokenizer = load_tokenizer("builtin:tiny-llama")
     tiny_model(tiny_config("stablelm", vocab_size=len(tokenizer))).save_pretrained(home / "mine")
     tokenizer.save_pretrained(home / "mine")
-    code, _, err = command("run", write(home, model={"path": "./mine"}), "-q")
+    code, _, err = command("run", write_recipe(home, model={"path": "./mine"}), "-q")
     assert code == 0, err
     made = json.loads((home / "out" / "flapkit.json").read_text())
     assert made["adapter"] == "auto"
@@ -232,7 +219,7 @@ def test_an_adapter_that_does_not_fit(command, home):
     from transformers import MambaConfig
 
     MambaConfig().save_pretrained(home / "mamba")
-    code, _, err = command("check", write(home, model={"path": "./mamba"}, adapter="llama"))
+    code, _, err = command("check", write_recipe(home, model={"path": "./mamba"}, adapter="llama"))
     assert code == 2
     assert "adapter 'llama': this MambaForCausalLM has no model.layers" in err
 
@@ -244,7 +231,7 @@ def test_ctrl_c_in_calibration(command, home, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CausalLM, "predict_step", interrupted)
-    code, _, err = command("run", write(home))
+    code, _, err = command("run", write_recipe(home))
     assert code == 130
     assert "stopped" in err
     assert sorted(path.name for path in home.iterdir()) == ["recipe.yaml", "text.txt"]
@@ -261,7 +248,7 @@ def test_activations_that_are_not_finite(command, home):
         weight[3] = torch.finfo(weight.dtype).max
     model.save_pretrained(home / "broken")
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "broken")
-    code, _, err = command("run", write(home, model={"path": "./broken"}, evaluate={}))
+    code, _, err = command("run", write_recipe(home, model={"path": "./broken"}, evaluate={}))
     assert code == 1
     assert "model.layers.2.mlp.down_proj: its input is not finite" in err
 
@@ -284,6 +271,6 @@ def test_sweep(command, home):
 
 def test_a_quiet_run_notes_its_warnings(command, home):
     """The text that is evaluated is the one that was calibrated on."""
-    code, out, err = command("run", write(home), "--quiet")
+    code, out, err = command("run", write_recipe(home), "--quiet")
     assert (code, out, err) == (0, "", "")
     assert "flatters its perplexity" in json.loads((home / "out" / "result.json").read_text())["warnings"][0]

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
-import yaml
 from conftest import make_llama
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
-    "calibration": {"dataset": "text.txt", "samples": 4, "length": 16},
-    "budget": {"ratio": 0.3},
-    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 16, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
-}
 
-
-@pytest.fixture
-def home(home):
-    (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return home
-
-
-def test_a_checkpoint_is_measured_as_its_run_measured_it(home, command):
-    assert command("run", "recipe.yaml", "--quiet")[0] == 0
+def test_a_checkpoint_is_measured_as_its_run_measured_it(home, recipe, command):
+    assert command("run", recipe, "--quiet")[0] == 0
     ran = json.loads((home / "out" / "result.json").read_text())["perplexity"]
     code, out, _ = command("evaluate", "out", "--against", "builtin:tiny-llama", "--json", "--output", "found.json")
     found = json.loads(out)
@@ -35,14 +18,14 @@ def test_a_checkpoint_is_measured_as_its_run_measured_it(home, command):
             assert found["perplexity"][name][key] == measured[key]
     code, out, _ = command("evaluate", "out")
     assert code == 0
-    assert f"{ran['text.txt, 16 tokens']['pruned']:.3f}" in out
+    assert f"{ran['text.txt, 32 tokens']['pruned']:.3f}" in out
 
 
-def test_what_is_to_be_measured_has_to_be_said(home, command):
+def test_what_is_to_be_measured_has_to_be_said(recipe, command):
     code, _, error = command("evaluate", "builtin:tiny-llama")
     assert code == 2
     assert "holds no recipe.yaml; say with --recipe" in error
-    code, _, error = command("evaluate", "builtin:tiny-llama", "--recipe", "recipe.yaml", "--set", "evaluate={}")
+    code, _, error = command("evaluate", "builtin:tiny-llama", "--recipe", recipe, "--set", "evaluate={}")
     assert code == 2
     assert "it asks for nothing" in error
 

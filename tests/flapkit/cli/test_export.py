@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
+from conftest import write_recipe
 
 
 def test_export(command, pruned_folder, tmp_path):
@@ -43,15 +43,7 @@ def test_a_folder_that_is_no_checkpoint(command, tmp_path):
 
 
 def test_a_recipe_exports(command, tmp_path):
-    recipe = {
-        "model": {"path": "builtin:tiny-llama"},
-        "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
-        "budget": {"ratio": 0.2},
-        "trainer": {"accelerator": "cpu"},
-        "export": ["hf"],
-        "output": "out",
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(tmp_path, evaluate={}, export=["hf"])
     code, out, err = command("run", "recipe.yaml")
     assert code == 0, err
     assert "exports/hf: logits of 64 tokens agree" in out
@@ -66,14 +58,7 @@ def test_a_recipe_exports(command, tmp_path):
 
 
 def test_odd_widths_are_warned_of_and_rounded(command, tmp_path):
-    recipe = {
-        "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
-        "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
-        "budget": {"ratio": 0.2},
-        "trainer": {"accelerator": "cpu"},
-        "output": "out",
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(tmp_path, evaluate={})
     code, out, err = command("check", "recipe.yaml")
     assert code == 0, err
     assert "MLPs will be of odd width" in out

@@ -5,24 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
-from runs import RECIPE as RUN_RECIPE
-from runs import make_run
-
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama"},
-    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
-    "budget": {"ratio": 0.2},
-    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
-}
-
-
-@pytest.fixture
-def home(home):
-    (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return home
+from runs import RECIPE, make_run
 
 
 @pytest.fixture
@@ -32,7 +15,7 @@ def runs(tmp_path):
         folder.mkdir()
         (folder / "report.json").write_text(run.record.to_json())
         (folder / "result.json").write_text(json.dumps(run.result))
-        (folder / "recipe.yaml").write_text(RUN_RECIPE)
+        (folder / "recipe.yaml").write_text(RECIPE)
         (folder / "flapkit.json").write_text(json.dumps(run.made))
     return tmp_path
 
@@ -82,8 +65,8 @@ def test_a_damaged_result(command, runs):
     assert "result.json: is damaged" in err
 
 
-def test_json_events_and_nothing_else(command, tmp_path):
-    code, out, _ = command("run", "recipe.yaml", "--json")
+def test_json_events_and_nothing_else(command, recipe, tmp_path):
+    code, out, _ = command("run", recipe, "--json")
     assert code == 0
     events = [json.loads(line) for line in out.splitlines()]
     begun = [event["stage"] for event in events if event["event"] == "started"]
@@ -95,8 +78,8 @@ def test_json_events_and_nothing_else(command, tmp_path):
     assert (result["params"], result["perplexity"]) == (noted["params"], noted["perplexity"])
 
 
-def test_json_says_what_is_wrong(command):
-    code, out, err = command("run", "recipe.yaml", "--json", "--set", "metrc=wifv")
+def test_json_says_what_is_wrong(command, recipe):
+    code, out, err = command("run", recipe.name, "--json", "--set", "metrc=wifv")
     (error,) = map(json.loads, out.splitlines())
     assert (code, error["event"], error["kind"], error["exit_code"]) == (2, "error", "RecipeError", 2)
     assert "did you mean" in error["message"]

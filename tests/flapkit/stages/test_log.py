@@ -6,29 +6,17 @@ import csv
 import importlib.util
 
 import pytest
-import yaml
+from conftest import write_recipe
 
 from flapkit.check import check
 from flapkit.errors import RecipeError
 from flapkit.recipe import load_recipe
 from flapkit.run import run
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
-    "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
-    "budget": {"ratio": 0.3},
-    "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
-    "trainer": {"accelerator": "cpu", "logger": "csv"},
-    "output": "out",
-}
-
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return tmp_path / "recipe.yaml"
+def recipe(home):
+    return write_recipe(home, trainer={"accelerator": "cpu", "logger": "csv"})
 
 
 def test_csv(recipe, tmp_path):
