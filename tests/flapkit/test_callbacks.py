@@ -20,6 +20,10 @@ from flapkit.registry import Registry
 from flapkit.statistics import Moments
 from flapkit.windows import cut_windows
 
+SILENT = {"logger": False} | dict.fromkeys(
+    ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
+
 
 def prune_by_trainer(model, tokens, more=lambda prune: []):
     registry = Registry.load()
@@ -68,15 +72,7 @@ def test_flap_pruning_before_training(tokens):
     """The optimizer holds the new weights: all of them move."""
     model = make_llama().train()
     pruning = flapkit.FlapPruning(tokens, ratio=0.4)
-    trainer = Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        callbacks=[pruning],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(max_steps=4, accelerator="cpu", callbacks=[pruning], **SILENT)
     initial = make_llama().num_parameters()
     loader = DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate)
     trainer.fit(CausalLM(model, Optimization(lr=1e-2, warmup=0.0)), loader)
@@ -151,15 +147,7 @@ def test_gradients_under_the_trainer(tokens):
 def test_flap_pruning_by_gradients(tokens):
     expected = flapkit.prune_(make_llama(), tokens, "taylor", ratio=0.4)
     model, pruning = make_llama().train(), flapkit.FlapPruning(tokens, ratio=0.4, metric="taylor")
-    trainer = Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        callbacks=[pruning],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[pruning], **SILENT)
     loader = DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate)
     trainer.fit(CausalLM(model), loader)
     assert pruning.plan == expected
