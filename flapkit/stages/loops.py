@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from flapkit.stages.text import EvaluationText, RunText
 from flapkit.statistics import SiteStatistics, Statistic
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loops:
     """What Lightning's loops run on, and whom they tell how far they are; every stage builds its own trainer.
 
@@ -53,33 +54,37 @@ class Loops:
         check_started(loops.processes)
         return loops
 
+    @cached_property
+    def _asked(self) -> Any:
+        """A trainer that is asked what Lightning chose, and never run."""
+        return self.trainer([])
+
     @property
     def device(self) -> torch.device:
         """The device that the loops run on."""
-        device: torch.device = self.trainer([]).strategy.root_device
+        device: torch.device = self._asked.strategy.root_device
         return device
 
     @property
     def processes(self) -> int:
         """How many processes share the windows, on all machines together."""
-        trainer = self.trainer([])
         # Not its world size, which under torchrun is what was started.
-        return int(trainer.num_devices * trainer.num_nodes)
+        return int(self._asked.num_devices * self._asked.num_nodes)
 
     @property
     def per_machine(self) -> int:
         """How many of the processes share a machine."""
-        return int(self.trainer([]).num_devices)
+        return int(self._asked.num_devices)
 
     @property
     def numerics(self) -> str:
         """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
-        return f"{self.device.type} {self.trainer([]).precision}"
+        return f"{self.device.type} {self._asked.precision}"
 
     @property
     def precision(self) -> Callable[[], AbstractContextManager[Any]]:
         """Makes the context of a forward pass, such as autocast, for what runs outside a trainer's loop."""
-        make: Callable[[], AbstractContextManager[Any]] = self.trainer([]).precision_plugin.forward_context
+        make: Callable[[], AbstractContextManager[Any]] = self._asked.precision_plugin.forward_context
         return make
 
     def place_(self, model: PreTrainedModel) -> None:

@@ -262,7 +262,7 @@ def _precision(model: PreTrainedModel, loops: Loops) -> dict[str, Any]:
     """Choose mixed precision for a model in float16, whose gradients would vanish, where the recipe says nothing."""
     if "precision" in loops.options or model.dtype != torch.float16:
         return {}
-    on_cuda = loops.trainer([]).strategy.root_device.type == "cuda"
+    on_cuda = loops.device.type == "cuda"
     precision = "16-mixed" if on_cuda else "bf16-mixed"
     log.info("recover: the weights are float16; trained in %s (trainer.precision is another choice)", precision)
     return {"precision": precision}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ import flapkit
 from flapkit.calibration import Statistics
 from flapkit.plan import Budget
 from flapkit.pruning import Method, prune_sites_
+from flapkit.sites import Site
 from flapkit.stages.loops import Loops, calibrate
 from flapkit.stages.text import RunText
 from flapkit.surgery import share
@@ -50,9 +51,9 @@ def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size:
     return RunText(torch.randint(model.config.vocab_size, (windows, length), generator=generator), batch_size)
 
 
-def measured(model: PreTrainedModel, text: RunText) -> Statistics:
+def measured(model: PreTrainedModel, sites: Sequence[Site], text: RunText) -> Statistics:
     """Calibrate as a run does, under Lightning."""
-    return calibrate(model, flapkit.sites(model), METHOD.statistics, text, Loops({"accelerator": "cpu"}))
+    return calibrate(model, sites, METHOD.statistics, text, Loops({"accelerator": "cpu"}))
 
 
 @torch.no_grad()
@@ -85,10 +86,12 @@ def quartiles(values: list[float]) -> str:
 def overhead() -> None:
     """Compare calibration with the forward pass that it needs anyway, by the clock and by the processor's own time."""
     for model, windows in ((flapkit.load("builtin:tiny-llama", "float32"), 512), (random_llama(), 16)):
-        text = text_of(model, windows)
+        sites, text = flapkit.sites(model), text_of(model, windows)
         forward(model, text)
-        measured(model, text)
-        turns = [(both_clocks(measured, model, text), both_clocks(forward, model, text)) for _ in range(2 * TURNS)]
+        measured(model, sites, text)
+        turns = [
+            (both_clocks(measured, model, sites, text), both_clocks(forward, model, text)) for _ in range(2 * TURNS)
+        ]
         alone = quartiles([plain[0] for _, plain in turns])
         print(f"{model.num_parameters():,} parameters, {windows} windows of 128 tokens: forward {alone} s")
         for clock, name in enumerate(("wall", "processor")):
@@ -103,7 +106,7 @@ def share_of_pruning(windows: int = 8, paper: int = 1024, layers: int = 2) -> No
     budget = Budget.over(sites, 0.2)
     turns = []
     for _ in range(3):
-        calibrating, found = timed(measured, model, text)
+        calibrating, found = timed(measured, model, sites, text)
         turns.append((calibrating, timed(prune_sites_, share(model, sites), sites, found, METHOD, budget)[0]))
     calibrating, pruning = (statistics.median(each) for each in zip(*turns, strict=True))
     whole = calibrating * paper / windows
@@ -135,9 +138,9 @@ def memory() -> None:
 def growth(figure: Path) -> None:
     """Draw calibration's time against windows and against layers."""
     model = flapkit.load("builtin:tiny-llama", "float32")
-    windows = {count: (model, text_of(model, count)) for count in (16, 32, 64, 128)}
+    windows = {count: (model, flapkit.sites(model), text_of(model, count)) for count in (16, 32, 64, 128)}
     deep = {count: random_llama(count, 384, 1024, 6, vocabulary=4096) for count in (2, 4, 8, 12)}
-    layers = {count: (each, text_of(each, 32)) for count, each in deep.items()}
+    layers = {count: (each, flapkit.sites(each), text_of(each, 32)) for count, each in deep.items()}
     mpl.rcParams["svg.hashsalt"] = "flapkit"
     drawing = Figure(figsize=(7, 2.8), layout="constrained")
     axes = drawing.subplots(1, 2)
