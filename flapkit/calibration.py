@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -21,7 +23,10 @@ from flapkit.statistics import GradientStatistic, SiteStatistics, Statistic
 from flapkit.surgery import check_sites, consumer_of
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` [windows, tokens]; perhaps ``attention_mask`` of the same shape, and ``held_out`` [windows]."""
+"""``input_ids`` [windows, tokens]; perhaps ``attention_mask`` of the same shape; ``held_out`` and ``counted``."""
+
+COUNTED = "counted"
+"""Which windows of a batch count; the others run through the model so that processes that wait for each other can."""
 
 Statistics = Mapping[str, SiteStatistics]
 """Site name -> what was measured there."""
@@ -96,6 +101,8 @@ class Collector:
     def begin(self, batch: Batch) -> None:
         """Take note of which of a batch's tokens count."""
         self._attended = attended(batch)
+        if COUNTED in batch:
+            self._attended = self._attended & batch[COUNTED][:, None]
         self._complete = bool(self._attended.all())
         self._held_out = batch.get("held_out", torch.zeros(len(self._attended))).to(self._attended.device).bool()
         self._unseen = {site.name for site in self._sites}
@@ -116,7 +123,7 @@ class Collector:
             for statistic in self.statistics[site.name].values():
                 # What saw nothing here, such as an expert, still lies where it was made.
                 statistic.to(device)
-                statistic.sync()
+                statistic.merge_()
 
     def _hook(self, site: Site) -> Any:
         def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -195,7 +202,16 @@ def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -
         _backward(model, inputs)
     else:
         with torch.no_grad(), suppress(AllSeen):
-            model.base_model(**inputs, use_cache=False)
+            _run_layers(model, inputs)
+
+
+def _run_layers(model: PreTrainedModel, inputs: Batch) -> None:
+    if not isinstance(model, FSDPModule):
+        model.base_model(**inputs, use_cache=False)
+        return
+    # Only where the whole model is called, its processes gather what stands outside the layers.
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    model(**inputs, use_cache=False, **fewest)
 
 
 @torch.enable_grad()

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -36,6 +37,9 @@ from flapkit.statistics import Statistic
 LAST = "last"
 """Name of the checkpoint, without its suffix, from which a recovery goes on."""
 
+MODEL_PARALLEL = "model_parallel"
+"""The strategy under which each process holds its share of every weight."""
+
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -57,9 +61,34 @@ def build_trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
         RecipeError: a device that this machine does not have.
     """
     try:
+        if options.get("strategy") == MODEL_PARALLEL:
+            options["strategy"] = _model_parallel(options)
         return Trainer(callbacks=list(callbacks), **{**TRAINER_DEFAULTS, **options})
     except (MisconfigurationException, RuntimeError) as error:
         raise RecipeError(f"trainer: {error}; choose an accelerator that is here, or `auto`") from error
+
+
+def _model_parallel(options: Mapping[str, Any]) -> ModelParallelStrategy:
+    """Build Lightning's strategy for a model that is sharded over all processes, each with its share of the windows."""
+    asked = {name: options[name] for name in ("accelerator", "devices", "num_nodes") if name in options}
+    trainer = Trainer(**TRAINER_DEFAULTS, **asked)
+    return ModelParallelStrategy(
+        data_parallel_size=trainer.num_devices * trainer.num_nodes,
+        tensor_parallel_size=1,
+        # In one file, as under every other strategy: what is saved of a training is small.
+        save_distributed_checkpoint=False,
+    )
+
+
+def meet(trainer: Trainer) -> None:
+    """Let the processes of a run know of each other; Lightning starts them where nothing else did."""
+    # Some strategies tell the module that they run.
+    trainer.strategy.connect(LightningModule())
+    launcher, begin = trainer.strategy.launcher, trainer.strategy.setup_environment
+    if launcher is None:
+        begin()
+    else:
+        launcher.launch(begin, trainer=trainer)
 
 
 class Advance(Callback):

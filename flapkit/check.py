@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from flapkit.callbacks import MODEL_PARALLEL
 from flapkit.checkpoint import check_output, load_tokenizer
 from flapkit.errors import BudgetError
 from flapkit.estimate import Needs, check_fits, empty_model, estimate_needs
@@ -20,6 +21,7 @@ from flapkit.recipe import LoadedRecipe
 from flapkit.rounding import odd_widths
 from flapkit.stages.layerwise import check_layerwise
 from flapkit.stages.loops import Loops
+from flapkit.stages.sharded import check_sharded
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import recovery_source, source_of
 from flapkit.stages.zero_shot import check_tasks
@@ -69,6 +71,8 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         check_tasks(asked.evaluate.zero_shot)
     if asked.execution.mode == "layerwise":
         check_layerwise(recipe, target)
+    elif asked.trainer.strategy == MODEL_PARALLEL:
+        check_sharded(recipe, target)
     check_loggers(asked.trainer.logger)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     recovery = recovery_of(recipe.compensators)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flapkit.calibration import COUNTED
 from flapkit.errors import DataError
-from flapkit.windows import Windows
+from flapkit.windows import UNSCORED, Windows
 
 Row = Mapping[str, Any]
 Batch = dict[str, Tensor]
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
 """What batches hold for every token; other columns of a dataset are not for the model."""
+
+MARKS = ("held_out", COUNTED)
+"""What batches hold for every window, where rows say it."""
 
 HELD_OUT_ONE_IN = 4
 """Of the calibration windows one in so many is held out, to judge what was fitted on the others."""
@@ -64,12 +70,34 @@ class _CalibrationRows(Dataset[Row]):
         return {**row, "held_out": self._held_out[index]}
 
 
+class _FilledRows(Dataset[Row]):
+    """Rows whose number is a multiple of the devices: behind the last comes the first again, which does not count."""
+
+    def __init__(self, rows: Dataset[Row], devices: int) -> None:
+        self._rows = rows
+        self._windows = _count(rows)
+        self._total = devices * math.ceil(self._windows / devices)
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows[index % self._windows]
+        if not isinstance(row, Mapping):
+            return row
+        counted = index < self._windows
+        if "labels" in row and not counted:
+            row = {**row, "labels": torch.full_like(row["labels"], UNSCORED)}
+        return {**row, COUNTED: torch.tensor(counted)}
+
+
 class PruningData(LightningDataModule):
     """The text of a run: ``predict_dataloader`` is calibration, ``test_dataloader`` a loader for each evaluation.
 
     Batches are mappings with ``input_ids`` and ``attention_mask`` [windows, tokens], ``labels`` for evaluation, and
     ``held_out`` [windows] for calibration: whether a window is kept to judge what was fitted on the others.
-    On several devices each window is seen exactly once: nothing is repeated to make the devices' shares equal.
+    On several devices each window counts exactly once. Under a strategy whose devices wait for each other in every
+    forward pass, their shares are made equal by windows that do not count, as ``counted`` [windows] says.
 
     Args:
         calibration: tokens [windows, tokens]; or a dataset of mappings with ``input_ids`` [tokens] and, where rows
@@ -136,6 +164,7 @@ class PruningData(LightningDataModule):
         return size if isinstance(size, int) else size[name]
 
     def _loader(self, name: str, rows: Dataset[Row], batch_size: int) -> DataLoader[Row]:
+        rows = _filled(self, rows)
         # No workers: the windows are in memory already. Keywords: Lightning builds the loader anew to predict, and
         # then mistakes a positional batch size for a second one.
         sampler = _sampler(name, rows, self._share or _share_of(self))
@@ -205,9 +234,15 @@ def collate(rows: Sequence[Row]) -> Batch:
         )
     batch = {name: torch.stack(column) for name, column in columns.items()}
     batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    if "held_out" in rows[0]:
-        batch["held_out"] = torch.stack([row["held_out"] for row in rows])
-    return batch
+    return batch | {name: torch.stack([row[name] for row in rows]) for name in MARKS if name in rows[0]}
+
+
+def _filled(data: LightningDataModule, rows: Dataset[Row]) -> Dataset[Row]:
+    """Make the shares of devices equal that wait for each other in every forward pass."""
+    trainer = data.trainer
+    if trainer is None or not isinstance(getattr(trainer, "strategy", None), ModelParallelStrategy):
+        return rows
+    return _FilledRows(rows, trainer.world_size)
 
 
 def of_all(loader: DataLoader[Row]) -> DataLoader[Row]:

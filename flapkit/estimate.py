@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flapkit.calibration import needed_statistics, needs_gradient
+from flapkit.callbacks import MODEL_PARALLEL
 from flapkit.checkpoint.empty import build_empty
 from flapkit.data import held_out
 from flapkit.errors import ModelError, RecipeError
@@ -47,7 +48,8 @@ class Needs:
         least: the part of ``whole`` that the system cannot do without: pages of the dense weights' file whose layers
             are pruned already can go.
         layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
-        device: bytes on a GPU with the model whole.
+        sharded: memory of each process that has its part of the weights (``strategy: model_parallel``); None as above.
+        device: bytes on a GPU with the model whole; with its part, where the recipe shards it.
         disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states of all
             processes.
         flops: floating-point operations of calibration, two for each multiplication with its addition.
@@ -60,6 +62,7 @@ class Needs:
     whole: int
     least: int
     layerwise: int | None
+    sharded: int | None
     device: int
     disk: int
     flops: int
@@ -100,6 +103,10 @@ def estimate_needs(
     hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
     parts = _layer_bytes(empty, target)
     layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden // processes)
+    # Its part of every weight, and what is gathered at a time: what stands outside the layers, a layer, and the next.
+    share = parts and weights // processes + parts[0] + 2 * parts[1]
+    sharded = share and own + share + working
+    on_device = share if share and asked.trainer.strategy == MODEL_PARALLEL else weights
     passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
     disk, trained = left + (2 * hidden if on_disk else 0), None
     if (recovery := recovery_of(recipe.compensators)) is not None:
@@ -110,7 +117,8 @@ def estimate_needs(
         whole, least, disk = max(whole, training), max(least, training), disk + left
         layerwise = layerwise and max(layerwise, training)
     flops = passes * calibration_flops(recipe, target)
-    return Needs(weights, own, whole, least, layerwise, weights + statistics + batch, disk, flops, passes, trained)
+    device = on_device + statistics + batch
+    return Needs(weights, own, whole, least, layerwise, sharded, device, disk, flops, passes, trained)
 
 
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
@@ -135,6 +143,8 @@ def check_fits(recipe: LoadedRecipe, needs: Needs, loops: Loops) -> None:
     whose = "there are"
     if layerwise:
         needed = needs.layerwise or 0
+    elif loops.sharded and device.type != "cuda":
+        needed = needs.sharded or 0
     elif device.type == "cuda":
         needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     if needed <= limit:

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flapkit.checkpoint import load, load_config, load_tokenizer
+from flapkit.checkpoint import load_config, load_tokenizer
 from flapkit.checkpoint.soundness import check_unquantised
 from flapkit.conversations import renderer
 from flapkit.errors import InputError
 from flapkit.evaluation.zero_shot import put_beside
 from flapkit.progress import Progress
+from flapkit.ranks import lost_processes
 from flapkit.recipe import LoadedRecipe
 from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.save import put_texts_beside
+from flapkit.stages.sharded import load_model
 from flapkit.stages.text import read_evaluations
 from flapkit.stages.zero_shot import ask, load_tasks
 
@@ -59,6 +61,12 @@ def evaluate_checkpoint(
     if not asked.evaluate.perplexity and asked.evaluate.zero_shot is None:
         raise InputError(f"{recipe.path}: evaluate: it asks for nothing; give texts in `perplexity`, or `zero_shot`")
     loops = Loops.of(asked.trainer, progress or Progress())
+    with lost_processes():
+        return _evaluate(checkpoint, recipe, against, loops)
+
+
+def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, loops: Loops) -> Evaluation:
+    asked = recipe.recipe
     with loops.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         check_unquantised(checkpoint, config)
@@ -68,7 +76,7 @@ def evaluate_checkpoint(
     paths = {"model": checkpoint} if against is None else {"dense": against, "pruned": checkpoint}
     measured, answers = {}, {}
     for role, path in paths.items():
-        model = load(path, asked.model.dtype)
+        model = load_model(recipe.of_model(path), loops)
         measured[role] = evaluate(model, texts, loops, f"evaluate {role}")
         answers[role] = ask(model, tokenizer, tasks, loops, f"zero-shot {role}")
     return Evaluation(checkpoint, against, put_texts_beside(measured), put_beside(answers))

@@ -65,6 +65,8 @@ class LayerStream:
 
     Attributes:
         model: the model, its layers without memory while they are not loaded.
+        path: full name of the list of decoder layers.
+        device: where the layers run.
 
     Raises:
         ModelError: the checkpoint's tensors do not go by the names of the model's parameters.
@@ -83,8 +85,8 @@ class LayerStream:
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.model.tie_weights()
-        self._path = layers
-        self._device = torch.device(device)
+        self.path = layers
+        self.device = torch.device(device)
         self._precision = precision
         self.forms: dict[type[nn.Module], bool] = dict(forms or {})
         self.layers: nn.ModuleList = self.model.get_submodule(layers)
@@ -92,7 +94,7 @@ class LayerStream:
         self._fill(list(self.tensors_of(None)))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
-            _put(self.model, name, buffer.to(self._device))
+            _put(self.model, name, buffer.to(self.device))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -124,7 +126,7 @@ class LayerStream:
         Args:
             index: the layer; None for all that stands outside the layers.
         """
-        start = f"{self._path}." if index is None else f"{self._path}.{index}."
+        start = f"{self.path}." if index is None else f"{self.path}.{index}."
         inside = index is not None
         return {name: tensor for name, tensor in self._tensors().items() if name.startswith(start) == inside}
 
@@ -156,7 +158,7 @@ class LayerStream:
                 self.model.base_model(**self._inputs(batch), use_cache=False)
             except _Done as done:
                 return done.hidden
-        raise ModelError(f"{self._path}.{index}: the model did not run this layer; run it whole")
+        raise ModelError(f"{self.path}.{index}: the model did not run this layer; run it whole")
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Run what comes after the layers: the last norm and the head.
@@ -178,7 +180,7 @@ class LayerStream:
             return logits
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name].to(self._device) for name in ("input_ids", "attention_mask") if name in batch}
+        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch}
 
     @contextmanager
     def _staged(self, answers: Mapping[int, _Answer]) -> Iterator[None]:
@@ -188,7 +190,7 @@ class LayerStream:
             return lambda arrived, args, kwargs: self._given(index, arrived)
 
         stages = [_Stage(layer, answers.get(i) or passing(i)) for i, layer in enumerate(self.layers)]
-        path, _, name = self._path.rpartition(".")
+        path, _, name = self.path.rpartition(".")
         owner = self.model.get_submodule(path)
         setattr(owner, name, nn.ModuleList(stages))
         try:
@@ -212,8 +214,8 @@ class LayerStream:
         for name in self._tensors():
             if name not in sources:
                 raise ModelError(
-                    f"the checkpoint holds nothing that {name} is made of: it is not whole, or "
-                    "`execution: layerwise` cannot read it"
+                    f"the checkpoint holds nothing that {name} is made of: it is not whole, or cannot be read layer by "
+                    "layer"
                 )
         return sources
 
@@ -223,7 +225,7 @@ class LayerStream:
         asked = LoadStateDictConfig(
             dtype=self.model.dtype,
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
-            device_map={"": self._device},
+            device_map={"": self.device},
             weight_mapping=self._conversions,
         )
         info, _ = convert_and_load_state_dict_in_model(self.model, self._weights.read(keys), asked)
@@ -378,7 +380,7 @@ def layers_of(sites: Sequence[Site]) -> str:
     path = first.consumer.partition(f".{first.layer}.")[0]
     for site in sites:
         if not site.consumer.startswith(f"{path}.{site.layer}."):
-            raise ModelError(f"execution: layerwise: {site.consumer} lies in no list of layers {path}; run it whole")
+            raise ModelError(f"{site.consumer} lies in no list of layers {path}; run it whole")
     return path
 
 
@@ -408,7 +410,7 @@ def prove(config: PreTrainedConfig, layers: str) -> Forms:
     found, expected = stream.logits(batch, hidden[0]), whole(**batch).logits
     if not torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())):
         raise ModelError(
-            f"execution: layerwise does not hold for models of type {config.model_type!r}: a tiny one's logits are "
+            f"models of type {config.model_type!r} cannot be run layer by layer: a tiny one's logits are "
             f"{float((found - expected).abs().max()):.1e} off; run it whole"
         )
     return stream.forms

@@ -72,6 +72,9 @@ class CausalLM(LightningModule):
         # In a tuple, so that torch takes it for no submodule.
         self._teachers = () if teacher is None else (teacher,)
 
+    def configure_model(self) -> None:
+        """Leave the model as it is: what is to be sharded was sharded as it was loaded (``flapkit.sharding``)."""
+
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
         if batch_idx >= self.calibrated_batches:

@@ -22,7 +22,7 @@ from flapkit.interfaces import recovery_of
 from flapkit.origin import RECIPE, RESULT, Origin
 from flapkit.plan import PruningPlan
 from flapkit.progress import Progress
-from flapkit.ranks import from_first, is_first
+from flapkit.ranks import from_first, is_first, lost_processes
 from flapkit.recipe import LoadedRecipe, dump_recipe
 from flapkit.recovery import Recovery
 from flapkit.report.document import PAGE, RunDocument
@@ -137,8 +137,9 @@ def recover(
     with (
         open_work(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
         noted_warnings() as warnings,
+        lost_processes(),
     ):
-        target = find_target(_of_model(recipe, str(checkpoint), None))
+        target = find_target(recipe.of_model(str(checkpoint)))
         prepared = prepare(recipe, target, progress or Progress(), checkpoint)
         return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
@@ -163,6 +164,8 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
     asked, training, loops = recipe.recipe, recovery.training, Loops.of(recipe.recipe.trainer, progress)
+    if loops.sharded:
+        raise RecipeError(f"{recipe.path}: trainer.strategy: model_parallel: a recovery needs the whole model")
     source = recovery_source(training, asked)
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
@@ -244,7 +247,7 @@ def recover_checkpoint(
 def _train(model: PreTrainedModel, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
     """Train a pruned model in place; what the training keeps is in a folder."""
     recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
-    sites = find_target(_of_model(recipe, str(origin.folder), None)).sites
+    sites = find_target(recipe.of_model(str(origin.folder))).sites
     workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
     teacher = None
     if recovery.training.distill:
@@ -255,13 +258,6 @@ def _train(model: PreTrainedModel, origin: Origin, prepared: Preparation, folder
         return recover_(model, sites, recovery, prepared.text, prepared.loops, workplace=workplace, teacher=teacher)
     except RunError as error:
         raise RunError(f"{error}; the pruned model is whole in {origin.folder}") from error
-
-
-def _of_model(recipe: LoadedRecipe, path: str, revision: str | None) -> LoadedRecipe:
-    """Return a recipe for another model."""
-    asked = recipe.recipe
-    model = asked.model.model_copy(update={"path": path, "revision": revision})
-    return dataclasses.replace(recipe, recipe=asked.model_copy(update={"model": model}))
 
 
 def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:

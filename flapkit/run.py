@@ -22,7 +22,7 @@ from flapkit.interfaces import recovery_of
 from flapkit.kept import Kept
 from flapkit.plan import Budget
 from flapkit.progress import Progress
-from flapkit.ranks import from_first, is_first
+from flapkit.ranks import from_first, is_first, lost_processes
 from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
 from flapkit.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.rounding import warn_of_odd
@@ -32,6 +32,7 @@ from flapkit.stages.loops import Loops, Measured
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.report import make_trace, pair_samples, sample
 from flapkit.stages.save import RunRecord, compare, count_params, save_run
+from flapkit.stages.sharded import Sharded, open_sharded
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import RunText, read_text
 from flapkit.stages.whole import Whole
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
 """Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
+
+Executed = Whole | Layers | Sharded
+"""A run's model, and how it is run: all three have the same methods."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +91,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     text: RunText
     tasks: Harness | None
-    executed: Whole | Layers
+    executed: Executed
     dense_params: int
     budget: Budget
 
@@ -143,6 +147,7 @@ def run(
         open_work(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
         noted_warnings() as warnings,
         open_log(asked.trainer.logger, asked) as journal,
+        lost_processes(),
     ):
         if resume and not work.pieces():
             log.info("no stopped run has left anything to go on with: begins at the beginning")
@@ -230,7 +235,9 @@ def _read(recipe: LoadedRecipe, target: Target, loops: Loops, around: Around, ke
         around.work.claim(_found(asked, target, text))
     with around.progress.stage("load"):
         if asked.execution.mode == "layerwise":
-            executed: Whole | Layers = open_layers(recipe, target, loops, around.work.folder)
+            executed: Executed = open_layers(recipe, target, loops, around.work.folder)
+        elif loops.sharded:
+            executed = open_sharded(recipe, target, loops, around.work.folder)
         else:
             loops.meet()
             model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
@@ -296,7 +303,7 @@ def _samples(subject: Subject, loops: Loops, which: str) -> list[str]:
     return sample(subject.executed.model, subject.tokenizer, asked, loops, f"sample {which}")
 
 
-def _write(record: RunRecord, executed: Whole | Layers, around: Around, *, overwrite: bool) -> RunRecord:
+def _write(record: RunRecord, executed: Executed, around: Around, *, overwrite: bool) -> RunRecord:
     """Write the output, and its exports: the first process for all, which wait until the output is complete."""
     progress, recipe = around.progress, record.recipe
 

@@ -35,8 +35,15 @@ class Statistic(Metric):
     """Which calibration windows are taken in: all, or those alone that are held out to judge what the rest fitted."""
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Merged once, when all is measured, and not each time that somebody asks.
+        super().__init__(**{"sync_on_compute": False, **kwargs})
         self.channels = channels
+
+    def merge_(self) -> None:
+        """Take in what the other processes of the run measured, in all of them at once."""
+        self.sync()
+        # What is merged is all that counts from now on: torchmetrics would go back to this process's part.
+        self._is_synced, self._cache = False, None
 
     @classmethod
     def of(cls, site: Site) -> Self:

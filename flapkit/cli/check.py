@@ -43,7 +43,10 @@ def check(
     layerwise = "no list of layers" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB")
     each = f", in each of {found.processes} processes" if found.processes > 1 else ""
-    table.add_row("memory, about", f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise{each}")
+    ways = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"
+    if asked.trainer.strategy == "model_parallel" and needs.sharded is not None:
+        ways += f", {needs.sharded / 1e9:,.2f} GB sharded"
+    table.add_row("memory, about", f"{ways}{each}")
     limit = f"{memory_limit(found.processes) / 1e9:,.2f} GB"
     table.add_row(
         "", f"{needs.own / 1e9:,.2f} GB of it the program's own; there are {limit}{' for each' if each else ''}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flapkit.errors import RunError
@@ -37,7 +39,7 @@ def first_batch_size(model: PreTrainedModel, length: int, device: torch.device) 
     Returns:
         A power of two, at most ``LARGEST``.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = sum(_held(parameter).nbytes for parameter in model.parameters())
     if device.type == "cuda":
         # A quarter, since the estimate of what a window takes knows nothing of the family's own temporaries.
         budget = (torch.cuda.get_device_properties(device).total_memory - weights) // 4
@@ -46,6 +48,11 @@ def first_batch_size(model: PreTrainedModel, length: int, device: torch.device) 
         budget = min(budget, CPU_TOKENS * bytes_per_token(model))
     fitting = max(1, budget // (length * bytes_per_token(model)))
     return int(min(LARGEST, 2 ** (fitting.bit_length() - 1)))
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """Return what this process holds of a weight: of a sharded one its part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

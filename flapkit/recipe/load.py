@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class LoadedRecipe:
     def method(self) -> Method:
         """The components that prune."""
         return Method(self.metric, self.searcher, self.compensators)
+
+    def of_model(self, path: str, revision: str | None = None) -> LoadedRecipe:
+        """Return the recipe for another model: a checkpoint, or a hub id."""
+        model = self.recipe.model.model_copy(update={"path": path, "revision": revision})
+        return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:

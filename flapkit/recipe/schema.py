@@ -15,8 +15,8 @@ from flapkit.plan import Budget, BudgetBase
 from flapkit.sites import Site
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
-SHARDING = ("fsdp", "deepspeed", "model_parallel")
-"""How the names begin of those strategies of Lightning's under which no process has the whole model."""
+UNSUPPORTED = ("fsdp", "deepspeed")
+"""How the names begin of those strategies of Lightning's that shard a model, and that flapkit does not run under."""
 
 LARGEST_SEED = 2**32 - 1
 
@@ -256,11 +256,11 @@ Components = Annotated[
 
 
 def _check_strategy(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(SHARDING):
+    if isinstance(value, str) and value.startswith(UNSUPPORTED):
         raise PydanticCustomError(
             "sharding",
-            "{value} shards the model, and pruning needs whole weights; "
-            "for a model that one GPU does not hold, set `execution: layerwise`",
+            "{value} is not supported; for a model that one GPU does not hold, set `strategy: model_parallel`, which "
+            "shards it over the devices, or `execution: layerwise`",
             {"value": value},
         )
     return value
@@ -276,16 +276,31 @@ class TrainerSection(Section):
         default=1, description="How many devices on each machine."
     )
     num_nodes: Count = Field(default=1, ge=1, description="How many machines.")
-    strategy: Annotated[Literal["auto", "ddp"], BeforeValidator(_check_strategy)] = Field(
+    strategy: Annotated[Literal["auto", "ddp", "model_parallel"], BeforeValidator(_check_strategy)] = Field(
         default="auto",
         description="How several devices share the work: `ddp`, where each holds the model and takes its share of the "
-        "windows, or Lightning's own choice.",
+        "windows; `model_parallel`, where each holds its share of the weights as well, for a model that one device "
+        "does not hold; or Lightning's own choice.",
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] | None = Field(
         default=None,
         description="Lightning's precision; by default the model's own type, untouched. A float16 model is trained in "
         "mixed precision.",
     )
+
+    @field_validator("precision")
+    @classmethod
+    def _is_for_strategy(cls, precision: str | None, info: ValidationInfo) -> str | None:
+        sharded = info.data.get("strategy") == "model_parallel"
+        if sharded and precision not in (None, "32-true", "bf16-mixed"):
+            raise PydanticCustomError(
+                "precision",
+                "{precision} does not go with `strategy: model_parallel`; set `bf16-mixed`, or the type of the weights "
+                "in `model.dtype`",
+                {"precision": precision},
+            )
+        return precision
+
     accumulate_grad_batches: Count = Field(
         default=1, ge=1, description="In training: batches whose gradients make one optimizer step."
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Batch, Collector, Statistics, needed_statistics, needs_gradient
+from flapkit.callbacks import MODEL_PARALLEL
 from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.families import describe_
 from flapkit.checkpoint.weights import Weights, grouped, read_metadata
@@ -29,7 +30,7 @@ from flapkit.kept import read_sealed, sealed, write_piece
 from flapkit.layerwise import Forms, HiddenStates, LayerStream, layers_of, prove, step_all, walk
 from flapkit.passes import size_of, split_by_memory
 from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
+from flapkit.pruning import Method, Pruned, expect_errors, find_corrections, find_plan, notes_of, score_sites
 from flapkit.ranks import from_first, lost_processes, rank, share
 from flapkit.recipe import LoadedRecipe
 from flapkit.sites import Site
@@ -114,13 +115,18 @@ class Layers:
     @property
     def records(self) -> list[Path]:
         """The files that hold what was measured, one for each layer."""
-        return [self.work / "calibration" / f"{index:05}.safetensors" for index in range(len(self.stream))]
+        return records_of(self.work, len(self.stream))
 
     @property
     def shards(self) -> list[Path]:
         """The files of the pruned model's weights: one for each layer, and one for what stands outside the layers."""
         count = len(self.stream) + 1
         return [self.work / "weights" / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+
+
+def records_of(work: Path, layers: int) -> list[Path]:
+    """Name the files that hold what was measured, one for each layer."""
+    return [work / "calibration" / f"{index:05}.safetensors" for index in range(layers)]
 
 
 def check_layerwise(recipe: LoadedRecipe, target: Target) -> Forms:
@@ -134,18 +140,42 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> Forms:
         ModelError: models of this type cannot be run layer by layer.
     """
     asked, method = recipe.recipe, recipe.method
-    precision = asked.trainer.precision or ""
     refused = {
         f"metric {method.metric.name!r} needs gradients of the whole model; choose another, such as wifv": (
             needs_gradient(method.statistics)
         ),
+        "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
+            asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
+        ),
+        "it does without trainer.strategy: model_parallel; set `ddp`": asked.trainer.strategy == MODEL_PARALLEL,
+    }
+    return refuse(recipe, target, "execution: layerwise", refused)
+
+
+def refuse(recipe: LoadedRecipe, target: Target, mode: str, refused: Mapping[str, bool]) -> Forms:
+    """Refuse what needs the whole model in one process, and try a tiny model of the target's kind.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        mode: what in the recipe keeps the model from being whole.
+        refused: why more is refused -> whether the recipe asks for it.
+
+    Returns:
+        What the trial has shown of the layers.
+
+    Raises:
+        RecipeError: something that needs the whole model.
+        ModelError: models of this type cannot be run layer by layer.
+    """
+    asked, method = recipe.recipe, recipe.method
+    precision = asked.trainer.precision or ""
+    refused = {
+        **refused,
         f"searcher {method.searcher.name!r} tries plans on the whole model; choose another": (
             isinstance(method.searcher, TrialSearcher)
         ),
         "calibration.sequential needs the whole model twice; leave it out": asked.calibration.sequential,
-        "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
-            asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
-        ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)
         ),
@@ -157,7 +187,7 @@ def check_layerwise(recipe: LoadedRecipe, target: Target) -> Forms:
     }
     for why, is_asked in refused.items():
         if is_asked:
-            raise RecipeError(f"{recipe.path}: execution: layerwise: {why}")
+            raise RecipeError(f"{recipe.path}: {mode}: {why}")
     return prove(target.config, layers_of(target.sites))
 
 
@@ -174,13 +204,28 @@ def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) 
         RecipeError: something that needs the whole model.
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
-    forms, asked = check_layerwise(recipe, target), recipe.recipe
+    forms = check_layerwise(recipe, target)
     loops.meet()
+    return Layers(recipe, open_stream(recipe, target, loops, forms), target.sites, loops, work)
+
+
+def open_stream(recipe: LoadedRecipe, target: Target, loops: Loops, forms: Forms | None = None) -> LayerStream:
+    """Build a recipe's model without its layers, which are read when their turn comes.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        loops: what it runs on.
+        forms: what a trial has shown of the layers; None where none of them runs alone.
+
+    Raises:
+        ModelError: the model is missing or damaged.
+    """
+    asked = recipe.recipe
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
     weights = open_weights(asked.model.path, revision=asked.model.revision)
     layers = layers_of(target.sites)
-    stream = LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision, forms)
-    return Layers(recipe, stream, target.sites, loops, work)
+    return LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision, forms)
 
 
 def evaluate_layers(layers: Layers, texts: Mapping[str, EvaluationText], name: str) -> dict[str, Measured]:
@@ -258,21 +303,47 @@ def calibrate_layers(layers: Layers, text: RunText, memory: int) -> Calibrated:
         CalibrationError: an input that is not finite.
     """
     method = layers.recipe.method
-    repair = needed_statistics(method.compensators)
-    kept = repair if size_of(repair, layers.sites) <= memory else ()
-    needed = tuple(dict.fromkeys([*method.scoring, *kept]))
+    kept, needed = statistics_of(method, layers.sites, memory)
     stream, batches, files = layers.stream, _batches(text) if needed else [], layers.records
     with layers.loops.progress.stage("calibrate", len(stream), "layers") as stage:
         for index, hidden in _resumed(layers, "calibration", files, batches):
             found: dict[str, Tensor] = {}
             for part, measured in _measure(layers, index, batches, hidden, needed, memory):
-                if method.searcher.uses_scores:
-                    scores = score_sites(stream.model, part, measured, method.metric)
-                    found |= {f"{name}/scores": score for name, score in scores.items()}
-                found |= _saved(measured, kept)
+                found |= judged(stream.model, part, measured, method, kept)
             layers.write(files[index], found, sealed(found, {}))
             stage.advance()
-    return _read_calibrated(layers, files, kept)
+    # Asked for once: Lightning builds a trainer to find it.
+    return read_calibrated(layers.sites, files, kept, layers.loops.device)
+
+
+def statistics_of(
+    method: Method, sites: Sequence[Site], memory: int
+) -> tuple[Sequence[type[Statistic]], Sequence[type[Statistic]]]:
+    """Choose what is measured in calibration.
+
+    Args:
+        method: the components.
+        sites: the model's sites.
+        memory: bytes of statistics at a time.
+
+    Returns:
+        What is kept for the corrections: nothing where that of all sites does not fit; and all that is measured.
+    """
+    repair = needed_statistics(method.compensators)
+    kept = repair if size_of(repair, sites) <= memory else ()
+    return kept, tuple(dict.fromkeys([*method.scoring, *kept]))
+
+
+def judged(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    measured: Statistics,
+    method: Method,
+    kept: Sequence[type[Statistic]],
+) -> dict[str, Tensor]:
+    """Score some sites whose weights are in memory; return their scores and statistics, as a record holds them."""
+    scores = score_sites(model, sites, measured, method.metric) if method.searcher.uses_scores else {}
+    return {f"{name}/scores": score for name, score in scores.items()} | _saved(measured, kept)
 
 
 def _measure(
@@ -338,17 +409,25 @@ def _key(statistic: type[Statistic]) -> str:
     return f"{statistic.__module__}.{statistic.__qualname__}"
 
 
-def _read_calibrated(layers: Layers, files: Sequence[Path], kept: Sequence[type[Statistic]]) -> Calibrated:
+def read_calibrated(
+    sites: Sequence[Site], files: Sequence[Path], kept: Sequence[type[Statistic]], device: torch.device
+) -> Calibrated:
+    """Read what calibration left, a file for each layer.
+
+    Args:
+        sites: the model's sites.
+        files: the records.
+        kept: the statistics that they hold.
+        device: where corrections are computed.
+    """
     tensors = grouped({name: tensor for file in files for name, tensor in read_sealed(file)[0].items()})
-    # Asked for once: Lightning builds a trainer to find it.
-    device = layers.loops.device
     return Calibrated(
-        {site.name: tensors[site.name]["scores"] for site in layers.sites if site.name in tensors},
+        {site.name: tensors[site.name]["scores"] for site in sites if site.name in tensors},
         {
             site.name: SiteStatistics(
                 statistic.restored(site, tensors[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in kept
             )
-            for site in layers.sites
+            for site in sites
         },
     )
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, needs_gradient
-from flapkit.callbacks import Advance, Calibrate, CalibrateBehind, Evaluate, build_trainer
+from flapkit.callbacks import MODEL_PARALLEL, Advance, Calibrate, CalibrateBehind, Evaluate, build_trainer, meet
 from flapkit.data import PruningData
 from flapkit.errors import RecipeError, RunError
 from flapkit.evaluation.batch_size import first_batch_size, halving
@@ -23,7 +23,7 @@ from flapkit.evaluation.protocol import bits_per_byte, perplexity
 from flapkit.kept import Kept
 from flapkit.module import CausalLM
 from flapkit.progress import Progress
-from flapkit.ranks import check_started, lost_processes
+from flapkit.ranks import check_started, from_first, lost_processes
 from flapkit.recipe import TrainerSection
 from flapkit.sites import Site
 from flapkit.stages.text import EvaluationText, RunText
@@ -77,6 +77,11 @@ class Loops:
         return int(self._asked.num_devices)
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds its share of the model's weights, and no more."""
+        return self.options.get("strategy") == MODEL_PARALLEL
+
+    @property
     def numerics(self) -> str:
         """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
         return f"{self.device.type} {self._asked.precision}"
@@ -97,11 +102,11 @@ class Loops:
         Raises:
             RecipeError: the machines and devices are not those that SLURM gave.
         """
-        if self.processes == 1:
+        if self.processes == 1 and not self.sharded:
             return
         trainer = self.trainer([])
         try:
-            quietly(trainer.strategy.launcher.launch, trainer.strategy.setup_environment, trainer=trainer)
+            quietly(meet, trainer)
         except ValueError as error:
             raise RecipeError(f"trainer: {error}") from error
 
@@ -249,6 +254,8 @@ def measure_texts(
         else text.asked.batch_size
         for name, text in texts.items()
     }
+    # Where processes wait for each other in each forward pass, all have to take as many windows at once.
+    sizes = from_first(lambda: sizes)
     try:
         results, sizes = (test(sizes), sizes) if loops.processes > 1 else halving(sizes, test)
     except torch.OutOfMemoryError as error:

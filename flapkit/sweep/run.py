@@ -112,8 +112,11 @@ def check_sweep(sweep: Sweep) -> None:
         try:
             if recovery_of(point.recipe.compensators) is not None:
                 raise RecipeError("a sweep does not train; leave the compensator that does out, and `flapkit recover`")
-            if Loops.of(asked.trainer, Progress()).processes > 1:
-                raise RecipeError("a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1")
+            loops = Loops.of(asked.trainer, Progress())
+            if loops.processes > 1 or loops.sharded:
+                raise RecipeError(
+                    "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and leave strategy out"
+                )
             find_target(point.recipe)
             for text in (asked.calibration, *asked.evaluate.perplexity):
                 source_of(text).check()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -124,6 +125,24 @@ def test_devices_see_each_window_once(windows: int, ranks: int) -> None:
         given = PruningData(calibration, batch_size=2, share={"rank": rank, "num_replicas": ranks})
         assert first_tokens(given.predict_dataloader()) == first_tokens(data.predict_dataloader())
     assert sorted(seen["calibration"]) == sorted(seen["test"]) == list(range(windows))
+
+
+@pytest.mark.parametrize(("windows", "ranks"), [(8, 2), (9, 2), (10, 4), (1, 3)])
+def test_devices_that_wait_for_each_other_have_equal_shares(windows: int, ranks: int) -> None:
+    """Each window counts once, and what fills a share up scores nothing."""
+    tokens = torch.arange(windows).repeat_interleave(4)
+    calibration, sets = tokens.view(windows, 4), {"a": cut_windows(tokens, 4)}
+    counted, scored, batches = [], [], set()
+    for rank in range(ranks):
+        data = share(PruningData(calibration, sets, batch_size=2, evaluation_batch_size=2), rank, ranks)
+        data.trainer.strategy, data.trainer.world_size = ModelParallelStrategy(), ranks
+        loader, test = list(data.predict_dataloader()), list(data.test_dataloader()[0])
+        batches.add((len(loader), len(test)))
+        counted += [int(row[0]) for batch in loader for row in batch["input_ids"][batch["counted"]]]
+        scored += [int(row[1]) for batch in test for row in batch["labels"] if (row != -100).any()]
+        assert all(batch["attention_mask"].all() for batch in loader)
+    assert len(batches) == 1
+    assert sorted(counted) == sorted(scored) == list(range(windows))
 
 
 def test_fewer_windows_than_devices() -> None:

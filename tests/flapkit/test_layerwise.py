@@ -89,7 +89,7 @@ def test_every_family(name, model_type):
 
 def test_what_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setattr(LayerStream, "logits", lambda self, batch, hidden: torch.zeros(2, 12, 96))
-    with pytest.raises(ModelError, match="does not hold for models of type 'llama'"):
+    with pytest.raises(ModelError, match="models of type 'llama' cannot be run layer by layer"):
         prove(tiny_config("llama"), "model.layers")
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from executions import add_tokenizer
 from safetensors.torch import load_file
 
+from flapkit.checkpoint.weights import Weights
 from flapkit.errors import RecipeError
 from flapkit.ranks import check_started, from_first, in_all, is_first, rank
+from flapkit.tiny import tiny_config, tiny_model
 
 RECIPE = {
     "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
@@ -90,6 +93,18 @@ def step_to_death(stream, index, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 layers.step_all = step_to_death
+
+import flapkit.callbacks as callbacks
+check = callbacks.Collector.check
+
+def check_to_death(collector):
+    check(collector)
+    if fault("error in calibration"):
+        raise RunError("it does not work")
+    if fault("kill in calibration"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks.Collector.check = check_to_death
 """
 
 
@@ -219,10 +234,9 @@ def shared(recipe: dict) -> dict:
 def is_as(layerwise: Path, folder: Path) -> bool:
     """Tell whether a run's output is that of one process: its plan, its weights, its perplexities."""
     assert (folder / "plan.json").read_bytes() == (layerwise / "plan.json").read_bytes()
-    for file in sorted(layerwise.glob("*.safetensors")):
-        expected, found = load_file(file), load_file(folder / file.name)
-        assert found.keys() == expected.keys()
-        assert all(torch.allclose(found[name], expected[name], atol=1e-5, rtol=1e-5) for name in expected)
+    expected, found = (Weights.of(run.glob("*.safetensors")) for run in (layerwise, folder))
+    assert set(found) == set(expected)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5, rtol=1e-5) for name in expected)
     one, two = (json.loads((run / "result.json").read_text())["perplexity"] for run in (layerwise, folder))
     (one,), (two,) = one.values(), two.values()
     return all(two[which] == pytest.approx(one[which], rel=1e-5) for which in ("dense", "pruned"))
@@ -259,6 +273,71 @@ def test_torchrun_layer_by_layer(home, layerwise):
     assert code == 0, err
     assert out.count("block parameters") == 1
     assert is_as(layerwise, home / "layers of torchrun")
+
+
+SHARDED = {"accelerator": "cpu", "devices": 2, "strategy": "model_parallel"}
+METHODS = {
+    "wifv": {"metric": "wifv"},
+    "taylor": {"metric": "taylor"},
+    "least_squares": {key: LAYERWISE[key] for key in ("metric", "compensator", "calibration")},
+    "experts": {
+        "metric": "wifv",
+        "model": {"path": "mixtral"},
+        "calibration": {**RECIPE["calibration"], "samples": 129},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_that_each_have_half_of_the_model(home, method):
+    """13 windows to calibrate on and 9 to evaluate: one process has a window more than the other."""
+    if method == "experts":
+        tiny_model(tiny_config("mixtral", vocab_size=4096)).save_pretrained(home / "mixtral")
+        add_tokenizer(home / "mixtral")
+    recipe = {**RECIPE, **METHODS[method]}
+    for name, trainer in (("whole", alone(RECIPE)["trainer"]), ("halves", SHARDED)):
+        code, out, err = end(flapkit(home, {**recipe, "trainer": trainer}, f"{name} {method}"))
+        assert code == 0, err
+        assert out.count("block parameters") == 1
+    assert is_as(home / f"whole {method}", home / f"halves {method}")
+
+
+@pytest.mark.slow
+def test_torchrun_of_halves_that_are_evaluated(home):
+    launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
+    samples = {"prompts": ["def f("], "tokens": 4}
+    recipe = {**RECIPE, "metric": "wifv", "trainer": SHARDED}
+    recipe["evaluate"] = {**RECIPE["evaluate"], "samples": samples}
+    code, out, err = end(flapkit(home, recipe, "halves of torchrun", launcher=launcher))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    command = ["-m", "flapkit", "evaluate", "halves of torchrun", "--output", "halves.json"]
+    code, out, err = end(start(home, command, {"FAULT": ""}))
+    assert code == 0, err
+    (found,) = json.loads((home / "halves.json").read_text())["perplexity"].values()
+    (measured,) = json.loads((home / "halves of torchrun" / "result.json").read_text())["perplexity"].values()
+    assert found["model"] == pytest.approx(measured["pruned"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("error 1", ["error: process 1: it does not work", LOST]),
+        ("error in calibration 1", ["error: process 1: it does not work", LOST]),
+        ("error in calibration 0", ["error: it does not work"]),
+        ("kill in calibration 1", [LOST]),
+    ],
+)
+def test_a_process_with_half_of_the_model_that_dies_ends_the_run(home, fault, said):
+    recipe = {**RECIPE, "trainer": SHARDED, "compensator": "bias"}
+    code, _, err = end(flapkit(home, recipe, f"half {fault}", "-q", fault=fault))
+    told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
+    # Lightning kills the first process if it looks after the other before the two talk to each other.
+    assert code == -9 or (code == 1 and all(any(line.startswith(each) for line in told) for each in said))
+    assert all(any(line.startswith(each) for line in told) for each in said if each != LOST)
+    assert not (home / f"half {fault}").exists()
 
 
 @pytest.mark.slow

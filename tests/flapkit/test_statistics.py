@@ -138,7 +138,7 @@ def test_ranks_are_merged_exactly(of, options):
     ranks = [of(6, **options) for _ in range(3)]
     for rank, part in zip(ranks, (x[:7], x[7:], x[:0]), strict=True):
         rank.update(part)
-        rank.sync()
+        rank.merge_()
     merged, whole = of(6, **options), of(6, **options)
     whole.update(x)
     for state in ("_tokens", "_mean", "_squares"):

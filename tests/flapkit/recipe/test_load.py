@@ -194,11 +194,19 @@ def test_a_ratio_that_is_none_says_what_to_give(tmp_path: Path, ratio: str) -> N
     assert "is not a ratio; give the fraction to remove, over 0 and under 1, for example 0.2" in problem
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3", "model_parallel"])
-def test_a_strategy_that_shards_the_model_says_what_to_set_instead(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
+def test_a_strategy_that_is_not_supported_says_what_to_set_instead(tmp_path: Path, strategy: str) -> None:
     (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: 0.2}}\ntrainer: {{strategy: {strategy}}}"))
-    assert f"trainer.strategy: {strategy} shards the model" in problem
-    assert "set `execution: layerwise`" in problem
+    assert f"trainer.strategy: {strategy} is not supported" in problem
+    assert "set `strategy: model_parallel`" in problem
+    assert "`execution: layerwise`" in problem
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "16-true"])
+def test_a_precision_that_a_sharded_model_does_not_have(tmp_path: Path, precision: str) -> None:
+    trainer = f"trainer: {{strategy: model_parallel, precision: {precision}}}"
+    (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: 0.2}}\n{trainer}"))
+    assert f"trainer.precision: {precision} does not go with `strategy: model_parallel`" in problem
 
 
 def test_a_ratio_in_percent_is_shown_as_a_fraction(tmp_path: Path) -> None:

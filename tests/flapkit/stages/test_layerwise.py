@@ -6,10 +6,9 @@ import errno
 
 import pytest
 import torch
-import yaml
-from conftest import FORMS, make_llama
+from conftest import FORMS
+from executions import RECIPE, TEXT, add_tokenizer, assert_same, prune, save_dense
 
-from flapkit.bundled import bundled_models
 from flapkit.checkpoint import open_weights
 from flapkit.checkpoint.weights import write_tensors
 from flapkit.errors import OutputError, RecipeError
@@ -18,65 +17,18 @@ from flapkit.recipe import load_recipe
 from flapkit.run import run
 from flapkit.tiny import tiny_config, tiny_model
 
-RECIPE = {
-    "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 5},
-    "budget": {"ratio": 0.3},
-    "evaluate": {
-        "perplexity": [
-            {"dataset": "text.txt", "length": 16, "windows": 9},
-            {"dataset": "text.txt", "length": 12, "stride": 5, "windows": 7},
-        ]
-    },
-    "trainer": {"accelerator": "cpu"},
-}
-
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(80)))
+    (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
-
-
-def save_dense(folder, **options):
-    """A LLaMA with the bundled model's tokenizer, in several files."""
-    model = make_llama(vocab_size=4096, **options)
-    model.save_pretrained(folder, max_shard_size="50KB")
-    add_tokenizer(folder)
-
-
-def add_tokenizer(folder):
-    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-
-
-def prune(home, output, execution, **changes):
-    asked = {**RECIPE, "model": {"path": "dense"}, "output": output, "execution": execution, **changes}
-    (home / f"{output}.yaml").write_text(yaml.safe_dump(asked))
-    return run(load_recipe(home / f"{output}.yaml"))
-
-
-def assert_same(home, whole, layerwise, tolerance=1e-6):
-    for name in ("plan.json", "config.json", "generation_config.json"):
-        assert (home / "layerwise" / name).read_bytes() == (home / "whole" / name).read_bytes()
-    expected, found = open_weights(home / "whole"), open_weights(home / "layerwise")
-    assert set(found) == set(expected)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=tolerance)
-    assert layerwise.params == whole.params
-    for name, figures in whole.perplexity.items():
-        assert layerwise.perplexity[name]["dense"] == pytest.approx(figures["dense"], rel=1e-5)
-        assert layerwise.perplexity[name]["pruned"] == pytest.approx(figures["pruned"], rel=1e-5)
-    for name, error in whole.errors.items():
-        assert layerwise.errors[name].alone == pytest.approx(error.alone, rel=1e-3)
-        assert layerwise.errors[name].in_model == (error.in_model and pytest.approx(error.in_model, rel=1e-3))
-        assert layerwise.errors[name].predicted == (error.predicted and pytest.approx(error.predicted, rel=1e-3))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layerwise_is_whole(home, form):
     save_dense(home / "dense", **FORMS[form])
-    assert_same(home, prune(home, "whole", "whole"), prune(home, "layerwise", "layerwise"))
+    assert_same(prune(home, "whole", execution="whole"), prune(home, "layerwise", execution="layerwise"))
 
 
 @pytest.mark.parametrize("memory", ["4GB", "10KB"])
@@ -89,9 +41,9 @@ def test_least_squares(home, memory, hidden):
         "compensator": {"name": "least_squares", "ridge": 0.01},
         "calibration": {**RECIPE["calibration"], "statistics_memory": memory},
     }
-    whole = prune(home, "whole", "whole", **changes)
-    layerwise = prune(home, "layerwise", {"mode": "layerwise", "hidden_states": hidden}, **changes)
-    assert_same(home, whole, layerwise, tolerance=1e-5)
+    whole = prune(home, "whole", execution="whole", **changes)
+    layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
+    assert_same(whole, layerwise, tolerance=1e-5)
     assert {path.name for path in home.iterdir() if path.name.startswith(".")} == set()
 
 
@@ -101,21 +53,25 @@ def test_experts(home):
     model.save_pretrained(home / "dense")
     add_tokenizer(home / "dense")
     changes = {"calibration": {**RECIPE["calibration"], "samples": 64}}
-    assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
+    assert_same(
+        prune(home, "whole", execution="whole", **changes), prune(home, "layerwise", execution="layerwise", **changes)
+    )
 
 
 def test_half_precision(home):
     save_dense(home / "dense")
     changes = {"model": {"path": "dense", "dtype": "bfloat16"}}
-    whole, layerwise = (prune(home, mode, mode, **changes) for mode in ("whole", "layerwise"))
-    assert_same(home, whole, layerwise)
+    whole, layerwise = (prune(home, mode, execution=mode, **changes) for mode in ("whole", "layerwise"))
+    assert_same(whole, layerwise)
     assert next(iter(open_weights(home / "layerwise").values())).dtype == torch.bfloat16
 
 
 def test_without_any_calibration(home):
     save_dense(home / "dense")
     changes = {"metric": "magnitude", "compensator": "none"}
-    assert_same(home, prune(home, "whole", "whole", **changes), prune(home, "layerwise", "layerwise", **changes))
+    assert_same(
+        prune(home, "whole", execution="whole", **changes), prune(home, "layerwise", execution="layerwise", **changes)
+    )
 
 
 @pytest.mark.parametrize("hidden", ["memory", "disk"])
@@ -127,7 +83,7 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
         "compensator": {"name": "least_squares", "ridge": 0.01},
         "calibration": {**RECIPE["calibration"], "statistics_memory": "10KB"},
     }
-    whole = prune(home, "whole", "whole", **changes)
+    whole = prune(home, "whole", execution="whole", **changes)
     written = []
 
     def stop(path, tensors, metadata):
@@ -140,14 +96,14 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     stop.armed = True
     execution = {"mode": "layerwise", "hidden_states": hidden}
     with pytest.raises(KeyboardInterrupt):
-        prune(home, "layerwise", execution, **changes)
+        prune(home, "layerwise", execution=execution, **changes)
     assert not (home / "layerwise").exists()
     stop.armed = False
     before = list(written)
     assert before
     layerwise = run(load_recipe(home / "layerwise.yaml"), resume=True)
     assert not set(before) & set(written[len(before) :])
-    assert_same(home, whole, layerwise, tolerance=1e-5)
+    assert_same(whole, layerwise, tolerance=1e-5)
     assert not list(home.glob(".*"))
 
 
@@ -162,7 +118,7 @@ def test_a_full_disk(home, monkeypatch, file):
 
     monkeypatch.setattr("flapkit.kept.write_tensors", fill)
     with pytest.raises(OutputError, match=f"{file}.*: the disk is full"):
-        prune(home, "out", {"mode": "layerwise", "hidden_states": "disk"})
+        prune(home, "out", execution={"mode": "layerwise", "hidden_states": "disk"})
     assert not (home / "out").exists()
 
 
@@ -170,7 +126,7 @@ def test_a_recovery_trains_what_was_written(home):
     save_dense(home / "dense")
     (home / "other.txt").write_text("".join(f"class C{n}:\n    size = {n}\n" for n in range(80)))
     lora = {"name": "lora", "steps": 2, "length": 16, "dataset": "other.txt"}
-    record = prune(home, "out", "layerwise", compensator=["bias", lora])
+    record = prune(home, "out", execution="layerwise", compensator=["bias", lora])
     assert set(next(iter(record.perplexity.values()))) >= {"dense", "pruned", "recovered"}
 
 
@@ -187,5 +143,5 @@ REFUSED = {
 def test_what_needs_the_whole_model_is_refused(home, said):
     save_dense(home / "dense")
     with pytest.raises(RecipeError, match=rf"execution: layerwise: .*{said}"):
-        prune(home, "out", "layerwise", **REFUSED[said])
+        prune(home, "out", execution="layerwise", **REFUSED[said])
     assert not (home / "out").exists()

@@ -1,0 +1,198 @@
+"""The stages of a run whose model is sharded over its processes: each holds a part of every weight.
+
+Forward passes, in calibration and evaluation, run under Lightning's ``ModelParallelStrategy``. What needs whole weights
+goes a decoder layer at a time: scores in the sharded model, which gathers the layer; corrections and slices as in
+``flapkit.stages.layerwise``, which reads the dense layers from the checkpoint and writes the pruned ones. The pruned
+model is then sharded anew.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flapkit.calibration import Statistics, measure
+from flapkit.checkpoint import load
+from flapkit.evaluation.site_errors import SiteError, Trace
+from flapkit.kept import sealed, write_piece
+from flapkit.layerwise import Forms, layers_of
+from flapkit.passes import split_by_memory
+from flapkit.plan import Budget
+from flapkit.pruning import Pruned
+from flapkit.ranks import from_first
+from flapkit.recipe import LoadedRecipe
+from flapkit.sharding import gathered, shard
+from flapkit.sites import Site
+from flapkit.stages.layerwise import (
+    Calibrated,
+    Layers,
+    judged,
+    open_stream,
+    prune_layers,
+    read_calibrated,
+    records_of,
+    refuse,
+    statistics_of,
+)
+from flapkit.stages.loops import Loops, Measured, calibrate, evaluate
+from flapkit.stages.target import Target, find_target
+from flapkit.stages.text import EvaluationText, RunText
+
+
+@dataclass(slots=True)
+class Sharded:
+    """A run's model, sharded over the processes; ``flapkit.stages.whole.Whole`` has the same methods.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        model: the model, dense and later pruned.
+        loops: what it runs on, and whom it tells how far it is.
+        work: folder for what is finished.
+        forms: what a trial has shown of the layers.
+        shards: the files that hold the pruned weights already.
+    """
+
+    recipe: LoadedRecipe
+    target: Target
+    model: PreTrainedModel
+    loops: Loops
+    work: Path
+    forms: Forms
+    shards: Sequence[Path] = ()
+
+    def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, Measured]:
+        """Measure the perplexity of each text; ``name`` is what the stage is called."""
+        return evaluate(self.model, texts, self.loops, name)
+
+    def see(self, trace: Trace | None) -> None:
+        """Keep what the dense model's consumers see and give."""
+        if trace is not None:
+            with self.loops.progress.stage("trace dense"):
+                measured = measure(self.model, self.target.sites, [trace.statistic], trace.batches)
+                for sites in _gathered(self.model, self.target.sites):
+                    trace.see(self.model, {site.name: measured[site.name] for site in sites})
+
+    def prune(self, budget: Budget, text: RunText) -> tuple[Statistics, Pruned]:
+        """Calibrate and prune; return the statistics that are still in memory, and what was decided."""
+        memory = self.recipe.recipe.calibration.statistics_bytes
+        calibrated = calibrate_sharded(self, text, memory)
+        layers = Layers(
+            self.recipe,
+            open_stream(self.recipe, self.target, self.loops, self.forms),
+            self.target.sites,
+            self.loops,
+            self.work,
+        )
+        # What was dense gives its memory back before the layers are read; trainers refer to it in circles.
+        self.model = layers.model
+        gc.collect()
+        pruned = prune_layers(layers, budget, text, calibrated, memory)
+        self.shards = layers.shards
+        self.model = shard(layers.stream)
+        return calibrated.statistics, pruned
+
+    def compare(self, trace: Trace | None, pruned: Pruned) -> Mapping[str, SiteError]:
+        """Measure how far the output of each pruned site is from the dense one."""
+        errors: dict[str, SiteError] = {}
+        if trace is not None:
+            with self.loops.progress.stage("site errors"):
+                left = trace.left(pruned.plan, self.target.sites)
+                measured = measure(self.model, left, [trace.statistic], trace.batches)
+                for sites in _gathered(self.model, left):
+                    part = {site.name: measured[site.name] for site in sites}
+                    errors |= trace.compare(self.model, part, pruned.plan, pruned.expected)
+        return errors
+
+
+def check_sharded(recipe: LoadedRecipe, target: Target) -> Forms:
+    """Refuse what needs the whole model in one process, and try a tiny model of the target's kind.
+
+    Returns:
+        What the trial has shown of the layers.
+
+    Raises:
+        RecipeError: something that needs the whole model.
+        ModelError: models of this type cannot be run layer by layer.
+    """
+    return refuse(recipe, target, "trainer.strategy: model_parallel", {})
+
+
+def open_sharded(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) -> Sharded:
+    """Load a recipe's model into all processes, each its part.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        loops: what it runs on.
+        work: folder for what is finished.
+
+    Raises:
+        RecipeError: something that needs the whole model.
+        ModelError: the model is missing or damaged, or cannot be run layer by layer.
+    """
+    forms = check_sharded(recipe, target)
+    loops.meet()
+    return Sharded(recipe, target, shard(open_stream(recipe, target, loops, forms)), loops, work, forms)
+
+
+def load_model(recipe: LoadedRecipe, loops: Loops) -> PreTrainedModel:
+    """Load the model that a recipe names: whole, or where its strategy shards models into each process its part.
+
+    Args:
+        recipe: names the model, and its type.
+        loops: what it will run on.
+
+    Raises:
+        ModelError: the model is missing or damaged.
+    """
+    asked = recipe.recipe.model
+    if not loops.sharded:
+        return load(asked.path, asked.dtype, revision=asked.revision)
+    loops.meet()
+    return shard(open_stream(recipe, find_target(replace(recipe, exporters=())), loops))
+
+
+def _layers(model: PreTrainedModel, sites: Sequence[Site]) -> list[nn.Module]:
+    return list(model.get_submodule(layers_of(sites)).children())
+
+
+def _gathered(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Gather each decoder layer in which some sites are, and yield those of its sites."""
+    layers = _layers(model, sites)
+    for index, of_layer in groupby(sites, lambda site: site.layer):
+        with gathered(layers[index]):
+            yield list(of_layer)
+
+
+def calibrate_sharded(sharded: Sharded, text: RunText, memory: int) -> Calibrated:
+    """Measure and score: as many sites in one pass over the text as fit; what is found is written as it comes.
+
+    Args:
+        sharded: the dense model.
+        text: the calibration text.
+        memory: bytes of statistics at a time.
+
+    Raises:
+        CalibrationError: an input that is not finite.
+    """
+    model, sites, loops, method = sharded.model, sharded.target.sites, sharded.loops, sharded.recipe.method
+    kept, needed = statistics_of(method, sites, memory)
+    files = records_of(sharded.work, len(_layers(model, sites)))
+    left = from_first(lambda: [site for site in sites if not files[site.layer].is_file()])
+    found: dict[str, Tensor] = {}
+    for part in split_by_memory(left, needed, memory):
+        measured = calibrate(model, part, needed, text, loops)
+        for of_layer in _gathered(model, part):
+            found |= judged(model, of_layer, {site.name: measured[site.name] for site in of_layer}, method, kept)
+            if of_layer[-1] == [site for site in left if site.layer == of_layer[0].layer][-1]:
+                from_first(partial(write_piece, files[of_layer[0].layer], found, sealed(found, {})))
+                found = {}
+    return read_calibrated(sites, files, kept, loops.device)
