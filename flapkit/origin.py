@@ -121,7 +121,9 @@ class Origin:
         try:
             _FIGURES.validate_python(known.get("perplexity", {}))
         except pydantic.ValidationError as error:
-            raise InputError(f"{self.folder / RESULT}: perplexity: {error.errors()[0]['msg']}") from error
+            first = error.errors()[0]
+            where = ".".join(map(str, ("perplexity", *first["loc"])))
+            raise InputError(f"{self.folder / RESULT}: {where}: {first['msg']}") from error
         return known
 
 

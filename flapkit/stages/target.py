@@ -40,14 +40,9 @@ def find_target(recipe: LoadedRecipe) -> Target:
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
     check_unquantised(model.path, config)
-    adapter = recipe.registry.resolve(recipe.adapter, config)
     try:
-        sites = adapter.sites(config)
-    except AttributeError as error:
-        raise ModelError(
-            f"model {model.path}: adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
-            f"({error}); leave `adapter` out, or name the right one"
-        ) from error
+        adapter = recipe.registry.resolve(recipe.adapter, config)
+        sites = _sites(adapter, config)
     except ModelError as error:
         raise ModelError(f"model {model.path}: {error}") from error
     if any(site.block is None for site in sites):
@@ -58,6 +53,16 @@ def find_target(recipe: LoadedRecipe) -> Target:
     if recipe.exporters:
         check_exports(recipe.exporters, _prospect(recipe, config, sites))
     return Target(config, adapter, sites)
+
+
+def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site, ...]:
+    try:
+        return adapter.sites(config)
+    except AttributeError as error:
+        raise ModelError(
+            f"adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
+            f"({error}); leave `adapter` out, or name the right one"
+        ) from error
 
 
 def _prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:

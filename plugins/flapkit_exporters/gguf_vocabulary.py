@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flapkit.errors import ModelError
+from flapkit.pieces import tokenise
 from flapkit_exporters.llama_cpp_quiet import load_llama_cpp
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -107,9 +108,9 @@ def _add_special(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    ends = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(ends[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(ends[-1] == tokenizer.eos_token_id)
+    ends = list(tokenise(tokenizer, "a")["input_ids"])
+    writer.add_add_bos_token(ends[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(ends[-1:] == [tokenizer.eos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -151,7 +152,7 @@ def compare_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = load_llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
     try:
         for text in SAMPLES:
-            expected = tokenizer(text)["input_ids"]
+            expected = tokenise(tokenizer, text)["input_ids"]
             found = model.tokenize(text.encode(), add_bos=True, special=False)
             if list(found) != list(expected):
                 log.warning("export gguf: llama.cpp reads %r as %s, the tokenizer as %s", text, found, expected)

@@ -193,6 +193,15 @@ def test_a_check_of_a_configuration_that_was_changed(recipe, dense, data):
         read(lambda: check_recipe(recipe), str(dense.parent))
 
 
+@pytest.mark.parametrize("change", [{"model_type": "t5"}, {"num_key_value_heads": 3}])
+def test_a_check_names_the_model(recipe, dense, change):
+    path = dense / "config.json"
+    with put_back(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(ModelError, match=str(dense)):
+            check_recipe(recipe)
+
+
 @cases(100)
 @given(data=st.data())
 def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from flapkit_exporters.gguf_vocabulary import add_vocabulary
 from fuzzing import VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -153,6 +155,28 @@ def test_a_tokenizer_that_was_changed(folder, model):
 @example({**SETTINGS, "auto_map": {"AutoTokenizer": ["trap.T", None]}, "tokenizer_class": "Trap"})
 def test_settings_that_were_changed(folder, tree):
     examine(folder, "tokenizer_config.json", json.dumps(tree))
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", None])
+def test_a_tokenizer_that_was_changed_as_gguf_has_it(folder, pre):
+    pytest.importorskip("gguf")
+    known = {**BASE, "model": MODELS["BPE"]}
+    content = (folder / "tokenizer.json").read_text()
+
+    @cases(150)
+    @given(tampered(known))
+    @example({**known, "added_tokens": [], "model": {**known["model"], "vocab": {}, "merges": [], "unk_token": None}})
+    @example({**known, "post_processor": {**BASE["post_processor"], "special_tokens": {}}})
+    def check(tree):
+        (folder / "tokenizer.json").write_text(json.dumps(tree))
+        tokenizer = read(lambda: load_tokenizer(folder), str(folder))
+        if tokenizer is not None:
+            read(lambda: add_vocabulary(MagicMock(), tokenizer, 10, pre))
+
+    try:
+        check()
+    finally:
+        (folder / "tokenizer.json").write_text(content)
 
 
 SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", **TOKEN}, "additional_special_tokens": ["<x>"]}
