@@ -14,7 +14,7 @@ test: $(VENV)/dev
 test-all: $(VENV)/all
 	$(BIN)/python -m pytest --numprocesses auto -m "slow or not slow"
 
-# About an hour; what it finds goes into the test as an @example.
+# An hour or two of one core; what it finds goes into the test as an @example.
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pytest tests/fuzz --numprocesses auto --hypothesis-profile=deep
 

@@ -17,6 +17,9 @@ from flapkit.sweep.results import Row
 from flapkit.sweep.schema import PARAMETERS, Plot
 
 MARKS = "osD^vP"
+LARGEST = 1e30
+"""The largest perplexity that is drawn, for what is infinite too: matplotlib fails at the largest numbers there are."""
+
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -51,8 +54,12 @@ def lines(rows: Sequence[Row], keys: Sequence[str], asked: Plot, text: str) -> d
         x: Any = row.params["pruned"] if asked.x == PARAMETERS else row.settings.get(asked.x)
         if isinstance(x, (int, float)):
             method = ", ".join(_say(key, row) for key in keys if key in row.settings and key not in moving)
-            found.setdefault(method or "all", Line()).add(x, row.perplexity[text]["pruned"])
+            found.setdefault(method or "all", Line()).add(x, _drawable(row.perplexity[text]["pruned"]))
     return found
+
+
+def _drawable(perplexity: float) -> float:
+    return min(max(perplexity, 1 / LARGEST), LARGEST)
 
 
 def _say(key: str, row: Row) -> str:
@@ -96,7 +103,7 @@ def _panel(axes: Axes, rows: Sequence[Row], found: dict[str, Line], asked: Plot,
 
 
 def _frame(axes: Axes, rows: Sequence[Row], found: dict[str, Line], asked: Plot, text: str) -> None:
-    dense = next(row.perplexity[text]["dense"] for row in rows if text in row.perplexity)
+    dense = _drawable(next(row.perplexity[text]["dense"] for row in rows if text in row.perplexity))
     axes.axhline(dense, color="0.6", linewidth=1, linestyle=(0, (1, 2)))
     axes.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
     axes.set(xlabel=asked.x, ylabel="perplexity", title=text)

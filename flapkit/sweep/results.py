@@ -52,8 +52,9 @@ class Row:
         if (self.params or self.perplexity) and not counted:
             raise ValueError("params: expected pruned, removed and blocks")
         for text, found in self.perplexity.items():
-            if not all(type(found.get(which)) in (int, float) for which in ("dense", "pruned")):
-                raise ValueError(f"perplexity: {text}: expected the numbers dense and pruned")
+            values = [found.get(which) for which in ("dense", "pruned")]
+            if not all(isinstance(value, (int, float)) and value > 0 for value in values):
+                raise ValueError(f"perplexity: {text}: expected dense and pruned, both over 0")
 
 
 _ROW = pydantic.TypeAdapter(Row)

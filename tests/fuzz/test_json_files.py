@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def rows_of(folder: Path, lines: list[str]) -> list[Row]:
 @example(['{"id": "a", "settings": {}, "perplexity": {"t": {"dense": 1.0, "pruned": 2.0}}}'])
 @example([write({**ROW, "perplexity": {"t": {"dense": 1.0}}})])
 @example([write({**ROW, "params": {**ROW["params"], "blocks": 0}})])
+@example([write({**ROW, "perplexity": {"t": {"dense": -4.0, "pruned": 5.0}}})])
 def test_rows_of_a_sweep(folder, lines):
     rows = rows_of(folder, lines)
     for row in rows:
@@ -106,8 +108,15 @@ def test_rows_of_a_sweep(folder, lines):
     assert to_csv(KEYS, rows).count("\n") > len(rows)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @cases(15)
 @given(tampered(ROW).map(write))
+@example(write({**ROW, "perplexity": {"t": {"dense": 4.0, "pruned": math.inf}}}))
+@example(write({**ROW, "perplexity": {"t": {"dense": math.inf, "pruned": 1e308}}}))
+@example(write({**ROW, "perplexity": {"t": {"dense": 1e-300, "pruned": 1e300}}}))
+@example(write({**ROW, "settings": {"metric": "wifv", "budget.ratio": math.nan}}))
+@example(write({**ROW, "settings": {"metric": "wifv", "budget.ratio": 1e300}}))
+@example(write({**ROW, "params": {"pruned": 2**63 - 1, "blocks": 1, "removed": 2**63 - 1}}))
 @example(write({**ROW, "perplexity": {"$\\foo$": {"dense": 1.0, "pruned": 2.0}}}))
 @example(write({**ROW, "settings": {"metric": {"name": "$\\foo$"}, "budget.ratio": 0.3}}))
 def test_a_plot_of_rows_of_a_sweep(folder, line):
