@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_llama
+from conftest import RECIPE, make_llama
 from fuzzing import VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_run
-from sweeps import RECIPE
 
 import flapkit
 from flapkit.checkpoint.card import CARD, licence_of, model_card

@@ -73,7 +73,7 @@ def load(content: str | bytes, *overrides: str, loader: Any = load_recipe) -> An
         return loader("recipe.yaml", overrides)
     except RecipeError as error:
         for problem in error.problems:
-            assert problem.startswith(("recipe.yaml:", "base.yaml:", "--set ")), problem
+            assert problem.startswith(("recipe.yaml:", "base.yaml:", "/etc/passwd:", "--set ")), problem
         return error
     except FlapkitError as error:
         return error
@@ -152,6 +152,7 @@ POINTS = {"set": {"budget.of": "mlp"}, "points": [{"metric": "ifv"}], "plot": {"
 @cases(250)
 @given(tampered({**SWEEP, **POINTS}))
 @example({**SWEEP, "grid": {f"a{index}": list(range(10)) for index in range(12)}})
+@example({**SWEEP, "recipe": "/etc/passwd"})
 @example({**SWEEP, "plugins": ["~nobody-of-this-name/x.py"]})
 def test_a_sweep_that_was_changed(folder, tree):
     if not names_the_trap(tree):
