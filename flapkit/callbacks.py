@@ -31,6 +31,7 @@ from flapkit.progress import Stage
 from flapkit.pruning import Method, Pruned, prune_sites_
 from flapkit.recovery import Recovery, Trainable, Training
 from flapkit.sequence import PrefixCollector
+from flapkit.sharding import fill_, whole
 from flapkit.sites import Site
 from flapkit.statistics import Statistic
 
@@ -347,17 +348,20 @@ class Recover(Callback):
     Args:
         recovery: what is trained, and how.
         sites: the model's sites.
+        trainable: what is in the model already, as it has to be where the model is sharded; it is then left there.
 
     Attributes:
         trainable: what was put into the model; taken out again at the end where the recovery is to be merged.
+        best: name of a parameter of the model that was trained -> its value in the best step, whole, on the CPU.
         validations: optimizer step -> mean cross-entropy of the validation text, in nats.
     """
 
-    def __init__(self, recovery: Recovery, sites: Sequence[Site]) -> None:
+    def __init__(self, recovery: Recovery, sites: Sequence[Site], trainable: Trainable | None = None) -> None:
         self._recovery = recovery
         self._sites = sites
-        self._best: dict[str, Tensor] = {}
-        self.trainable: Trainable | None = None
+        self._merges = recovery.merge and trainable is None
+        self.best: dict[str, Tensor] = {}
+        self.trainable = trainable
         self.validations: dict[int, float] = {}
 
     @property
@@ -368,9 +372,7 @@ class Recover(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put in what is trained, once."""
         if self.trainable is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(self._recovery.training.seed)
-                self.trainable = self._recovery.attach(_model_of(pl_module), self._sites)
+            self.trainable = self._recovery.begin(_model_of(pl_module), self._sites)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn dropout on."""
@@ -397,25 +399,25 @@ class Recover(Callback):
             raise not_finite(trainer.global_step)
         self.validations[trainer.global_step] = loss
         if self.best_step == trainer.global_step:
-            self._best = {name: value.detach().cpu().clone() for name, value in _trained(pl_module)}
+            self.best = {name: whole(value.detach()).cpu().clone() for name, value in _trained(pl_module)}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the best, and merge it where that is asked for."""
-        with torch.no_grad():
-            for name, value in _trained(pl_module):
-                value.copy_(self._best.get(name, value))
+        for name, value in _trained(pl_module):
+            if name in self.best:
+                fill_(value, self.best[name])
         pl_module.eval()
-        if self._recovery.merge and self.trainable is not None:
+        if self._merges and self.trainable is not None:
             self.trainable.merge_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training has to know."""
-        return {"validations": self.validations, "best": self._best}
+        return {"validations": self.validations, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.validations = dict(state_dict["validations"])
-        self._best = dict(state_dict["best"])
+        self.best = dict(state_dict["best"])
 
 
 class FlapPruning(Callback):
@@ -489,7 +491,8 @@ def not_finite(step: int) -> RunError:
 
 
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    model = _model_of(module)
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _model_of(module: LightningModule) -> PreTrainedModel:

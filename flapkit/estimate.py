@@ -113,9 +113,12 @@ def estimate_needs(
         recovery.attach(empty, target.sites)
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
         teacher = weights if recovery.training.distill else 0
-        training = own + left + teacher + _training_memory(recovery.training, target, size, trained)
+        beside = _training_memory(recovery.training, target, size, trained)
+        training = own + left + teacher + beside
         whole, least, disk = max(whole, training), max(least, training), disk + left
         layerwise = layerwise and max(layerwise, training)
+        gathered = parts and parts[0] + 2 * parts[1]
+        sharded = sharded and max(sharded, own + (left + teacher) // processes + (gathered or 0) + beside)
     flops = passes * calibration_flops(recipe, target)
     device = on_device + statistics + batch
     return Needs(weights, own, whole, least, layerwise, sharded, device, disk, flops, passes, trained)

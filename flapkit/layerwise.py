@@ -44,8 +44,8 @@ from flapkit.sites import Site
 from flapkit.tiny import tiny_config, tiny_model
 from flapkit.work import left_whole
 
-Forms = Mapping[type[nn.Module], bool]
-"""Class of a layer -> whether it gives its hidden states in a tuple."""
+Forms = Mapping[str, bool]
+"""Name of the class of a layer -> whether it gives its hidden states in a tuple."""
 
 _Answer = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -60,8 +60,8 @@ class LayerStream:
         dtype: type of the weights in memory; that of the checkpoint if not given.
         device: where the layers run.
         precision: context of every forward pass, such as autocast.
-        forms: class of a layer -> whether it gives its hidden states in a tuple, as far as that is known already; a
-            class is known once a layer of it has run.
+        forms: name of the class of a layer -> whether it gives its hidden states in a tuple, as far as that is known
+            already; a class is known once a layer of it has run.
 
     Attributes:
         model: the model, its layers without memory while they are not loaded.
@@ -88,7 +88,7 @@ class LayerStream:
         self.path = layers
         self.device = torch.device(device)
         self._precision = precision
-        self.forms: dict[type[nn.Module], bool] = dict(forms or {})
+        self.forms: dict[str, bool] = dict(forms or {})
         self.layers: nn.ModuleList = self.model.get_submodule(layers)
         self.read_from(weights)
         self._fill(list(self.tensors_of(None)))
@@ -126,9 +126,12 @@ class LayerStream:
         Args:
             index: the layer; None for all that stands outside the layers.
         """
+        return {name: tensor for name, tensor in self._tensors().items() if self.holds(index, name)}
+
+    def holds(self, index: int | None, name: str) -> bool:
+        """Tell whether a tensor is a layer's; ``index`` as of ``tensors_of``."""
         start = f"{self.path}." if index is None else f"{self.path}.{index}."
-        inside = index is not None
-        return {name: tensor for name, tensor in self._tensors().items() if name.startswith(start) == inside}
+        return name.startswith(start) == (index is not None)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Map the full names of all tensors to their values; tied ones come once."""
@@ -150,7 +153,7 @@ class LayerStream:
 
         def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = self.layers[index](arrived if hidden is None else hidden.to(arrived.device), *args, **kwargs)
-            self.forms[type(self.layers[index])] = isinstance(given, tuple)
+            self.forms[type(self.layers[index]).__name__] = isinstance(given, tuple)
             raise _Done(given[0] if isinstance(given, tuple) else given)
 
         with self._staged({index: answer}):
@@ -201,7 +204,7 @@ class LayerStream:
 
     def _given(self, index: int, hidden: Tensor) -> Any:
         """Give hidden states in the form in which a layer does."""
-        return (hidden,) if self.forms[type(self.layers[index])] else hidden
+        return (hidden,) if self.forms[type(self.layers[index]).__name__] else hidden
 
     def _find_sources(self) -> dict[str, list[str]]:
         """Map each tensor of the model to those of the checkpoint that it is made of, as transformers would."""

@@ -73,7 +73,11 @@ class CausalLM(LightningModule):
         self._teachers = () if teacher is None else (teacher,)
 
     def configure_model(self) -> None:
-        """Leave the model as it is: what is to be sharded was sharded as it was loaded (``flapkit.sharding``)."""
+        """Leave the model as it is: what is to be sharded was sharded as it was loaded (``flapkit.sharding``).
+
+        In a checkpoint of Lightning's no parameter is expected that is frozen.
+        """
+        self.strict_loading = not self._frozen()
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
@@ -114,18 +118,14 @@ class CausalLM(LightningModule):
         for teacher in self._teachers:
             nn.Module.to(teacher, self.device)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Expect no parameter that is frozen."""
-        self.strict_loading = not self._frozen()
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return what is trained, for Lightning's checkpoints: what is frozen is most of the model."""
+        frozen = self._frozen()
+        return {name: value for name, value in super().state_dict(*args, **options).items() if name not in frozen}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen, which is most of the model."""
-        for name in self._frozen():
-            checkpoint["state_dict"].pop(name, None)
-
-    def _frozen(self) -> list[str]:
+    def _frozen(self) -> set[str]:
         named = self.named_parameters(remove_duplicate=False)
-        return [name for name, parameter in named if not parameter.requires_grad]
+        return {name for name, parameter in named if not parameter.requires_grad}
 
     def configure_optimizers(self) -> Any:
         """Build AdamW and its schedule over the trainer's own number of steps."""

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from flapkit.checkpoint import check_output, load, load_tokenizer, save
+from flapkit.checkpoint import check_output, load_tokenizer, save
 from flapkit.checkpoint.empty import build_empty
 from flapkit.conversations import renderer
 from flapkit.errors import OutputError, RecipeError, RunError
@@ -31,6 +31,8 @@ from flapkit.stages.loops import Loops, evaluate
 from flapkit.stages.noted import noted_warnings
 from flapkit.stages.recover import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
 from flapkit.stages.save import add_text_beside, put_texts_beside
+from flapkit.stages.sharded import load_model
+from flapkit.stages.student import Student, open_student
 from flapkit.stages.target import Target, find_target
 from flapkit.stages.text import EvaluationText, read_evaluations, recovery_source, warn_of_overlap
 from flapkit.stages.zero_shot import ask, load_tasks
@@ -164,8 +166,6 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
     asked, training, loops = recipe.recipe, recovery.training, Loops.of(recipe.recipe.trainer, progress)
-    if loops.sharded:
-        raise RecipeError(f"{recipe.path}: trainer.strategy: model_parallel: a recovery needs the whole model")
     source = recovery_source(training, asked)
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
@@ -200,13 +200,14 @@ def recover_checkpoint(
     origin = from_first(lambda: Origin.of(checkpoint))
     known = origin.known(recipe.recipe, prepared.evaluations)
     with progress.stage("load pruned"):
-        model = load(checkpoint, recipe.recipe.model.dtype)
+        student = _open(checkpoint, prepared, work)
     before = known.get("perplexity") or put_texts_beside(
-        {"pruned": evaluate(model, prepared.evaluations, prepared.loops, "evaluate pruned")}
+        {"pruned": evaluate(student.model, prepared.evaluations, prepared.loops, "evaluate pruned")}
     )
-    recovered = _train(model, origin, prepared, work.path(RECOVERY))
-    after = evaluate(model, prepared.evaluations, prepared.loops, "evaluate recovered")
-    answers = ask(model, prepared.tokenizer, prepared.tasks, prepared.loops, "zero-shot recovered")
+    recovered = _train(student, origin, prepared, work.path(RECOVERY))
+    student.finish(recovered)
+    after = evaluate(student.model, prepared.evaluations, prepared.loops, "evaluate recovered")
+    answers = ask(student.model, prepared.tokenizer, prepared.tasks, prepared.loops, "zero-shot recovered")
     record = RecoveryRecord(
         prepared.output,
         origin.plan,
@@ -219,17 +220,15 @@ def recover_checkpoint(
     )
 
     def write() -> None:
-        files = _files(record, prepared, origin, work.path(RECOVERY))
-        if not prepared.recovery.merge:
-            files |= recovered.trainable.files()
-            recovered.trainable.remove_()
+        files = {**_files(record, prepared, origin, work.path(RECOVERY)), **student.adapter(recovered)}
         save(
-            model.cpu(),
+            student.model if student.shards else student.model.cpu(),
             record.output,
             record.plan,
             tokenizer=prepared.tokenizer,
             metadata=_metadata(record, recipe, origin),
             files=files,
+            weights=student.shards,
             overwrite=overwrite,
             work=work,
         )
@@ -244,18 +243,32 @@ def recover_checkpoint(
     return dataclasses.replace(record, exports=exports)
 
 
-def _train(model: PreTrainedModel, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
+def _open(checkpoint: Path, prepared: Preparation, work: Work) -> Student:
+    """Load the pruned model; an adapter that is saved beside it names the output."""
+    pruned = dataclasses.replace(prepared.recipe.of_model(str(checkpoint)), exporters=())
+    weights = work.path("trained")
+    return open_student(pruned, find_target(pruned), prepared.recovery, prepared.loops, weights, str(prepared.output))
+
+
+def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
     """Train a pruned model in place; what the training keeps is in a folder."""
     recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
     sites = find_target(recipe.of_model(str(origin.folder))).sites
     workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
     teacher = None
     if recovery.training.distill:
-        teacher = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
-    # An adapter that is saved beside the model names it.
-    model.name_or_path = str(prepared.output)
+        teacher = load_model(recipe, prepared.loops)
     try:
-        return recover_(model, sites, recovery, prepared.text, prepared.loops, workplace=workplace, teacher=teacher)
+        return recover_(
+            student.model,
+            sites,
+            recovery,
+            prepared.text,
+            prepared.loops,
+            workplace=workplace,
+            teacher=teacher,
+            trainable=student.trainable,
+        )
     except RunError as error:
         raise RunError(f"{error}; the pruned model is whole in {origin.folder}") from error
 

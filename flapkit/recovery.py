@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -98,6 +99,12 @@ class Recovery:
     training: Training
     attach: Callable[[PreTrainedModel, Sequence[Site]], Trainable]
     merge: bool = True
+
+    def begin(self, model: PreTrainedModel, sites: Sequence[Site]) -> Trainable:
+        """Attach what is trained, as the training's seed has it, whatever was drawn before."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.training.seed)
+            return self.attach(model, sites)
 
 
 def divergence(student: Tensor, teacher: Tensor, attended: Tensor) -> Tensor:

@@ -120,8 +120,13 @@ class Layers:
     @property
     def shards(self) -> list[Path]:
         """The files of the pruned model's weights: one for each layer, and one for what stands outside the layers."""
-        count = len(self.stream) + 1
-        return [self.work / "weights" / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+        return shards_of(self.work / "weights", len(self.stream))
+
+
+def shards_of(folder: Path, layers: int) -> list[Path]:
+    """Name the files of a model's weights: one for each layer, and one for what stands outside the layers."""
+    count = layers + 1
+    return [folder / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
 
 
 def records_of(work: Path, layers: int) -> list[Path]:
@@ -188,7 +193,9 @@ def refuse(recipe: LoadedRecipe, target: Target, mode: str, refused: Mapping[str
     for why, is_asked in refused.items():
         if is_asked:
             raise RecipeError(f"{recipe.path}: {mode}: {why}")
-    return prove(target.config, layers_of(target.sites))
+    path = layers_of(target.sites)
+    # Where processes have met already, transformers lets the first alone save the tiny model.
+    return from_first(lambda: prove(target.config, path))
 
 
 def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) -> Layers:
@@ -209,7 +216,9 @@ def open_layers(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) 
     return Layers(recipe, open_stream(recipe, target, loops, forms), target.sites, loops, work)
 
 
-def open_stream(recipe: LoadedRecipe, target: Target, loops: Loops, forms: Forms | None = None) -> LayerStream:
+def open_stream(
+    recipe: LoadedRecipe, target: Target, loops: Loops, forms: Forms | None = None, weights: Weights | None = None
+) -> LayerStream:
     """Build a recipe's model without its layers, which are read when their turn comes.
 
     Args:
@@ -217,13 +226,14 @@ def open_stream(recipe: LoadedRecipe, target: Target, loops: Loops, forms: Forms
         target: what it prunes.
         loops: what it runs on.
         forms: what a trial has shown of the layers; None where none of them runs alone.
+        weights: the model's; by default those that the recipe names.
 
     Raises:
         ModelError: the model is missing or damaged.
     """
     asked = recipe.recipe
     dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
-    weights = open_weights(asked.model.path, revision=asked.model.revision)
+    weights = weights or open_weights(asked.model.path, revision=asked.model.revision)
     layers = layers_of(target.sites)
     return LayerStream(target.config, weights, layers, dtype, loops.device, loops.precision, forms)
 

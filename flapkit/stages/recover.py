@@ -61,12 +61,14 @@ class Recovered:
         parameters: how many were trained.
         validations: optimizer step -> mean cross-entropy of the validation text, in nats.
         best_step: the step whose weights were kept.
+        weights: name of a parameter that was trained -> its value in that step, whole, on the CPU.
     """
 
     trainable: Trainable
     parameters: int
     validations: Mapping[int, float]
     best_step: int
+    weights: Mapping[str, Tensor]
 
     def summary(self) -> dict[str, Any]:
         """Say what happened, for ``result.json``."""
@@ -208,6 +210,7 @@ def recover_(
     *,
     workplace: Workplace | None = None,
     teacher: PreTrainedModel | None = None,
+    trainable: Trainable | None = None,
 ) -> Recovered:
     """Train a pruned model in place, and keep the best of it by validation, the beginning included.
 
@@ -219,12 +222,13 @@ def recover_(
         loops: what it runs on.
         workplace: where checkpoints and logs are kept, and a training that was stopped is gone on with.
         teacher: the dense model, to learn from its predictions as well.
+        trainable: what is trained, where it is in the model already and is not to be merged here.
 
     Raises:
         RunError: a loss that is not finite.
     """
     training = recovery.training
-    recover = Recover(recovery, sites)
+    recover = Recover(recovery, sites, trainable)
     module = CausalLM(
         model, Optimization(lr=training.lr, weight_decay=training.weight_decay, warmup=training.warmup), teacher=teacher
     )
@@ -243,7 +247,7 @@ def recover_(
         quietly(trainer.fit, module, data, ckpt_path=resumed, weights_only=True)
     assert recover.trainable is not None
     assert recover.best_step is not None
-    recovered = Recovered(recover.trainable, parameters, recover.validations, recover.best_step)
+    recovered = Recovered(recover.trainable, parameters, recover.validations, recover.best_step, recover.best)
     _say(recovered)
     return recovered
 
@@ -263,7 +267,7 @@ def _precision(model: PreTrainedModel, loops: Loops) -> dict[str, Any]:
     if "precision" in loops.options or model.dtype != torch.float16:
         return {}
     on_cuda = loops.device.type == "cuda"
-    precision = "16-mixed" if on_cuda else "bf16-mixed"
+    precision = "16-mixed" if on_cuda and not loops.sharded else "bf16-mixed"
     log.info("recover: the weights are float16; trained in %s (trainer.precision is another choice)", precision)
     return {"precision": precision}
 

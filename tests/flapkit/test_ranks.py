@@ -43,6 +43,7 @@ from flapkit.callbacks import Recover
 from flapkit.errors import RunError
 from flapkit.interfaces import ImportanceMetric
 from flapkit.module import CausalLM
+from flapkit.sharding import whole
 
 def fault(where):
     return f"{where} {ranks.rank()}" in os.environ["FAULT"]
@@ -74,7 +75,7 @@ class Watched(Recover):
 
     def on_fit_end(self, trainer, module):
         super().on_fit_end(trainer, module)
-        weights = b"".join(weight.numpy().tobytes() for weight in module.state_dict().values())
+        weights = b"".join(whole(weight).numpy().tobytes() for weight in module.state_dict().values())
         Path(f"weights of {ranks.rank()}").write_text(hashlib.sha256(weights).hexdigest())
 
 class Step(CausalLM):
@@ -351,6 +352,43 @@ def test_a_recovery_of_two_processes_is_that_of_one_with_twice_the_batch(home, r
     assert measured["recovered"] < measured["pruned"]
     assert same_weights(home / "recovered", home / "trained alone", atol=1e-5)
     assert not list(home.glob(".recovered*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_recovery_of_two_halves_is_that_of_two_wholes(home, recovered, stopped):
+    recipe, name = {**RECOVERY, "trainer": SHARDED}, f"halves recovered {stopped}"
+    if stopped:
+        code, _, err = end(flapkit(home, recipe, name, fault="kill in training 1"))
+        assert code not in (0, -15), err
+        assert not (home / name).exists()
+    code, out, err = end(flapkit(home, recipe, name, *(["--resume"] if stopped else [])))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    halves, wholes = (json.loads((run / "result.json").read_text()) for run in (home / name, recovered))
+    expected = wholes["recovery"]["validation_perplexity"]
+    assert halves["recovery"]["validation_perplexity"] == pytest.approx(expected, rel=1e-4)
+    found, weights = (Weights.of(run.glob("*.safetensors")) for run in (home / name, recovered))
+    assert set(found) == set(weights)
+    assert all(torch.allclose(found[name], weights[name], rtol=0, atol=1e-5) for name in weights)
+    assert not list(home.glob(f".{name}*"))
+
+
+@pytest.mark.slow
+def test_halves_learn_from_a_teacher_in_halves_and_leave_an_adapter(home):
+    changes = [f"compensator.1.{option}" for option in ("merge=false", "distill=true")]
+    for name, trainer in (("taught wholes", RECIPE["trainer"]), ("taught halves", SHARDED)):
+        sets = [part for change in changes for part in ("--set", change)]
+        code, _, err = end(flapkit(home, {**RECOVERY, "trainer": trainer}, name, *sets))
+        assert code == 0, err
+    wholes, halves = (home / f"taught {name}" for name in ("wholes", "halves"))
+    expected, found = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (wholes, halves))
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+    configs = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (wholes, halves)]
+    assert configs[1]["base_model_name_or_path"] == "taught halves"
+    assert configs[0]["target_modules"].sort() == configs[1]["target_modules"].sort()
+    assert is_as(wholes, halves)
 
 
 @pytest.mark.slow
