@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flapkit.calibration import Statistics, measure
 from flapkit.checkpoint import load
+from flapkit.errors import RecipeError
 from flapkit.evaluation.site_errors import SiteError, Trace
 from flapkit.kept import sealed, write_piece
 from flapkit.layerwise import Forms, layers_of
@@ -122,7 +123,18 @@ def check_sharded(recipe: LoadedRecipe, target: Target) -> Forms:
         RecipeError: something that needs the whole model.
         ModelError: models of this type cannot be run layer by layer.
     """
+    check_batch_size(recipe)
     return refuse(recipe, target, "trainer.strategy: model_parallel", {})
+
+
+def check_batch_size(recipe: LoadedRecipe) -> None:
+    """Refuse a batch size that each process would find for itself: with different ones they wait for each other."""
+    tasks = recipe.recipe.evaluate.zero_shot
+    if tasks is not None and tasks.batch_size == "auto":
+        raise RecipeError(
+            f"{recipe.path}: trainer.strategy: model_parallel: evaluate.zero_shot.batch_size has to be the same in "
+            "every process; set a number"
+        )
 
 
 def open_sharded(recipe: LoadedRecipe, target: Target, loops: Loops, work: Path) -> Sharded:
@@ -152,10 +164,12 @@ def load_model(recipe: LoadedRecipe, loops: Loops) -> PreTrainedModel:
 
     Raises:
         ModelError: the model is missing or damaged.
+        RecipeError: zero-shot tasks of which each process would find a batch size for itself.
     """
     asked = recipe.recipe.model
     if not loops.sharded:
         return load(asked.path, asked.dtype, revision=asked.revision)
+    check_batch_size(recipe)
     loops.meet()
     return shard(open_stream(recipe, find_target(replace(recipe, exporters=())), loops))
 

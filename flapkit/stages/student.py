@@ -24,6 +24,7 @@ from flapkit.sites import Site
 from flapkit.stages.layerwise import open_stream, shards_of
 from flapkit.stages.loops import Loops
 from flapkit.stages.recover import Recovered
+from flapkit.stages.sharded import check_batch_size
 from flapkit.stages.target import Target
 
 
@@ -134,6 +135,7 @@ def open_student(
         model = load(asked.path, asked.dtype)
         model.name_or_path = name
         return WholeStudent(model, recovery.merge)
+    check_batch_size(recipe)
     put: list[Trainable] = []
 
     def prepare(model: PreTrainedModel) -> None:

@@ -127,12 +127,17 @@ REFUSED = {
     "tries plans": {"searcher": "optuna"},
     "calibration.sequential": {"calibration": {**RECIPE["calibration"], "sequential": True}},
     "flapkit export": {"export": "hf"},
+    "set a number": {"evaluate": {"zero_shot": {"tasks": ["boolq"], "data_dir": "rows"}}},
 }
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_needs_the_whole_model_is_refused(home, said):
     save_dense(home / "dense")
+    if "zero_shot" in REFUSED[said].get("evaluate", {}):
+        pytest.importorskip("lm_eval")
+    (home / "rows").mkdir()
+    (home / "rows" / "boolq.jsonl").write_text('{"query": "is it?", "choices": ["no", "yes"], "gold": 1}\n')
     with pytest.raises(RecipeError, match=rf"strategy: model_parallel: .*{said}"):
         prune(home, "out", **SHARDED, **REFUSED[said])
     assert not (home / "out").exists()
