@@ -46,8 +46,8 @@ POINTS = {
     # Where a system cannot exchange two folders: the old output is set aside by the call before.
     "two renames": (Path, "rename", 2),
     "lora": (flapkit.callbacks.Recover, "on_train_batch_end", 4),
-    "measure a layer": (flapkit.stages.layerwise, "write_tensors", 3),
-    "write a layer": (flapkit.stages.layerwise, "write_tensors", 7),
+    "measure a layer": (flapkit.stages.layerwise, "write_piece", 3),
+    "write a layer": (flapkit.stages.layerwise, "write_piece", 7),
     "sweep": (flapkit.sweep.results.Results, "add", 2),
 }
 

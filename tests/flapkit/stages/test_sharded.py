@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from unittest.mock import patch
+
 import pytest
 from conftest import FORMS
 from executions import RECIPE, TEXT, add_tokenizer, assert_same, prune, save_dense
@@ -21,7 +24,9 @@ SHARDED = {"trainer": {"accelerator": "cpu", "strategy": "model_parallel"}}
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    yield tmp_path
+    # Where the processes meet is in the environment from then on; what other tests start would look there as well.
+    with patch.dict(os.environ):
+        yield tmp_path
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
