@@ -10,12 +10,13 @@ import time
 import warnings
 from pathlib import Path
 
-from flapkit.architecture import Family, sites_of
-from flapkit.derive import derive, tiny_of
-from flapkit.errors import FlapkitError
-from flapkit.proof import prove
+from flapkit.model.declaration import Family
+from flapkit.model.derive import derive, tiny_of
+from flapkit.model.layout import sites_of
+from flapkit.model.tiny import tiny_config
+from flapkit.model.verify import verify
 from flapkit.registry import Registry
-from flapkit.tiny import tiny_config
+from flapkit.system.errors import FlapkitError
 
 PAGE = Path(__file__).parent / "auto.md"
 
@@ -65,7 +66,7 @@ def row(model_type: str) -> str:
         config = tiny_config(model_type)
         family = derive(config)
         model = tiny_of(config)
-        proof = prove(model, sites_of(model, family))
+        proof = verify(model, sites_of(model, family))
     except FlapkitError as error:
         reason = str(error).splitlines()[0].partition("cannot prune them: ")
         said = (reason[2] or reason[0]).partition("; docs/")[0]

@@ -16,14 +16,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import flapkit
-from flapkit.checkpoint import load_tokenizer
-from flapkit.errors import FlapkitError, ModelError
-from flapkit.export import export
-from flapkit.interfaces import Correction
-from flapkit.proof import random_plan
-from flapkit.pruning import carry_out_
+from flapkit.checkpoint.export import export
+from flapkit.checkpoint.load import load_tokenizer
+from flapkit.model.surgery import Correction, carry_out_
+from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.model.verify import random_plan
 from flapkit.registry import Registry
-from flapkit.tiny import tiny_config, tiny_model
+from flapkit.system.errors import FlapkitError, ModelError
 
 PAGE = Path(__file__).parent / "export-matrix.md"
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -16,15 +16,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flapkit.api import prune_, sites
-from flapkit.checkpoint import load, save
 from flapkit.checkpoint.expand import expand_lora, expand_tensor
-from flapkit.checkpoint.families import register
+from flapkit.checkpoint.load import load
 from flapkit.checkpoint.push import push
-from flapkit.errors import FlapkitError
+from flapkit.checkpoint.save import save
 from flapkit.hookspecs import hookimpl
+from flapkit.model.classes import register
+from flapkit.system.errors import FlapkitError
 
 if TYPE_CHECKING:
-    from flapkit.callbacks import FlapPruning
+    from flapkit.execution.lightning.callbacks import FlapPruning
 
 __all__ = [
     "FlapPruning",
@@ -45,7 +46,7 @@ register()
 def __getattr__(name: str) -> Any:
     # Lightning takes seconds to import, and only the callback needs it.
     if name == "FlapPruning":
-        from flapkit.callbacks import FlapPruning
+        from flapkit.execution.lightning.callbacks import FlapPruning
 
         return FlapPruning
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

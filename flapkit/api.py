@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flapkit.calibration import Batch, Statistics, collect, measure
-from flapkit.checkpoint.soundness import check_unquantised, check_weights
-from flapkit.errors import RecipeError
-from flapkit.interfaces import ArchitectureAdapter, Compensator, ImportanceMetric, StructureSearcher, recovery_of
-from flapkit.passes import prune_in_passes_, size_of
-from flapkit.plan import Budget, BudgetBase, PruningPlan
-from flapkit.pruning import Method, prune_sites_
-from flapkit.recovery import Recovery
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.plan import Budget, BudgetBase, PruningPlan
+from flapkit.model.site import Site
+from flapkit.model.soundness import check_unquantised, check_weights
+from flapkit.pruning.collector import Batch, Statistics, collect, measure
+from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, recovery_of
+from flapkit.pruning.method import Method, prune_sites_
+from flapkit.pruning.passes import prune_in_passes_, size_of
+from flapkit.pruning.recovery import Recovery
+from flapkit.pruning.sequential import PrefixCollector
+from flapkit.pruning.statistics import Statistic
 from flapkit.registry import Registry
-from flapkit.sequence import PrefixCollector
-from flapkit.sites import Site
-from flapkit.statistics import Statistic
+from flapkit.system.errors import RecipeError
 
 
 def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = None) -> tuple[Site, ...]:
@@ -120,13 +121,13 @@ def prune_(
 
 def _recover_(model: PreTrainedModel, places: Sequence[Site], recovery: Recovery, tokens: Tensor) -> None:
     # Lightning takes seconds to import, and only training needs all of this.
-    from flapkit.stages.loops import Loops
-    from flapkit.stages.recover import recover_, take_windows
+    from flapkit.execution.runtime import Runtime
+    from flapkit.execution.training import recover_, take_windows
 
     on_cpu = model.device.type == "cpu"
     options = {"accelerator": "cpu", "devices": 1} if on_cpu else {"devices": [model.device.index or 0]}
     device = model.device
-    recover_(model, places, recovery, take_windows(recovery.training, tokens), Loops(options))
+    recover_(model, places, recovery, take_windows(recovery.training, tokens), Runtime(options))
     nn.Module.to(model, device)
 
 
@@ -157,6 +158,6 @@ def _several(compensator: str | Compensator | Sequence[str | Compensator]) -> Se
 
 def _batches(calibration: Tensor | Dataset[Any], batch_size: int) -> Iterable[Mapping[str, Tensor]]:
     # Lightning takes seconds to import, and only calibration needs it here.
-    from flapkit.data import PruningData
+    from flapkit.execution.lightning.data import PruningData
 
     return PruningData(calibration, batch_size=batch_size).predict_dataloader()

@@ -15,8 +15,10 @@ from collections.abc import Iterable
 
 import pluggy
 
-from flapkit.architecture import Family
-from flapkit.interfaces import ArchitectureAdapter, Compensator, Exporter, ImportanceMetric, StructureSearcher
+from flapkit.checkpoint.exporter import Exporter
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.declaration import Family
+from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher
 
 hookspec = pluggy.HookspecMarker("flapkit")
 hookimpl = pluggy.HookimplMarker("flapkit")

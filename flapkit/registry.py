@@ -20,10 +20,14 @@ import pydantic
 from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
-from flapkit.architecture import Family, check_causal
-from flapkit.derive import Auto
-from flapkit.errors import PluginError, did_you_mean
-from flapkit.interfaces import COMPONENT_KINDS, ArchitectureAdapter, Component, repairs_nothing
+from flapkit.checkpoint.exporter import Exporter
+from flapkit.model.adapter import ArchitectureAdapter, adapter_class
+from flapkit.model.component import Component
+from flapkit.model.declaration import Family
+from flapkit.model.derive import Auto
+from flapkit.model.empty import check_causal
+from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, repairs_nothing
+from flapkit.system.errors import PluginError, did_you_mean
 
 ENTRY_POINT_GROUP = "flapkit"
 
@@ -66,7 +70,7 @@ class Registry:
         """
         if path.suffix in (".yaml", ".yml"):
             # flapkit.recipe imports this module.
-            from flapkit.recipe.family import load_family
+            from flapkit.recipe.declaration import load_family
 
             self._add("adapter", ArchitectureAdapter, load_family(path), str(path))
         else:
@@ -179,7 +183,7 @@ class Registry:
 
     def _add(self, kind: str, interface: type[Any], component: Any, origin: str) -> None:
         if kind == "adapter" and isinstance(component, Family):
-            component = component.adapter()
+            component = adapter_class(component)
         label = getattr(component, "__qualname__", repr(component))
         if not (isinstance(component, type) and issubclass(component, interface)):
             raise PluginError(f"plugin {origin}: {label} is not a subclass of {interface.__name__}")
@@ -255,3 +259,13 @@ def _describe(problem: Any, known: Sequence[str]) -> str:
 def options_schema(component: type[Component]) -> dict[str, Any]:
     """Return the JSON schema of a component's options."""
     return pydantic.TypeAdapter(component).json_schema()
+
+
+COMPONENT_KINDS: Mapping[str, type[Any]] = {
+    "metric": ImportanceMetric,
+    "searcher": StructureSearcher,
+    "compensator": Compensator,
+    "adapter": ArchitectureAdapter,
+    "exporter": Exporter,
+}
+"""The kind of a component, as messages call it -> its interface."""

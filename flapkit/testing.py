@@ -23,18 +23,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.api import prune_
-from flapkit.architecture import Family, FamilyAdapter
-from flapkit.calibration import measure
-from flapkit.checkpoint import load, save
-from flapkit.errors import FlapkitError, ModelError
-from flapkit.interfaces import ArchitectureAdapter, Correction
-from flapkit.plan import PruningPlan
-from flapkit.proof import IMPLEMENTATIONS, logits_of, prove, random_plan
-from flapkit.pruning import carry_out_
-from flapkit.sites import Site
-from flapkit.statistics import Moments
-from flapkit.surgery import consumer_of, mask_, slice_, weight_of
-from flapkit.tiny import tiny_config, tiny_model
+from flapkit.checkpoint.load import load
+from flapkit.checkpoint.save import save
+from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter, adapter_class
+from flapkit.model.declaration import Family
+from flapkit.model.plan import PruningPlan
+from flapkit.model.site import Site
+from flapkit.model.surgery import Correction, carry_out_, consumer_of, mask_, slice_, weight_of
+from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.model.verify import IMPLEMENTATIONS, logits_of, random_plan, verify
+from flapkit.pruning.collector import measure
+from flapkit.pruning.statistics import Moments
+from flapkit.system.errors import FlapkitError, ModelError
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
@@ -109,7 +109,7 @@ def sliced_is_masked(subject: Subject) -> str:
             model = tiny_model(subject.config, attention=name)
         except ModelError:
             continue
-        proof = prove(model, subject.sites)
+        proof = verify(model, subject.sites)
         error = max(error, proof.error)
         names.append(name)
     return f"{error:.0e} ({', '.join(names)})"
@@ -123,7 +123,7 @@ def query_heads(subject: Subject) -> str:
         sites = type(subject.adapter)(unit="query_head").sites(subject.config)
     except ModelError:
         return "not offered"
-    return f"{prove(subject.model, sites).error:.0e}"
+    return f"{verify(subject.model, sites).error:.0e}"
 
 
 def counts_are_exact(subject: Subject) -> str:
@@ -317,7 +317,7 @@ def conformance(
     Raises:
         ModelError: transformers does not know a model type.
     """
-    found = adapter.adapter()() if isinstance(adapter, Family) else adapter
+    found = adapter_class(adapter)() if isinstance(adapter, Family) else adapter
     if config is None and not isinstance(found, FamilyAdapter):
         raise ModelError(f"adapter {found.name!r} declares no model types; give a configuration")
     types: Sequence[Any] = [config] if config is not None else type(found).family.model_types  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ import torch
 import yaml
 from conftest import make_llama
 
-from flapkit.bundled import bundled_models
-from flapkit.checkpoint import open_weights
+from flapkit.checkpoint.bundled import bundled_models
+from flapkit.checkpoint.load import open_weights
 from flapkit.recipe import load_recipe
-from flapkit.run import run
+from flapkit.run.pipeline import run
 
 TEXT = "".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(80))
 

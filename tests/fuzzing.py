@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import flapkit
-from flapkit.errors import FlapkitError, ModelError
+from flapkit.system.errors import FlapkitError, ModelError
 
 T = TypeVar("T")
 

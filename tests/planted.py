@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from flapkit.calibration import needed_statistics
-from flapkit.interfaces import Component
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics
+from flapkit.model.component import Component
+from flapkit.model.site import Site
+from flapkit.pruning.components import needed_statistics
+from flapkit.pruning.statistics import SiteStatistics
 
 
 def site_of(units: int, width: int, out_features: int = 4) -> Site:

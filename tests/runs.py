@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from flapkit.evaluation.site_errors import SiteError
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import remove_lowest
-from flapkit.report.document import RunDocument
-from flapkit.report.record import SampleRecord, make_record
-from flapkit.sites import Coupling, Site
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.site import Coupling, Site
+from flapkit.pruning.ranking import remove_lowest
+from flapkit.pruning.site_errors import SiteError
+from flapkit.run.report.document import RunDocument
+from flapkit.run.report.record import SampleRecord, make_record
 
 RECIPE = "model: {path: tiny}\nbudget: {ratio: 0.3}\n"
 

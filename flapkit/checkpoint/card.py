@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from flapkit.errors import InputError
-from flapkit.paths import to_path
+from flapkit.system.errors import InputError
+from flapkit.system.paths import to_path
 
 CARD = "README.md"
 

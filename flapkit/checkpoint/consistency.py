@@ -10,9 +10,9 @@ from typing import Any
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from flapkit.checkpoint.empty import build_empty
-from flapkit.errors import InputError, ModelError
-from flapkit.plan import PruningPlan
+from flapkit.model.empty import build_empty
+from flapkit.model.plan import PruningPlan
+from flapkit.system.errors import InputError, ModelError
 
 ROOM = 2
 """How many times the numbers of its files a model may hold: some are computed, and none that is read is so large."""
@@ -68,7 +68,9 @@ def check_settings(name: Path | str, config: Any) -> None:
         config: its configuration.
     """
     # It imports this package.
-    from flapkit.architecture import declaration_of, sites_of, skeleton
+    from flapkit.model.declaration import declaration_of
+    from flapkit.model.empty import skeleton
+    from flapkit.model.layout import sites_of
 
     for site in sites_of(skeleton(config), declaration_of(config)):
         block, sizes = site.block, site.sizes(site.units)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from flapkit.architecture import skeleton
-from flapkit.checkpoint.families import dense_config
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.load import load_config
-from flapkit.errors import ModelError
-from flapkit.interfaces import ArchitectureAdapter
-from flapkit.plan import PruningPlan
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.classes import dense_config
+from flapkit.model.empty import skeleton
+from flapkit.model.plan import PruningPlan
+from flapkit.model.site import Site
 from flapkit.registry import Registry
-from flapkit.sites import Site
+from flapkit.system.errors import ModelError
 
 LORA = {"lora_A": 1, "lora_B": 0}
 """PEFT's two factors -> the dimension of the weight that each of them has: inputs or outputs."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flapkit.errors import InputError, OutputError
-from flapkit.paths import to_path
-from flapkit.work import Work, check_space, disk_error, open_work, sync
+from flapkit.system.errors import InputError, OutputError
+from flapkit.system.paths import to_path
+from flapkit.system.workdir import WorkDir, check_space, disk_error, open_workdir, sync
 
 PLAN = "plan.json"
 """The file that holds a checkpoint's plan."""
@@ -55,7 +55,7 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False, work: Work | None = None, needed: int = 0) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = None, needed: int = 0) -> Iterator[Path]:
     """Write a folder in the work folder beside it, and rename it when all is written.
 
     Whatever stops the writing, the folder is then either as it was before or complete.
@@ -96,9 +96,11 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _new(path: Path, check: Callable[..., None], overwrite: bool, work: Work | None, needed: int = 0) -> Iterator[Path]:
+def _new(
+    path: Path, check: Callable[..., None], overwrite: bool, work: WorkDir | None, needed: int = 0
+) -> Iterator[Path]:
     allowed = partial(check, path, overwrite=overwrite)
-    with nullcontext(work) if work else open_work(path, check=allowed, overwrite=overwrite) as work:
+    with nullcontext(work) if work else open_workdir(path, check=allowed, overwrite=overwrite) as work:
         allowed()
         check_space(path, needed)
         try:

@@ -19,17 +19,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flapkit.bundled import PREFIX, bundled_models
+from flapkit.checkpoint.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
-from flapkit.checkpoint.empty import check_depth
-from flapkit.checkpoint.families import PREFIX as PRUNED
-from flapkit.checkpoint.families import register
 from flapkit.checkpoint.folder import PLAN
-from flapkit.checkpoint.soundness import check_unquantised, check_weights
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.errors import InputError, ModelError, did_you_mean, is_panic
-from flapkit.json_text import parse_json
-from flapkit.paths import to_path, within
+from flapkit.model.classes import PREFIX as PRUNED
+from flapkit.model.classes import register
+from flapkit.model.empty import check_depth
+from flapkit.model.soundness import check_unquantised, check_weights
+from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
+from flapkit.system.json_files import parse_json
+from flapkit.system.paths import to_path, within
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 

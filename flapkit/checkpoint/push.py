@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from flapkit.checkpoint.folder import MARK
-from flapkit.errors import InputError, ModelError, RunError
+from flapkit.system.errors import InputError, ModelError, RunError
 
 
 def push(

@@ -12,13 +12,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.card import CARD, model_card
-from flapkit.checkpoint.families import PrunedClasses, pruned_classes
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.errors import ModelError
-from flapkit.paths import within
-from flapkit.plan import PruningPlan
-from flapkit.work import Work
+from flapkit.model.classes import PrunedClasses, pruned_classes
+from flapkit.model.plan import PruningPlan
+from flapkit.system.errors import ModelError
+from flapkit.system.paths import within
+from flapkit.system.workdir import WorkDir
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
@@ -39,7 +39,7 @@ def save(
     max_shard_size: str = "5GB",
     weights: Sequence[Path] = (),
     overwrite: bool = False,
-    work: Work | None = None,
+    work: WorkDir | None = None,
 ) -> None:
     """Save a pruned model as a folder, which appears when it is complete and not before.
 
@@ -58,7 +58,7 @@ def save(
         weights: safetensors files that hold the model's weights already, and are linked into the folder, or moved
             where the file system knows no links; the model itself then needs none.
         overwrite: replace a folder that flapkit wrote.
-        work: the folder's work folder, where it is held already (``flapkit.work``).
+        work: the folder's work folder, where it is held already (``flapkit.system.workdir``).
 
     Raises:
         ModelError: flapkit has no class to load models of this family by.

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flapkit.checkpoint.soundness import check_finite
+from flapkit.model.soundness import check_finite
 
 INDEX = "model.safetensors.index.json"
 """The file that says which of several files holds which tensor."""

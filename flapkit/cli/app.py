@@ -15,8 +15,8 @@ from types import FrameType
 import typer
 from rich.console import Console
 
-from flapkit.errors import FlapkitError, InputError
-from flapkit.ranks import is_first, rank
+from flapkit.system.errors import FlapkitError, InputError
+from flapkit.system.processes import is_rank_zero, rank
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of Ctrl-C and of SIGTERM, as shells have them."""
@@ -40,7 +40,7 @@ def main() -> None:
     # transformers and Lightning draw their own bars and give advice on what flapkit decides.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parent = os.getppid()
-    if not is_first():
+    if not is_rank_zero():
         # The command is started once for each device; the first alone prints what it found.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
@@ -98,7 +98,7 @@ def _fail(message: str, code: int, parent: int) -> None:
     Of several processes the first speaks at once. What another has to say is probably the same, or that the first is
     gone: it waits to be ended by whoever started it, and speaks if it is not.
     """
-    if not is_first():
+    if not is_rank_zero():
         if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         deadline = time.monotonic() + PATIENCE

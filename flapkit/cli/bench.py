@@ -14,7 +14,7 @@ from flapkit.cli.output import check_new, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
 
 if TYPE_CHECKING:
-    from flapkit.evaluation.bench import BenchResult
+    from flapkit.run.bench import BenchResult
 
 
 @app.command()
@@ -40,9 +40,9 @@ def bench(
     """Time a model: prefill, decode, first token, memory; against the dense one, and against what was promised."""
     import torch
 
-    from flapkit.evaluation.bench import bench as time_models
     from flapkit.evaluation.speed import Workload, turns
-    from flapkit.progress import Progress
+    from flapkit.run.bench import bench as time_models
+    from flapkit.system.progress import Progress
 
     set_logging(quiet=True, verbose=False)
     if output is not None:

@@ -14,8 +14,8 @@ from flapkit.cli.output import print_
 @app.command()
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statistics from it.")] = False) -> None:
     """Show the statistics that runs have kept, where they are and how large."""
-    from flapkit.cache import cache_folder, entries
-    from flapkit.cache import clear as clear_cache
+    from flapkit.execution.cache import cache_folder, entries
+    from flapkit.execution.cache import clear as clear_cache
 
     folder = cache_folder()
     found = clear_cache(folder) if clear else entries(folder)

@@ -14,9 +14,9 @@ def check(
     recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwrite = False, force: Force = False
 ) -> None:
     """Check a recipe, and say what it will do and need, without running it."""
-    from flapkit.check import check as check_recipe
-    from flapkit.estimate import memory_limit
     from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.run.check import check as check_recipe
+    from flapkit.run.estimate import memory_limit
 
     set_logging(quiet=True, verbose=False)
     loaded = load_recipe(find_recipe(recipe), overrides or [])

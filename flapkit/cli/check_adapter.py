@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_, set_logging
-from flapkit.errors import RunError
+from flapkit.system.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -49,8 +49,8 @@ def _config(model: str) -> PreTrainedConfig:
     """Read a configuration, or make a tiny one of a model type."""
     from transformers import CONFIG_MAPPING
 
-    from flapkit.checkpoint import load_config
-    from flapkit.tiny import tiny_config
+    from flapkit.checkpoint.load import load_config
+    from flapkit.model.tiny import tiny_config
 
     if model in CONFIG_MAPPING and not Path(model).is_dir():
         return tiny_config(model)

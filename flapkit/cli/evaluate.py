@@ -14,11 +14,11 @@ from flapkit.cli.app import app
 from flapkit.cli.options import AsJson, CheckpointArgument, OutputFile, Overrides
 from flapkit.cli.output import add_perplexity, add_zero_shot, check_new, percent, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
-from flapkit.errors import InputError
-from flapkit.ranks import from_first
+from flapkit.system.errors import InputError
+from flapkit.system.processes import broadcast_from_rank0
 
 if TYPE_CHECKING:
-    from flapkit.evaluate import Evaluation
+    from flapkit.run.evaluate import Evaluation
 
 RECIPE = "recipe.yaml"
 
@@ -35,9 +35,9 @@ def evaluate(
     output: OutputFile = None,
 ) -> None:
     """Measure perplexity and zero-shot tasks of a checkpoint, without pruning."""
-    from flapkit.evaluate import evaluate_checkpoint
-    from flapkit.progress import Progress
     from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.run.evaluate import evaluate_checkpoint
+    from flapkit.system.progress import Progress
 
     if recipe is None and not (Path(checkpoint).expanduser() / RECIPE).is_file():
         raise InputError(f"{checkpoint}: holds no {RECIPE}; say with --recipe what is to be measured")
@@ -47,7 +47,7 @@ def evaluate(
     set_logging(quiet=as_json, verbose=False)
     found = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
     if output is not None:
-        from_first(partial(write_new, output, found.to_json()))
+        broadcast_from_rank0(partial(write_new, output, found.to_json()))
     sys.stdout.write(found.to_json()) if as_json else print_(_table(found))
 
 

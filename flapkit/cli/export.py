@@ -9,7 +9,7 @@ import typer
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_, set_logging
-from flapkit.errors import RecipeError
+from flapkit.system.errors import RecipeError
 
 
 @app.command()
@@ -24,7 +24,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was exported there before.")] = False,
 ) -> None:
     """Write a pruned checkpoint in another form, run that, and compare its logits with the pruned model's."""
-    from flapkit.export import export as export_checkpoint
+    from flapkit.checkpoint.export import export as export_checkpoint
     from flapkit.registry import Registry
 
     set_logging(quiet=False, verbose=False)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from flapkit.errors import OutputError
-from flapkit.ranks import is_first
-from flapkit.work import write_file
+from flapkit.system.errors import OutputError
+from flapkit.system.processes import is_rank_zero
+from flapkit.system.workdir import write_file
 
 STAGES = ("dense", "pruned", "recovered")
 """What is measured of, in the order of a run."""
@@ -86,7 +86,7 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     ours = logging.getLogger("flapkit")
     ours.setLevel(logging.INFO)
     # Not by the level: a run notes its warnings in the output whether or not they are shown.
-    ours.propagate = not quiet and is_first()
+    ours.propagate = not quiet and is_rank_zero()
     ours.addHandler(logging.NullHandler())
     if verbose:
         return

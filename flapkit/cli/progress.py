@@ -14,8 +14,8 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRema
 from rich.progress import Progress as RichProgress
 
 from flapkit.cli.app import exit_code_of
-from flapkit.progress import Event, Listener, duration
-from flapkit.ranks import is_first
+from flapkit.system.processes import is_rank_zero
+from flapkit.system.progress import Event, Listener, duration
 
 PLAIN_SECONDS = 10.0
 """Between two lines of a long stage, where no bar can be shown."""
@@ -26,7 +26,7 @@ JSON_SECONDS = 0.2
 
 def progress_listener(*, quiet: bool) -> Listener:
     """Choose how a command shows progress on stderr: not at all, by bars, or where nobody looks by plain lines."""
-    if quiet or not is_first():
+    if quiet or not is_rank_zero():
         return lambda event: None
     return Bars(Console(stderr=True)) if sys.stderr.isatty() else PlainLines(sys.stderr)
 

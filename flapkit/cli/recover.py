@@ -29,9 +29,9 @@ def recover(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
 ) -> None:
     """Train a pruned checkpoint as a recipe's compensator says, and write another one."""
-    from flapkit.progress import Progress
     from flapkit.recipe import find_recipe, load_recipe
-    from flapkit.recover import recover as recover_checkpoint
+    from flapkit.run.recover import recover as recover_checkpoint
+    from flapkit.system.progress import Progress
 
     loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)

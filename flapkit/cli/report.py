@@ -26,7 +26,7 @@ def report(
     form: Annotated[Literal["png", "svg"] | None, typer.Option(help="Form of the pictures; both if not given.")] = None,
 ) -> None:
     """Write the report of a run again, or a page that compares several runs; no model is loaded."""
-    from flapkit.report import write_report
+    from flapkit.run.report import write_report
 
     written = write_report(runs, output=output, figures=figures, forms=(form,) if form else ("png", "svg"))
     for path in written:

@@ -11,11 +11,11 @@ from flapkit.cli.app import app
 from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume
 from flapkit.cli.output import print_, print_result, set_logging
 from flapkit.cli.progress import json_lines, progress_listener
-from flapkit.progress import Listener
+from flapkit.system.progress import Listener
 
 if TYPE_CHECKING:
-    from flapkit.recover import RecoveryRecord
-    from flapkit.stages.save import RunRecord
+    from flapkit.run.record import RunRecord
+    from flapkit.run.recover import RecoveryRecord
 
 
 @app.command()
@@ -31,10 +31,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one a line.")] = False,
 ) -> None:
     """Prune a model as a recipe says."""
-    from flapkit.cache import cache_folder
-    from flapkit.progress import Progress
+    from flapkit.execution.cache import cache_folder
     from flapkit.recipe import find_recipe, load_recipe
-    from flapkit.run import run as run_recipe
+    from flapkit.run.pipeline import run as run_recipe
+    from flapkit.system.progress import Progress
 
     def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
         loaded = load_recipe(find_recipe(recipe), overrides or [])

@@ -10,22 +10,22 @@ from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_
-from flapkit.errors import ModelError
+from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from flapkit.architecture import Family
+    from flapkit.model.declaration import Family
 
 
 @app.command()
 def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit wrote.")]) -> None:
     """Show what a pruned checkpoint keeps, and what made it."""
-    from flapkit.architecture import declaration_of
-    from flapkit.checkpoint import load_config
-    from flapkit.checkpoint.families import dense_config
     from flapkit.checkpoint.folder import MARK
-    from flapkit.json_text import read_object
+    from flapkit.checkpoint.load import load_config
+    from flapkit.model.classes import dense_config
+    from flapkit.model.declaration import declaration_of
+    from flapkit.system.json_files import read_object
 
     config = load_config(checkpoint)
     if not (checkpoint / MARK).is_file():
@@ -52,7 +52,8 @@ def _said(value: Any) -> str:
 
 def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
     """Return what each layer has of heads and channels: (layer, what) -> how many."""
-    from flapkit.architecture import sites_of, skeleton
+    from flapkit.model.empty import skeleton
+    from flapkit.model.layout import sites_of
 
     found = {}
     for site in sites_of(skeleton(config), family):

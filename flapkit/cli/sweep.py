@@ -12,11 +12,11 @@ from flapkit.cli.app import app
 from flapkit.cli.options import NoCache, Overrides
 from flapkit.cli.output import print_, set_logging
 from flapkit.cli.progress import progress_listener
-from flapkit.errors import RunError
+from flapkit.system.errors import RunError
 
 if TYPE_CHECKING:
-    from flapkit.sweep.load import Sweep
-    from flapkit.sweep.results import Row
+    from flapkit.run.sweep.load import Sweep
+    from flapkit.run.sweep.results import Row
 
 
 @app.command()
@@ -29,20 +29,20 @@ def sweep(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
 ) -> None:
     """Prune by a recipe with many values, calibrated once; started again, carry on with what is missing."""
-    from flapkit.cache import cache_folder
-    from flapkit.progress import Progress
+    from flapkit.execution.cache import cache_folder
     from flapkit.recipe.files import find_sweep
-    from flapkit.sweep.load import label, load_sweep
-    from flapkit.sweep.results import Results
-    from flapkit.sweep.run import run_sweep
-    from flapkit.work import open_work
+    from flapkit.run.sweep.load import label, load_sweep
+    from flapkit.run.sweep.results import Results
+    from flapkit.run.sweep.run import run_sweep
+    from flapkit.system.progress import Progress
+    from flapkit.system.workdir import open_workdir
 
     loaded = load_sweep(find_sweep(sweep), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.asked.output).expanduser()
     progress = Progress(progress_listener(quiet=quiet))
     cache = None if no_cache else cache_folder()
-    with open_work(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
+    with open_workdir(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
         rows = run_sweep(loaded, Results(folder), progress=progress, cache=cache, work=work)
         _write(loaded, rows, folder)
         work.finish()
@@ -54,9 +54,9 @@ def sweep(
 
 
 def _write(loaded: Sweep, rows: list[Row], folder: Path) -> None:
-    from flapkit.sweep.plot import draw
-    from flapkit.sweep.table import to_csv
-    from flapkit.work import write_file
+    from flapkit.run.sweep.plot import draw
+    from flapkit.run.sweep.table import to_csv
+    from flapkit.system.workdir import write_file
 
     write_file(folder / "table.csv", to_csv(loaded.keys, rows))
     for kind in ("png", "svg"):
@@ -64,7 +64,7 @@ def _write(loaded: Sweep, rows: list[Row], folder: Path) -> None:
 
 
 def _print(loaded: Sweep, rows: list[Row], folder: Path) -> None:
-    from flapkit.sweep.table import table
+    from flapkit.run.sweep.table import table
 
     names, cells = table(loaded.keys, rows)
     shown = [index for index, name in enumerate(names) if name != "error" and any(row[index] for row in cells)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from flapkit.errors import RunError
+from flapkit.system.errors import RunError
 
 T = TypeVar("T")
 

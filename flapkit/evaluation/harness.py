@@ -19,10 +19,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flapkit.errors import DataError, RunError, did_you_mean
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.local_tasks import LocalTask
-from flapkit.evaluation.zero_shot import BatchSize, Score, TaskScores
+from flapkit.evaluation.scores import BatchSize, Score, TaskScores
+from flapkit.system.errors import DataError, RunError, did_you_mean
 
 FEW_SHOT_SEED = 1234
 """Seed of lm-eval's drawing of solved examples; its own default."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from flapkit.errors import DataError, did_you_mean
-from flapkit.json_text import parse_json
+from flapkit.system.errors import DataError, did_you_mean
+from flapkit.system.json_files import parse_json
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The tasks by lm-eval's names; each has a YAML file in ``tasks/`` that says how a row becomes a prompt."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
-from flapkit.errors import RunError
-from flapkit.windows import UNSCORED
+from flapkit.system.errors import RunError
+from flapkit.text.windows import UNSCORED
 
 CHUNK_ELEMENTS = 2**24
 """Logits that are converted to float32 at once: 64 MiB."""

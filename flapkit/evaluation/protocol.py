@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flapkit.evaluation.perplexity import PerplexityValues
-from flapkit.windows import UNSCORED, Encoded, Windows, cut_windows, tokens_hash
+from flapkit.text.windows import UNSCORED, Encoded, Windows, cut_windows, tokens_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flapkit.pieces import tokenise
+from flapkit.text.tokenise import tokenise
 
 
 @torch.no_grad()

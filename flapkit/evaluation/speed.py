@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from flapkit.errors import InputError
+from flapkit.system.errors import InputError
 
 Tick = Callable[[], None]
 

@@ -4,54 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from flapkit.errors import InputError
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.significance import compare
+from flapkit.system.errors import InputError
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
-
-BatchSize = int | Literal["auto"]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One metric of a task.
-
-    Args:
-        value: as lm-eval aggregates it.
-        stderr: its standard error; None where lm-eval gives none.
-        items: the metric of each item, in the task's order; empty where an item's is no number.
-    """
-
-    value: float
-    stderr: float | None
-    items: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScores:
-    """A task's scores.
-
-    Args:
-        source: the local file of its rows, or lm-eval's own dataset.
-        items: questions that were asked.
-        sha256: hash of every text that was scored and of the right answers: equal where the questions are.
-        few_shot: solved examples in front of each question.
-        truncated: requests that lost their beginning since they are longer than the model's context.
-        scores: metric -> score.
-    """
-
-    source: str
-    items: int
-    sha256: str
-    few_shot: int
-    truncated: int
-    scores: Mapping[str, Score]
+from flapkit.evaluation.scores import BatchSize, Score, TaskScores
 
 
 def load_harness(

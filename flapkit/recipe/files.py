@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import flapkit
-from flapkit.errors import RecipeError, did_you_mean
-from flapkit.paths import to_path
 from flapkit.recipe.nodes import Position, parse
+from flapkit.system.errors import RecipeError, did_you_mean
+from flapkit.system.paths import to_path
 
 _SUFFIXES = (".yaml", ".yml")
 

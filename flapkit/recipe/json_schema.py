@@ -6,10 +6,9 @@ from typing import Any, get_args
 
 import pydantic
 
-from flapkit.errors import PluginError
-from flapkit.interfaces import COMPONENT_KINDS
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
-from flapkit.registry import Registry
+from flapkit.registry import COMPONENT_KINDS, Registry
+from flapkit.system.errors import PluginError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

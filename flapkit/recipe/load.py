@@ -7,26 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flapkit.errors import InputError, PluginError, RecipeError, closest
-from flapkit.interfaces import (
-    COMPONENT_KINDS,
-    ArchitectureAdapter,
-    Compensator,
-    Component,
-    Exporter,
-    ImportanceMetric,
-    StructureSearcher,
-    corrector_of,
-    recovery_of,
-)
-from flapkit.paths import to_path
-from flapkit.pruning import Method
+from flapkit.checkpoint.exporter import Exporter
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.component import Component
+from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, corrector_of, recovery_of
+from flapkit.pruning.method import Method
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
 from flapkit.recipe.validation import adapter_of, check
-from flapkit.registry import Registry
+from flapkit.registry import COMPONENT_KINDS, Registry
+from flapkit.system.errors import InputError, PluginError, RecipeError, closest
+from flapkit.system.paths import to_path
 
 
 @dataclass(frozen=True, slots=True)

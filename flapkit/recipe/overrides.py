@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flapkit.errors import did_you_mean
 from flapkit.recipe.nodes import Node, Position, Problem, parse
+from flapkit.system.errors import did_you_mean
 
 
 def override_position(text: str) -> Position:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from flapkit.options import Count, PathText
-from flapkit.plan import Budget, BudgetBase
-from flapkit.sites import Site
+from flapkit.model.component import Count, PathText
+from flapkit.model.plan import Budget, BudgetBase
+from flapkit.model.site import Site
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 UNSUPPORTED = ("fsdp", "deepspeed")

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import pydantic
 
-from flapkit.errors import FlapkitError, closest, did_you_mean
 from flapkit.recipe.nodes import Node, Problem
+from flapkit.system.errors import FlapkitError, closest, did_you_mean
 
 T = TypeVar("T")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flapkit import hookimpl
-from flapkit.architecture import Family
-from flapkit.derive import Auto
-from flapkit.interfaces import ArchitectureAdapter
+from flapkit.interfaces import ArchitectureAdapter, Auto, Family
 from flapkit_adapters.classic import CLASSIC
 from flapkit_adapters.falcon import Falcon
 from flapkit_adapters.hybrid import HYBRIDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flapkit.architecture import Block, Family
+from flapkit.interfaces import Block, Family
 from flapkit_adapters.llama import ATTENTION, MLP
 
 SEPARATE = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}

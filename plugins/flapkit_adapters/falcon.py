@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from flapkit.architecture import Block, Family, FamilyAdapter
+from flapkit.interfaces import Block, Family, FamilyAdapter
 
 MLP = Block("mlp", "mlp", "dense_4h_to_h", {"dense_h_to_4h": "i"}, width="ffn_hidden_size")
 ATTENTION = Block(

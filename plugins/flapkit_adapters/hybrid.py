@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flapkit.architecture import Block, Family
+from flapkit.interfaces import Block, Family
 from flapkit_adapters.llama import ATTENTION
 
 HYBRIDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flapkit.architecture import Block, Family, FamilyAdapter
+from flapkit.interfaces import Block, Family, FamilyAdapter
 
 ATTENTION = Block(
     "attention",

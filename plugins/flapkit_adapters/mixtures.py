@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flapkit.architecture import Block, Family
+from flapkit.interfaces import Block, Family
 from flapkit_adapters.llama import ATTENTION, MLP
 
 EXPERTS = Block("experts", "mlp.experts", "down_proj", {"gate_up_proj": "i+i"}, width="moe_intermediate_size")

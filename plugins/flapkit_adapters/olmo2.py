@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flapkit.architecture import Family
+from flapkit.interfaces import Family
 from flapkit_adapters.llama import ATTENTION, MLP
 
 WHOLE_NORM = replace(ATTENTION, parameters={"v_proj": "k"}, outputs={"q_norm": "q", "k_norm": "k"})

@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from transformers import PreTrainedConfig
 
-from flapkit.errors import DataError
+from flapkit.interfaces import DataError
 from flapkit_adapters.llama import Llama
 
 SYSTEM = (

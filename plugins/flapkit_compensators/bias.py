@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flapkit.interfaces import Compensator, Correction
-from flapkit.sites import Site
-from flapkit.statistics import Moments, SiteStatistics
-from flapkit.wide import wide_rows
+from flapkit.interfaces import Compensator, Correction, Moments, Site, SiteStatistics, float64_rows
 
 
 @dataclass(frozen=True)
@@ -28,4 +25,4 @@ class Bias(Compensator):
         """Return the removed channels' mean output [out_features]; the kept columns stay."""
         removed = stats[Moments].mean.clone()
         removed[site.channels_of(keep)] = 0
-        return Correction(bias=torch.cat([rows @ removed for rows in wide_rows(weight)]))
+        return Correction(bias=torch.cat([rows @ removed for rows in float64_rows(weight)]))

@@ -10,13 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.errors import CalibrationError
-from flapkit.interfaces import Compensator, Correction
-from flapkit.sites import Site
-from flapkit.statistics import (
+from flapkit.interfaces import (
+    CalibrationError,
+    Compensator,
+    Correction,
     Gram,
     HeldOutGram,
     HeldOutTargetGram,
+    Site,
     SiteStatistics,
     Spread,
     Statistic,

@@ -16,11 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flapkit.errors import ModelError, RecipeError, did_you_mean
-from flapkit.interfaces import Compensator
-from flapkit.options import Count
-from flapkit.recovery import Recovery, Training
-from flapkit.sites import Site
+from flapkit.interfaces import Compensator, Count, ModelError, RecipeError, Recovery, Site, Training, did_you_mean
 
 LINEARS = (nn.Linear, Conv1D)
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import Compensator, Correction
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics
+from flapkit.interfaces import Compensator, Correction, Site, SiteStatistics
 
 
 @dataclass(frozen=True)

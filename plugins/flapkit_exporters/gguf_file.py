@@ -14,12 +14,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.checkpoint import open_weights
-from flapkit.checkpoint.families import dense_config
-from flapkit.errors import ModelError, RunError
-from flapkit.interfaces import Checkpoint, Exporter, Prospect, Runner
-from flapkit.options import Count
-from flapkit.sites import Site
+from flapkit.interfaces import (
+    Checkpoint,
+    Count,
+    Exporter,
+    ModelError,
+    Prospect,
+    RunError,
+    Runner,
+    Site,
+    dense_config,
+    open_weights,
+)
 from flapkit_exporters.gguf_rope import add_rope
 from flapkit_exporters.gguf_vocabulary import add_vocabulary, compare_vocabulary
 from flapkit_exporters.llama_cpp_quiet import load_llama_cpp

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flapkit.errors import ModelError
+from flapkit.interfaces import ModelError
 
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds whose frequencies do not depend on the text's length."""

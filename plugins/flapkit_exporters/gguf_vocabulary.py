@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flapkit.errors import ModelError
-from flapkit.pieces import tokenise
+from flapkit.interfaces import ModelError, tokenise
 from flapkit_exporters.llama_cpp_quiet import load_llama_cpp
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -13,10 +13,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.checkpoint import load
-from flapkit.checkpoint.load import DType
-from flapkit.export import EXPORTS
-from flapkit.interfaces import Checkpoint, Exporter, Runner
+from flapkit.interfaces import EXPORTS, Checkpoint, DType, Exporter, Runner, load
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,19 @@ from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from flapkit.architecture import skeleton
-from flapkit.checkpoint import load, open_weights
-from flapkit.checkpoint.families import ADDED
-from flapkit.checkpoint.load import DType
-from flapkit.errors import ModelError
-from flapkit.interfaces import Checkpoint, Exporter, Prospect, Runner
-from flapkit.sites import Site
+from flapkit.interfaces import (
+    ADDED,
+    Checkpoint,
+    DType,
+    Exporter,
+    ModelError,
+    Prospect,
+    Runner,
+    Site,
+    load,
+    open_weights,
+    skeleton,
+)
 from flapkit_exporters.hf import HuggingFace, copy_beside
 from flapkit_exporters.padding import Sizes, lengths, one_less, padder, widest
 

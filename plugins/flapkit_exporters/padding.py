@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flapkit.architecture import skeleton
-from flapkit.checkpoint.modeling_flapkit import count, rows_of
-from flapkit.errors import ModelError
-from flapkit.interfaces import Prospect
-from flapkit.sites import Site
+from flapkit.interfaces import ModelError, Prospect, Site, count, rows_of, skeleton
 
 Sizes = Mapping[str, int]
 """``H`` query heads and ``K`` key/value heads of an attention, or ``I`` channels of an MLP."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flapkit.checkpoint import load
-from flapkit.interfaces import Checkpoint, Exporter, Runner
+from flapkit.interfaces import Checkpoint, Exporter, Runner, load
 
 
 class Logits(nn.Module):

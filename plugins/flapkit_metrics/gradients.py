@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from flapkit.sites import Site
-from flapkit.statistics import GradientStatistic
+from flapkit.interfaces import GradientStatistic, Site
 
 
 class GradientProducts(GradientStatistic):

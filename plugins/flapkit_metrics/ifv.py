@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import Moments, SiteStatistics
+from flapkit.interfaces import ImportanceMetric, Moments, Site, SiteStatistics
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import Gram, SiteStatistics
+from flapkit.interfaces import Gram, ImportanceMetric, Site, SiteStatistics
 from flapkit_metrics.gradients import GradientProducts
 from flapkit_metrics.obs import Ridge, unexplained
 

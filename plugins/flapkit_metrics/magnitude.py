@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics
-from flapkit.wide import column_sums
+from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics, column_sums
 
 
 @dataclass(frozen=True)

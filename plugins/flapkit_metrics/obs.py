@@ -9,9 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import Gram, SiteStatistics
+from flapkit.interfaces import Gram, ImportanceMetric, Site, SiteStatistics
 
 Ridge = Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a part of its mean.")]
 

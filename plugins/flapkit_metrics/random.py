@@ -10,9 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics
+from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics
 
 
 @dataclass(frozen=True)

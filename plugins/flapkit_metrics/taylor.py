@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics
+from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics
 from flapkit_metrics.gradients import GradientProducts
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import SiteStatistics, UnitGram
+from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics, UnitGram
 
 
 @dataclass(frozen=True)

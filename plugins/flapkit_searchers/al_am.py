@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import StructureSearcher
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import raise_attention, remove_lowest, standardise
-from flapkit.sites import Site
+from flapkit.interfaces import Budget, PruningPlan, Site, StructureSearcher, raise_attention, remove_lowest, standardise
 from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flapkit.options import Count
+from flapkit.interfaces import Count
 
 MinUnits = Annotated[Count, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
 

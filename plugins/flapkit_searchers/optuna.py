@@ -13,12 +13,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.errors import InputError
-from flapkit.interfaces import Objective, TrialSearcher
-from flapkit.options import Count
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import raise_attention, remove_lowest, standardise
-from flapkit.sites import Site
+from flapkit.interfaces import (
+    Budget,
+    Count,
+    InputError,
+    Objective,
+    PruningPlan,
+    Site,
+    TrialSearcher,
+    raise_attention,
+    remove_lowest,
+    standardise,
+)
 from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import StructureSearcher
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import remove_lowest
-from flapkit.sites import Site
+from flapkit.interfaces import Budget, PruningPlan, Site, StructureSearcher, remove_lowest
 from flapkit_searchers.options import MinUnits, MultipleOf
 
 

@@ -9,11 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.errors import BudgetError, InputError
-from flapkit.interfaces import StructureSearcher
-from flapkit.options import File
-from flapkit.plan import Budget, PruningPlan
-from flapkit.sites import Site
+from flapkit.interfaces import Budget, BudgetError, File, InputError, PruningPlan, Site, StructureSearcher
 
 ROUNDING = 5e-5
 """A ratio of four digits is as near as this to what a plan removes."""

@@ -9,11 +9,18 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.errors import BudgetError
-from flapkit.interfaces import StructureSearcher
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import raise_attention, remove_lowest, remove_units, split_modules, whole_units
-from flapkit.sites import Site
+from flapkit.interfaces import (
+    Budget,
+    BudgetError,
+    PruningPlan,
+    Site,
+    StructureSearcher,
+    raise_attention,
+    remove_lowest,
+    remove_units,
+    split_modules,
+    whole_units,
+)
 from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
 
 

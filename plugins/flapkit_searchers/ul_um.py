@@ -9,10 +9,17 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.interfaces import StructureSearcher
-from flapkit.plan import Budget, PruningPlan
-from flapkit.ranking import layer_ratios, raise_attention, remove_lowest, whole_units
-from flapkit.sites import Site, groups
+from flapkit.interfaces import (
+    Budget,
+    PruningPlan,
+    Site,
+    StructureSearcher,
+    groups,
+    layer_ratios,
+    raise_attention,
+    remove_lowest,
+    whole_units,
+)
 from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
 
 

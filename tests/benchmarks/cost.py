@@ -31,13 +31,13 @@ from random_llama import random_llama
 from transformers import PreTrainedModel
 
 import flapkit
-from flapkit.calibration import Statistics
-from flapkit.plan import Budget
-from flapkit.pruning import Method, prune_sites_
-from flapkit.sites import Site
-from flapkit.stages.loops import Loops, calibrate
-from flapkit.stages.text import RunText
-from flapkit.surgery import share
+from flapkit.execution.runtime import Runtime, calibrate
+from flapkit.model.plan import Budget
+from flapkit.model.site import Site
+from flapkit.model.surgery import share
+from flapkit.pruning.collector import Statistics
+from flapkit.pruning.method import Method, prune_sites_
+from flapkit.run.text import RunText
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size:
 
 def measured(model: PreTrainedModel, sites: Sequence[Site], text: RunText) -> Statistics:
     """Calibrate as a run does, under Lightning."""
-    return calibrate(model, sites, METHOD.statistics, text, Loops({"accelerator": "cpu"}))
+    return calibrate(model, sites, METHOD.statistics, text, Runtime({"accelerator": "cpu"}))
 
 
 @torch.no_grad()

@@ -30,15 +30,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import flapkit
-from flapkit.calibration import measure
-from flapkit.evaluation import cross_entropy
-from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import Method, carry_out_, find_corrections, find_plan, score_sites
-from flapkit.ranking import raise_attention, standardise
+from flapkit.evaluation.perplexity import cross_entropy
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.site import Site
+from flapkit.model.surgery import carry_out_, consumer_of, slice_
+from flapkit.pruning.collector import measure
+from flapkit.pruning.method import Method, find_corrections, find_plan, score_sites
+from flapkit.pruning.ranking import raise_attention, standardise
+from flapkit.pruning.statistics import Moments
 from flapkit.registry import Registry
-from flapkit.sites import Site
-from flapkit.statistics import Moments
-from flapkit.surgery import consumer_of, slice_
 
 BATCH = 16
 BASELINES = {"mag_sp": "magnitude", "wanda_sp": "wanda_sp"}

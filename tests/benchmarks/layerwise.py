@@ -27,7 +27,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flapkit.bundled import bundled_models
+from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.weights import INDEX, Weights
 
 RECIPE = {

@@ -22,7 +22,7 @@ import psutil
 import yaml
 from random_llama import random_llama
 
-from flapkit.bundled import bundled_models
+from flapkit.checkpoint.bundled import bundled_models
 
 RECIPE = {
     "model": {"path": "dense"},

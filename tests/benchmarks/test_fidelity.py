@@ -11,7 +11,7 @@ from benchmarks.fidelity import BASELINES, Bench, Case, differing, inputs_of, ma
 from conftest import make_llama
 
 import flapkit
-from flapkit.plan import PruningPlan
+from flapkit.model.plan import PruningPlan
 
 CASES = [("flap", "WIFV", "AL-AM"), ("flap", "IFV", "UL-MM"), *((name, None, None) for name in BASELINES)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.errors import ModelError
-from flapkit.recipe.family import load_family
+from flapkit.recipe.declaration import load_family
 from flapkit.registry import Registry
+from flapkit.system.errors import ModelError
 from flapkit.testing import check_adapter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.export import export
+from flapkit.checkpoint.export import export
 from flapkit.registry import Registry
 
 DOCS = Path(__file__).parents[2] / "docs"

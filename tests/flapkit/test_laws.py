@@ -9,12 +9,13 @@ import torch
 from conftest import FORMS, make_llama
 
 import flapkit
-from flapkit.calibration import measure, needed_statistics
-from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import carry_out_, find_corrections, find_plan, score_sites
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.surgery import carry_out_, mask_, slice_
+from flapkit.pruning.collector import measure
+from flapkit.pruning.components import needed_statistics
+from flapkit.pruning.method import find_corrections, find_plan, score_sites
+from flapkit.pruning.statistics import Moments
 from flapkit.registry import Registry
-from flapkit.statistics import Moments
-from flapkit.surgery import mask_, slice_
 
 
 def planned(model, tokens, ratio=0.4, compensator="bias"):
@@ -177,7 +178,7 @@ def test_trains_after_slicing(llama, tokens):
 
 def test_pruning_a_copy_that_shares_weights_leaves_the_model_as_it_is(llama, tokens, probe):
     """Also its biases, to which the compensator adds; and the copy is what a whole copy would be."""
-    from flapkit.surgery import share
+    from flapkit.model.surgery import share
 
     sites = flapkit.sites(llama)
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}

@@ -6,13 +6,13 @@ from types import ModuleType
 
 import pytest
 
-from flapkit.errors import PluginError
 from flapkit.registry import Registry
+from flapkit.system.errors import PluginError
 
 METRIC = """
 from dataclasses import dataclass
 from flapkit import hookimpl
-from flapkit.interfaces import ImportanceMetric
+from flapkit.pruning.components import ImportanceMetric
 
 @dataclass(frozen=True)
 class Mine(ImportanceMetric):
@@ -57,8 +57,8 @@ def test_a_plugin_is_found():
         ("@dataclass(frozen=True)", "@dataclass", "frozen dataclass"),
     ],
 )
-def test_a_plugin_is_refused(old, new, says):
-    with pytest.raises(PluginError, match=says.replace("[", r"\[")):
+def test_a_plugin_is_refused(old, new, metadata):
+    with pytest.raises(PluginError, match=metadata.replace("[", r"\[")):
         Registry([plugin(METRIC.replace(old, new))])
 
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flapkit
-from flapkit.checkpoint import load_config
-from flapkit.errors import ModelError
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
+from flapkit.checkpoint.load import load_config
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
+from flapkit.system.errors import ModelError
 
 
 def save_dense(folder: Path) -> Path:

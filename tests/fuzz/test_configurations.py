@@ -17,17 +17,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import flapkit
-from flapkit.architecture import declaration_of, sites_of, skeleton
-from flapkit.bundled import bundled_models
-from flapkit.check import check as check_recipe
-from flapkit.checkpoint import load_config
-from flapkit.checkpoint.families import dense_config
+from flapkit.checkpoint.bundled import bundled_models
+from flapkit.checkpoint.load import load_config
 from flapkit.checkpoint.save import settle_generation_
-from flapkit.errors import ModelError
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
+from flapkit.model.classes import dense_config
+from flapkit.model.declaration import declaration_of
+from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
 from flapkit.recipe import LoadedRecipe, load_recipe
 from flapkit.registry import Registry
+from flapkit.run.check import check as check_recipe
+from flapkit.system.errors import ModelError
 
 SIZES = st.sampled_from([10**5, 10**6, 10**9, 10**12, 2**31, 2**63, 10**30, -1, 0, 1, 3, "x", None, [], 1.5, True])
 WORDS = st.sampled_from(

@@ -12,8 +12,10 @@ from fuzzing import TEXT, VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flapkit.architecture import evaluate, sites_of, skeleton
-from flapkit.recipe.family import load_family
+from flapkit.model.declaration import evaluate
+from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
+from flapkit.recipe.declaration import load_family
 
 ATTENTION = {
     "kind": "attention",

@@ -13,12 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_run, make_sites
 
-from flapkit.errors import InputError
-from flapkit.plan import PruningPlan
-from flapkit.sweep.plot import draw
-from flapkit.sweep.results import Results, Row
-from flapkit.sweep.schema import Plot
-from flapkit.sweep.table import to_csv
+from flapkit.model.plan import PruningPlan
+from flapkit.run.sweep.plot import draw
+from flapkit.run.sweep.results import Results, Row
+from flapkit.run.sweep.schema import Plot
+from flapkit.run.sweep.table import to_csv
+from flapkit.system.errors import InputError
 
 SITES = make_sites(2)
 PLAN = {"keep": {site.name: list(range(0, site.units, 2)) for site in SITES}}

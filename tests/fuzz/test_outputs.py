@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import flapkit
-from flapkit.bundled import bundled_models
-from flapkit.checkpoint import check_output
-from flapkit.errors import FlapkitError, InputError, ModelError, OutputError
-from flapkit.paths import to_path, within
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
+from flapkit.checkpoint.bundled import bundled_models
+from flapkit.checkpoint.folder import check_output
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
+from flapkit.system.errors import FlapkitError, InputError, ModelError, OutputError
+from flapkit.system.paths import to_path, within
 
 PARTS = st.sampled_from(["..", ".", "", "a", "b.txt", "/", "\\", "C:", "~", "\0", " ", "..\\x", "...", "a/../.."])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map("/".join) | TEXT

@@ -20,13 +20,13 @@ from runs import make_run
 
 import flapkit
 from flapkit.checkpoint.card import CARD, licence_of, model_card
-from flapkit.errors import InputError
 from flapkit.evaluation.zero_shot import add_scores
-from flapkit.origin import Origin, plan_of
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
 from flapkit.recipe import LoadedRecipe, load_recipe
-from flapkit.recover import RecoveryRecord, _files, _metadata
+from flapkit.run.origin import Origin, plan_of
+from flapkit.run.recover import RecoveryRecord, _files, _metadata
+from flapkit.system.errors import InputError
 
 RUN = make_run(layers=2)
 TEXT = "text.txt, 32 tokens"

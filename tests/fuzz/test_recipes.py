@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sweeps import SWEEP
 
-from flapkit.errors import FlapkitError, RecipeError
 from flapkit.recipe import LoadedRecipe, dump_recipe, load_recipe
 from flapkit.registry import Registry
-from flapkit.sweep.load import load_sweep
+from flapkit.run.sweep.load import load_sweep
+from flapkit.system.errors import FlapkitError, RecipeError
 
 RECIPE: dict[str, Any] = {
     "model": {"path": "builtin:tiny-llama", "revision": None, "dtype": "float32"},

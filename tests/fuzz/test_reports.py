@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import RECIPE, make_run
 
-from flapkit.report import RunDocument, draw_figures, render_comparison, render_run
+from flapkit.run.report import RunDocument, draw_figures, render_comparison, render_run
 
 RUN = make_run(layers=2)
 BENCH = {"ratios": {"prefill": 1.1, "decode": 1.2}, "promised": 1.25}
@@ -48,7 +48,7 @@ MARKUP = st.sampled_from(
 
 
 OWN = [
-    files("flapkit.report").joinpath(name).read_text(encoding="utf-8")
+    files("flapkit.run.report").joinpath(name).read_text(encoding="utf-8")
     for name in ("vendor/plot.js", "templates/charts.js", "templates/style.css")
 ]
 TAG = re.compile(r"<[^<>]*>")

@@ -15,12 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from flapkit.bundled import bundled_models
-from flapkit.conversations import renderer
-from flapkit.errors import DataError
+from flapkit.checkpoint.bundled import bundled_models
 from flapkit.evaluation.local_tasks import LocalTask
-from flapkit.text import load_documents
-from flapkit.windows import encode
+from flapkit.run.text import renderer
+from flapkit.system.errors import DataError
+from flapkit.text.source import load_documents
+from flapkit.text.windows import encode
 
 
 @pytest.fixture(scope="module")

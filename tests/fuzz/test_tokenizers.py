@@ -14,11 +14,11 @@ from fuzzing import VALUES, cases, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flapkit.bundled import bundled_models
-from flapkit.checkpoint import load_tokenizer
-from flapkit.conversations import renderer
-from flapkit.errors import DataError, ModelError
-from flapkit.windows import encode
+from flapkit.checkpoint.bundled import bundled_models
+from flapkit.checkpoint.load import load_tokenizer
+from flapkit.run.text import renderer
+from flapkit.system.errors import DataError, ModelError
+from flapkit.text.windows import encode
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "\\p{L}+|\\s"}, "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from runs import make_sites
 from torch import Tensor
 
-from flapkit.cache import Calibrated, clear, entries, read_statistic, write_statistic
-from flapkit.interfaces import Correction
-from flapkit.kept import Kept, Repair, States
-from flapkit.layerwise import HiddenStates
-from flapkit.stages.recover import Workplace
-from flapkit.statistics import Moments, SiteStatistics
-from flapkit.work import Work, open_work
+from flapkit.execution.cache import Calibrated, clear, entries, read_statistic, write_statistic
+from flapkit.execution.resume import Repair, ResumeStore, States
+from flapkit.execution.stream import HiddenStates
+from flapkit.execution.training import Workplace
+from flapkit.model.surgery import Correction
+from flapkit.pruning.statistics import Moments, SiteStatistics
+from flapkit.system.workdir import WorkDir, open_workdir
 
 SITES = make_sites(1)
 ASKED = {"recipe": {"model": {"path": "a"}, "budget": {"ratio": 0.2}}, "overrides": []}
@@ -32,9 +32,9 @@ KIND = dict[str, tuple[float, float | None, int]]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Work:
+def work(tmp_path_factory) -> WorkDir:
     """The work folder of a run that goes on."""
-    work = Work(tmp_path_factory.mktemp("work") / "out", resumed=True)
+    work = WorkDir(tmp_path_factory.mktemp("work") / "out", resumed=True)
     work.folder.mkdir()
     return work
 
@@ -87,7 +87,7 @@ REPAIR = Repair({"a": Correction(torch.randn(3, 2), torch.zeros(3), "kept"), "b"
 
 
 def test_a_piece_that_was_damaged(work):
-    kept = Kept(work, 0)
+    kept = ResumeStore(work, 0)
     kept.find("repair", REPAIR.piece)
     path, piece = work.path("repair.safetensors"), REPAIR.piece()
 
@@ -98,7 +98,7 @@ def test_a_piece_that_was_damaged(work):
         found = read(lambda: kept.find("repair", never), str(path))
         if found is not None:
             assert same(dict(found.tensors), dict(piece.tensors))
-            assert found.says == piece.says
+            assert found.metadata == piece.metadata
 
     check()
 
@@ -133,7 +133,7 @@ def test_statistics_so_far_that_were_damaged(work):
 def test_figures_that_were_damaged(work, content):
     path = work.path("perplexity.json")
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    found = read(lambda: Kept(work, 0).figures("perplexity", KIND, never), str(path))
+    found = read(lambda: ResumeStore(work, 0).figures("perplexity", KIND, never), str(path))
     for name, (perplexity, bits, size) in (found or {}).items():
         assert isinstance(name, str)
         assert isinstance(perplexity, float)
@@ -148,13 +148,13 @@ def test_figures_that_were_damaged(work, content):
 )
 def test_what_was_asked_that_was_damaged(tmp_path_factory, content):
     output = tmp_path_factory.getbasetemp() / "asked" / "out"
-    work = Work(output)
+    work = WorkDir(output)
     work.folder.mkdir(parents=True, exist_ok=True)
     work.path("piece.safetensors").touch()
     work.path("asked.json").write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def go_on() -> bool:
-        with open_work(output, ASKED, resume=True) as resumed:
+        with open_workdir(output, ASKED, resume=True) as resumed:
             resumed.claim({"texts": {"a": "b"}})
         return True
 
@@ -199,7 +199,9 @@ def test_hidden_states_that_were_damaged(tmp_path):
 def unheard(monkeypatch) -> Callable[[], list[str]]:
     """Gather what the cache warns of, and show it to nobody."""
     said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("flapkit.cache"), "warning", lambda text, *parts: said.append(text % parts))
+    monkeypatch.setattr(
+        logging.getLogger("flapkit.execution.cache"), "warning", lambda text, *parts: said.append(text % parts)
+    )
     return lambda: said
 
 

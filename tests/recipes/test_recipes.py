@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from flapkit.plan import Budget
+from flapkit.model.plan import Budget
 from flapkit.recipe import find_recipe, load_recipe, shipped_recipes
 
 

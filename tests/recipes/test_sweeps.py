@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from flapkit.recipe.files import find_sweep, shipped_sweeps
-from flapkit.sweep.load import load_sweep
+from flapkit.run.sweep.load import load_sweep
 
 SWEEPS = shipped_sweeps()
 

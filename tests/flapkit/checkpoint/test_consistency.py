@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flapkit
-from flapkit.errors import ModelError
+from flapkit.system.errors import ModelError
 
 
-def refused(folder, says):
-    with pytest.raises(ModelError, match=says):
+def refused(folder, metadata):
+    with pytest.raises(ModelError, match=metadata):
         flapkit.load(folder)
 
 
@@ -50,11 +50,11 @@ def test_a_missing_shard(tokens, tmp_path):
         (lambda keep: keep.__setitem__("layers.0.mlp", "all"), "expected a list of whole numbers"),
     ],
 )
-def test_a_plan_that_was_changed(pruned_folder, change, says):
+def test_a_plan_that_was_changed(pruned_folder, change, metadata):
     plan = json.loads((pruned_folder / "plan.json").read_text())
     change(plan["keep"])
     (pruned_folder / "plan.json").write_text(json.dumps(plan))
-    refused(pruned_folder, says)
+    refused(pruned_folder, metadata)
 
 
 def test_a_configuration_that_was_changed(pruned_folder):

@@ -9,9 +9,9 @@ import torch
 from conftest import make_llama
 
 import flapkit
-from flapkit.errors import ModelError
-from flapkit.plan import PruningPlan
-from flapkit.surgery import mask_
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import mask_
+from flapkit.system.errors import ModelError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

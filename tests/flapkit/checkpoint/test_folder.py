@@ -10,9 +10,8 @@ import pytest
 from conftest import make_llama
 
 import flapkit
-from flapkit.checkpoint import check_output, new_folder
-from flapkit.checkpoint.folder import MARK
-from flapkit.errors import OutputError
+from flapkit.checkpoint.folder import MARK, check_output, new_folder
+from flapkit.system.errors import OutputError
 
 
 def test_appears_whole(tmp_path):

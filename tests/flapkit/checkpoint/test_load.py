@@ -9,8 +9,8 @@ import torch
 from conftest import make_llama
 
 import flapkit
-from flapkit.checkpoint import load
-from flapkit.errors import ModelError
+from flapkit.checkpoint.load import load
+from flapkit.system.errors import ModelError
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def refused(path, says):
-    with pytest.raises(ModelError, match=says) as caught:
+def refused(path, metadata):
+    with pytest.raises(ModelError, match=metadata) as caught:
         load(path)
     assert caught.value.exit_code == 2
 
@@ -98,7 +98,7 @@ def test_quantised(folder):
 
 
 def test_copy_of_bundled_loads(tmp_path):
-    from flapkit.bundled import bundled_models
+    from flapkit.checkpoint.bundled import bundled_models
 
     shutil.copytree(bundled_models()["tiny-llama"], tmp_path / "copy")
     assert load(tmp_path / "copy").num_parameters() == load("builtin:tiny-llama").num_parameters()

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 import flapkit
-from flapkit.errors import InputError, ModelError, RunError
+from flapkit.system.errors import InputError, ModelError, RunError
 
 
 class Refused(HfHubHTTPError):
@@ -61,7 +61,7 @@ def test_a_folder_of_another(tmp_path):
         (Refused("403"), RunError, "403"),
     ],
 )
-def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, says):
+def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, metadata):
     monkeypatch.setattr("flapkit.checkpoint.push.HfApi", Hub(error))
-    with pytest.raises(raised, match=says):
+    with pytest.raises(raised, match=metadata):
         flapkit.push(pruned_folder, "owner/name")

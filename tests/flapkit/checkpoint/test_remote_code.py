@@ -8,7 +8,7 @@ import sys
 import torch
 
 import flapkit
-from flapkit.tiny import tiny_config, tiny_model
+from flapkit.model.tiny import tiny_config, tiny_model
 
 SCRIPT = """
 import copy, sys, torch

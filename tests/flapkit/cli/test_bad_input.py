@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.bundled import bundled_models
+from flapkit.checkpoint.bundled import bundled_models
 
 RECIPE = """\
 model: {path: MODEL}
@@ -26,12 +26,12 @@ output: out
 
 @pytest.fixture
 def refused(home, command):
-    def run(recipe: str | bytes, says: str, code: int = 2) -> None:
+    def run(recipe: str | bytes, metadata: str, code: int = 2) -> None:
         before = sorted(home.rglob("*"))
         path = home / "recipe.yaml"
         path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
         ended, _, printed = command("run", "recipe.yaml")
-        assert says in printed
+        assert metadata in printed
         assert "Traceback" not in printed
         assert ended == code
         path.unlink()
@@ -54,8 +54,8 @@ def refused(home, command):
         (RECIPE.replace("ratio: 0.2", "ratio: 20"), "give the fraction to remove, over 0 and under 1, for example 0.2"),
     ],
 )
-def test_recipes(refused, recipe, says):
-    refused(recipe, says)
+def test_recipes(refused, recipe, metadata):
+    refused(recipe, metadata)
 
 
 def test_all_mistakes_at_once(refused):
@@ -90,9 +90,9 @@ def corrupt(folder: Path) -> None:
         (corrupt, "model.safetensors is damaged or cut short"),
     ],
 )
-def test_models(refused, home, damage, says):
+def test_models(refused, home, damage, metadata):
     damage(model(home))
-    refused(RECIPE.replace("MODEL", "./model"), says)
+    refused(RECIPE.replace("MODEL", "./model"), metadata)
 
 
 def test_disk_full(refused, home, monkeypatch):

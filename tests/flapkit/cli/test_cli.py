@@ -11,7 +11,7 @@ METRIC = """
 from dataclasses import dataclass
 import torch
 from flapkit import hookimpl
-from flapkit.interfaces import ImportanceMetric
+from flapkit.pruning.components import ImportanceMetric
 
 @dataclass(frozen=True)
 class Mine(ImportanceMetric):
@@ -115,10 +115,10 @@ def test_usage_error(command):
         ({"plugins": ["./missing.py"]}, "there is no such file"),
     ],
 )
-def test_bad_recipes(command, home, changes, says):
+def test_bad_recipes(command, home, changes, metadata):
     code, _, err = command("run", write_recipe(home, **changes))
     assert code == 2, err
-    assert says in err
+    assert metadata in err
     assert "Traceback" not in err
     assert not (home / "out").exists()
 
@@ -132,11 +132,11 @@ def test_bad_recipes(command, home, changes, says):
         ("1 +", "flapkit_metrics", "fails to import"),
     ],
 )
-def test_bad_plugins(command, home, score, hook, says):
+def test_bad_plugins(command, home, score, hook, metadata):
     (home / "mine.py").write_text(METRIC.replace("{score}", score).replace("{hook}", hook))
     code, _, err = command("run", write_recipe(home, metric="mine", plugins=["./mine.py"]))
     assert code == 2, err
-    assert says in err
+    assert metadata in err
     assert not (home / "out").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_metric_of_ones_own(command, home):
 def test_an_architecture_that_nobody_declared(command, home):
     from transformers import MambaConfig, StableLmConfig
 
-    from flapkit.checkpoint import load_tokenizer
+    from flapkit.checkpoint.load import load_tokenizer
 
     StableLmConfig().save_pretrained(home / "stablelm")
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "stablelm")
@@ -202,8 +202,8 @@ def test_an_architecture_that_nobody_declared(command, home):
 
 
 def test_the_declaration_that_was_derived_is_recorded(command, home):
-    from flapkit.checkpoint import load_tokenizer
-    from flapkit.tiny import tiny_config, tiny_model
+    from flapkit.checkpoint.load import load_tokenizer
+    from flapkit.model.tiny import tiny_config, tiny_model
 
     tokenizer = load_tokenizer("builtin:tiny-llama")
     tiny_model(tiny_config("stablelm", vocab_size=len(tokenizer))).save_pretrained(home / "mine")
@@ -225,7 +225,7 @@ def test_an_adapter_that_does_not_fit(command, home):
 
 
 def test_ctrl_c_in_calibration(command, home, monkeypatch):
-    from flapkit.module import CausalLM
+    from flapkit.execution.lightning.module import CausalLM
 
     def interrupted(self, batch):
         raise KeyboardInterrupt
@@ -240,7 +240,7 @@ def test_ctrl_c_in_calibration(command, home, monkeypatch):
 def test_activations_that_are_not_finite(command, home):
     import torch
 
-    from flapkit.checkpoint import load, load_tokenizer
+    from flapkit.checkpoint.load import load, load_tokenizer
 
     model = load("builtin:tiny-llama")
     with torch.no_grad():

@@ -29,10 +29,10 @@ def test_export(command, pruned_folder, tmp_path):
         (["--to", "hf", "--set", "dtype=&a x"], "anchors such as &a are not read"),
     ],
 )
-def test_bad_input(command, pruned_folder, tmp_path, arguments, says):
+def test_bad_input(command, pruned_folder, tmp_path, arguments, metadata):
     code, _, err = command("export", pruned_folder, *arguments, "--output", "out")
     assert code == 2
-    assert says in err
+    assert metadata in err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from flapkit.cli.progress import Bars, JsonLines, PlainLines
-from flapkit.errors import BudgetError
-from flapkit.progress import Progress
+from flapkit.system.errors import BudgetError
+from flapkit.system.progress import Progress
 
 
 class Clock:

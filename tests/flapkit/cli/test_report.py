@@ -51,11 +51,11 @@ def test_a_bench_in_the_folder_is_shown(command, runs):
         (("a", "-o", "text.txt/page.html"), "cannot be written"),
     ],
 )
-def test_bad_input(command, runs, arguments, says):
+def test_bad_input(command, runs, arguments, metadata):
     (runs / "empty").mkdir()
     code, out, err = command("report", *arguments)
     assert (code, out) == (2, "")
-    assert says in err
+    assert metadata in err
 
 
 def test_a_damaged_result(command, runs):

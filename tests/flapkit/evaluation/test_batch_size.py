@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_llama
 
-from flapkit.errors import RunError
 from flapkit.evaluation.batch_size import CPU_BYTES, LARGEST, bytes_per_token, first_batch_size, halving
+from flapkit.system.errors import RunError
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.errors import DataError
 from flapkit.evaluation.local_tasks import TASKS, LocalTask, find_task
+from flapkit.system.errors import DataError
 
 ROW = {"query": "Question: why?", "choices": ["so", "because"], "gold": 1}
 

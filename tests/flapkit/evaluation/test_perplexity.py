@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from flapkit.errors import RunError
 from flapkit.evaluation import perplexity
 from flapkit.evaluation.perplexity import Perplexity, cross_entropy
-from flapkit.windows import UNSCORED, cut_windows
+from flapkit.system.errors import RunError
+from flapkit.text.windows import UNSCORED, cut_windows
 
 
 def random_case(windows: int = 5, tokens: int = 7, vocabulary: int = 11) -> tuple[torch.Tensor, torch.Tensor]:

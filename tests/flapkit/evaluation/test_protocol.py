@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from flapkit.checkpoint import load_tokenizer
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.perplexity import PerplexityValues
 from flapkit.evaluation.protocol import bits_per_byte, cut_text, perplexity
-from flapkit.windows import UNSCORED, Encoded, encode, encode_measured
+from flapkit.text.windows import UNSCORED, Encoded, encode, encode_measured
 
 TEXTS = ["def f(x):\n    return x\n", "größer ≠ 日本語 🙂🙂 naïve", "", "\tif x:\n\n\n  pass"]
 

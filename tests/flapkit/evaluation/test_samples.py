@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.checkpoint import load_tokenizer
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.samples import write_samples
 
 PROMPTS = ["def load(path):", "import os\n"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import make_llama
 
-from flapkit.errors import InputError
 from flapkit.evaluation.speed import Spread, Workload, measure_speed, read_params, turns
+from flapkit.system.errors import InputError
 
 SMALL = Workload(batch_size=2, prompt=12, tokens=3, repetitions=2, warm_up=1)
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from flapkit.errors import DataError, InputError
 from flapkit.evaluation import zero_shot
 from flapkit.evaluation.local_tasks import TASKS, find_task
-from flapkit.evaluation.zero_shot import Score, TaskScores, load_harness, mean_accuracy, side_by_side
+from flapkit.evaluation.scores import Score, TaskScores
+from flapkit.evaluation.zero_shot import load_harness, mean_accuracy, side_by_side
+from flapkit.system.errors import DataError, InputError
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra zeroshot")
 
@@ -39,14 +40,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model():
-    from flapkit.checkpoint import load
+    from flapkit.checkpoint.load import load
 
     return load("builtin:tiny-llama", "float32")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from flapkit.checkpoint import load_tokenizer
+    from flapkit.checkpoint.load import load_tokenizer
 
     return load_tokenizer("builtin:tiny-llama")
 

@@ -14,7 +14,7 @@ PLUGIN = """\
 from dataclasses import dataclass
 
 from flapkit import hookimpl
-from flapkit.interfaces import ImportanceMetric
+from flapkit.pruning.components import ImportanceMetric
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flapkit.errors import PluginError
 from flapkit.recipe import recipe_schema
 from flapkit.registry import Registry
+from flapkit.system.errors import PluginError
 
 PLUGIN = """\
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flapkit import hookimpl
-from flapkit.interfaces import ImportanceMetric
+from flapkit.pruning.components import ImportanceMetric
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.errors import InputError, RecipeError
 from flapkit.recipe import ComponentSpec, LoadedRecipe, dump_recipe, find_recipe, load_recipe, shipped_recipes
+from flapkit.system.errors import InputError, RecipeError
 
 GOOD = """\
 model: {path: somewhere}
@@ -25,7 +25,7 @@ from pydantic import Field
 
 from flapkit import hookimpl
 from flapkit.errors import BudgetError
-from flapkit.interfaces import ImportanceMetric
+from flapkit.pruning.components import ImportanceMetric
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flapkit import hookimpl
-from flapkit.interfaces import Compensator
+from flapkit.pruning.components import Compensator
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.errors import RecipeError
 from flapkit.recipe import LoadedRecipe, load_recipe
+from flapkit.system.errors import RecipeError
 
 TEXT = """\
 model: {path: somewhere}

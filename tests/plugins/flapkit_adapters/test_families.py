@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flapkit.proof import prove
+from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.model.verify import verify
 from flapkit.registry import Registry
-from flapkit.tiny import tiny_config, tiny_model
 
 FAMILIES = {name: {} for name in Registry.load().names("adapter") if name not in ("auto", "vicuna", "falcon")} | {
     "llama with a key/value head": {"num_key_value_heads": 1},
@@ -23,6 +23,6 @@ FAMILIES = {name: {} for name in Registry.load().names("adapter") if name not in
 def test_sliced_is_masked(form):
     config = tiny_config(form.split()[0], **FAMILIES[form])
     sites = Registry.load().adapter_for(config).sites(config)
-    proof = prove(tiny_model(config), sites)
+    proof = verify(tiny_model(config), sites)
     assert proof.error <= 1e-5
     assert proof.moved > 0.1

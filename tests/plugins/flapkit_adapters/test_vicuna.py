@@ -5,7 +5,7 @@ from flapkit_adapters.llama import Llama
 from flapkit_adapters.vicuna import SYSTEM, Vicuna
 from transformers import LlamaConfig, MistralConfig
 
-from flapkit.errors import DataError
+from flapkit.system.errors import DataError
 
 
 def say(role: str, content: str) -> dict[str, str]:

@@ -13,15 +13,17 @@ from flapkit_compensators.none import NoCompensation
 from planted import measured, site_of
 
 import flapkit
-from flapkit.calibration import measure, needed_statistics
-from flapkit.checkpoint import load_tokenizer
-from flapkit.errors import CalibrationError
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_, find_corrections
-from flapkit.statistics import Gram, HeldOutGram
-from flapkit.text import stdlib_documents
-from flapkit.trials import perplexity_of
-from flapkit.windows import encode
+from flapkit.checkpoint.load import load_tokenizer
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
+from flapkit.pruning.collector import measure
+from flapkit.pruning.components import needed_statistics
+from flapkit.pruning.method import find_corrections
+from flapkit.pruning.statistics import Gram, HeldOutGram
+from flapkit.pruning.trials import perplexity_of
+from flapkit.system.errors import CalibrationError
+from flapkit.text.source import stdlib_documents
+from flapkit.text.windows import encode
 
 KEEP = (0, 2, 3)
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import flapkit
-from flapkit.errors import ModelError, RecipeError
+from flapkit.model.site import Coupling, Site
 from flapkit.registry import Registry
-from flapkit.sites import Coupling, Site
+from flapkit.system.errors import ModelError, RecipeError
 
 
 def attach(model, sites, **options):

@@ -10,11 +10,11 @@ from conftest import FORMS, make_llama
 from transformers import Gemma2Config, MistralConfig
 
 import flapkit
-from flapkit.checkpoint import load_tokenizer
-from flapkit.errors import InputError, ModelError
-from flapkit.export import export
-from flapkit.interfaces import Prospect
+from flapkit.checkpoint.export import export
+from flapkit.checkpoint.exporter import Prospect
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.registry import Registry
+from flapkit.system.errors import InputError, ModelError
 
 YARN = {
     "rope_type": "yarn",
@@ -114,9 +114,9 @@ def test_the_bundled_tokenizer_reads_alike(tokens, tmp_path, ratio, caplog):
         (MistralConfig(num_hidden_layers=1, sliding_window=None, hidden_act="gelu"), "silu alone"),
     ],
 )
-def test_what_llama_cpp_cannot_is_refused_before_the_run(config, says):
+def test_what_llama_cpp_cannot_is_refused_before_the_run(config, metadata):
     prospect = Prospect(config.model_type, config, (), True, frozenset())
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(ModelError, match=metadata):
         gguf().check(prospect)
 
 

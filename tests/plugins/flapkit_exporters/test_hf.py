@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.export import export
+from flapkit.checkpoint.export import export
 from flapkit.registry import Registry
 
 

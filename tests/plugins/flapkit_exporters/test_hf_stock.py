@@ -15,13 +15,14 @@ from transformers import (
 )
 
 import flapkit
-from flapkit.architecture import Block, Family
-from flapkit.errors import ModelError
-from flapkit.export import export, prospect_of
-from flapkit.interfaces import Correction, Prospect
-from flapkit.plan import PruningPlan
-from flapkit.pruning import carry_out_
+from flapkit.checkpoint.export import export, prospect_of
+from flapkit.checkpoint.exporter import Prospect
+from flapkit.model.adapter import adapter_class
+from flapkit.model.declaration import Block, Family
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import Correction, carry_out_
 from flapkit.registry import Registry
+from flapkit.system.errors import ModelError
 
 
 def stock(**options):
@@ -83,7 +84,7 @@ def declared(model_type):
     mlp = Block("mlp", "mlp", "down_proj", {"gate_proj": "i", "up_proj": "i"})
     fc = Block("mlp", "", "fc2", {"fc1": "i"}, width="ffn_dim")
     layers = "model.decoder.layers" if opt else "model.layers"
-    return Family("declared", (model_type,), layers, (attention, fc if opt else mlp)).adapter()()
+    return adapter_class(Family("declared", (model_type,), layers, (attention, fc if opt else mlp)))()
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,11 @@ def declared(model_type):
         (OPTConfig(num_hidden_layers=1), {"attention", "mlp"}, "no such numbers of heads"),
     ],
 )
-def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, says):
+def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, metadata):
     found = prospect_of(config, declared(config.model_type))
     prospect = Prospect(found.family, config, found.sites, True, frozenset(biases) | found.biases)
-    if says:
-        with pytest.raises(ModelError, match=says):
+    if metadata:
+        with pytest.raises(ModelError, match=metadata):
             stock().check(prospect)
     else:
         stock().check(prospect)

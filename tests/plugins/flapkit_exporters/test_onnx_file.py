@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.errors import InputError
-from flapkit.export import export
+from flapkit.checkpoint.export import export
 from flapkit.registry import Registry
+from flapkit.system.errors import InputError
 
 
 def onnx(**options):

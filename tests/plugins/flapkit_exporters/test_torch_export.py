@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 import flapkit
-from flapkit.export import export
+from flapkit.checkpoint.export import export
 from flapkit.registry import Registry
 
 

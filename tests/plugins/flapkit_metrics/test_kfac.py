@@ -9,8 +9,8 @@ from flapkit_metrics.obs import OBS
 from planted import site_of
 
 import flapkit
-from flapkit.calibration import measure
-from flapkit.statistics import Gram, SiteStatistics
+from flapkit.pruning.collector import measure
+from flapkit.pruning.statistics import Gram, SiteStatistics
 
 
 def statistics(x, gradient, units):

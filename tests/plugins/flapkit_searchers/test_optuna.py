@@ -9,9 +9,9 @@ import torch
 from conftest import make_llama
 
 import flapkit
-from flapkit.errors import InputError
-from flapkit.plan import Budget
+from flapkit.model.plan import Budget
 from flapkit.registry import Registry
+from flapkit.system.errors import InputError
 
 REGISTRY = Registry.load()
 

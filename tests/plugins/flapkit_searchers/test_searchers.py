@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flapkit
-from flapkit.errors import BudgetError, InputError, PluginError
-from flapkit.export import is_uniform
-from flapkit.plan import Budget, PruningPlan
-from flapkit.pruning import find_plan
-from flapkit.ranking import standardise
+from flapkit.checkpoint.export import is_uniform
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.site import Coupling, Site
+from flapkit.pruning.method import find_plan
+from flapkit.pruning.ranking import standardise
 from flapkit.registry import Registry
-from flapkit.sites import Coupling, Site
+from flapkit.system.errors import BudgetError, InputError, PluginError
 
 STRUCTURES = ("al_am", "al_mm", "ul_mm", "ul_um")
 LAYERS, HEADS, WIDTH, NEURONS = 3, 8, 4, 50
@@ -139,8 +139,8 @@ def test_a_profile_by_hand():
         ("ul_mm", {}, 0.2, "attention", "budget.of: attention leaves no MLP to prune"),
     ],
 )
-def test_budgets_that_cannot_be_met(name, options, ratio, of, says):
-    with pytest.raises(BudgetError, match=says):
+def test_budgets_that_cannot_be_met(name, options, ratio, of, metadata):
+    with pytest.raises(BudgetError, match=metadata):
         search(name, ratio, of, **options)
 
 
@@ -192,10 +192,10 @@ def test_a_plan_by_hand(tmp_path):
         (None, 0.3, "blocks", "mine.json: plan: not JSON"),
     ],
 )
-def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, says):
+def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, metadata):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"keep": keep}) if keep else "{")
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=metadata):
         search("plan", ratio, of, path=str(path))
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flapkit import hookimpl
-from flapkit.interfaces import ImportanceMetric
-from flapkit.sites import Site
-from flapkit.statistics import Moments, SiteStatistics
+from flapkit.interfaces import ImportanceMetric, Moments, Site, SiteStatistics
 
 
 @dataclass(frozen=True)

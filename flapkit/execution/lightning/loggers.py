@@ -1,0 +1,62 @@
+"""Lightning's loggers by name: files of one's own, and the services that are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flapkit.recipe import LoggerName
+from flapkit.system.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+PROJECT = "flapkit"
+"""What the project is called where a service asks and its environment says nothing."""
+
+
+def check_loggers(names: Sequence[LoggerName]) -> None:
+    """Raise ``RecipeError``, which says what to install, where a logger's package is missing."""
+    for name in names:
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f'trainer.logger: {name} is not installed; install it with: pip install "flapkit[{name}]"'
+            )
+
+
+def build_loggers(names: Sequence[LoggerName], folder: Path, version: str | None = None) -> list[Logger]:
+    """Build loggers.
+
+    ``csv`` and ``tensorboard`` write into ``folder/logs``. ``wandb`` and ``mlflow`` take where to write from their own
+    environment (``WANDB_PROJECT``, ``WANDB_MODE``; ``MLFLOW_TRACKING_URI``).
+
+    Args:
+        names: which.
+        folder: for those that write files.
+        version: the folder below ``logs``; by default ``version_0``, or the next that is free.
+
+    Raises:
+        RecipeError: a logger's package is not installed.
+    """
+    check_loggers(names)
+    # Chosen here, so that several loggers share a folder.
+    version = version or f"version_{len(list((folder / 'logs').glob('version_*')))}"
+    return [_build(name, folder, version) for name in names]
+
+
+def _build(name: LoggerName, folder: Path, version: str) -> Logger:
+    # Lightning takes seconds to import; what only checks a recipe does without.
+    from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+    if name == "csv":
+        return CSVLogger(folder, name="logs", version=version)
+    if name == "tensorboard":
+        return TensorBoardLogger(folder, name="logs", version=version)
+    if name == "wandb":
+        return WandbLogger(project=os.environ.get("WANDB_PROJECT", PROJECT), save_dir=folder)
+    # Lightning's own default is a folder of files, which MLflow no longer writes.
+    return MLFlowLogger(PROJECT, tracking_uri=importlib.import_module("mlflow").get_tracking_uri())

@@ -1,0 +1,141 @@
+"""The causal language model as a LightningModule: calibration, perplexity and training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from flapkit.evaluation.perplexity import cross_entropy
+from flapkit.pruning.collector import attended, run_batch
+from flapkit.pruning.recovery import divergence
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How a model is trained: AdamW with a linear warm-up and a cosine decay to zero.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
+        warmup: fraction of the steps that the learning rate rises.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+
+
+class CausalLM(LightningModule):
+    """A causal language model under Lightning.
+
+    Batches are mappings with ``input_ids`` [windows, tokens] and ``attention_mask`` of the same shape.
+
+    - ``predict_step`` is the calibration forward: the backbone alone, without logits; with ``calibrate_gradient`` the
+      loss and its backward pass too.
+    - ``test_step`` returns each window's cross-entropy in nats.
+    - ``training_step`` is the language-modelling loss; with a teacher, the divergence from it is added.
+
+    Checkpoints of Lightning's hold only what is trained.
+
+    Args:
+        model: the language model.
+        optimization: how it is trained.
+        calibrate_gradient: calibration needs a backward pass.
+        teacher: a model whose predictions are to be matched in training; it is no part of the module.
+
+    Attributes:
+        calibrated_batches: so many batches of the calibration text were seen by a calibration that goes on; they are
+            not run again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimization: Optimization | None = None,
+        *,
+        calibrate_gradient: bool = False,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.calibrate_gradient = calibrate_gradient
+        self.optimization = optimization or Optimization()
+        self.calibrated_batches = 0
+        # In a tuple, so that torch takes it for no submodule.
+        self._teachers = () if teacher is None else (teacher,)
+
+    def configure_model(self) -> None:
+        """Leave the model as it is: what is to be sharded was sharded as it was loaded (``flapkit.execution.shards``).
+
+        In a checkpoint of Lightning's no parameter is expected that is frozen.
+        """
+        self.strict_loading = not self._frozen()
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
+        """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
+        if batch_idx >= self.calibrated_batches:
+            run_batch(self.model, batch, gradient=self.calibrate_gradient)
+        return len(batch["input_ids"])
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return each window's summed cross-entropy in nats and how many tokens it scores, both [windows]."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs, use_cache=False).logits
+        nll, targets = cross_entropy(logits, batch["labels"])
+        return {"nll": nll, "targets": targets}
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the next token, in nats, and the divergence from the teacher if any."""
+        student = self.model(**batch, labels=batch["input_ids"], use_cache=False)
+        loss: Tensor = student.loss
+        for teacher in self._teachers:
+            with torch.no_grad():
+                logits = teacher(**batch, use_cache=False).logits
+            loss = loss + divergence(student.logits, logits, attended(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch) -> None:
+        """Log the mean cross-entropy of the next token, in nats, as ``validation/loss``, and the perplexity."""
+        loss = self.model(**batch, labels=batch["input_ids"], use_cache=False).loss
+        self.log("validation/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexity of the whole validation text."""
+        loss = self.trainer.callback_metrics["validation/loss"]
+        self.log("validation/perplexity", loss.exp(), sync_dist=True)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the model's device."""
+        for teacher in self._teachers:
+            nn.Module.to(teacher, self.device)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return what is trained, for Lightning's checkpoints: what is frozen is most of the model."""
+        frozen = self._frozen()
+        return {name: value for name, value in super().state_dict(*args, **options).items() if name not in frozen}
+
+    def _frozen(self) -> set[str]:
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        """Build AdamW and its schedule over the trainer's own number of steps."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.optimization.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.optimization.lr, betas=(0.9, 0.95))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,291 @@
+"""The stage that trains a pruned model, under Lightning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.execution.lightning.callbacks import LAST, ProgressCallback, Recover, recovery_callbacks
+from flapkit.execution.lightning.data import RecoveryData
+from flapkit.execution.lightning.loggers import build_loggers
+from flapkit.execution.lightning.module import CausalLM, Optimization
+from flapkit.execution.runtime import Runtime, quietly
+from flapkit.model.site import Site
+from flapkit.pruning.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training, hold_out
+from flapkit.recipe import LoggerName
+from flapkit.run.target import Target
+from flapkit.run.text import renderer
+from flapkit.system.errors import DataError, OutputError
+from flapkit.system.json_files import read_object
+from flapkit.system.processes import broadcast_from_rank0
+from flapkit.system.workdir import damaged_as_output_error, differences, write_file
+from flapkit.text.source import TextSource
+from flapkit.text.windows import draw_windows
+
+LOG_POINTS = 100
+"""How many training losses the loggers get, about."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryText:
+    """The text of a recovery, as tokens.
+
+    Args:
+        windows: to train on, each once and in order [windows, tokens].
+        validation: to validate on [windows, tokens].
+    """
+
+    windows: Tensor
+    validation: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a recovery did.
+
+    Args:
+        trainable: what was trained; it is still in the model unless the recovery merged it.
+        parameters: how many were trained.
+        validations: optimizer step -> mean cross-entropy of the validation text, in nats.
+        best_step: the step whose weights were kept.
+        weights: name of a parameter that was trained -> its value in that step, whole, on the CPU.
+    """
+
+    trainable: Trainable
+    parameters: int
+    validations: Mapping[int, float]
+    best_step: int
+    weights: Mapping[str, Tensor]
+
+    def summary(self) -> dict[str, Any]:
+        """Say what happened, for ``result.json``."""
+        return {
+            "parameters": self.parameters,
+            "best_step": self.best_step,
+            "steps": max(self.validations),
+            "validation_perplexity": {str(step): math.exp(loss) for step, loss in self.validations.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where a recovery keeps what it needs to go on after a kill.
+
+    Args:
+        folder: is made if need be.
+        identity: what the training depends on, as JSON holds it; a checkpoint of another is not gone on with.
+        loggers: names of Lightning's loggers.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    loggers: Sequence[LoggerName] = ()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Lightning's checkpoint."""
+        return self.folder / f"{LAST}.ckpt"
+
+    def open(self) -> Path | None:
+        """Make the folder, and return the checkpoint to go on from, if there is one of this training.
+
+        One process does it for all.
+
+        Raises:
+            OutputError: what was left of the training is damaged.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = self.folder / "training.json"
+        before = read_object(mark, OutputError) if mark.is_file() else {}
+        changes = differences(before, self.identity)
+        if not changes:
+            if not self.checkpoint.is_file():
+                return None
+            _check_whole(self.checkpoint)
+            return self.checkpoint
+        if self.checkpoint.is_file():
+            log.warning("recover: begins anew, since the training that was stopped was another: %s", "; ".join(changes))
+            self.checkpoint.unlink()
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
+        write_file(mark, json.dumps(self.identity, indent=2))
+        return None
+
+
+def _check_whole(checkpoint: Path) -> None:
+    with damaged_as_output_error(checkpoint):
+        try:
+            # Mapped, and nothing of it is looked at: what was cut short shows all the same.
+            torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_recovery_text(
+    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> RecoveryText:
+    """Draw the windows of a recovery: as many as its steps need, and as many to validate on as its devices can share.
+
+    Args:
+        training: how many windows, how long they are, and the seed.
+        source: text to train on.
+        target: the model.
+        tokenizer: the model's.
+        runtime: what the recovery runs on.
+
+    Raises:
+        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+    """
+    render = renderer(target.adapter, tokenizer)
+    documents, held_out = hold_out(source.documents("calibration", render))
+    separator, held_out_separator = (source.separator("calibration"),) * 2
+    if training.validation is not None:
+        documents = source.documents("calibration", render)
+        held_out = training.validation.documents("calibration", render)
+        held_out_separator = training.validation.separator("calibration")
+
+    def draw(texts: Sequence[str], between: str | None, samples: int) -> Tensor:
+        vocabulary = target.config.vocab_size
+        return draw_windows(
+            tokenizer,
+            texts,
+            between,
+            samples=samples,
+            length=training.length,
+            seed=training.seed,
+            vocab_size=vocabulary,
+        )
+
+    windows = training.steps * windows_per_step(training, runtime)
+    validation = runtime.processes * math.ceil(training.validation_windows / runtime.processes)
+    return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))
+
+
+def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
+    """Part given windows into some to train on, repeated in random orders as often as needed, and some to validate on.
+
+    Args:
+        training: how many are needed, and the seed.
+        tokens: [windows, tokens]; one in ten is held out.
+
+    Raises:
+        DataError: fewer than ten windows, or tokens of a wrong shape or type.
+    """
+    if tokens.dim() != 2 or tokens.dtype != torch.long or len(tokens) < HELD_OUT_ONE_IN:
+        raise DataError(
+            f"recovery text: expected tokens as a LongTensor [windows, tokens] of at least {HELD_OUT_ONE_IN} windows, "
+            f"found {tokens.dtype} {list(tokens.shape)}"
+        )
+    held_out = torch.arange(len(tokens)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
+    seen, generator = tokens.cpu()[~held_out], torch.Generator().manual_seed(training.seed)
+    needed = training.steps * training.batch_size
+    rounds = [torch.randperm(len(seen), generator=generator) for _ in range(-(-needed // len(seen)))]
+    return RecoveryText(seen[torch.cat(rounds)[:needed]], tokens.cpu()[held_out][: training.validation_windows])
+
+
+def windows_per_step(training: Training, runtime: Runtime) -> int:
+    """Count the windows of an optimizer step on all devices together: the effective batch size."""
+    accumulated: int = runtime.options.get("accumulate_grad_batches", 1)
+    return training.batch_size * accumulated * runtime.processes
+
+
+def recover_(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    recovery: Recovery,
+    text: RecoveryText,
+    runtime: Runtime,
+    *,
+    workplace: Workplace | None = None,
+    teacher: PreTrainedModel | None = None,
+    trainable: Trainable | None = None,
+) -> Recovered:
+    """Train a pruned model in place, and keep the best of it by validation, the beginning included.
+
+    Args:
+        model: the pruned model.
+        sites: its sites.
+        recovery: what is trained, and how.
+        text: as many windows as the steps need.
+        runtime: what it runs on.
+        workplace: where checkpoints and logs are kept, and a training that was stopped is gone on with.
+        teacher: the dense model, to learn from its predictions as well.
+        trainable: what is trained, where it is in the model already and is not to be merged here.
+
+    Raises:
+        RunError: a loss that is not finite.
+    """
+    training = recovery.training
+    recover = Recover(recovery, sites, trainable)
+    module = CausalLM(
+        model, Optimization(lr=training.lr, weight_decay=training.weight_decay, warmup=training.warmup), teacher=teacher
+    )
+    per_epoch = training.validate_every * windows_per_step(training, runtime)
+    data = RecoveryData(text.windows, text.validation, batch_size=training.batch_size, per_epoch=per_epoch)
+    resumed = broadcast_from_rank0(workplace.open) if workplace else None
+    options = {**_options(training), **_precision(model, runtime), **_logging(workplace)}
+    with torch.random.fork_rng(), runtime.progress.stage("recover", training.steps, "steps") as stage:
+        folder = workplace.folder if workplace else None
+        watching = recovery_callbacks(training, folder, log_rate=bool(workplace and workplace.loggers))
+        trainer = runtime.trainer([recover, *watching, ProgressCallback(stage)], **options)
+        quietly(trainer.validate, module, data, verbose=False)
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if resumed:
+            log.info("recover: going on from %s", resumed)
+        quietly(trainer.fit, module, data, ckpt_path=resumed, weights_only=True)
+    assert recover.trainable is not None
+    assert recover.best_step is not None
+    recovered = Recovered(recover.trainable, parameters, recover.validations, recover.best_step, recover.best)
+    _say(recovered)
+    return recovered
+
+
+def _options(training: Training) -> dict[str, Any]:
+    return {
+        "max_steps": training.steps,
+        "max_epochs": -1,
+        "reload_dataloaders_every_n_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": max(1, training.steps // LOG_POINTS),
+    }
+
+
+def _precision(model: PreTrainedModel, runtime: Runtime) -> dict[str, Any]:
+    """Choose mixed precision for a model in float16, whose gradients would vanish, where the recipe says nothing."""
+    if "precision" in runtime.options or model.dtype != torch.float16:
+        return {}
+    on_cuda = runtime.device.type == "cuda"
+    precision = "16-mixed" if on_cuda and not runtime.sharded else "bf16-mixed"
+    log.info("recover: the weights are float16; trained in %s (trainer.precision is another choice)", precision)
+    return {"precision": precision}
+
+
+def _logging(workplace: Workplace | None) -> dict[str, Any]:
+    if workplace is None:
+        return {}
+    return {"enable_checkpointing": True, "logger": build_loggers(workplace.loggers, workplace.folder)}
+
+
+def _say(recovered: Recovered) -> None:
+    first, best = (math.exp(recovered.validations[step]) for step in (0, recovered.best_step))
+    if recovered.best_step == 0:
+        log.warning(
+            "recovery: no step was better than the pruned model (validation perplexity %.3f), which is kept as it was; "
+            "try another lr, more steps, or text that is more like the validation's",
+            first,
+        )
+    else:
+        last = max(recovered.validations)
+        log.info("recover: validation perplexity %.3f -> %.3f, step %d of %d", first, best, recovered.best_step, last)

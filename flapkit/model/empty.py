@@ -1,0 +1,94 @@
+"""Models without memory: what a configuration describes, on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flapkit.system.errors import ModelError
+
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""What configurations call the number of decoder layers."""
+
+MOST_LAYERS = 1000
+"""A configuration of more decoder layers is a mistake, or wants to keep somebody waiting: all of them are built."""
+
+
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a configuration's causal language model on the meta device: its shapes without its weights.
+
+    Raises:
+        ModelError: transformers can build none of it.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            # Without initialisation, tied weights would count twice.
+            model.tie_weights()
+    except Exception as error:
+        said = f"the configuration of type {config.model_type!r} describes no model"
+        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+    return model
+
+
+def config_of(of: Any, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make a configuration of plain data.
+
+    Args:
+        of: its class.
+        values: what ``to_dict`` gave, perhaps without some of it.
+
+    Raises:
+        ModelError: the class does not take it.
+    """
+    try:
+        config: PreTrainedConfig = of.from_dict(dict(values))
+    except Exception as error:
+        # Each class checks in its own way what it is given, or does not.
+        said = f"the configuration of type {of.model_type!r} is damaged"
+        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+    return config
+
+
+def check_depth(settings: Any) -> None:
+    """Raise ``ModelError`` unless a configuration, as plain data, has a sensible number of layers, if it says one."""
+    if not isinstance(settings, Mapping):
+        raise ModelError(f"expected an object, found a {type(settings).__name__}")
+    for part in (settings, *(value for value in settings.values() if isinstance(value, Mapping))):
+        for key in DEPTHS:
+            layers = part.get(key)
+            if isinstance(layers, (int, float)) and not 0 < layers <= MOST_LAYERS:
+                raise ModelError(f"{key} is {layers}, expected 1 to {MOST_LAYERS}")
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raise ``ModelError`` unless a configuration is of a decoder-only language model that transformers has."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"models of type {config.model_type!r} are encoder-decoders; flapkit prunes decoder-only ones")
+    if config.model_type.removeprefix("flapkit_") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"models of type {config.model_type!r} are no causal language models of transformers")
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a configuration's causal language model without its memory; the same one is built once.
+
+    Raises:
+        ModelError: transformers has no causal language model for it, or cannot build it.
+    """
+    check_causal(config)
+    of: Any = type(config)
+    return _skeleton(of, json.dumps(config.to_dict(), default=str, sort_keys=True))
+
+
+@lru_cache(maxsize=4)
+def _skeleton(of: type[PreTrainedConfig], text: str) -> PreTrainedModel:
+    model = build_empty(config_of(of, json.loads(text)))
+    model.tie_weights()
+    return model

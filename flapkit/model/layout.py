@@ -1,0 +1,174 @@
+"""Lay out a model's sites as its declaration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from flapkit.model.declaration import EXPERT_MULTIPLE, Block, Family, Unit
+from flapkit.model.resize import columns_of, count, find, heads_of, rows_of
+from flapkit.model.site import Coupling, Site
+from flapkit.system.errors import ModelError
+
+
+def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") -> tuple[Site, ...]:
+    """List a model's sites as a declaration says, in the model's order.
+
+    Args:
+        model: a causal language model, with or without memory.
+        family: its declaration.
+        unit: what an attention unit is.
+
+    Raises:
+        ModelError: the declaration does not fit the model, and what does not.
+    """
+    try:
+        layers = model.get_submodule(family.layers)
+    except AttributeError as error:
+        raise ModelError(f"adapter {family.name!r}: this {type(model).__name__} has no {family.layers}") from error
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"adapter {family.name!r}: {family.layers} is a {type(layers).__name__}, not a list of layers")
+    found: list[Site] = []
+    used: set[int] = set()
+    for index, layer in enumerate(layers):
+        for number, block in enumerate(family.blocks):
+            module = find(layer, block.data)
+            if module is not None:
+                used.add(number)
+                path = ".".join(part for part in (family.layers, str(index), block.path) if part)
+                found += _Place(model, module, block, path, index).sites(unit)
+    for number, block in enumerate(family.blocks):
+        if number not in used and not block.optional:
+            where = ".".join(part for part in (block.path, block.consumer) if part)
+            raise ModelError(f"adapter {family.name!r}: no layer of {family.layers} has {where}, its {block.name}")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One block of one layer."""
+
+    model: PreTrainedModel
+    module: nn.Module
+    block: Block
+    path: str
+    layer: int
+
+    def sites(self, unit: Unit) -> Iterator[Site]:
+        consumer, dim = columns_of(self.module, self.block.data)
+        weight = self.module.get_parameter(consumer)
+        counts = self._counts(weight.shape[dim] if weight.numel() else 0)
+        units, runs = self._units(counts, unit)
+        name = f"layers.{self.layer}.{self.block.name}"
+        experts: Sequence[int | None] = range(len(weight)) if self.block.kind == "experts" else [None]
+        couplings = tuple(self._couplings(counts, units))
+        for expert in experts:
+            yield Site(
+                name=name if expert is None else f"{name}.{expert}",
+                layer=self.layer,
+                kind="attention" if self.block.kind == "attention" else "mlp",
+                consumer=f"{self.path}.{self.block.consumer}",
+                units=units,
+                channels_per_unit=weight.shape[dim] // units,
+                out_features=weight.shape[-1] if dim == weight.dim() - 2 else weight.shape[-2],
+                couplings=couplings,
+                dim=dim,
+                expert=expert,
+                group="" if expert is None else name,
+                multiple=1 if expert is None or units % EXPERT_MULTIPLE else EXPERT_MULTIPLE,
+                runs=runs,
+                heads=counts.get("H", 0),
+                kv_heads=counts.get("K", 0),
+                path=self.path,
+                block=self.block,
+            )
+
+    def _parameter(self, parameter: str, name: str) -> nn.Parameter:
+        try:
+            return self.module.get_parameter(parameter)
+        except AttributeError as error:
+            raise ModelError(f"{self.path}: the adapter names {name}, which is not there") from error
+
+    def _counts(self, channels: int) -> dict[str, int]:
+        if not channels:
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: {self.block.consumer} has no channel")
+        if self.block.kind != "attention":
+            return {"I": channels}
+        try:
+            counts = heads_of(self.model.config.per_layer_config[self.layer], self.block.data)
+        except AttributeError as error:
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: {error}") from error
+        if not all(isinstance(heads, int) and heads > 0 for heads in counts.values()):
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: the configuration counts {counts} heads")
+        if channels % counts["H"] or counts["H"] % counts["K"]:
+            raise ModelError(
+                f"layers.{self.layer}.{self.block.name}: {channels} channels of {self.block.consumer}, "
+                f"{counts['H']} query heads and {counts['K']} key/value heads do not divide"
+            )
+        return counts
+
+    def _units(self, counts: dict[str, int], unit: Unit) -> tuple[int, int]:
+        """Return how many units there are, and how many equal runs they come in."""
+        if self.block.kind != "attention":
+            return counts["I"], 1
+        if counts["K"] == 1 and self.block.takes_query_heads:
+            return counts["H"], 1
+        if unit == "kv_group" or counts["K"] == counts["H"]:
+            return counts["K"], 1
+        if not self.block.takes_query_heads:
+            raise ModelError(
+                f"unit: query_head: models of type {self.model.config.model_type!r} need all query heads of a "
+                "key/value head; use kv_group"
+            )
+        return counts["H"], counts["K"]
+
+    def _couplings(self, counts: dict[str, int], units: int) -> Iterator[Coupling]:
+        for name, layout in self.block.parameters.items():
+            for parameter, dim in rows_of(self.module, self.block.data, name):
+                shape = list(self._parameter(parameter, name).shape)
+                rows, numel = shape[dim], 1
+                for size in shape[1 if self.block.kind == "experts" else 0 :]:
+                    numel *= size
+                where = f"{self.path}.{parameter}"
+                if not rows or rows % count(layout, counts):
+                    said = ", ".join(f"{key} {value}" for key, value in counts.items())
+                    raise ModelError(f"{where}: its {rows} rows cannot be laid out as {layout!r} with {said}")
+                yield from _parts(where, dim, numel // rows, layout, counts, units, rows // count(layout, counts))
+
+
+def _parts(
+    param: str, dim: int, numel: int, layout: str, counts: dict[str, int], units: int, rows: int
+) -> Iterator[Coupling]:
+    """Say which rows go with a unit, for each part of a layout.
+
+    Args:
+        param: the parameter's full name.
+        dim: the dimension that counts its rows.
+        numel: parameters in a row.
+        layout: its layout.
+        counts: ``H`` and ``K``, or ``I``.
+        units: how many units there are.
+        rows: rows of one head, or of one channel.
+    """
+    totals = {"q": counts.get("H", 0), "k": counts.get("K", 0), "i": counts.get("I", 0)}
+    parts = layout.strip("()").split("+")
+    shared = {part for part in parts if totals[part] < units}
+    if layout.startswith("("):
+        groups = min(totals[part] for part in parts)
+        sizes = [totals[part] // groups * rows for part in parts]
+        if not shared:
+            yield Coupling(param, dim, sum(sizes) * groups // units, numel)
+            return
+        run = units // groups
+        for index, part in enumerate(parts):
+            if part not in shared:
+                yield Coupling(param, dim, sizes[index] // run, numel, sum(sizes[:index]), run, sum(sizes))
+        return
+    offset = 0
+    for part in parts:
+        if part not in shared:
+            yield Coupling(param, dim, totals[part] * rows // units, numel, offset)
+        offset += totals[part] * rows

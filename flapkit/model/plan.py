@@ -1,0 +1,147 @@
+"""How much to remove, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flapkit.model.site import Site, groups
+from flapkit.system.errors import BudgetError, InputError, did_you_mean
+from flapkit.system.json_files import parse_json
+
+BudgetBase = Literal["blocks", "model", "attention", "mlp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much to remove, and of what, as an exact parameter count.
+
+    Args:
+        ratio: fraction of ``base`` parameters to remove.
+        of: what the ratio counts: ``blocks`` (every prunable parameter), ``model`` (all parameters, embeddings and
+            head included), ``attention`` or ``mlp`` (those sites alone, and only they are pruned).
+        base: parameters that the ratio is of.
+        multiple_of: what the pruned widths are rounded to a multiple of, whatever searcher finds them.
+    """
+
+    ratio: float
+    of: BudgetBase
+    base: int
+    multiple_of: int = 1
+
+    @classmethod
+    def over(
+        cls,
+        sites: Iterable[Site],
+        ratio: float,
+        of: BudgetBase = "blocks",
+        model_params: int = 0,
+        multiple_of: int = 1,
+    ) -> Budget:
+        """Count the base of a ratio over a model's sites.
+
+        Args:
+            sites: every site of the model.
+            ratio: at least 0 and under 1.
+            of: what the ratio counts.
+            model_params: all parameters of the model; needed where ``of`` is ``model``.
+            multiple_of: what the pruned widths are rounded to a multiple of.
+
+        Raises:
+            BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
+        """
+        if of not in get_args(BudgetBase):
+            raise BudgetError(f"budget.of: unknown base {of!r}{did_you_mean(of, get_args(BudgetBase))}")
+        if not (math.isfinite(ratio) and 0 <= ratio < 1):
+            raise BudgetError(f"budget.ratio: {ratio} is not a ratio; give the fraction to remove, from 0 to under 1")
+        base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
+        return cls(ratio, of, base, multiple_of)
+
+    @property
+    def params(self) -> int:
+        """Parameters to remove."""
+        return round(self.ratio * self.base)
+
+
+def prunable(sites: Iterable[Site], of: BudgetBase) -> tuple[Site, ...]:
+    """Select the sites that a budget's base lets a searcher prune."""
+    return tuple(site for site in sites if of in ("blocks", "model") or site.kind == of)
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """The units kept at each site.
+
+    Args:
+        keep: site name -> kept units, ascending, as indices into the dense model.
+    """
+
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise ``InputError`` unless the plan fits the sites: known names, and ascending units within range."""
+        known = {site.name: site for site in sites}
+        for name, units in self.keep.items():
+            if name not in known:
+                raise InputError(f"plan: there is no site {name!r} in this model{did_you_mean(name, known)}")
+            if not units:
+                raise InputError(f"plan: {name} keeps no unit; keep at least one")
+            if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= known[name].units:
+                raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
+            run = known[name].units // known[name].runs
+            if len({sum(unit // run == index for unit in units) for index in range(known[name].runs)}) > 1:
+                raise InputError(f"plan: {name}: each {run} units in a row have to keep the same number")
+        if missing := sorted(known.keys() - self.keep.keys()):
+            raise InputError(f"plan: it says nothing of {', '.join(missing)}")
+        for together in groups(sites):
+            if len({len(self.keep[site.name]) for site in together}) > 1:
+                raise InputError(f"plan: the experts of {together[0].group} have to keep the same number of units")
+
+    def removed_units(self, site: Site) -> list[int]:
+        """List the units of a site that the plan removes, ascending."""
+        kept = set(self.keep[site.name])
+        return [unit for unit in range(site.units) if unit not in kept]
+
+    def removed_params(self, sites: Iterable[Site]) -> int:
+        """Count the parameters that the plan removes."""
+        return sum((site.units - len(self.keep[site.name])) * site.params_per_unit for site in sites)
+
+    def to_json(self) -> str:
+        """Write the plan as JSON, one site a line."""
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(list(units))}" for name, units in self.keep.items())
+        return f'{{\n  "keep": {{\n{lines}\n  }}\n}}\n'
+
+    @classmethod
+    def read(cls, path: Path) -> PruningPlan:
+        """Read a plan's file.
+
+        Raises:
+            InputError: it cannot be read, or is no plan.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, InputError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan; the inverse of ``to_json``.
+
+        Raises:
+            InputError: the text is not JSON, or not a plan.
+        """
+        try:
+            data: Any = parse_json(text)
+        except ValueError as error:
+            raise InputError(f"plan: not JSON: {error}") from error
+        keep = data.get("keep") if isinstance(data, dict) else None
+        if not isinstance(keep, dict) or set(data) != {"keep"}:
+            raise InputError('plan: expected an object {"keep": {site: [units]}} and nothing else')
+        for name, units in keep.items():
+            if not isinstance(units, list) or not all(type(unit) is int for unit in units):
+                raise InputError(f"plan: {name}: expected a list of whole numbers")
+        return cls({name: tuple(units) for name, units in keep.items()})

@@ -1,0 +1,132 @@
+"""Tiny random models of any class: what a declaration is proven on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flapkit.system.errors import ModelError, closest
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "ffn_dim": 24,
+    "ffn_hidden_size": 24,
+    "n_inner": 24,
+    "expansion_ratio": 1,
+    "rotary_dim": 4,
+    "max_position_embeddings": 64,
+    "sliding_window": 8,
+    "window_size": 8,
+    "attention_types": [[["global", "local"], 1]],
+    "attention_layers": ["global", "local"],
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "query_pre_attn_scalar": 8,
+}
+"""Size of a tiny model, by the configurations' names; a class takes those that it has."""
+
+LAYERS = {"lfm2": ["conv", "full_attention"]}
+"""Model type -> kinds of layers, where the class's own default leaves out what makes it a hybrid."""
+
+UNSET = ("n_inner", "num_experts_per_tok")
+"""Sizes that a class may leave open, and that a tiny model needs."""
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+
+def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
+    """Make a configuration of the same class and kind with sizes that a test can afford.
+
+    Args:
+        of: a model type, or a configuration, whose options that are no sizes are kept.
+        changes: what shall be otherwise.
+
+    Raises:
+        ModelError: transformers does not know the model type.
+    """
+    if isinstance(of, str):
+        if of not in CONFIG_MAPPING:
+            close = closest(of, CONFIG_MAPPING)
+            raise ModelError(f"transformers has no model type {of!r}" + (f"; did you mean {close!r}?" if close else ""))
+        config: PreTrainedConfig = CONFIG_MAPPING[of]()
+    else:
+        config = of
+    values = config.to_dict()
+    names = {config.attribute_map.get(name, name): value for name, value in SIZES.items()}
+    tiny = {
+        name: value
+        for name, value in names.items()
+        if values.get(name) is not None or (name in values and name in UNSET)
+    }
+    if values.get("layer_types"):
+        tiny["layer_types"] = LAYERS.get(config.model_type) or _layer_types(values["layer_types"])
+        tiny[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(tiny["layer_types"])
+    if values.get("kv_lora_rank"):
+        # Latent attention has a key and a value for each query head.
+        tiny["num_key_value_heads"] = tiny["num_attention_heads"]
+    changed = {config.attribute_map.get(name, name): value for name, value in changes.items()}
+    values = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
+    return type(config)(**{**values, **tiny, **SPECIAL, **changed})
+
+
+def _layer_types(types: list[str]) -> list[str]:
+    """Keep one layer of each type, and two at least."""
+    kept = list(dict.fromkeys(types))
+    return kept if len(kept) > 1 else kept * 2
+
+
+def tiny_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
+) -> PreTrainedModel:
+    """Build a random model in which everything matters: no bias is zero, no norm is one, and logits spread.
+
+    Args:
+        config: its configuration, small.
+        dtype: type of its weights.
+        seed: of the weights.
+        attention: the attention implementation; transformers' choice if not given.
+
+    Raises:
+        ModelError: transformers has no causal language model for it, or cannot build it.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+        except ValueError as error:
+            raise ModelError(f"models of type {config.model_type!r} cannot be built: {error}") from error
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or name.endswith("sinks"):
+                nn.init.normal_(parameter, std=0.5)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+            else:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+    made: PreTrainedModel = model.to(dtype=dtype).eval()
+    return made

@@ -1,0 +1,65 @@
+"""Watch the experts of a mixture: their consumers are slices of one tensor, whose inputs no hook sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flapkit.system.errors import ModelError
+
+See = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with an expert's index, its consumer's input and output [routed, features], and the routed tokens' indices."""
+
+NEEDED = ("has_gate", "has_bias", "is_transposed")
+
+
+def watch(experts: nn.Module, see: See) -> None:
+    """Compute a module's experts one by one, and show what each consumer sees, until ``unwatch``.
+
+    Args:
+        experts: a module made by transformers' ``use_experts_implementation``, which says how its tensors are laid out.
+        see: is shown what goes into every expert's consumer.
+
+    Raises:
+        ModelError: the module does not say how its experts are laid out.
+    """
+    if missing := [name for name in NEEDED if not hasattr(experts, name)]:
+        raise ModelError(f"the experts of {type(experts).__name__} do not say {', '.join(missing)}; leave them alone")
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return _forward(experts, hidden_states, top_k_index, top_k_weights, see)
+
+    experts.forward = forward
+
+
+def unwatch(experts: nn.Module) -> None:
+    """Give a module its own forward back."""
+    vars(experts).pop("forward", None)
+
+
+def _forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, see: See) -> Tensor:
+    """Follow transformers' own ``batched_mm_experts_forward``, an expert at a time."""
+    output = torch.zeros_like(hidden)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    for expert in range(len(experts.down_proj)):
+        token, slot = torch.where(index == expert)
+        if not len(token):
+            continue
+        x = _linear(experts, first, expert, hidden[token])
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        y = _linear(experts, "down_proj", expert, x)
+        see(expert, x, y, token)
+        if getattr(experts, "has_post_expert_norm", False):
+            y = experts.post_expert_norm(y)
+        output = output.index_add(0, token, (y * weights[token, slot, None]).to(output.dtype))
+    return output
+
+
+def _linear(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return functional.linear(x, weight.T if experts.is_transposed else weight, bias)

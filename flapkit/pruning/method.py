@@ -1,0 +1,324 @@
+"""From statistics to a pruned model: scores, plan, corrections, slice; one plain function for each stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flapkit.model.plan import Budget, PruningPlan, prunable
+from flapkit.model.site import Site
+from flapkit.model.surgery import Correction, carry_out_, share, weight_of
+from flapkit.pruning.collector import Batch, Statistics
+from flapkit.pruning.components import (
+    Compensator,
+    ImportanceMetric,
+    Objective,
+    StructureSearcher,
+    TrialSearcher,
+    corrector_of,
+    needed_statistics,
+)
+from flapkit.pruning.rounding import round_plan
+from flapkit.pruning.site_errors import predict_squared_error
+from flapkit.pruning.statistics import Moments, Statistic
+from flapkit.pruning.trials import held_out_windows, perplexity_of
+from flapkit.system.errors import CalibrationError, InputError, PluginError
+
+log = logging.getLogger(__name__)
+
+FEW_TOKENS = 128
+"""An expert that calibration routed fewer tokens to is named in a warning."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What prunes: the components that a recipe chooses.
+
+    Args:
+        metric: scores the units.
+        searcher: chooses the units to keep.
+        compensators: repair the loss; at most one corrects.
+    """
+
+    metric: ImportanceMetric
+    searcher: StructureSearcher
+    compensators: tuple[Compensator, ...]
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """What must be measured for the components, each statistic once; nothing for scores that nobody uses."""
+        return tuple(dict.fromkeys([*self.scoring, *needed_statistics([self.searcher, *self.compensators])]))
+
+    @property
+    def scoring(self) -> tuple[type[Statistic], ...]:
+        """What must be measured for the scores; nothing where the searcher uses none."""
+        return self.metric.measures() if self.searcher.uses_scores else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was decided when a model was pruned.
+
+    Args:
+        scores: site name -> scores [units, k], float64 on the CPU; empty where the searcher uses none.
+        plan: the plan that was carried out.
+        notes: site name -> what the compensator has to say about it.
+        expected: site name -> squared error of the consumer's output per token that the statistics predict; None
+            where they do not allow it.
+    """
+
+    scores: Mapping[str, Tensor]
+    plan: PruningPlan
+    notes: Mapping[str, str] = field(default_factory=dict)
+    expected: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def prune_sites_(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    method: Method,
+    budget: Budget,
+    batches: Iterable[Batch] = (),
+) -> Pruned:
+    """Prune a calibrated model in place: score, search, correct and slice.
+
+    Args:
+        model: the dense model.
+        sites: its sites.
+        statistics: site name -> what was measured there.
+        method: the components.
+        budget: how much to remove.
+        batches: the calibration text, of which a searcher that tries plans gets the held-out windows; not read for
+            any other.
+
+    Raises:
+        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+    """
+    scores = score_sites(model, sites, statistics, method.metric) if method.searcher.uses_scores else {}
+
+    def corrections_of(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Correction]:
+        return find_corrections(model, sites, statistics, method.compensators, plan)
+
+    objective = None
+    if isinstance(method.searcher, TrialSearcher):
+        objective = _objective(model, sites, corrections_of, held_out_windows(batches))
+    plan = find_plan(sites, scores, method.searcher, budget, objective)
+    corrections = corrections_of(model, plan)
+    expected = expect_errors(model, sites, statistics, plan, corrections)
+    carry_out_(model, sites, plan, corrections)
+    return Pruned(scores, plan, notes_of(corrections), expected)
+
+
+def notes_of(corrections: Mapping[str, Correction]) -> dict[str, str]:
+    """Gather what a compensator has to say: site name -> note."""
+    return {name: correction.note for name, correction in corrections.items() if correction.note}
+
+
+def _objective(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    corrections_of: Callable[[PreTrainedModel, PruningPlan], Mapping[str, Correction]],
+    text: Sequence[Batch],
+) -> Objective:
+    """Make what plans are tried by: each is carried out on a copy that shares the model's weights."""
+
+    def objective(plan: PruningPlan) -> float:
+        tried = share(model, sites)
+        carry_out_(tried, sites, plan, corrections_of(tried, plan))
+        return perplexity_of(tried, text)
+
+    return objective
+
+
+@torch.no_grad()
+def score_sites(
+    model: PreTrainedModel, sites: Sequence[Site], statistics: Statistics, metric: ImportanceMetric
+) -> dict[str, Tensor]:
+    """Score every unit of every site.
+
+    Returns:
+        Site name -> scores [units, k], float64 on the CPU.
+
+    Raises:
+        PluginError: the metric returns a wrong shape, or scores that are not finite.
+    """
+    scores = {}
+    check_experts(sites, statistics)
+    for site in sites:
+        weight = weight_of(model, site)
+        score = metric.score(site, statistics[site.name], weight)
+        shapes = [(site.units, site.channels_per_unit), (site.units, 1)]
+        found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        if found not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            raise PluginError(f"metric {metric.name!r} at {site.name}: expected scores {wanted}, found {found}")
+        if not torch.isfinite(score).all():
+            raise PluginError(f"metric {metric.name!r} at {site.name}: some scores are not finite")
+        scores[site.name] = score.double().cpu()
+    if equal := [name for name, score in scores.items() if score.numel() > 1 and score.max() == score.min()]:
+        log.warning(
+            "scores: metric %r cannot tell the units of %s apart: all of a site score the same; AL-AM ranks them as "
+            "average ones",
+            metric.name,
+            ", ".join(equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else ""),
+        )
+    return scores
+
+
+def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
+    """Refuse experts that calibration routed next to nothing to, and warn of those that saw little.
+
+    Raises:
+        CalibrationError: an expert of which no variance is known.
+    """
+    few = {}
+    for site in sites:
+        if site.expert is not None and Moments in statistics[site.name]:
+            few[site.name] = statistics[site.name][Moments].tokens
+    if unseen := [name for name, tokens in few.items() if tokens < 2]:
+        raise CalibrationError(
+            f"calibration: {len(unseen)} experts saw fewer than two tokens, {unseen[0]} the first of them; "
+            "give more text (calibration.samples)"
+        )
+    rare = {name: tokens for name, tokens in few.items() if tokens < FEW_TOKENS}
+    if rare:
+        name = min(rare, key=lambda each: rare[each])
+        log.warning(
+            "calibration: %d of %d experts saw fewer than %d tokens (%s the fewest: %d); their scores are uncertain",
+            len(rare),
+            len(few),
+            FEW_TOKENS,
+            name,
+            rare[name],
+        )
+
+
+def find_plan(
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    searcher: StructureSearcher,
+    budget: Budget,
+    objective: Objective | None = None,
+) -> PruningPlan:
+    """Let a searcher choose the units to keep; sites that the budget leaves out keep all of theirs.
+
+    Args:
+        sites: the model's sites.
+        scores: site name -> scores [units, k].
+        searcher: chooses.
+        budget: how much to remove.
+        objective: what a searcher that tries plans goes by; without it there are no trials, and such a searcher gives
+            the plan that it would start from.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        PluginError: the searcher's plan does not fit the sites.
+    """
+    if budget.params == 0:
+        return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
+    pruned = prunable(sites, budget.of)
+    whose = f"searcher {searcher.name!r}"
+    known = {site.name: scores[site.name] for site in pruned if site.name in scores}
+    if objective is not None and isinstance(searcher, TrialSearcher):
+        value = objective
+
+        def judge(plan: PruningPlan) -> float:
+            return value(_whole(plan, pruned, sites, whose, known, budget))
+
+        found = searcher.search_by_trials(pruned, known, budget, judge)
+    else:
+        found = searcher.search(pruned, known, budget)
+    return _whole(found, pruned, sites, whose, known, budget)
+
+
+def _whole(
+    found: PruningPlan,
+    pruned: Sequence[Site],
+    sites: Sequence[Site],
+    whose: str,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+) -> PruningPlan:
+    """Check a searcher's plan, round it, and let the sites that the budget leaves out keep all of their units."""
+    try:
+        found.check(pruned)
+    except InputError as error:
+        raise PluginError(f"{whose}: {error}") from error
+    if budget.multiple_of > 1:
+        found = round_plan(pruned, found, scores, budget.multiple_of)
+    return PruningPlan({site.name: found.keep.get(site.name, tuple(range(site.units))) for site in sites})
+
+
+@torch.no_grad()
+def find_corrections(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    compensators: Sequence[Compensator],
+    plan: PruningPlan,
+) -> dict[str, Correction]:
+    """Compute the correction of every site that loses units, by the one compensator that corrects.
+
+    Raises:
+        PluginError: a correction of a wrong shape, or one that is not finite.
+        RecipeError: several compensators correct.
+    """
+    compensator = corrector_of(compensators)
+    if compensator is None:
+        return {}
+    corrections = {}
+    for site in sites:
+        keep = plan.keep[site.name]
+        if len(keep) == site.units:
+            continue
+        weight = weight_of(model, site)
+        correction = compensator.correct(site, statistics[site.name], weight, keep)
+        expected = {"weight": (site.out_features, len(keep) * site.channels_per_unit), "bias": (site.out_features,)}
+        for part, shape in expected.items():
+            tensor = getattr(correction, part)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise PluginError(
+                    f"compensator {compensator.name!r} at {site.name}: expected a {part} {list(shape)}, "
+                    f"found {list(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise PluginError(f"compensator {compensator.name!r} at {site.name}: its {part} is not finite")
+        if correction.note:
+            log.info("%s: %s", site.name, correction.note)
+        # Least squares is solved in a wider type than the weights have; they are all kept until the model is sliced.
+        narrow = None if correction.weight is None else correction.weight.to(weight.dtype)
+        corrections[site.name] = replace(correction, weight=narrow)
+    return corrections
+
+
+def expect_errors(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    plan: PruningPlan,
+    corrections: Mapping[str, Correction],
+) -> dict[str, float | None]:
+    """Predict what a plan and its corrections will do to the output of every site that loses units.
+
+    Returns:
+        Site name -> squared error per token, or None where the statistics do not allow it.
+    """
+    return {
+        site.name: predict_squared_error(
+            site,
+            statistics[site.name],
+            weight_of(model, site),
+            plan.keep[site.name],
+            corrections.get(site.name, Correction()),
+        )
+        for site in sites
+        if len(plan.keep[site.name]) < site.units
+    }

@@ -1,0 +1,146 @@
+"""Recovery: a short training of the pruned model, which a compensator describes and the core runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from flapkit.model.component import Count
+from flapkit.model.site import Site
+from flapkit.text.source import TextSource
+
+HELD_OUT_ONE_IN = 10
+"""Of the recovery text one part in so many is never trained on, but chooses what is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a pruned model is trained: the options that every recovering compensator has in a recipe.
+
+    How much is accumulated, clipped, and in which precision is in the recipe's ``trainer``.
+    """
+
+    dataset: Annotated[
+        str | None, Field(min_length=1, description="Text to train on; the calibration's by default.")
+    ] = None
+    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    split: Annotated[str | None, Field(description="Split of the dataset; its training split by default.")] = None
+    field: Annotated[str | None, Field(description="Field that holds the text or the conversation.")] = None
+    validation: Annotated[
+        TextSource | None,
+        Field(description="Text that chooses what is kept; by default a tenth of the training text, held out."),
+    ] = None
+    validation_windows: Annotated[Count, Field(ge=1, description="Windows to validate on.")] = 64
+    validate_every: Annotated[Count, Field(ge=1, description="Steps between validations.")] = 50
+    patience: Annotated[
+        int | None,
+        Field(ge=1, description="Stop after so many validations without a better one; by default never."),
+    ] = None
+    length: Annotated[Count, Field(ge=2, description="Tokens in a window.")] = 256
+    batch_size: Annotated[
+        Count, Field(ge=1, description="Windows that go through the model at once, on each device.")
+    ] = 8
+    steps: Annotated[Count, Field(ge=1, description="Optimizer steps.")] = 500
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
+    warmup: Annotated[
+        float, Field(ge=0, lt=1, description="Fraction of the steps that the learning rate rises, before it falls.")
+    ] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay of matrices.")] = 0.0
+    distill: Annotated[
+        bool, Field(description="Learn from the dense model's predictions too; it stays in memory meanwhile.")
+    ] = False
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the windows and of the training.")] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored."""
+        if self.dataset is None and (self.subset or self.split or self.field):
+            raise ValueError("`subset`, `split` and `field` say more of `dataset`, which is not given")
+
+    def source(self, calibration: TextSource) -> TextSource:
+        """Say where the text to train on comes from.
+
+        Args:
+            calibration: the source that is meant where none is named.
+        """
+        return calibration if self.dataset is None else TextSource(self.dataset, self.subset, self.split, self.field)
+
+
+class Trainable(Protocol):
+    """What a recovery has put into a model to train it."""
+
+    def merge_(self) -> None:
+        """Fold what was trained into the model's own weights, in place, and leave nothing else behind."""
+
+    def remove_(self) -> None:
+        """Take out what was trained, in place: the model is as it was before."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return what was trained as files, name -> content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A training of the pruned model.
+
+    Args:
+        training: on what text, how long and how fast.
+        attach: puts what is trained into the pruned model, in place, and leaves only that to be trained. It computes
+            the same as before then. Takes the model, and its sites before pruning, of which the names count.
+        merge: fold what was trained into the weights at the end; otherwise it is saved beside them.
+    """
+
+    training: Training
+    attach: Callable[[PreTrainedModel, Sequence[Site]], Trainable]
+    merge: bool = True
+
+    def begin(self, model: PreTrainedModel, sites: Sequence[Site]) -> Trainable:
+        """Attach what is trained, as the training's seed has it, whatever was drawn before."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.training.seed)
+            return self.attach(model, sites)
+
+
+def divergence(student: Tensor, teacher: Tensor, attended: Tensor) -> Tensor:
+    """Measure how far predictions are from a teacher's: the mean of KL(teacher || student) over predicted tokens.
+
+    Hinton et al. (arXiv 1503.02531), section 2, at temperature 1.
+
+    Args:
+        student: logits [windows, tokens, vocabulary].
+        teacher: logits of the same shape.
+        attended: which tokens are no padding, bool [windows, tokens]. The last token of a window predicts nothing that
+            counts, and neither does one before padding.
+
+    Returns:
+        Nats for each predicted token, a scalar in float32.
+    """
+    counts = attended[:, :-1] & attended[:, 1:]
+    log_student, log_teacher = (each[:, :-1][counts].float().log_softmax(-1) for each in (student, teacher))
+    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def hold_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part documents into some to train on and some to validate on: one in ten.
+
+    Where there are fewer than ten, the last tenth of each is held out.
+
+    Returns:
+        The documents to train on, and those to validate on.
+    """
+    if len(documents) >= HELD_OUT_ONE_IN:
+        held_out = [document for index, document in enumerate(documents) if _is_held_out(index)]
+        return [document for index, document in enumerate(documents) if not _is_held_out(index)], held_out
+    ends = [len(document) - len(document) // HELD_OUT_ONE_IN for document in documents]
+    cut = list(zip(documents, ends, strict=True))
+    return [document[:end] for document, end in cut], [document[end:] for document, end in cut]
+
+
+def _is_held_out(index: int) -> bool:
+    return index % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1

@@ -1,0 +1,54 @@
+"""What searchers that try plans go by: perplexity on held-out calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flapkit.evaluation.perplexity import Perplexity, cross_entropy
+from flapkit.pruning.collector import Batch, attended
+from flapkit.system.errors import CalibrationError
+from flapkit.text.windows import UNSCORED
+
+
+def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
+    """Take the held-out windows of the calibration text.
+
+    The statistics that scores and corrections are made of see these windows too; what is chosen by trials is not fitted
+    on the other windows alone.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    found: list[Batch] = []
+    for batch in batches:
+        chosen = batch.get("held_out", torch.zeros(len(batch["input_ids"]))).bool()
+        if chosen.any():
+            names = [name for name in ("input_ids", "attention_mask") if name in batch]
+            found.append({name: batch[name][chosen] for name in names})
+    if not found:
+        raise CalibrationError(
+            "calibration: plans are tried on held-out windows, one in four, and there is none; give at least four"
+        )
+    return found
+
+
+@torch.no_grad()
+def perplexity_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    """Return the perplexity over all tokens of some windows, on the device where the model is.
+
+    Args:
+        model: in evaluation mode.
+        batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask``.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    measured = Perplexity().to(device)
+    for batch in batches:
+        inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = torch.where(attended(inputs), inputs["input_ids"], UNSCORED)
+        nll, targets = cross_entropy(model(**inputs, use_cache=False).logits, labels)
+        measured.update(nll.to(device), targets.to(device))
+    return float(measured.compute().over_tokens)

@@ -1,0 +1,283 @@
+"""What a run takes: memory, disk, and compute, from the recipe and the model's configuration alone."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from flapkit.evaluation.batch_size import first_batch_size
+from flapkit.evaluation.perplexity import CHUNK_ELEMENTS
+from flapkit.execution.lightning.data import held_out
+from flapkit.execution.lightning.trainer import MODEL_PARALLEL
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.stream import layers_of
+from flapkit.model.empty import build_empty
+from flapkit.model.plan import Budget
+from flapkit.model.site import Site
+from flapkit.pruning.collector import needs_gradient
+from flapkit.pruning.components import needed_statistics, recovery_of
+from flapkit.pruning.passes import count_passes, peak_memory, size_of
+from flapkit.pruning.recovery import Training
+from flapkit.pruning.site_errors import trace_tokens
+from flapkit.pruning.statistics import Gram
+from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
+from flapkit.run.target import Target
+from flapkit.system.errors import ModelError, RecipeError
+from flapkit.system.progress import Progress
+
+TEXT = 100_000_000
+"""Bytes that reading and tokenising text leaves behind, as measured with 9 MB of it."""
+
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container has, new and old."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run takes. Memory is the resident peak of a process, in bytes.
+
+    Args:
+        weights: bytes of the dense weights.
+        own: memory of the program itself, its libraries and the text.
+        whole: memory with the model whole, ``own`` included.
+        least: the part of ``whole`` that the system cannot do without: pages of the dense weights' file whose layers
+            are pruned already can go.
+        layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
+        sharded: memory of each process that has its part of the weights (``strategy: model_parallel``); None as above.
+        device: bytes on a GPU with the model whole; with its part, where the recipe shards it.
+        disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states of all
+            processes.
+        flops: floating-point operations of calibration, two for each multiplication with its addition.
+        passes: how often the calibration text runs through the model.
+        trained: parameters that a recovery trains; None without one.
+    """
+
+    weights: int
+    own: int
+    whole: int
+    least: int
+    layerwise: int | None
+    sharded: int | None
+    device: int
+    disk: int
+    flops: int
+    passes: int
+    trained: int | None = None
+
+
+def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
+    """Build a recipe's dense model without memory, in the type in which it will run.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    empty = build_empty(target.config)
+    return empty if asked.model.dtype == "auto" else empty.to(getattr(torch, asked.model.dtype))
+
+
+def estimate_needs(
+    recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget, processes: int = 1
+) -> Needs:
+    """Estimate what a run takes on a CPU, and what of it stands on a GPU if there is one.
+
+    Args:
+        recipe: what to do.
+        target: what it prunes.
+        empty: the dense model without memory, in the type in which it will run.
+        budget: how much is to go.
+        processes: how many share the windows.
+    """
+    asked, size = recipe.recipe, empty.dtype.itemsize
+    text, own, weights = asked.calibration, psutil.Process().memory_info().rss + TEXT, empty.num_parameters() * size
+    statistics, trace = _statistics_memory(recipe, target), _trace_memory(recipe, target, size)
+    batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
+    working, left = statistics + trace + batch, weights - size * budget.params
+    least = own + weights + _waiting_weights(recipe, target, size) + working
+    # What is pruned stands beside the file that the dense weights are mapped from.
+    whole = least + size * (sum(site.params for site in target.sites) - budget.params)
+    hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
+    parts = _layer_bytes(empty, target)
+    layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden // processes)
+    # Its part of every weight, and what is gathered at a time: what stands outside the layers, a layer, and the next.
+    share = parts and weights // processes + parts[0] + 2 * parts[1]
+    sharded = share and own + share + working
+    on_device = share if share and asked.trainer.strategy == MODEL_PARALLEL else weights
+    passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
+    disk, trained = left + (2 * hidden if on_disk else 0), None
+    if (recovery := recovery_of(recipe.compensators)) is not None:
+        recovery.attach(empty, target.sites)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        teacher = weights if recovery.training.distill else 0
+        beside = _training_memory(recovery.training, target, size, trained)
+        training = own + left + teacher + beside
+        whole, least, disk = max(whole, training), max(least, training), disk + left
+        layerwise = layerwise and max(layerwise, training)
+        gathered = parts and parts[0] + 2 * parts[1]
+        sharded = sharded and max(sharded, own + (left + teacher) // processes + (gathered or 0) + beside)
+    flops = passes * calibration_flops(recipe, target)
+    device = on_device + statistics + batch
+    return Needs(weights, own, whole, least, layerwise, sharded, device, disk, flops, passes, trained)
+
+
+def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
+    """Do as ``check_fits`` does, where nothing is known yet but what is pruned."""
+    asked, runtime = recipe.recipe, Runtime.of(recipe.recipe.trainer, Progress())
+    empty = empty_model(asked, target)
+    budget = asked.budget.over(target.sites, empty.num_parameters())
+    check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)
+
+
+def check_fits(recipe: LoadedRecipe, needs: Needs, runtime: Runtime) -> None:
+    """Raise ``RecipeError`` where the machine has less memory than a run takes.
+
+    Args:
+        recipe: what to do.
+        needs: what each process takes.
+        runtime: what it runs on.
+    """
+    layerwise, device, processes = recipe.recipe.execution.mode == "layerwise", runtime.device, runtime.per_machine
+    # Processes map the same pages of the dense weights' file.
+    needed, limit = needs.least - needs.weights + needs.weights // processes, memory_limit(processes)
+    whose = "there are"
+    if layerwise:
+        needed = needs.layerwise or 0
+    elif runtime.sharded and device.type != "cuda":
+        needed = needs.sharded or 0
+    elif device.type == "cuda":
+        needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
+    if needed <= limit:
+        return
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    way = "" if layerwise or not needs.layerwise else f"`execution: layerwise` takes {_gigabytes(needs.layerwise)}; "
+    raise RecipeError(
+        f"{recipe.path}: the run takes about {_gigabytes(needed)} of memory{each}, and {whose} {_gigabytes(limit)}"
+        f"{' for it' if each else ''}; {way}--force goes on nevertheless"
+    )
+
+
+def memory_limit(processes: int = 1) -> int:
+    """Return the bytes of memory that a process may have: its part of the machine's or container's, or its own limit.
+
+    Args:
+        processes: how many share the machine.
+    """
+    limits = [psutil.virtual_memory().total // processes]
+    limits += [int(text) // processes for text in map(_read, CGROUPS) if text.isdigit()]
+    soft = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    limits += [limit for limit in soft if limit != resource.RLIM_INFINITY]
+    return int(min(limits))
+
+
+def _read(path: str) -> str:
+    file = Path(path)
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
+    """Return the floating-point operations of one pass of the calibration text through the blocks.
+
+    Every weight that a token meets is multiplied and added once; attention compares each token of a window with each
+    other, in scores and in values. A backward pass for gradients costs twice as much again.
+    """
+    text = recipe.recipe.calibration
+    weights = sum(site.params * _routed(site, target) for site in target.sites)
+    attention = sum(2 * text.length * site.channels for site in target.sites if site.kind == "attention")
+    forward = 2 * text.samples * text.length * (weights + attention)
+    return int(forward * (3 if needs_gradient(recipe.method.statistics) else 1))
+
+
+def _routed(site: Site, target: Target) -> float:
+    """Return the share of the tokens that reach a site: all of them, but for experts."""
+    if site.expert is None:
+        return 1.0
+    experts = sum(other.layer == site.layer and other.expert is not None for other in target.sites)
+    return float(getattr(target.config.get_text_config(), "num_experts_per_tok", experts) / experts)
+
+
+def _layer_bytes(empty: PreTrainedModel, target: Target) -> tuple[int, int] | None:
+    """Return the bytes outside the decoder layers, and those of the largest layer."""
+    try:
+        path = f"{layers_of(target.sites)}."
+    except ModelError:
+        return None
+    outer, layers = 0, dict[str, int]()
+    for name, parameter in empty.named_parameters():
+        if name.startswith(path):
+            index = name.removeprefix(path).partition(".")[0]
+            layers[index] = layers.get(index, 0) + parameter.nbytes
+        else:
+            outer += parameter.nbytes
+    return outer, max(layers.values())
+
+
+def _hidden_states(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of the hidden states of all windows that go through the layers together."""
+    asked = recipe.recipe
+    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
+    tokens: int = max(asked.calibration.samples * asked.calibration.length, evaluated)
+    return tokens * int(target.config.get_text_config().hidden_size) * size
+
+
+def _calibration_batch(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of a calibration batch's activations."""
+    text, widest = recipe.recipe.calibration, max(site.channels for site in target.sites)
+    hidden = int(target.config.get_text_config().hidden_size)
+    # A layer's inputs and outputs, and the MLP's three products; the statistics' copy of an input in float64.
+    return text.batch_size * text.length * (size * (4 * hidden + 3 * widest) + 8 * 2 * widest)
+
+
+def _evaluation_batch(recipe: LoadedRecipe, empty: PreTrainedModel) -> int:
+    """Return the bytes of an evaluation batch's logits, and of what their cross-entropy is computed from in pieces."""
+    size, vocabulary = empty.dtype.itemsize, int(empty.config.get_text_config().vocab_size)
+
+    def bytes_of(text: Perplexity) -> int:
+        size_of_batch = text.batch_size
+        if size_of_batch == "auto":
+            size_of_batch = first_batch_size(empty, text.length, torch.device("cpu"))
+        logits = min(size_of_batch, text.windows or size_of_batch) * text.length * vocabulary
+        return logits * size + min(logits, CHUNK_ELEMENTS) * (8 if size == 4 else 8 + size)
+
+    return max(map(bytes_of, recipe.recipe.evaluate.perplexity), default=0)
+
+
+def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of what the site errors are measured from, in the dense and in the pruned model."""
+    asked = recipe.recipe
+    windows = min(asked.report.error_windows, int(held_out(asked.calibration.samples).sum()))
+    tokens = trace_tokens(target.sites, windows, asked.calibration.length, size)
+    return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
+
+
+def _statistics_memory(recipe: LoadedRecipe, target: Target) -> int:
+    """Return the bytes of statistics, and of what one correction is solved with."""
+    text, method, sites = recipe.recipe.calibration, recipe.method, target.sites
+    repair = needed_statistics(method.compensators)
+    # Least squares works on copies of its products: of all, of the fitted and of the held-out windows, and of the kept.
+    solving = 3 * max(size_of(repair, [site]) for site in sites)
+    return peak_memory(sites, method, text.statistics_bytes, sequential=text.sequential) + solving
+
+
+def _waiting_weights(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes of corrected weights, which wait until all are found."""
+    text, consumers = recipe.recipe.calibration, sum(site.channels * site.out_features for site in target.sites)
+    return size * consumers * (int(Gram in needed_statistics(recipe.method.compensators)) + int(text.sequential))
+
+
+def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:
+    """Return the bytes that a recovery takes beside the weights."""
+    tokens, config = training.batch_size * training.length, target.config.get_text_config()
+    # What the backward pass needs of each block: its input and its norm's, and about four tensors of its own width.
+    kept: int = sum(6 * config.hidden_size + 4 * site.channels for site in target.sites)
+    # Logits, their float copy and its gradient; the teacher's, and both logarithms.
+    copies: int = size + 8 + (size + 12 if training.distill else 0)
+    # Weights, gradients and AdamW's two moments, and the best so far.
+    return 20 * trained + tokens * (size * kept + copies * int(config.vocab_size))

@@ -1,0 +1,107 @@
+"""What a run tells its loggers as its stages finish."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flapkit.execution.lightning.loggers import build_loggers
+from flapkit.execution.runtime import Measured
+from flapkit.model.plan import PruningPlan
+from flapkit.model.site import Site
+from flapkit.pruning.site_errors import SiteError
+from flapkit.recipe import LoggerName, Recipe
+from flapkit.run.report.view import short
+
+FOLDER = "pruning"
+"""Below ``logs``: a recovery's training writes beside it."""
+
+
+class RunLog:
+    """A run's loggers.
+
+    Args:
+        loggers: Lightning's.
+        folder: where those of them write that write files.
+    """
+
+    def __init__(self, loggers: Sequence[Any], folder: Path) -> None:
+        self._loggers = loggers
+        self._folder = folder
+
+    def perplexity(self, which: str, measured: Mapping[str, Measured]) -> None:
+        """Log the perplexity of every text.
+
+        Args:
+            which: ``dense`` or ``pruned``.
+            measured: name of the text -> what was measured.
+        """
+        self._log({f"perplexity/{_name(text)}/{which}": found.perplexity for text, found in measured.items()})
+
+    def structure(self, sites: Sequence[Site], plan: PruningPlan) -> None:
+        """Log the ratio that each layer keeps; the step is the layer."""
+        for layer in sorted({site.layer for site in sites}):
+            of_layer = [site for site in sites if site.layer == layer]
+            self._log({f"kept/{kind}": _kept(of_layer, kind, plan) for kind in {site.kind for site in of_layer}}, layer)
+
+    def errors(self, sites: Sequence[Site], errors: Mapping[str, SiteError]) -> None:
+        """Log the error of each site with the dense input; the step is the layer."""
+        for site in sites:
+            if site.name in errors:
+                name = site.kind if site.expert is None else f"expert {site.expert}"
+                self._log({f"error/{name}": errors[site.name].alone}, site.layer)
+
+    def totals(self, params: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+        """Log what is known at the end."""
+        self._log({f"parameters/{name}": float(value) for name, value in params.items()})
+        self._log({f"seconds/{name}": value for name, value in seconds.items()})
+
+    def files(self) -> dict[str, bytes]:
+        """Return what was written so far, by its path."""
+        for logger in self._loggers:
+            logger.save()
+        paths = sorted(path for path in (self._folder / "logs").rglob("*") if path.is_file())
+        return {path.relative_to(self._folder).as_posix(): path.read_bytes() for path in paths}
+
+    def _log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        for logger in self._loggers:
+            logger.log_metrics(dict(metrics), step)
+
+
+@contextmanager
+def open_log(names: Sequence[LoggerName], recipe: Recipe) -> Iterator[RunLog]:
+    """Open a run's loggers, and close them when the run ends, well or not.
+
+    Args:
+        names: which loggers.
+        recipe: the resolved recipe, as their hyperparameters.
+
+    Raises:
+        RecipeError: a logger's package is not installed.
+    """
+    # Files are written aside: the output folder appears when it is complete, with them in it.
+    with tempfile.TemporaryDirectory(prefix="flapkit-logs-") as folder:
+        loggers = build_loggers(names, Path(folder), FOLDER)
+        for logger in loggers:
+            logger.log_hyperparams(recipe.model_dump(mode="json"))
+        status = "failed"
+        try:
+            yield RunLog(loggers, Path(folder))
+            status = "success"
+        finally:
+            for logger in loggers:
+                logger.finalize(status)
+
+
+def _kept(sites: Sequence[Site], kind: str, plan: PruningPlan) -> float:
+    of_kind = [site for site in sites if site.kind == kind]
+    return sum(len(plan.keep[site.name]) for site in of_kind) / sum(site.units for site in of_kind)
+
+
+def _name(text: str) -> str:
+    """Name a text by the characters that every logger takes."""
+    return re.sub(r"[^\w.\- ]", "_", short(text))

@@ -1,0 +1,328 @@
+"""Run a recipe: its stages in a row."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from flapkit.checkpoint.export import export_all
+from flapkit.checkpoint.folder import check_output
+from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.checkpoint.save import bytes_of
+from flapkit.evaluation.scores import TaskScores
+from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.execution.layerwise import Layers, open_layers
+from flapkit.execution.resume import ResumeStore
+from flapkit.execution.runtime import Measured, Runtime
+from flapkit.execution.sharded import Sharded, open_sharded
+from flapkit.execution.whole import Whole
+from flapkit.model.plan import Budget
+from flapkit.pruning.components import recovery_of
+from flapkit.pruning.rounding import warn_of_odd
+from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
+from flapkit.run.captured import capture_warnings
+from flapkit.run.estimate import refuse_too_large
+from flapkit.run.journal import RunLog, open_log
+from flapkit.run.record import RunRecord, compare, count_params, save_run
+from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
+from flapkit.run.samples import make_trace, pair_samples, sample
+from flapkit.run.target import Target, find_target
+from flapkit.run.tasks import ask, load_tasks
+from flapkit.run.text import RunText, read_text
+from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
+from flapkit.system.progress import Progress
+from flapkit.system.workdir import WorkDir, check_space, open_workdir
+from flapkit.text.windows import tokens_hash
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
+
+FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
+"""Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
+
+Executed = Whole | Layers | Sharded
+"""A run's model, and how it is run: all three have the same methods."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What a run has context it, whatever its recipe.
+
+    Args:
+        progress: whom the stages tell how far they are.
+        cache: folder of the statistics; None for none.
+        warnings: what flapkit warned of so far.
+        journal: the run's loggers.
+        work: the output's work folder.
+    """
+
+    progress: Progress
+    cache: Path | None
+    warnings: Sequence[str]
+    journal: RunLog
+    work: WorkDir
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and all that is asked of it, before and after it is pruned in place.
+
+    Args:
+        recipe: what to do.
+        target: the model's sites.
+        tokenizer: the model's.
+        text: the run's text, as tokens.
+        tasks: zero-shot tasks; None for none.
+        executed: the model itself, and how it is run.
+        dense_params: its parameters before.
+        budget: how much is to go.
+    """
+
+    recipe: LoadedRecipe
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    text: RunText
+    tasks: Harness | None
+    executed: Executed
+    dense_params: int
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What was measured of a model.
+
+    Args:
+        perplexity: by the name of the text.
+        answers: zero-shot task -> scores.
+        samples: text that it wrote, a continuation of each prompt.
+    """
+
+    perplexity: Mapping[str, Measured]
+    answers: Mapping[str, TaskScores]
+    samples: Sequence[str]
+
+
+def run(
+    recipe: LoadedRecipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> RunRecord | RecoveryRecord:
+    """Carry out a recipe, and write its output folder as the last thing.
+
+    Of several processes that share the work, each comes to the same plan, and the first alone writes.
+
+    While it runs, what is finished is kept in the output's work folder (``flapkit.system.workdir``). Where a
+    compensator trains, the pruned model is first written there, and recovered from there.
+
+    Args:
+        recipe: what to do.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
+        resume: go on with what a stopped run of the same recipe has left.
+        force: begin though the run takes more memory than there is.
+        progress: whom the stages tell how far they are.
+        cache: folder of cached statistics (``flapkit.execution.cache.cache_folder``); None for none.
+
+    Raises:
+        FlapkitError: whatever keeps the run from its end; no output is written then.
+    """
+    output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    target = find_target(recipe)
+    if not force:
+        refuse_too_large(recipe, target)
+    check = partial(check_output, output, overwrite=overwrite)
+    with (
+        open_workdir(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
+        capture_warnings() as warnings,
+        open_log(asked.trainer.logger, asked) as journal,
+        lost_processes(),
+    ):
+        if resume and not work.pieces():
+            log.info("no stopped run has left anything to go on with: begins at the beginning")
+        context = RunContext(progress or Progress(), cache, warnings, journal, work)
+        if recovery_of(recipe.compensators) is None:
+            return _prune(recipe, target, context, overwrite=overwrite)
+        prepared = prepare(recipe, target, context.progress)
+        prepared.runtime.init_processes()
+        first = _without_recovery(recipe, work.path("pruned"))
+        if broadcast_from_rank0(work.path("pruned").is_dir):
+            log.info("going on from the pruned model in %s", first.recipe.output)
+        else:
+            _prune(first, target, context, overwrite=False)
+        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
+
+
+def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
+    """Say what a stopped run must have been to be gone on with: what prunes counts, and what is done later does not."""
+    asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
+    del asked["output"], asked["export"], asked["calibration"]["save_every"]
+    return asked
+
+
+def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
+    """Return the part of a recipe that prunes."""
+    asked = recipe.recipe
+    pairs = zip(recipe.compensators, asked.compensator, strict=True)
+    kept = [(each, spec) for each, spec in pairs if each.corrects or each.recovery() is None]
+    defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
+    changed = {
+        "compensator": tuple(spec for _, spec in kept),
+        "trainer": asked.trainer.model_copy(update=defaults),
+        "export": (),
+        "output": str(output),
+    }
+    compensators = tuple(each for each, _ in kept)
+    return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
+
+
+def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
+    """Prune the recipe's model, measure it before and after, and write the recipe's output."""
+    asked, runtime = recipe.recipe, Runtime.of(recipe.recipe.trainer, context.progress)
+    # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
+    kept = ResumeStore(context.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
+    subject = _read(recipe, target, runtime, context, kept)
+    executed, sites = subject.executed, subject.target.sites
+    dense = _measure_dense(subject, runtime, kept)
+    context.journal.perplexity("dense", dense.perplexity)
+    trace = make_trace(sites, subject.text, asked.report, executed.model.dtype)
+    executed.see(trace)
+    statistics, pruned = executed.prune(subject.budget, subject.text)
+    warn_of_odd(sites, pruned.plan)
+    context.journal.structure(sites, pruned.plan)
+    errors = executed.compare(trace, pruned)
+    context.journal.errors(sites, errors)
+    after = _measure(subject, runtime, "pruned")
+    context.journal.perplexity("pruned", after.perplexity)
+    record = RunRecord(
+        recipe,
+        subject.target,
+        subject.tokenizer,
+        subject.text,
+        subject.budget,
+        statistics,
+        pruned,
+        count_params(subject.target, pruned.plan, subject.dense_params, executed.model.num_parameters()),
+        compare(dense.perplexity, after.perplexity),
+        context.progress.seconds,
+        context.warnings,
+        zero_shot=side_by_side(dense.answers, after.answers),
+        errors=errors,
+        error_tokens=trace.tokens if trace else 0,
+        samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
+    )
+    return _write(record, executed, context, overwrite=overwrite)
+
+
+def _read(
+    recipe: LoadedRecipe, target: Target, runtime: Runtime, context: RunContext, kept: ResumeStore | None
+) -> Subject:
+    """Read all text, and then load the model, or open it to be run layer by layer."""
+    asked = recipe.recipe
+    with context.progress.stage("text"):
+        tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
+        text = read_text(asked, target, tokenizer)
+        tasks = load_tasks(asked.evaluate.zero_shot)
+        context.work.claim(_found(asked, target, text))
+    with context.progress.stage("load"):
+        if asked.execution.mode == "layerwise":
+            executed: Executed = open_layers(recipe, target, runtime, context.work.folder)
+        elif runtime.sharded:
+            executed = open_sharded(recipe, target, runtime, context.work.folder)
+        else:
+            runtime.init_processes()
+            model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+            target.adapter.confirm(model, target.sites)
+            executed = Whole(recipe, model, target.sites, runtime, context.cache, kept)
+        params = executed.model.num_parameters()
+        budget = asked.budget.over(target.sites, params)
+    left = bytes_of(executed.model) - budget.params * executed.model.dtype.itemsize
+    # A recovery writes the pruned model, and in the end its output.
+    recovered = Path(asked.output).expanduser().resolve() != context.work.output
+    check_space(context.work.output, left * (2 if recovered else 1))
+    return Subject(recipe, target, tokenizer, text, tasks, executed, params, budget)
+
+
+def _found(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
+    """Say what a recipe names and does not hold: text, weights and plugins, each so that a change is seen."""
+    folder = Path(asked.model.path).expanduser()
+    weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return {
+        "text": {
+            "calibration": tokens_hash(text.calibration),
+            **{name: tokens_hash(each.windows.labels) for name, each in text.evaluations.items()},
+        },
+        "model files": {name: [found.st_size, found.st_mtime_ns] for name, found in weights},
+        "model commit": getattr(target.config, "_commit_hash", None),
+        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in asked.plugins},
+    }
+
+
+def _measure_dense(subject: Subject, runtime: Runtime, kept: ResumeStore | None) -> Measurements:
+    """Measure the dense model, or find what a stopped run has measured of it."""
+    if kept is None:
+        return _measure(subject, runtime, "dense")
+    texts = subject.text.evaluations
+
+    def perplexity() -> dict[str, tuple[float, float | None, int]]:
+        found = _perplexity(subject, "dense")
+        return {name: (each.perplexity, each.bits_per_byte, each.batch_size) for name, each in found.items()}
+
+    values = kept.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
+    return Measurements(
+        {name: Measured(texts[name], *each) for name, each in values.items()},
+        kept.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, runtime, "dense")),
+        kept.figures("samples", list[str], partial(_samples, subject, runtime, "dense")),
+    )
+
+
+def _measure(subject: Subject, runtime: Runtime, which: str) -> Measurements:
+    """Measure what the recipe's ``evaluate`` asks for, of the ``dense`` or of the ``pruned`` model."""
+    return Measurements(
+        _perplexity(subject, which), _answers(subject, runtime, which), _samples(subject, runtime, which)
+    )
+
+
+def _perplexity(subject: Subject, which: str) -> Mapping[str, Measured]:
+    return subject.executed.evaluate(subject.text.evaluations, f"evaluate {which}")
+
+
+def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, TaskScores]:
+    return ask(subject.executed.model, subject.tokenizer, subject.tasks, runtime, f"zero-shot {which}")
+
+
+def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
+    asked = subject.recipe.recipe.evaluate.samples
+    return sample(subject.executed.model, subject.tokenizer, asked, runtime, f"sample {which}")
+
+
+def _write(record: RunRecord, executed: Executed, context: RunContext, *, overwrite: bool) -> RunRecord:
+    """Write the output, and its exports: the first process for all, which wait until the output is complete."""
+    progress, recipe = context.progress, record.recipe
+
+    def save() -> None:
+        context.journal.totals(record.params, record.seconds)
+        files = context.journal.files()
+        save_run(record, executed.model, files, weights=executed.shards, overwrite=overwrite, work=context.work)
+        if record.output.resolve() == context.work.output:
+            context.work.finish()
+
+    with progress.stage("save"):
+        broadcast_from_rank0(save)
+    if not recipe.exporters or not is_rank_zero():
+        return record
+    with progress.stage("export", len(recipe.exporters), "exports") as stage:
+        return replace(record, exports=export_all(record.output, recipe.exporters, recipe.registry, stage))

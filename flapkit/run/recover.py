@@ -1,0 +1,307 @@
+"""Recover a pruned checkpoint: train it as a recipe's compensator says, and write a checkpoint again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from flapkit.checkpoint.export import export_all
+from flapkit.checkpoint.folder import check_output
+from flapkit.checkpoint.load import load_tokenizer
+from flapkit.checkpoint.save import save
+from flapkit.evaluation.zero_shot import add_scores
+from flapkit.execution.runtime import Runtime, evaluate
+from flapkit.execution.sharded import load_model
+from flapkit.execution.student import Student, open_student
+from flapkit.execution.training import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
+from flapkit.model.empty import build_empty
+from flapkit.model.plan import PruningPlan
+from flapkit.pruning.components import recovery_of
+from flapkit.pruning.recovery import Recovery
+from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.run.captured import capture_warnings
+from flapkit.run.origin import RECIPE, RESULT, Origin
+from flapkit.run.record import add_text_beside, put_texts_beside
+from flapkit.run.report.document import PAGE, RunDocument
+from flapkit.run.report.page import render_run
+from flapkit.run.target import Target, find_target
+from flapkit.run.tasks import ask, load_tasks
+from flapkit.run.text import EvaluationText, read_evaluations, recovery_source, renderer, warn_of_overlap
+from flapkit.system.errors import OutputError, RecipeError, RunError
+from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
+from flapkit.system.progress import Progress
+from flapkit.system.workdir import WorkDir, open_workdir
+from flapkit.text.windows import tokens_hash
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
+
+RECOVERY = "recovery"
+"""The folder within the work folder that a training keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """A recovery whose recipe is known to be right, and all that it needs beside the pruned model.
+
+    Args:
+        recipe: what to do.
+        recovery: what is trained, and how.
+        text: to train and to validate on.
+        evaluations: name -> what perplexity is measured of.
+        tokenizer: the model's.
+        tasks: zero-shot tasks; None for none.
+        runtime: what it runs on.
+    """
+
+    recipe: LoadedRecipe
+    recovery: Recovery
+    text: RecoveryText
+    evaluations: Mapping[str, EvaluationText]
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Harness | None
+    runtime: Runtime
+
+    @property
+    def output(self) -> Path:
+        """The folder that the recovery writes."""
+        return Path(self.recipe.recipe.output).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRecord:
+    """All that is known at the end of a recovery, but for the model itself.
+
+    Args:
+        output: the folder that is written.
+        plan: the plan that was carried out when the model was pruned.
+        params: as the pruned checkpoint says.
+        perplexity: name of the text -> ``dense`` where it is known, ``pruned`` and ``recovered`` -> perplexity, and
+            how it was measured, as in ``result.json``.
+        zero_shot: task -> what was asked, and the scores of the models that it was asked of.
+        recovery: what the training did.
+        seconds: stage -> wall time, those of the pruning included.
+        warnings: what flapkit warned of.
+        exports: name of the file or folder below ``exports`` -> what agreed to what.
+    """
+
+    output: Path
+    plan: PruningPlan
+    params: Mapping[str, int]
+    perplexity: Mapping[str, Mapping[str, Any]]
+    zero_shot: Mapping[str, Any]
+    recovery: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    warnings: Sequence[str]
+    exports: Mapping[str, str] = field(default_factory=dict)
+
+    def result(self) -> dict[str, Any]:
+        """Gather what was measured, for ``result.json``."""
+        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
+        return {name: getattr(self, name) for name in names}
+
+
+def recover(
+    checkpoint: Path,
+    recipe: LoadedRecipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RecoveryRecord:
+    """Train a pruned checkpoint by the recipe's recovering compensator, and write the recipe's output folder.
+
+    Of the recipe count: that compensator, ``evaluate``, ``trainer`` and ``output``; ``model`` where the dense model is
+    the teacher; ``calibration`` where the compensator names no text.
+
+    Args:
+        checkpoint: a folder that flapkit wrote.
+        recipe: what to do.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
+        resume: go on with the training that a stopped run has left.
+        progress: whom the stages tell how far they are.
+
+    Raises:
+        FlapkitError: whatever keeps the recovery from its end. The checkpoint is as it was.
+    """
+    output = Path(recipe.recipe.output).expanduser()
+    if output.resolve() == checkpoint.resolve():
+        raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
+    # Whatever is damaged is known before anything is trained.
+    Origin.of(checkpoint)
+    asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
+    with (
+        open_workdir(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
+        capture_warnings() as warnings,
+        lost_processes(),
+    ):
+        target = find_target(recipe.of_model(str(checkpoint)))
+        prepared = prepare(recipe, target, progress or Progress(), checkpoint)
+        return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
+
+
+def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint: Path | None = None) -> Preparation:
+    """Read the text of a recovery, and try the recovery on an empty model, before anything is run.
+
+    Args:
+        recipe: what to do.
+        target: the model, dense or pruned.
+        progress: whom the stages tell how far they are.
+        checkpoint: the pruned model, if there is one already.
+
+    Raises:
+        RecipeError: no compensator trains, a target that the model has not, or text that is evaluated too.
+        DataError: a text that cannot be read or is too short.
+        ModelError: the model's configuration or tokenizer cannot be read.
+    """
+    recovery = recovery_of(recipe.compensators)
+    if recovery is None:
+        raise RecipeError(f"{recipe.path}: no compensator of it trains; for example --set 'compensator=[bias, lora]'")
+    if recipe.exporters and not recovery.merge:
+        raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
+    asked, training, runtime = recipe.recipe, recovery.training, Runtime.of(recipe.recipe.trainer, progress)
+    source = recovery_source(training, asked)
+    with progress.stage("recovery text"):
+        path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
+        tokenizer = load_tokenizer(path, revision=revision)
+        recovery.attach(build_empty(target.config), target.sites)
+        text = read_recovery_text(training, source, target, tokenizer, runtime)
+        render = renderer(target.adapter, tokenizer)
+        evaluations = read_evaluations(asked.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        for name, evaluation in evaluations.items():
+            warn_of_overlap(name, evaluation, text.windows, "recovery")
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(asked.evaluate.zero_shot), runtime)
+
+
+def recover_checkpoint(
+    checkpoint: Path, prepared: Preparation, warnings: Sequence[str], work: WorkDir, *, overwrite: bool
+) -> RecoveryRecord:
+    """Train a pruned checkpoint, and write the output folder; of several processes the first alone writes.
+
+    Args:
+        checkpoint: a folder that flapkit wrote; all processes read it.
+        prepared: what to do.
+        warnings: what flapkit warns of meanwhile.
+        work: the output's work folder; a training that it holds is gone on with.
+        overwrite: replace an output folder that flapkit wrote.
+
+    Raises:
+        RunError: a loss that is not finite.
+    """
+    recipe, progress = prepared.recipe, prepared.runtime.progress
+    prepared.runtime.init_processes()
+    # What the processes do next depends on it.
+    origin = broadcast_from_rank0(lambda: Origin.of(checkpoint))
+    known = origin.known(recipe.recipe, prepared.evaluations)
+    with progress.stage("load pruned"):
+        student = _open(checkpoint, prepared, work)
+    before = known.get("perplexity") or put_texts_beside(
+        {"pruned": evaluate(student.model, prepared.evaluations, prepared.runtime, "evaluate pruned")}
+    )
+    recovered = _train(student, origin, prepared, work.path(RECOVERY))
+    student.finish(recovered)
+    after = evaluate(student.model, prepared.evaluations, prepared.runtime, "evaluate recovered")
+    answers = ask(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
+    record = RecoveryRecord(
+        prepared.output,
+        origin.plan,
+        known.get("params", {}),
+        {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
+        add_scores(known.get("zero_shot", {}), "recovered", answers),
+        {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
+        {**known.get("seconds", {}), **progress.seconds},
+        [*known.get("warnings", []), *warnings],
+    )
+
+    def write() -> None:
+        files = {**_files(record, prepared, origin, work.path(RECOVERY)), **student.adapter(recovered)}
+        save(
+            student.model if student.shards else student.model.cpu(),
+            record.output,
+            record.plan,
+            tokenizer=prepared.tokenizer,
+            metadata=_metadata(record, recipe, origin),
+            files=files,
+            weights=student.shards,
+            overwrite=overwrite,
+            work=work,
+        )
+        work.finish()
+
+    with progress.stage("save"):
+        broadcast_from_rank0(write)
+    if not recipe.exporters or not is_rank_zero():
+        return record
+    with progress.stage("export", len(recipe.exporters), "exports") as stage:
+        exports = export_all(record.output, recipe.exporters, recipe.registry, stage)
+    return dataclasses.replace(record, exports=exports)
+
+
+def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
+    """Load the pruned model; an adapter that is saved beside it names the output."""
+    pruned = dataclasses.replace(prepared.recipe.of_model(str(checkpoint)), exporters=())
+    weights = work.path("trained")
+    return open_student(pruned, find_target(pruned), prepared.recovery, prepared.runtime, weights, str(prepared.output))
+
+
+def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
+    """Train a pruned model in place; what the training keeps is in a folder."""
+    recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
+    sites = find_target(recipe.of_model(str(origin.folder))).sites
+    workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
+    teacher = None
+    if recovery.training.distill:
+        teacher = load_model(recipe, prepared.runtime)
+    try:
+        return recover_(
+            student.model,
+            sites,
+            recovery,
+            prepared.text,
+            prepared.runtime,
+            workplace=workplace,
+            teacher=teacher,
+            trainable=student.trainable,
+        )
+    except RunError as error:
+        raise RunError(f"{error}; the pruned model is whole in {origin.folder}") from error
+
+
+def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
+    """Say all that a training depends on."""
+    specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
+    return {
+        "compensator": next(spec.model_dump(mode="json") for component, spec in specs if component.recovery()),
+        "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
+        "calibration": recipe.recipe.calibration.model_dump(mode="json"),
+        "model": recipe.recipe.model.model_dump(mode="json"),
+        "checkpoint": str(origin.folder.resolve()),
+        "plan": json.loads(origin.plan.to_json()),
+    }
+
+
+def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: Path) -> dict[str, bytes | str]:
+    """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
+    files: dict[str, bytes | str] = {
+        **{name: path.read_bytes() for name, path in origin.carried.items() if path.is_file()},
+        **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
+        RESULT: json.dumps(record.result(), indent=2) + "\n",
+        RECIPE: dump_recipe(prepared.recipe),
+    }
+    if origin.record is not None:
+        made, text = _metadata(record, prepared.recipe, origin), dump_recipe(prepared.recipe)
+        document = RunDocument(record.output.name, origin.record, record.result(), text, made)
+        files[PAGE] = render_run(document)
+    return files
+
+
+def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
+    compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
+    return {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}

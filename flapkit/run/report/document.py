@@ -1,0 +1,183 @@
+"""The files of a finished run that its report is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
+
+from flapkit.recipe.files import read_settings
+from flapkit.run.report.record import ReportRecord, Total
+from flapkit.system.errors import InputError
+from flapkit.system.json_files import read_object
+
+RECORD, BENCH, PAGE = "report.json", "bench.json", "report.html"
+
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Params(TypedDict):
+    dense: Annotated[Total, Field(gt=0)]
+    pruned: Total
+    blocks: Annotated[Total, Field(gt=0)]
+    removed: Total
+
+
+class _Perplexity(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    dense: float | None
+    pruned: float | None
+    recovered: float | None
+    bits_per_byte: Mapping[str, float | None]
+
+
+class _Score(TypedDict, total=False):
+    value: Figure | None
+    stderr: Figure | None
+
+
+class _Paired(TypedDict, total=False):
+    p_value: Figure | None
+
+
+class _Metric(TypedDict, total=False):
+    dense: _Score | None
+    pruned: _Score | None
+    paired: _Paired | None
+
+
+class _Task(TypedDict, total=False):
+    items: Total | None
+    metrics: Mapping[str, _Metric]
+
+
+class _Result(TypedDict):
+    """What a report reads of ``result.json``; there is more in it."""
+
+    params: _Params
+    perplexity: NotRequired[Mapping[str, _Perplexity]]
+    zero_shot: NotRequired[Mapping[str, _Task] | None]
+    seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]
+    warnings: NotRequired[list[str]]
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _Made(TypedDict):
+    """What a report reads of ``flapkit.json``."""
+
+    metric: _Named
+    searcher: _Named
+    compensator: _Named | list[_Named]
+
+
+class _Bench(TypedDict, total=False):
+    """What a report reads of ``bench.json``."""
+
+    ratios: Mapping[str, Figure] | None
+    promised: Figure | None
+
+
+_RESULT, _MADE, _BENCH = (pydantic.TypeAdapter[Any](of) for of in (_Result, _Made, _Bench))
+
+
+@dataclass(frozen=True, slots=True)
+class RunDocument:
+    """What a run's folder says, without the model.
+
+    Args:
+        name: what the run is called: its folder.
+        record: ``report.json``.
+        result: ``result.json``.
+        recipe: ``recipe.yaml``, as text.
+        made: ``flapkit.json``: what made the model.
+        bench: ``bench.json``, where ``flapkit bench --output`` wrote one into the folder.
+    """
+
+    name: str
+    record: ReportRecord
+    result: Mapping[str, Any]
+    recipe: str
+    made: Mapping[str, Any]
+    bench: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> RunDocument:
+        """Read a run's folder.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such folder; give the output folder of a run")
+        read_settings(folder / "recipe.yaml")
+        return cls(
+            folder.resolve().name,
+            read_record(folder / RECORD),
+            read_result(folder / "result.json"),
+            _read(folder / "recipe.yaml"),
+            read_made(folder / "flapkit.json"),
+            _checked(folder / BENCH, _BENCH) if (folder / BENCH).exists() else {},
+        )
+
+
+def name_runs(runs: Sequence[RunDocument]) -> list[str]:
+    """Name runs by their folders, and number those of one name."""
+    names: list[str] = []
+    for run in runs:
+        same = sum(name.split(" #")[0] == run.name for name in names)
+        names.append(f"{run.name} #{same + 1}" if same else run.name)
+    return names
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InputError(f"{path}: cannot be read ({reason}); reports are made of a finished run's folder") from error
+
+
+def read_record(path: Path) -> ReportRecord:
+    """Read a run's ``report.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return ReportRecord.from_json(_read(path), str(path))
+
+
+def read_made(path: Path) -> Mapping[str, Any]:
+    """Read a run's ``flapkit.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return _checked(path, _MADE)
+
+
+def read_result(path: Path) -> Mapping[str, Any]:
+    """Read a run's ``result.json``.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return _checked(path, _RESULT)
+
+
+def _checked(path: Path, of: pydantic.TypeAdapter[Any]) -> Mapping[str, Any]:
+    """Read an object whole, once what a report reads of it is known to be as it should be."""
+    found = read_object(path)
+    try:
+        of.validate_python(found, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return found

@@ -1,0 +1,237 @@
+"""The figures of a report as pictures, for papers and slides: the same data as the page, drawn by matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+
+from flapkit.model.site import Kind
+from flapkit.run.report import view
+from flapkit.run.report.document import RunDocument, name_runs
+
+Form = Literal["png", "svg"]
+
+# The page's own colours on a light ground.
+KEPT, REMOVED, GONE, DENSE, ACCENT, INK = "#2b6cb0", "#d9dee5", "#a9b3c0", "#77838f", "#c8551b", "#191d23"
+RUNS = (KEPT, ACCENT, "#2f8559", "#8b4fb8", "#a8780a", "#b83280", "#0f8b9d", "#566070")
+TALL = 0.85
+"""Height of a row's tallest bar, of the height of the row."""
+
+
+def draw_figures(runs: Sequence[RunDocument], forms: Sequence[Form]) -> dict[str, bytes]:
+    """Draw the figures of one run's report, or of a comparison.
+
+    Args:
+        runs: one or more.
+        forms: ``png``, ``svg`` or both.
+
+    Returns:
+        File name -> content; figures for which nothing was measured are left out.
+    """
+    if not forms:
+        return {}
+    with _plain_text():
+        drawn = _figures_of(runs[0]) if len(runs) == 1 else _figures_of_all(runs)
+        return {f"{name}.{form}": _write(figure, form) for name, figure in drawn.items() for form in forms}
+
+
+def draw_structure(run: RunDocument) -> bytes:
+    """Draw the share of units that each layer keeps, as PNG."""
+    with _plain_text():
+        return _write(_structure(run), "png")
+
+
+def _plain_text() -> AbstractContextManager[None]:
+    """Take names as they are: a dollar sign in a path begins no formula."""
+    return matplotlib.rc_context({"text.parse_math": False})
+
+
+def _figures_of(run: RunDocument) -> dict[str, Figure]:
+    figures = {"structure": _structure(run), "scores": _scores(run)}
+    if errors := view.errors(run.record):
+        figures["errors"] = _panels(errors, lambda axes, rows, kind: _draw_errors(axes, rows), "% of the output")
+    if tasks := view.zero_shot(run.result):
+        figures["zero-shot"] = _zero_shot({"pruned": tasks})
+    return figures
+
+
+def _figures_of_all(runs: Sequence[RunDocument]) -> dict[str, Figure]:
+    names = name_runs(runs)
+    named = dict(zip(names, runs, strict=True))
+    figures = {
+        "structure": _lines({name: view.structure(run.record) for name, run in named.items()}, "share", "% kept")
+    }
+    errors = {name: rows for name, run in named.items() if (rows := view.errors(run.record))}
+    if errors:
+        figures["errors"] = _lines(errors, "in_model", "% error in the model")
+    if tasks := {name: rows for name, run in named.items() if (rows := view.zero_shot(run.result))}:
+        figures["zero-shot"] = _zero_shot(tasks)
+    if points := [row for name, run in named.items() for row in view.tradeoff(name, run)]:
+        figures["tradeoff"] = _tradeoff(points, names)
+    return figures
+
+
+def _structure(run: RunDocument) -> Figure:
+    figure = _panels(view.structure(run.record), _draw_structure, "% kept", view.units(run.record))
+    ratio = view.percent(run.record.budget.ratio)
+    figure.suptitle(f"{view.short(run.record.model)}: {ratio} of {run.record.budget.of} by {view.method(run.made)}")
+    return figure
+
+
+def _panels(
+    rows: view.Rows,
+    draw: Callable[[Axes, view.Rows, str], None],
+    label: str,
+    units: Mapping[Kind, str] | None = None,
+) -> Figure:
+    """Draw a panel for each kind of site, side by side."""
+    kinds = [kind for kind in view.KINDS if any(row["kind"] == kind for row in rows)]
+    layers = [row["layer"] for row in rows]
+    figure = Figure(figsize=(4.5 * max(len(kinds), 1), 3.4), layout="constrained")
+    for index, (axes, kind) in enumerate(zip(_row_of(figure, len(kinds), sharey=True), kinds, strict=True)):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        draw(axes, of_kind, kind)
+        axes.set(title=": ".join(filter(None, [view.KINDS[kind], (units or {}).get(kind)])), xlabel="layer")
+        axes.set_ylabel(label if index == 0 else "")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _draw_structure(axes: Axes, rows: view.Rows, kind: str) -> None:
+    layers = [row["layer"] for row in rows]
+    axes.bar(layers, [100.0] * len(layers), color=REMOVED)
+    bars = axes.bar(layers, [row["share"] for row in rows], color=KEPT)
+    axes.set_ylim(0, 100)
+    if len(layers) <= 12:
+        axes.bar_label(bars, [str(row["kept"]) for row in rows], label_type="center", color="white")
+
+
+def _draw_errors(axes: Axes, rows: view.Rows) -> None:
+    styles: Mapping[str, Any] = {
+        "in_model": {"label": "measured in the model", "color": ACCENT, "marker": "D", "s": 26},
+        "alone": {"label": "measured alone", "color": KEPT, "marker": "o", "s": 26},
+        "predicted": {"label": "predicted", "facecolors": "none", "edgecolors": INK, "marker": "o", "s": 70},
+    }
+    for name, style in styles.items():
+        known = [row for row in rows if row[name] is not None]
+        axes.scatter([row["layer"] for row in known], [row[name] for row in known], **style)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _scores(run: RunDocument) -> Figure:
+    found = view.scores(run.record)
+    layers = sorted({site.layer for site in run.record.sites})
+    figure = Figure(figsize=(4.5 * len(found), max(2.4, min(12.0, 0.36 * len(layers) + 1))), layout="constrained")
+    for axes, (kind, scores) in zip(_row_of(figure, len(found)), found.items(), strict=True):
+        edges = scores["edges"]
+        for colour, boxes in _boxes(scores, layers).items():
+            axes.add_collection(PolyCollection(boxes, facecolors=colour))
+        for each in scores["thresholds"]:
+            foot = _foot(layers, each["layer"])
+            axes.vlines(min(max(each["value"], edges[0]), edges[-1]), foot, foot + TALL, color=ACCENT)
+        axes.set(title=view.KINDS[kind], xlabel="score", ylabel="layer", xscale=scores["scale"])
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.1, len(layers)))
+        if scores["scale"] == "log":
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.set_yticks([row + TALL / 2 for row in range(len(layers))], [str(layer) for layer in reversed(layers)])
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _boxes(scores: Mapping[str, Any], layers: Sequence[int]) -> dict[str, list[list[tuple[float, float]]]]:
+    """List the corners of every bar by its colour: the removed units of a bin, and above them the kept ones."""
+    boxes: dict[str, list[list[tuple[float, float]]]] = {GONE: [], KEPT: []}
+    for bar in scores["bars"]:
+        left, right = scores["edges"][bar["bin"] : bar["bin"] + 2]
+        foot = _foot(layers, bar["layer"])
+        middle, top = (foot + TALL * count / bar["most"] for count in (bar["removed"], bar["removed"] + bar["kept"]))
+        for colour, low, high in ((GONE, foot, middle), (KEPT, middle, top)):
+            boxes[colour].append([(left, low), (left, high), (right, high), (right, low)])
+    return boxes
+
+
+def _foot(layers: Sequence[int], layer: int) -> int:
+    """Place the first layer at the top."""
+    return len(layers) - 1 - layers.index(layer)
+
+
+def _lines(runs: Mapping[str, view.Rows], value: str, label: str) -> Figure:
+    """Draw a line for each run over the layers, in a panel for each kind."""
+
+    def draw(axes: Axes, rows: view.Rows, kind: str) -> None:
+        for index, (name, of_run) in enumerate(runs.items()):
+            known = [row for row in of_run if row["kind"] == kind and row[value] is not None]
+            colour = RUNS[index % len(RUNS)]
+            layers, values = [row["layer"] for row in known], [row[value] for row in known]
+            axes.plot(layers, values, color=colour, marker="o", markersize=3.5, label=name)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize="small")
+
+    return _panels([row for rows in runs.values() for row in rows], draw, label)
+
+
+def _zero_shot(runs: Mapping[str, view.Rows]) -> Figure:
+    """Draw accuracy with 95 % intervals: the dense model, then each run."""
+    first = next(iter(runs.values()))
+    series = {"dense": (first, "dense", DENSE)}
+    series |= {name: (rows, "pruned", RUNS[i % len(RUNS)]) for i, (name, rows) in enumerate(runs.items())}
+    tasks = [row["task"] for row in first]
+    thick = 0.8 / len(series)
+    figure = Figure(figsize=(7, 1 + 0.34 * len(tasks) * len(series)), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, (rows, side, colour)) in enumerate(series.items()):
+        known = [row for row in rows if row["task"] in tasks]
+        places = [tasks.index(row["task"]) + (index + 0.5) * thick - 0.4 for row in known]
+        spread = [1.96 * (row[f"{side}_error"] or 0) for row in known]
+        axes.barh(places, [row[side] for row in known], thick * 0.9, xerr=spread, color=colour, capsize=2, label=name)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.set_xlabel("% right")
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _tradeoff(points: view.Rows, names: Sequence[str]) -> Figure:
+    texts = list(dict.fromkeys(row["text"] for row in points))
+    figure = Figure(figsize=(5 * len(texts), 3.6), layout="constrained")
+    for axes, text in zip(_row_of(figure, len(texts)), texts, strict=True):
+        for row in points:
+            if row["text"] != text:
+                continue
+            if row["which"] == "dense":
+                axes.scatter(row["params"], row["perplexity"], facecolors="none", edgecolors=DENSE, s=60)
+            else:
+                colour = RUNS[names.index(row["run"]) % len(RUNS)]
+                axes.scatter(row["params"], row["perplexity"], color=colour, s=50, label=row["run"])
+        axes.set(title=text, xlabel="parameters", ylabel="perplexity")
+        axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _row_of(figure: Figure, panels: int, *, sharey: bool = False) -> list[Axes]:
+    return list(figure.subplots(1, panels, squeeze=False, sharey=sharey)[0])
+
+
+def _write(figure: Figure, form: Form) -> bytes:
+    """Write a figure; the same figure gives the same bytes."""
+    written = io.BytesIO()
+    options: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 120}
+    with matplotlib.rc_context({"svg.hashsalt": "flapkit", "svg.fonttype": "none"}):
+        figure.savefig(written, format=form, **options)
+    return written.getvalue()

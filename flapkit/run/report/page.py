@@ -1,0 +1,237 @@
+"""The report as one self-contained HTML page: of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flapkit.run.report import view
+from flapkit.run.report.document import RunDocument, name_runs
+from flapkit.run.report.view import Tile
+from flapkit.system.progress import duration
+
+TALLEST_SCORES = 900
+"""Pixels of the tallest panel of score histograms."""
+
+
+def render_run(run: RunDocument) -> str:
+    """Write the report of one run.
+
+    Args:
+        run: the files of the run.
+
+    Returns:
+        HTML that needs nothing beside it.
+    """
+    layers = len({site.layer for site in run.record.sites})
+    figures: dict[str, Any] = {
+        "structure": view.structure(run.record),
+        "scores": view.scores(run.record),
+        "errors": view.errors(run.record),
+        "zero_shot": view.zero_shot(run.result),
+    }
+    return _render(
+        "run.html",
+        run=run,
+        title=f"{view.short(run.record.model)}, {view.percent(_removed(run))} removed",
+        verdict=verdict(run),
+        tiles=tiles(run),
+        figures=figures,
+        kinds=view.kinds([run.record]),
+        units=view.units(run.record),
+        heights={"scores": min(TALLEST_SCORES, max(170, 34 * layers + 50)), "zero_shot": _bars(figures["zero_shot"])},
+        perplexities=view.perplexities(run.result),
+        ledger=view.ledger(run),
+        whole=view.whole(run),
+        samples=view.samples(run.record),
+        method=view.method(run.made),
+        hashes=view.hashes(run.made, run.result),
+        seconds=dict(run.result.get("seconds") or {}),
+        warnings=list(dict.fromkeys(run.result.get("warnings", ()))),
+    )
+
+
+def render_comparison(runs: Sequence[RunDocument]) -> str:
+    """Write a page that compares several runs.
+
+    Args:
+        runs: at least two.
+
+    Returns:
+        HTML that needs nothing beside it.
+    """
+    names = name_runs(runs)
+    rows = [{"run": name, "document": run, **_summary(run)} for name, run in zip(names, runs, strict=True)]
+    figures: dict[str, Any] = {
+        "structure": _labelled(names, [view.structure(run.record) for run in runs]),
+        "errors": _labelled(names, [view.errors(run.record) for run in runs]),
+        "zero_shot": _labelled(names, [view.zero_shot(run.result) for run in runs]),
+        "tradeoff": [row for name, run in zip(names, runs, strict=True) for row in view.tradeoff(name, run)],
+        "runs": names,
+    }
+    texts = list(dict.fromkeys(row["text"] for row in figures["tradeoff"]))
+    return _render(
+        "comparison.html",
+        title=f"{len(runs)} runs of flapkit",
+        verdict=_compare(rows, texts),
+        rows=rows,
+        texts=texts,
+        best={text: _best(rows, text) for text in texts},
+        differences=view.differences([run.recipe for run in runs]),
+        figures=figures,
+        kinds=view.kinds([run.record for run in runs]),
+        units={kind: each for run in reversed(runs) for kind, each in view.units(run.record).items()},
+        heights={"zero_shot": 60 + (24 + 18 * len(runs)) * len({row["task"] for row in figures["zero_shot"]})},
+    )
+
+
+def _compare(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> str:
+    """Say which run is best, where they can be compared at all."""
+    ratios = [row["ratio"] for row in rows]
+    span = f"{view.percent(min(ratios))} to {view.percent(max(ratios))}"
+    said = f"{span if max(ratios) - min(ratios) > 5e-4 else view.percent(ratios[0])} removed."
+    for text in texts[:1]:
+        best = _best(rows, text)
+        row = next(row for row in rows if row["run"] == best)
+        said += (
+            f" Lowest perplexity on {text.split(',')[0]}: {view.figure(row['perplexity'][text]['after'])}, by {best}."
+        )
+    return said
+
+
+def _best(rows: Sequence[Mapping[str, Any]], text: str) -> str:
+    found = {row["run"]: row["perplexity"][text]["after"] for row in rows if text in row["perplexity"]}
+    return str(min(found, key=found.__getitem__))
+
+
+def verdict(run: RunDocument) -> str:
+    """Say in a sentence or two what came of the run."""
+    asked = run.record.budget
+    counted = {"blocks": "the block parameters", "model": "all parameters"}.get(asked.of, f"the {asked.of} parameters")
+    said = f"{view.percent(_removed(run))} of {counted} removed ({view.percent(asked.ratio)} asked)."
+    for row in view.perplexities(run.result)[:1]:
+        rose = "rose" if row["change"] > 0 else "fell"
+        said += (
+            f" Perplexity on {row['text'].split(',')[0]} {rose} from {view.figure(row['dense'])} "
+            f"to {view.figure(row['after'])}."
+        )
+    return said
+
+
+def tiles(run: RunDocument) -> list[Tile]:
+    """Gather the figures that stand first."""
+    params = run.result["params"]
+    left, removed = params["pruned"] / params["dense"], params["removed"] / params["blocks"]
+    found = [
+        Tile(
+            "Parameters",
+            view.count(params["pruned"]),
+            view.count(params["dense"]),
+            f"{view.change(left - 1)} of the whole model, {view.change(-removed)} of its blocks",
+            left,
+        )
+    ]
+    for row in view.perplexities(run.result)[:2]:
+        note = f"{view.change(row['change'])}, {row['text']}"
+        if row["recovered"] is not None:
+            note += f"; {view.figure(row['pruned'])} before the recovery"
+        found.append(Tile("Perplexity", view.figure(row["after"]), view.figure(row["dense"]), note))
+    if tasks := view.zero_shot(run.result):
+        dense, pruned = (sum(row[which] for row in tasks) / len(tasks) for which in ("dense", "pruned"))
+        note = f"mean of {len(tasks)} tasks, {view.signed(pruned - dense)} points"
+        found.append(Tile("Zero-shot", f"{pruned:.1f} %", f"{dense:.1f} %", note))
+    found += _speed(run.bench)
+    seconds = run.result.get("seconds") or {}
+    slowest = max(seconds, key=seconds.__getitem__, default="")
+    note = f"longest: {slowest}, {duration(seconds[slowest])}" if slowest else ""
+    return [*found, Tile("Time taken", duration(sum(seconds.values())), note=note)]
+
+
+def _speed(bench: Mapping[str, Any]) -> list[Tile]:
+    """Show the speed beside the dense model's, where ``flapkit bench`` has measured it."""
+    ratios, promised = bench.get("ratios") or {}, bench.get("promised")
+    said = f"dense is 1.00; {promised:.2f} promised by the parameters" if promised else "dense is 1.00"
+    names = {"prefill": "Prefill speed", "decode": "Decode speed"}
+    return [
+        Tile(label, f"{view.TIMES} {ratios[name]:.2f}", note=said) for name, label in names.items() if name in ratios
+    ]
+
+
+def _removed(run: RunDocument) -> float:
+    """Return the fraction that went of what the budget counts."""
+    return float(run.result["params"]["removed"] / run.record.budget.base)
+
+
+def _summary(run: RunDocument) -> dict[str, Any]:
+    tasks = view.zero_shot(run.result)
+    return {
+        "model": view.short(run.record.model),
+        "method": view.method(run.made),
+        "ratio": _removed(run),
+        "asked": run.record.budget.ratio,
+        "of": run.record.budget.of,
+        "params": run.result["params"]["pruned"],
+        "change": run.result["params"]["pruned"] / run.result["params"]["dense"] - 1,
+        "perplexity": {row["text"]: row for row in view.perplexities(run.result)},
+        "zero_shot": sum(row["pruned"] for row in tasks) / len(tasks) if tasks else None,
+        "seconds": sum((run.result.get("seconds") or {}).values()),
+    }
+
+
+def _labelled(names: Sequence[str], figures: Sequence[view.Rows]) -> view.Rows:
+    return [{**row, "run": name} for name, rows in zip(names, figures, strict=True) for row in rows]
+
+
+def _bars(rows: view.Rows) -> int:
+    return 60 + 52 * len(rows)
+
+
+def _code(text: str) -> Markup:
+    """Set what stands between backticks as code."""
+    parts = (
+        Markup("<code>{}</code>" if index % 2 else "{}").format(part) for index, part in enumerate(text.split("`"))
+    )
+    return Markup("").join(parts)
+
+
+def _render(template: str, **content: Any) -> str:
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content,
+            style=_source("templates", "style.css"),
+            plot=_source("vendor", "plot.js"),
+            charts=_source("templates", "charts.js"),
+        )
+    )
+
+
+def _source(*path: str) -> str:
+    return files("flapkit.run.report").joinpath(*path).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    """Make what templates are compiled by, once: that takes longer than to render a page."""
+    environment = Environment(
+        loader=PackageLoader("flapkit.run.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "code": _code,
+        "count": view.count,
+        "figure": view.figure,
+        "change": view.change,
+        "duration": duration,
+        "short": view.short,
+    }
+    return environment

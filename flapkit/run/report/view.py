@@ -1,0 +1,329 @@
+"""What a report shows, from what a run noted: figures as plain data, numbers as text, and the verdict."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from flapkit.model.site import Kind
+from flapkit.recipe.nodes import Position, parse
+from flapkit.run.report.document import RunDocument
+from flapkit.run.report.record import ReportRecord, SiteRecord
+
+KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP"}
+HEADS, KV_GROUPS, CHANNELS = "heads", "KV heads with their query heads", "intermediate channels"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One figure of the verdict.
+
+    Args:
+        label: what it is.
+        value: the figure.
+        before: the dense model's, where there is one.
+        note: what belongs to it.
+        share: of the dense model that is left, 0 to 1, drawn as a bar; None for no bar.
+    """
+
+    label: str
+    value: str
+    before: str = ""
+    note: str = ""
+    share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """Parameters of one layer, or of the whole: before and after."""
+
+    label: str
+    cells: tuple[int | None, ...]
+    left: float | None = None
+    total: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt and two continuations, each as what both models wrote and what follows."""
+
+    prompt: str
+    same: str
+    dense: str
+    pruned: str
+
+
+def kinds(records: Iterable[ReportRecord]) -> dict[Kind, str]:
+    """Name the kinds of sites that there are."""
+    found = {site.kind for record in records for site in record.sites}
+    return {kind: name for kind, name in KINDS.items() if kind in found}
+
+
+def units(record: ReportRecord) -> dict[Kind, str]:
+    """Say what the units of each kind are: heads, or groups of them that share a key/value head; channels."""
+    found: dict[Kind, str] = {}
+    for site in record.sites:
+        alone = site.kind == "attention" and site.heads in (0, site.units)
+        found.setdefault(site.kind, CHANNELS if site.kind == "mlp" else HEADS if alone else KV_GROUPS)
+    return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def structure(record: ReportRecord) -> Rows:
+    """List what each layer keeps, a row for each layer and kind; the experts of a layer are added up."""
+    rows = []
+    for (layer, kind), sites in _by_layer(record.sites).items():
+        units, kept = sum(site.units for site in sites), sum(site.kept for site in sites)
+        rows.append({"layer": layer, "kind": kind, "units": units, "kept": kept, "share": 100 * kept / units})
+    return rows
+
+
+def scores(record: ReportRecord) -> dict[Kind, dict[str, Any]]:
+    """List the bars of the score histograms, by kind: ``scale``, ``edges``, ``bars`` and ``thresholds``."""
+    figures: dict[Kind, dict[str, Any]] = {
+        kind: {"scale": axis.scale, "edges": axis.edges, "bars": [], "thresholds": []}
+        for kind, axis in record.axes.items()
+    }
+    for (layer, kind), sites in _by_layer(record.sites).items():
+        spreads = [site.scores for site in sites if site.scores is not None]
+        if not spreads:
+            continue
+        kept, removed = (
+            [sum(counts) for counts in zip(*each, strict=True)]
+            for each in ([spread.kept for spread in spreads], [spread.removed for spread in spreads])
+        )
+        most = max(k + r for k, r in zip(kept, removed, strict=True))
+        figures[kind]["bars"] += [
+            {"layer": layer, "bin": index, "kept": k, "removed": r, "most": most}
+            for index, (k, r) in enumerate(zip(kept, removed, strict=True))
+            if k or r
+        ]
+        # Experts have a threshold each.
+        if len(spreads) == 1 and spreads[0].threshold is not None:
+            figures[kind]["thresholds"].append({"layer": layer, "value": spreads[0].threshold})
+    return figures
+
+
+def errors(record: ReportRecord) -> Rows:
+    """List the errors of the sites that lost units, in per cent."""
+    return [
+        {"layer": site.layer, "kind": site.kind, "site": site.name}
+        | {
+            name: None if value is None else 100 * value
+            for name in ("predicted", "alone", "in_model")
+            for value in [getattr(site.error, name)]
+        }
+        for site in record.sites
+        if site.error is not None
+    ]
+
+
+def zero_shot(result: Mapping[str, Any]) -> Rows:
+    """List the zero-shot scores: one metric of each task, the usual one of the tables."""
+    rows = []
+    for task, found in (result.get("zero_shot") or {}).items():
+        metrics = found.get("metrics", {}) if isinstance(found, Mapping) else {}
+        name = next((each for each in ("acc_norm", "acc", *metrics) if each in metrics), None)
+        if name is None:
+            continue
+        dense, pruned, paired = (metrics[name].get(part) or {} for part in ("dense", "pruned", "paired"))
+        rows.append(
+            {
+                "task": task,
+                "metric": name,
+                "items": found.get("items"),
+                "dense": _percent(dense.get("value")),
+                "pruned": _percent(pruned.get("value")),
+                "dense_error": _percent(dense.get("stderr")),
+                "pruned_error": _percent(pruned.get("stderr")),
+                "p": paired.get("p_value"),
+            }
+        )
+    return [row for row in rows if row["dense"] is not None and row["pruned"] is not None]
+
+
+def _percent(value: Any) -> float | None:
+    return 100 * value if isinstance(value, (int, float)) else None
+
+
+def perplexities(result: Mapping[str, Any]) -> Rows:
+    """List the perplexities by text: dense, pruned, recovered if there is such a model, and that of the last."""
+    rows: Rows = []
+    for text, found in (result.get("perplexity") or {}).items():
+        dense, pruned = (_number(found.get(which)) for which in ("dense", "pruned"))
+        if not dense or pruned is None:
+            continue
+        bits = found.get("bits_per_byte") or {}
+        recovered = _number(found.get("recovered"))
+        after = pruned if recovered is None else recovered
+        figures = ("dense", "pruned", "recovered", "bits_per_byte")
+        notes = {key: value for key, value in found.items() if key not in figures}
+        rows.append(
+            {"text": short(text), "dense": dense, "pruned": pruned, "recovered": recovered, "after": after}
+            | {"change": after / dense - 1}
+            | {"dense_bits": bits.get("dense"), "pruned_bits": bits.get("pruned"), "notes": notes}
+        )
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Mapping):
+        value = value.get("perplexity", value.get("value"))
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def tradeoff(name: str, run: RunDocument) -> Rows:
+    """List perplexity and parameters of a run's dense and pruned model, by text."""
+    params = run.result["params"]
+    return [
+        {"run": name, "model": short(run.record.model), "text": row["text"], "which": which}
+        | {"params": params[which], "perplexity": row["dense" if which == "dense" else "after"]}
+        for row in perplexities(run.result)
+        for which in ("dense", "pruned")
+    ]
+
+
+def ledger(document: RunDocument) -> list[LedgerRow]:
+    """Count parameters before and after: attention, MLP and both of each layer, then the whole model.
+
+    The cells are attention before and after, MLP before and after, and what was removed; every sum is exact.
+    """
+    rows, totals = [], dict.fromkeys((*KINDS, *(f"{kind} left" for kind in KINDS)), 0)
+    layers: dict[int, dict[str, int]] = {}
+    for site in document.record.sites:
+        counts = layers.setdefault(site.layer, dict.fromkeys(totals, 0))
+        for key, units in ((site.kind, site.units), (f"{site.kind} left", site.kept)):
+            counts[key] += units * site.params_per_unit
+            totals[key] += units * site.params_per_unit
+    for layer, counts in layers.items():
+        rows.append(_counted(f"layer {layer}", counts))
+    return [*rows, _counted("all layers", totals, total=True)]
+
+
+def _counted(label: str, counts: Mapping[str, int], *, total: bool = False) -> LedgerRow:
+    before, after = (sum(counts[f"{kind}{suffix}"] for kind in KINDS) for suffix in ("", " left"))
+    cells = (counts["attention"], counts["attention left"], counts["mlp"], counts["mlp left"], before - after)
+    return LedgerRow(label, cells, after / before if before else None, total)
+
+
+def whole(document: RunDocument) -> list[tuple[str, int, int]]:
+    """Add the whole model up: what, before, after."""
+    params = document.result["params"]
+    blocks = sum(site.units * site.params_per_unit for site in document.record.sites)
+    left = sum(site.kept * site.params_per_unit for site in document.record.sites)
+    rest = params["dense"] - blocks
+    rows = [("prunable: attention and MLP", blocks, left), ("the rest: embeddings, norms, head", rest, rest)]
+    if added := params["pruned"] - left - rest:
+        rows.append(("biases that the compensator added", 0, added))
+    return [*rows, ("the model", params["dense"], params["pruned"])]
+
+
+def samples(record: ReportRecord) -> list[Sample]:
+    """Split each pair of continuations where they part."""
+    split = []
+    for sample in record.samples:
+        same = _common(sample.dense, sample.pruned)
+        split.append(Sample(sample.prompt, same, sample.dense[len(same) :], sample.pruned[len(same) :]))
+    return split
+
+
+def _common(first: str, second: str) -> str:
+    pairs = zip(first, second, strict=False)
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def method(made: Mapping[str, Any]) -> str:
+    """Name the components, without their options."""
+    specs = [made[kind] for kind in ("metric", "searcher", "compensator")]
+    several = [spec for each in specs for spec in (each if isinstance(each, Sequence) else [each])]
+    return " + ".join(str(spec["name"]) for spec in several)
+
+
+def hashes(made: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List every hash that the run noted, by the place where it stands."""
+    found = [*_hashes("", made), *_hashes("", result)]
+    return list(dict(found).items())
+
+
+def _hashes(where: str, value: Any) -> Iterable[tuple[str, str]]:
+    if not isinstance(value, Mapping):
+        return
+    for key, each in value.items():
+        if isinstance(each, str) and key.endswith("sha256"):
+            yield f"{where}{key.removesuffix('_sha256')}", each
+        yield from _hashes(f"{where}{key}: ", each)
+
+
+def differences(recipes: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """List the keys in which recipes differ, each with every recipe's value; but for their outputs."""
+    flat = [dict(_flat("", _plain(recipe))) for recipe in recipes]
+    keys = dict.fromkeys(key for each in flat for key in each if key != "output")
+    values = [(key, [each.get(key, "not set") for each in flat]) for key in keys]
+    return [(key, row) for key, row in values if len(set(row)) > 1]
+
+
+def _plain(recipe: str) -> Any:
+    root, _ = parse(recipe, lambda line, column: Position("recipe", line, column))
+    return root.plain() if root else None
+
+
+def _flat(where: str, value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _flat(f"{where}.{key}" if where else str(key), each)
+    elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+        for index, each in enumerate(value):
+            yield from _flat(f"{where}.{index}", each)
+    else:
+        yield where, "not set" if value is None else str(value)
+
+
+def short(name: str) -> str:
+    """Shorten a path to its last part, as a name to read; a hub id stays as it is."""
+    first, comma, rest = name.partition(",")
+    path = PurePath(first)
+    return (path.name if path.is_absolute() or path.parts[:1] == ("..",) else first) + comma + rest
+
+
+def count(value: float) -> str:
+    """Write a large number in four digits: 3.050 M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 3 - len(str(int(abs(scaled)))))}f} {letter}"
+    return f"{value:g}"
+
+
+def figure(value: float) -> str:
+    """Write a figure in four digits or so, as tables do."""
+    if value != value or abs(value) == float("inf"):
+        return "∞" if value > 0 else "not finite"
+    if abs(value) >= 1e5:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 3 - len(str(int(abs(value)))) + 0)}f}"
+
+
+def percent(ratio: float) -> str:
+    """Write a ratio in per cent."""
+    return f"{100 * ratio:.1f} %"
+
+
+def change(ratio: float) -> str:
+    """Write a change in per cent; beyond threefold as a factor."""
+    return f"{TIMES} {figure(1 + ratio)}" if ratio > 2 else f"{signed(100 * ratio)} %"
+
+
+def signed(value: float) -> str:
+    """Write a difference with its sign, a real minus."""
+    return f"{value:+.1f}".replace("-", MINUS)
+
+
+def _by_layer(sites: Iterable[SiteRecord]) -> dict[tuple[int, Kind], list[SiteRecord]]:
+    groups: dict[tuple[int, Kind], list[SiteRecord]] = {}
+    for site in sites:
+        groups.setdefault((site.layer, site.kind), []).append(site)
+    return groups

@@ -1,0 +1,81 @@
+"""The stages that only a run's report needs: the error of each site, and samples of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.evaluation.samples import write_samples
+from flapkit.execution.lightning.data import held_out
+from flapkit.execution.runtime import Runtime
+from flapkit.model.site import Site
+from flapkit.pruning.collector import measure
+from flapkit.pruning.method import Pruned
+from flapkit.pruning.site_errors import SiteError, Trace
+from flapkit.recipe import ReportSection, Samples
+from flapkit.run.report.record import SampleRecord
+from flapkit.run.text import RunText
+
+
+def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
+    """Choose the text on which the error of every site is measured: held-out calibration windows.
+
+    Returns:
+        An empty trace; None where it is not asked for, or where so little calibration text was drawn that none is held
+        out.
+    """
+    windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
+    return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
+
+
+def trace_dense(model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, runtime: Runtime) -> None:
+    """Keep what the dense model's consumers see and give."""
+    if trace is None:
+        return
+    with runtime.progress.stage("trace dense"):
+        runtime.place_(model)
+        trace.see(model, measure(model, sites, [trace.statistic], trace.batches))
+
+
+def compare_pruned(
+    model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, pruned: Pruned, runtime: Runtime
+) -> Mapping[str, SiteError]:
+    """Measure how far the output of each pruned site is from the dense one."""
+    if trace is None:
+        return {}
+    with runtime.progress.stage("site errors"):
+        runtime.place_(model)
+        measured = measure(model, trace.left(pruned.plan, sites), [trace.statistic], trace.batches)
+        return trace.compare(model, measured, pruned.plan, pruned.expected)
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Samples | None, runtime: Runtime, name: str
+) -> list[str]:
+    """Let a model continue the recipe's prompts.
+
+    Args:
+        model: dense or pruned.
+        tokenizer: the model's.
+        asked: the prompts; None for none.
+        runtime: where it runs.
+        name: what the stage is called.
+    """
+    if asked is None:
+        return []
+    written = []
+    with runtime.progress.stage(name, len(asked.prompts), "prompts") as stage:
+        runtime.place_(model)
+        options = asked.model_dump(exclude={"prompts"})
+        for text in write_samples(model, tokenizer, asked.prompts, **options):
+            written.append(text)
+            stage.advance()
+    return written
+
+
+def pair_samples(asked: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
+    """Put both models' continuations beside each prompt."""
+    prompts = asked.prompts if asked else ()
+    return [SampleRecord(*each) for each in zip(prompts, dense, pruned, strict=True)]

@@ -1,0 +1,210 @@
+"""Load a sweep: its points, each a recipe that is known to be right, with all problems said at once."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flapkit.recipe import LoadedRecipe, find_recipe
+from flapkit.recipe.files import read
+from flapkit.recipe.load import build_recipe, component_names, load_plugins, read_tree
+from flapkit.recipe.nodes import Node, Position, Problem, parse
+from flapkit.recipe.overrides import override, override_position, put
+from flapkit.recipe.validation import check
+from flapkit.registry import Registry
+from flapkit.run.sweep.schema import PARAMETERS, SweepFile
+from flapkit.system.errors import InputError, RecipeError, did_you_mean
+from flapkit.system.paths import to_path
+
+FIXED = {
+    "plugins": "plugins hold for all points; name them in the sweep's own `plugins`",
+    "output": "a sweep writes no checkpoints; its own `output` says where the results go",
+    "export": "a sweep writes no checkpoints, so there is nothing to export",
+}
+"""Keys of a recipe that a point cannot set -> why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One recipe of a sweep.
+
+    Args:
+        settings: dotted key -> the value that makes this point, as the file writes it.
+        recipe: the whole recipe.
+    """
+
+    settings: Mapping[str, Any]
+    recipe: LoadedRecipe
+
+    @property
+    def label(self) -> str:
+        """The settings in one line."""
+        return label(self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A sweep that is known to be right.
+
+    Args:
+        path: the file.
+        asked: what the file says.
+        points: the points, in its order.
+    """
+
+    path: Path
+    asked: SweepFile
+    points: tuple[Point, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key that some point sets, in the order of the first mention."""
+        return tuple(dict.fromkeys(key for point in self.points for key in point.settings))
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """Write the settings of a point in one line."""
+    return ", ".join(f"{key}={show(value)}" for key, value in settings.items())
+
+
+def show(value: Any) -> str:
+    """Write a setting in short: a component with options as a call."""
+    if isinstance(value, Mapping):
+        options = ", ".join(f"{key}={show(each)}" for key, each in value.items() if key != "name")
+        return f"{value.get('name', '')}({options})" if options else str(value.get("name", ""))
+    if isinstance(value, (list, tuple)):
+        return "+".join(show(each) for each in value)
+    return str(value)
+
+
+def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
+    """Load a sweep from a file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.path=value`` strings for all points, stronger than the sweep's ``set``.
+
+    Raises:
+        RecipeError: everything that is wrong with the sweep, with its recipe, and with every point, one problem a line.
+    """
+    path = Path(path)
+    root, asked = _file(path)
+    recipe = _base(asked, root, path)
+    base, problems = read_tree(recipe)
+    base_keys = base.value if isinstance(base.value, dict) else {}
+    base_keys.setdefault("output", Node("unused", base.position, base.position))
+    base_keys["plugins"] = Node(_plugin_files(base, recipe) + _plugin_files(root, path), root.position, root.position)
+    registry, plugin_problems = load_plugins(base, recipe)
+    problems += plugin_problems + _prepare(base, root, overrides)
+    points = []
+    for settings in _points(root):
+        point = _point(base, settings, path, registry, complete=not plugin_problems)
+        if isinstance(point, list):
+            problems += point
+        else:
+            points.append(point)
+    problems += _check_plot(root, asked)
+    if problems:
+        raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=_place)))
+    return Sweep(path, asked, tuple(points))
+
+
+def _file(path: Path) -> tuple[Node, SweepFile]:
+    root, problems = parse(read(path), lambda line, column: Position(str(path), line, column))
+    if root is None or not isinstance(root.value, dict):
+        what = "a sweep is a section of keys: recipe, grid or points, and output"
+        raise RecipeError(*(str(problem) for problem in problems or [Problem(Position(str(path), 1, 1), "", what)]))
+    asked = check(root, SweepFile)
+    if problems or isinstance(asked, list):
+        found = [*problems, *(asked if isinstance(asked, list) else [])]
+        raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(found, key=_place)))
+    return root, asked
+
+
+def _place(problem: Problem) -> tuple[str, int, int]:
+    return problem.position.source, problem.position.line, problem.position.column
+
+
+def _base(asked: SweepFile, root: Node, path: Path) -> Path:
+    """Find the base recipe: beside the sweep's file, or by its name."""
+    try:
+        beside = to_path(asked.recipe, path.parent)
+        return find_recipe(beside if beside.is_file() else asked.recipe)
+    except InputError as error:
+        node = root.child("recipe") or root
+        raise RecipeError(str(Problem(node.position, "recipe", str(error)))) from error
+
+
+def _plugin_files(root: Node, file: Path) -> list[Node]:
+    """List the plugin files that a recipe or a sweep names, as absolute paths."""
+    entries = _items(root.child("plugins"))
+    for entry in entries:
+        if isinstance(entry.value, str):
+            # What cannot be reached is said when it is loaded.
+            with suppress(InputError):
+                entry.value = str(to_path(entry.value, file.parent).resolve())
+    return entries
+
+
+def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
+    """Set in the base recipe what holds for all points: the sweep's ``set``, then the command line's."""
+    problems = []
+    for key, value in _entries(root.child("set")):
+        problems += _set(base, key, value)
+    swept = {key for settings in _points(root) for key in settings}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key in swept:
+            problems.append(Problem(override_position(text), key, "the points set it; change the sweep's file"))
+        problems += override(base, text, component_names())
+    return problems
+
+
+def _items(node: Node | None) -> list[Node]:
+    return list(node.value) if node is not None and isinstance(node.value, list) else []
+
+
+def _entries(node: Node | None) -> list[tuple[str, Node]]:
+    return list(node.value.items()) if node is not None and isinstance(node.value, dict) else []
+
+
+def _points(root: Node) -> list[dict[str, Node]]:
+    """List the settings of every point: the grid's combinations, the last key fastest, then the listed ones."""
+    axes = [[(key, value) for value in _items(values)] for key, values in _entries(root.child("grid"))]
+    grid = [dict(combination) for combination in itertools.product(*axes)] if axes else []
+    return [*grid, *(dict(_entries(point)) for point in _items(root.child("points")))]
+
+
+def _point(
+    base: Node, settings: Mapping[str, Node], path: Path, registry: Registry, *, complete: bool
+) -> Point | list[Problem]:
+    root = copy.deepcopy(base)
+    problems = [problem for key, value in settings.items() for problem in _set(root, key, value)]
+    if problems:
+        return problems
+    recipe = build_recipe(root, path, registry, complete=complete)
+    if isinstance(recipe, list):
+        return recipe
+    if recipe.recipe.evaluate.zero_shot is not None:
+        node = root.child("evaluate") or root
+        return [Problem(node.position, "evaluate.zero_shot", "a sweep measures perplexity alone; leave it out")]
+    return Point({key: value.plain() for key, value in settings.items()}, recipe)
+
+
+def _set(root: Node, key: str, value: Node) -> list[Problem]:
+    if why := FIXED.get(key.split(".")[0]):
+        return [Problem(value.key_position, key, why)]
+    return put(root, key, copy.deepcopy(value), component_names())
+
+
+def _check_plot(root: Node, asked: SweepFile) -> list[Problem]:
+    """Say which keys of the plot no point sets."""
+    known = [PARAMETERS, *asked.grid, *(key for point in asked.points for key in point)]
+    node = root.child("plot") or root
+    wrong = [key for key in (asked.plot.x, *asked.plot.over) if key not in known]
+    return [Problem(node.position, "plot", f"no point sets {key!r}{did_you_mean(key, known)}") for key in wrong]

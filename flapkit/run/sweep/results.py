@@ -1,0 +1,117 @@
+"""The rows of a sweep, one JSON object a line, written as they come and found again by whoever carries on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+from pydantic import ConfigDict
+
+from flapkit.run.report.record import Total
+from flapkit.system.errors import OutputError
+from flapkit.system.json_files import parse_json
+
+RESULTS = "results.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one point.
+
+    Args:
+        id: a hash of the point's whole recipe, of the weights and of the text.
+        settings: dotted key -> value.
+        error: why it failed; None where it did not.
+        params: as in a run's ``result.json``.
+        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and more.
+        seconds: stage -> wall time.
+        warnings: what flapkit warned of.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    id: str
+    settings: Mapping[str, Any]
+    error: str | None = None
+    params: Mapping[str, Total] = field(default_factory=dict)
+    perplexity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` where a figure that tables and plots show is missing."""
+        counted = self.params.keys() >= {"pruned", "removed", "blocks"} and self.params["blocks"] > 0
+        if (self.params or self.perplexity) and not counted:
+            raise ValueError("params: expected pruned, removed and blocks")
+        for text, found in self.perplexity.items():
+            values = [found.get(which) for which in ("dense", "pruned")]
+            if not all(isinstance(value, (int, float)) and value > 0 for value in values):
+                raise ValueError(f"perplexity: {text}: expected dense and pruned, both over 0")
+
+
+_ROW = pydantic.TypeAdapter(Row)
+
+
+class Results:
+    """The rows in a folder.
+
+    Args:
+        folder: made if it is missing.
+
+    Raises:
+        OutputError: the folder holds something else, cannot be written, or its rows are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RESULTS
+        if self._path.is_symlink():
+            raise OutputError(f"output {folder}: {self._path} is a link; choose another folder")
+        if folder.is_dir() and not self._path.is_file() and any(folder.iterdir()):
+            raise OutputError(f"output {folder}: it holds no {RESULTS}, but something else; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows = self._read()
+        except OSError as error:
+            raise OutputError(f"output {folder}: cannot be written: {error}") from error
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is on the disk when this returns."""
+        line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written: {error}; what is in it stays") from error
+        self.rows[row.id] = row
+
+    def done(self, id_: str) -> bool:
+        """Tell whether a point has been carried out and did not fail."""
+        return id_ in self.rows and self.rows[id_].error is None
+
+    def _read(self) -> dict[str, Row]:
+        if not self._path.is_file():
+            return {}
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.warning("%s: its last line is half-written, as by a kill; it is taken away", self._path)
+            os.truncate(self._path, whole)
+        rows = {}
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                row = _ROW.validate_python(parse_json(line.decode()))
+            except ValueError as error:
+                what = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else error
+                raise OutputError(f"{self._path}:{number}: damaged: {what}; remove this line") from error
+            rows[row.id] = row
+        return rows

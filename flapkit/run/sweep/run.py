@@ -1,0 +1,280 @@
+"""Carry out a sweep: one dense model in memory, one calibration for all points that share it, each on a cheap copy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.execution.cache import hash_tensors
+from flapkit.execution.calibrate import calibrate_and_prune_, find_statistics
+from flapkit.execution.resume import ResumeStore
+from flapkit.execution.runtime import Runtime, calibration_data, evaluate
+from flapkit.model.plan import Budget
+from flapkit.model.site import Site
+from flapkit.model.surgery import share
+from flapkit.pruning.collector import Statistics
+from flapkit.pruning.components import recovery_of
+from flapkit.pruning.method import Pruned, prune_sites_
+from flapkit.pruning.passes import size_of
+from flapkit.pruning.statistics import Statistic
+from flapkit.run.captured import capture_warnings
+from flapkit.run.record import compare, count_params
+from flapkit.run.sweep.load import Point, Sweep
+from flapkit.run.sweep.results import Results, Row
+from flapkit.run.target import Target, find_target
+from flapkit.run.text import RunText, read_text, source_of
+from flapkit.system.errors import FlapkitError, RecipeError
+from flapkit.system.progress import Progress
+from flapkit.system.workdir import WorkDir
+from flapkit.text.windows import tokens_hash
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The dense model that some points share, and what is known of it.
+
+    Args:
+        model: whole, and never changed.
+        weights: SHA-256 of the weights.
+        target: its sites.
+        runtime: what it runs on.
+        params: its parameters.
+        work: where statistics are saved while they are measured; None for nowhere.
+    """
+
+    model: PreTrainedModel
+    weights: str
+    target: Target
+    runtime: Runtime
+    params: int
+    work: WorkDir | None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A point, its text, and what it is known by in the results."""
+
+    point: Point
+    text: RunText
+    id: str
+
+
+def run_sweep(
+    sweep: Sweep,
+    results: Results,
+    *,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    work: WorkDir | None = None,
+) -> list[Row]:
+    """Carry out the points of a sweep that the results do not hold yet; a point that fails does not stop the others.
+
+    Args:
+        sweep: what to do.
+        results: where rows go as they come.
+        progress: whom the stages tell how far they are.
+        cache: folder of the statistics; None for none.
+        work: where statistics are saved while they are measured; None for nowhere.
+
+    Returns:
+        The rows of all points, in the sweep's order.
+
+    Raises:
+        FlapkitError: text, a model or calibration that points share failed.
+    """
+    progress = progress or Progress()
+    check_sweep(sweep)
+    ids: dict[int, str] = {}
+    with progress.stage("points", len(sweep.points), "points") as stage:
+        for points in _grouped(sweep.points, _model_key):
+            for task in _run_group(points, results, progress, cache, work, stage.advance):
+                ids[id(task.point)] = task.id
+    return [results.rows[ids[id(point)]] for point in sweep.points]
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Raise ``RecipeError`` for every point whose model or text can be known to be wrong before anything runs."""
+    problems = []
+    for point in sweep.points:
+        asked = point.recipe.recipe
+        try:
+            if recovery_of(point.recipe.compensators) is not None:
+                raise RecipeError("a sweep does not train; leave the compensator that does out, and `flapkit recover`")
+            runtime = Runtime.of(asked.trainer, Progress())
+            if runtime.processes > 1 or runtime.sharded:
+                raise RecipeError(
+                    "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and leave strategy out"
+                )
+            find_target(point.recipe)
+            for text in (asked.calibration, *asked.evaluate.perplexity):
+                source_of(text).check()
+        except FlapkitError as error:
+            problems.append(f"{sweep.path}: {point.label}: {error}")
+    if problems:
+        raise RecipeError(*dict.fromkeys(problems))
+
+
+def _run_group(
+    points: Sequence[Point],
+    results: Results,
+    progress: Progress,
+    cache: Path | None,
+    work: WorkDir | None,
+    advance: Callable[[], None],
+) -> list[Task]:
+    """Carry out the points of one dense model."""
+    first = points[0].recipe
+    with progress.stage("text"):
+        target = find_target(first)
+        tokenizer = load_tokenizer(first.recipe.model.path, revision=first.recipe.model.revision)
+        texts = _read_texts(points, target, tokenizer)
+    with progress.stage("load"):
+        asked = first.recipe.model
+        model = load(asked.path, asked.dtype, revision=asked.revision)
+        target.adapter.confirm(model, target.sites)
+        dense = Dense(
+            model,
+            hash_tensors(model.state_dict().items()),
+            target,
+            Runtime.of(first.recipe.trainer, progress),
+            model.num_parameters(),
+            work,
+        )
+    tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
+    missing = {task.id: task for task in tasks if not results.done(task.id)}
+    for _ in range(len(tasks) - len(missing)):
+        advance()
+    for same_evaluation in _grouped(missing.values(), lambda task: _evaluation_key(task.point)):
+        before = evaluate(dense.model, same_evaluation[0].text.evaluations, dense.runtime, "evaluate dense")
+        for shared in _grouped(same_evaluation, lambda task: _calibration_key(task.point)):
+            for row in _carry_out_all(shared, dense, before, cache):
+                results.add(row)
+                advance()
+    return tasks
+
+
+def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase) -> list[RunText]:
+    """Read the text of every point, what several share but once."""
+    known: dict[str, RunText] = {}
+    for point in points:
+        key = _calibration_key(point) + _evaluation_key(point)
+        if key not in known:
+            known[key] = read_text(point.recipe.recipe, target, tokenizer)
+    return [known[_calibration_key(point) + _evaluation_key(point)] for point in points]
+
+
+def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Statistics | None:
+    """Measure in one pass what any of some points needs; None where each point has to measure for itself.
+
+    That is so for sequential calibration, and where the memory for statistics does not hold them all.
+    """
+    needed: dict[type[Statistic], None] = {}
+    for task in tasks:
+        needed.update(dict.fromkeys(task.point.recipe.method.statistics))
+    asked = tasks[0].point.recipe.recipe.calibration
+    if asked.sequential or size_of(tuple(needed), dense.target.sites) > asked.statistics_bytes:
+        return None
+    dense.runtime.place_(dense.model)
+    text = tasks[0].text
+    origin = f"{dense.weights} on {tokens_hash(text.calibration)}: "
+    kept = ResumeStore(dense.work, asked.save_every, origin=origin) if dense.work else None
+    return find_statistics(dense.model, dense.target.sites, tuple(needed), text, dense.runtime, cache, kept)
+
+
+def _carry_out_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
+    """Carry out points that share their calibration, one after the other; if that fails, they all do."""
+    try:
+        statistics = _calibrate(tasks, dense, cache)
+    except FlapkitError as error:
+        log.warning("calibration failed: %s", error)
+        yield from (Row(task.id, task.point.settings, _say(error)) for task in tasks)
+        return
+    for task in tasks:
+        yield _carry_out(task, dense, statistics, before, cache)
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _carry_out(
+    task: Task, dense: Dense, statistics: Statistics | None, before: Mapping[str, Any], cache: Path | None
+) -> Row:
+    """Prune a copy of the dense model and evaluate it; what goes wrong is the row's error."""
+    settings = task.point.settings
+    progress = Progress()
+    runtime = Runtime(dense.runtime.options, progress)
+    with capture_warnings() as warnings:
+        try:
+            runtime.place_(dense.model)
+            model = share(dense.model, dense.target.sites)
+            budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
+            pruned = _prune_(model, task, dense.target.sites, statistics, budget, runtime, cache)
+            after = evaluate(model, task.text.evaluations, runtime, "evaluate pruned")
+        except (FlapkitError, RuntimeError) as error:
+            # RuntimeError: what torch raises, such as too little memory for this point's evaluation.
+            log.warning("%s: failed: %s", task.point.label, error)
+            return Row(task.id, settings, _say(error), warnings=list(warnings))
+        params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
+    return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))
+
+
+def _prune_(
+    model: PreTrainedModel,
+    task: Task,
+    sites: Sequence[Site],
+    statistics: Statistics | None,
+    budget: Budget,
+    runtime: Runtime,
+    cache: Path | None,
+) -> Pruned:
+    recipe = task.point.recipe
+    if statistics is None:
+        return calibrate_and_prune_(model, sites, recipe, budget, task.text, runtime, cache)[1]
+    with runtime.progress.stage("prune"):
+        batches = calibration_data(task.text).predict_dataloader()
+        return prune_sites_(model, sites, statistics, recipe.method, budget, batches)
+
+
+def _id(point: Point, text: RunText, dense: Dense) -> str:
+    """Hash all that a point's figures depend on."""
+    tokens = {name: evaluation.windows.labels for name, evaluation in text.evaluations.items()}
+    parts = [
+        point.recipe.recipe.model_dump_json(exclude={"output", "export"}),
+        dense.weights,
+        hash_tensors([("calibration", text.calibration), *tokens.items()]),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _model_key(point: Point) -> str:
+    asked = point.recipe.recipe
+    return asked.model_dump_json(include={"model", "adapter", "trainer"})
+
+
+def _calibration_key(point: Point) -> str:
+    return point.recipe.recipe.calibration.model_dump_json()
+
+
+def _evaluation_key(point: Point) -> str:
+    return point.recipe.recipe.evaluate.model_dump_json()
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
+    """Put what has the same key together, in the order of the first of each."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())

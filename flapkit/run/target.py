@@ -1,0 +1,74 @@
+"""What a recipe prunes, from the model's configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
+from flapkit.checkpoint.exporter import Prospect
+from flapkit.checkpoint.load import load_config
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.plan import prunable
+from flapkit.model.site import Site
+from flapkit.model.soundness import check_unquantised
+from flapkit.recipe import LoadedRecipe
+from flapkit.system.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a recipe prunes, as far as the model's configuration tells.
+
+    Args:
+        config: the dense model's configuration.
+        adapter: describes the model.
+        sites: its prunable places.
+    """
+
+    config: PreTrainedConfig
+    adapter: ArchitectureAdapter
+    sites: tuple[Site, ...]
+
+
+def find_target(recipe: LoadedRecipe) -> Target:
+    """Read the model's configuration, and find its adapter and its sites.
+
+    Raises:
+        ModelError: the model is missing, has no adapter, or could not be saved or exported once pruned.
+    """
+    model = recipe.recipe.model
+    config = load_config(model.path, revision=model.revision)
+    check_unquantised(model.path, config)
+    try:
+        adapter = recipe.registry.resolve(recipe.adapter, config)
+        sites = _sites(adapter, config)
+    except ModelError as error:
+        raise ModelError(f"model {model.path}: {error}") from error
+    if any(site.block is None for site in sites):
+        raise ModelError(
+            f"models pruned by adapter {adapter.name!r} cannot be saved: its sites come from no declaration "
+            "(flapkit.model.declaration.Family), so that there is no class to load them by"
+        )
+    if recipe.exporters:
+        check_exports(recipe.exporters, _prospect(recipe, config, sites))
+    return Target(config, adapter, sites)
+
+
+def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site, ...]:
+    try:
+        return adapter.sites(config)
+    except AttributeError as error:
+        raise ModelError(
+            f"adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
+            f"({error}); leave `adapter` out, or name the right one"
+        ) from error
+
+
+def _prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
+    """Say what the pruned model will be, as far as the recipe tells."""
+    biases = biased_kinds(config, sites)
+    if any(each.adds_bias for each in recipe.compensators):
+        biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.of)}
+    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases)

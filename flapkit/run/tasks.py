@@ -1,0 +1,65 @@
+"""The stage that asks a model lm-eval's zero-shot tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flapkit.evaluation.local_tasks import TASKS, find_task
+from flapkit.evaluation.scores import TaskScores
+from flapkit.evaluation.zero_shot import check_installed, load_harness
+from flapkit.execution.runtime import Runtime
+from flapkit.recipe import ZeroShot
+
+if TYPE_CHECKING:
+    from flapkit.evaluation.harness import Harness
+
+
+def check_tasks(asked: ZeroShot) -> None:
+    """Raise ``InputError`` for what can be known to be wrong without reading any row."""
+    check_installed()
+    if asked.data_dir is not None:
+        for name in asked.tasks:
+            if name in TASKS:
+                find_task(name, Path(asked.data_dir).expanduser())
+
+
+def load_tasks(asked: ZeroShot | None) -> Harness | None:
+    """Load a recipe's tasks and their rows; None where it asks for none.
+
+    Raises:
+        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be had.
+    """
+    if asked is None:
+        return None
+    folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
+    return load_harness(asked.tasks, data_dir=folder, limit=asked.limit, batch_size=asked.batch_size)
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harness: Harness | None,
+    runtime: Runtime,
+    name: str = "zero-shot",
+) -> Mapping[str, TaskScores]:
+    """Ask a model every task, in its own precision, whatever the trainer's.
+
+    Args:
+        model: dense or pruned.
+        tokenizer: the model's.
+        harness: the tasks; None for none.
+        runtime: on whose device it runs, and whom it tells how far it is.
+        name: what the stage is called.
+
+    Raises:
+        RunError: the model, or lm-eval, fails on a task.
+    """
+    if harness is None:
+        return {}
+    runtime.place_(model)
+    with runtime.progress.stage(name, harness.items, "items") as stage:
+        return harness.evaluate(model, tokenizer, stage.advance)

@@ -1,0 +1,204 @@
+"""The text of a run, as tokens: read before any model is loaded, so that what is wrong with it is known at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flapkit.evaluation.protocol import Protocol, cut_text
+from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.pruning.recovery import Training
+from flapkit.recipe import Calibration, Perplexity, Recipe, Text
+from flapkit.run.target import Target
+from flapkit.system.errors import DataError, RecipeError
+from flapkit.text.conversations import Conversation
+from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
+from flapkit.text.source import Render, TextSource
+from flapkit.text.windows import Windows, draw_windows, encode_measured
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationText:
+    """Windows to measure the perplexity of, and how.
+
+    Args:
+        asked: the recipe's entry.
+        windows: the text.
+        protocol: how it is measured.
+        overlap: what it shares with the calibration text; None where there is no calibration.
+    """
+
+    asked: Perplexity
+    windows: Windows
+    protocol: Protocol
+    overlap: Overlap | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunText:
+    """All text of a run.
+
+    Args:
+        calibration: tokens [windows, tokens].
+        batch_size: calibration windows that go through the model at once.
+        evaluations: name -> what perplexity is measured of, in the recipe's order.
+    """
+
+    calibration: Tensor
+    batch_size: int
+    evaluations: Mapping[str, EvaluationText] = field(default_factory=dict)
+
+
+def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase) -> RunText:
+    """Read the calibration text and every evaluation text of a recipe.
+
+    Raises:
+        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+    """
+    render = renderer(target.adapter, tokenizer)
+    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+    calibration = calibration_windows(recipe.calibration, target, tokenizer)
+    compared = {
+        name: replace(text, overlap=warn_of_overlap(name, text, calibration, "calibration"))
+        for name, text in evaluations.items()
+    }
+    return RunText(calibration, recipe.calibration.batch_size, compared)
+
+
+def read_evaluations(
+    texts: Sequence[Perplexity], tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+) -> dict[str, EvaluationText]:
+    """Read evaluation texts, by their names.
+
+    Args:
+        texts: the recipe's entries.
+        tokenizer: the model's.
+        render: turns a conversation into text; None where nothing can.
+        vocab_size: the model's.
+
+    Raises:
+        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+    """
+    return {name: _evaluation(asked, tokenizer, render, vocab_size) for name, asked in name_evaluations(texts).items()}
+
+
+def _evaluation(
+    asked: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+) -> EvaluationText:
+    source = source_of(asked)
+    documents = source.documents("evaluation", render)
+    text = encode_measured(tokenizer, documents, source.separator("evaluation") or "\n\n", vocab_size)
+    return EvaluationText(asked, *cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id))
+
+
+def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str) -> Overlap:
+    """Find what a text shares with windows that the model was pruned or trained by, and warn where it is much.
+
+    Args:
+        name: the evaluation's.
+        text: what is measured.
+        seen: tokens [windows, tokens].
+        purpose: what they were for, ``calibration`` or ``recovery``.
+    """
+    overlap = find_overlap(seen, text.windows)
+    if overlap.share >= NOTEWORTHY:
+        log.warning(
+            "%s: %.1f %% of its scored tokens lie in rows of %d tokens that the %s text holds as well, "
+            "which flatters its perplexity",
+            name,
+            100 * overlap.share,
+            overlap.ngram,
+            purpose,
+        )
+    return overlap
+
+
+def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Draw the calibration windows of a recipe, [windows, tokens]."""
+    source = source_of(asked)
+    return draw_windows(
+        tokenizer,
+        source.documents("calibration", renderer(target.adapter, tokenizer)),
+        source.separator("calibration"),
+        samples=asked.samples,
+        length=asked.length,
+        seed=asked.seed,
+        vocab_size=target.config.vocab_size,
+    )
+
+
+def recovery_source(training: Training, recipe: Recipe) -> TextSource:
+    """Say where the text of a recovery comes from.
+
+    Raises:
+        RecipeError: text to train or to validate on is evaluated as well: the figure would say nothing.
+    """
+    source = training.source(source_of(recipe.calibration))
+    for used, purpose in ((source, "train"), (training.validation, "validate")):
+        for evaluation in recipe.evaluate.perplexity:
+            if used is not None and used.shares_text(source_of(evaluation)):
+                raise RecipeError(
+                    f"compensator: the recovery would {purpose} on {used.dataset}, and `evaluate` measures the "
+                    "perplexity of the same text; choose other text for one of them"
+                )
+    return source
+
+
+def source_of(text: Text) -> TextSource:
+    """Say where a recipe's text comes from."""
+    return TextSource(text.dataset, text.subset, text.split, text.field)
+
+
+def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:
+    """Name evaluations by what they are, and number those that would be called the same."""
+    names: dict[str, Perplexity] = {}
+    for text in texts:
+        name = f"{text.dataset}{f' {text.split}' if text.split else ''}, {text.length} tokens"
+        name += f", stride {text.stride}" if text.stride else ""
+        same = sum(known.split(" #")[0] == name for known in names)
+        names[f"{name} #{same + 1}" if same else name] = text
+    return names
+
+
+def renderer(
+    adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Conversation], str] | None:
+    """Choose how conversations become text: by the adapter, or else by the tokenizer's chat template.
+
+    A rendered conversation begins with the tokenizer's start token, if it has one, as in training.
+
+    Args:
+        adapter: the model's adapter, whose ``render`` comes first.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        A function that raises ``DataError`` for a conversation that the format does not allow, or None where neither
+        the adapter nor the tokenizer has a format.
+    """
+    adapted = adapter is not None and type(adapter).render is not ArchitectureAdapter.render
+    if not adapted and not tokenizer.chat_template:
+        return None
+
+    def render(conversation: Conversation) -> str:
+        text = adapter.render(conversation) if adapter else None
+        if text is not None:
+            start = tokenizer.bos_token or ""
+            return text if text.startswith(start) else start + text
+        return _by_template(tokenizer, conversation)
+
+    return render
+
+
+def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    if not tokenizer.chat_template:
+        raise DataError("the adapter does not render this conversation, and the tokenizer has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
+    except Exception as error:
+        raise DataError(f"the tokenizer's chat template refuses it: {type(error).__name__}: {error}") from error

@@ -1,0 +1,418 @@
+"""Where text comes from: named datasets, hub ids, local files and folders, all as lists of documents."""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from flapkit.system.errors import DataError, InputError, closest, did_you_mean
+from flapkit.system.json_files import parse_json
+from flapkit.system.paths import to_path
+from flapkit.text.conversations import Conversation, is_conversation, normalise
+
+Purpose = Literal["calibration", "evaluation"]
+Render = Callable[[Conversation], str]
+
+TEXT_FIELDS = ("text", "conversations", "messages")
+"""The fields that are looked for, in this order, where a recipe names none."""
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+DEFAULT_SEPARATOR = "\n\n"
+DEFAULT_SPLITS: Mapping[Purpose, tuple[str, ...]] = {
+    "calibration": ("train",),
+    "evaluation": ("test", "validation", "heldout"),
+}
+"""The splits of a hub dataset that are looked for, in this order, where a recipe names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedDataset:
+    """A dataset that recipes call by a short name.
+
+    Args:
+        description: one line for ``flapkit list datasets``.
+        calibration_split: the split that statistics are measured on.
+        evaluation_split: the split that perplexity is measured on.
+        splits: every split there is.
+        calibration_separator: what stands between documents that windows are drawn from; None where a window lies
+            within one document.
+        evaluation_separator: what stands between documents that are cut into windows.
+        evaluation_documents: how many documents, from the first, are evaluated; None for all.
+        hub: hub id, or None where the text is on this machine.
+        subset: configuration on the hub.
+        revision: branch on the hub.
+        field: the field of the text.
+        files: split -> file on the hub, where one shard is enough.
+    """
+
+    description: str
+    calibration_split: str
+    evaluation_split: str
+    splits: tuple[str, ...] = ("train", "validation", "test")
+    calibration_separator: str | None = DEFAULT_SEPARATOR
+    evaluation_separator: str = DEFAULT_SEPARATOR
+    evaluation_documents: int | None = None
+    hub: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    field: str = "text"
+    files: Mapping[str, str] | None = None
+
+
+# Splits, separators and amounts are those of FLAP's released code, so that its published numbers can be compared.
+DATASETS: Mapping[str, NamedDataset] = {
+    "wikitext2": NamedDataset(
+        description="WikiText-2, raw: Wikipedia articles, from the Hugging Face hub",
+        calibration_split="train",
+        evaluation_split="test",
+        calibration_separator=" ",
+        hub="Salesforce/wikitext",
+        subset="wikitext-2-raw-v1",
+    ),
+    "ptb": NamedDataset(
+        description="Penn Treebank: sentences of the Wall Street Journal, from the Hugging Face hub",
+        calibration_split="train",
+        evaluation_split="validation",
+        calibration_separator=" ",
+        hub="ptb-text-only/ptb_text_only",
+        # The main branch is a loading script, which `datasets` has run no more since its version 4.
+        revision="refs/convert/parquet",
+        field="sentence",
+    ),
+    "c4": NamedDataset(
+        description="C4, English: web pages; the first shard of each split, from the Hugging Face hub",
+        calibration_split="train",
+        evaluation_split="validation",
+        splits=("train", "validation"),
+        calibration_separator=None,
+        evaluation_separator=" ",
+        evaluation_documents=1100,
+        hub="allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "stdlib": NamedDataset(
+        description="The sources of Python's own standard library: on every machine, without a network",
+        calibration_split="train",
+        evaluation_split="heldout",
+        splits=("train", "heldout"),
+    ),
+}
+"""The datasets that recipes can name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Where text comes from.
+
+    ``dataset`` is, in this order: a name of ``DATASETS``; a local .txt (one document), .jsonl or .parquet (a document
+    a row) file, or a folder of such files, taken in the order of their paths; a hub id. A folder that has the name of
+    a named dataset is reached as ``./name``.
+
+    Args:
+        dataset: what to read.
+        subset: configuration of a hub dataset.
+        split: split of a named or a hub dataset; by default the usual one for the purpose.
+        field: field of the text or of the conversation; by default the first of ``TEXT_FIELDS`` that a row has.
+    """
+
+    dataset: Annotated[str, Field(min_length=1, description="A named dataset, a hub id, or a local file or folder.")]
+    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    split: Annotated[str | None, Field(description="Split of the dataset; its usual one if not given.")] = None
+    field: Annotated[str | None, Field(description="Field that holds the text or the conversation.")] = None
+
+    def check(self) -> None:
+        """Raise ``DataError`` for what can be known to be wrong without a network and without reading any text."""
+        named = DATASETS.get(self.dataset)
+        if named:
+            self._check_named(named)
+        elif self._path() is not None:
+            self._local_files()
+
+    def separator(self, purpose: Purpose) -> str | None:
+        """Return what stands between documents; None where each window is to lie within one document."""
+        named = DATASETS.get(self.dataset)
+        if named is None:
+            return DEFAULT_SEPARATOR
+        return named.calibration_separator if purpose == "calibration" else named.evaluation_separator
+
+    def shares_text(self, evaluation: TextSource) -> bool:
+        """Tell whether text for calibration or training is also evaluated, as far as names and paths tell.
+
+        Args:
+            evaluation: where the text of an evaluation comes from.
+        """
+        own, other = (source._path() if source.dataset not in DATASETS else None for source in (self, evaluation))
+        if own is not None and other is not None:
+            own, other = own.resolve(), other.resolve()
+            return own == other or own in other.parents or other in own.parents
+        return self._place("calibration") == evaluation._place("evaluation")
+
+    def _place(self, purpose: Purpose) -> tuple[str, str | None, str | None]:
+        named = DATASETS.get(self.dataset)
+        usual = _split(named, purpose) if named else DEFAULT_SPLITS[purpose][0]
+        return self.dataset, self.subset, self.split or usual
+
+    def documents(self, purpose: Purpose, render: Render | None = None) -> list[str]:
+        """Read the documents.
+
+        Args:
+            purpose: chooses the split where none is given.
+            render: turns a conversation into text; None where nothing can.
+
+        Raises:
+            DataError: the data cannot be found or read, or holds no text.
+        """
+        self.check()
+        documents = [self._document(value, where, render) for value, where in self._values(purpose)]
+        if not any(document.strip() for document in documents):
+            amount = f"all {len(documents)} documents are empty" if documents else "there is no row"
+            raise DataError(f"{self.dataset}: it holds no text: {amount}")
+        return documents
+
+    def _values(self, purpose: Purpose) -> Iterator[tuple[Any, str]]:
+        """Read the chosen field of every row, each with how an error names the row."""
+        named = DATASETS.get(self.dataset)
+        if named and named.hub is None:
+            for number, text in enumerate(stdlib_documents(self.split or _split(named, purpose))):
+                yield text, f"{self.dataset}: file {number}"
+        elif named:
+            amount = named.evaluation_documents if purpose == "evaluation" else None
+            yield from self._hub_values(named, self.split or _split(named, purpose), amount)
+        elif self._path() is not None:
+            for path in self._local_files():
+                yield from self._file_values(path)
+        else:
+            hub = NamedDataset("", "", "", hub=self.dataset, subset=self.subset)
+            yield from self._hub_values(hub, self.split or self._hub_split(purpose))
+
+    def _check_named(self, named: NamedDataset) -> None:
+        if self.subset is not None:
+            raise DataError(f"{self.dataset}: it has no subsets; leave `subset` out, or name the hub dataset itself")
+        if self.split is not None and self.split not in named.splits:
+            raise DataError(f"{self.dataset}: unknown split {self.split!r}{did_you_mean(self.split, named.splits)}")
+        if self.field is not None and self.field != named.field and named.hub is None:
+            raise DataError(f"{self.dataset}: no field {self.field!r}{did_you_mean(self.field, [named.field])}")
+
+    def _path(self) -> Path | None:
+        """Return the local path that is meant, or None where it is a hub id."""
+        path = self._reach()
+        if path.exists():
+            return path
+        close = closest(self.dataset, DATASETS)
+        if "/" not in self.dataset and close and path.suffix not in SUFFIXES:
+            raise DataError(
+                f"unknown dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}; "
+                "write a hub id as owner/name, and a local file or folder as a path that exists"
+            )
+        if self.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES or self.dataset.count("/") > 1:
+            raise DataError(f"{path}: there is no such file or folder{did_you_mean(self.dataset, DATASETS)}")
+        return None
+
+    def _reach(self) -> Path:
+        try:
+            return to_path(self.dataset)
+        except InputError as error:
+            raise DataError(str(error)) from error
+
+    def _local_files(self) -> list[Path]:
+        root = self._reach()
+        for option in ("subset", "split"):
+            if (value := getattr(self, option)) is not None:
+                raise DataError(f"{root}: local files have no {option} {value!r}; leave `{option}` out")
+        if root.is_dir():
+            inside = (path for path in sorted(root.rglob("*")) if path.is_file())
+            paths = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        else:
+            paths = [root]
+        if not paths:
+            raise DataError(f"{root}: the folder holds no {', '.join(SUFFIXES)} file")
+        for path in paths:
+            if path.suffix not in SUFFIXES:
+                where = f"; move it out of {root}, or name single files" if path != root else ""
+                raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file{where}")
+        return paths
+
+    def _file_values(self, path: Path) -> Iterator[tuple[Any, str]]:
+        """Read a local file: one row for a .txt, one a line for a .jsonl, the table's for a .parquet."""
+        try:
+            if path.suffix == ".txt":
+                self._field({"text"}, str(path))
+                yield path.read_text(encoding="utf-8-sig"), str(path)
+            elif path.suffix == ".jsonl":
+                with path.open(encoding="utf-8-sig") as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            row = _json_row(line, f"{path}:{number}")
+                            yield row[self._field(row, f"{path}:{number}")], f"{path}:{number}"
+            else:
+                import pyarrow.parquet
+
+                with pyarrow.parquet.ParquetFile(path) as table:
+                    chosen = self._field(table.schema_arrow.names, str(path))
+                    values = table.read(columns=[chosen]).column(chosen).to_pylist()
+                for number, value in enumerate(values):
+                    yield value, f"{path}: row {number}"
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text: {error}; convert it to UTF-8") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+    def _hub_values(self, hub: NamedDataset, split: str, amount: int | None = None) -> Iterator[tuple[Any, str]]:
+        import datasets
+
+        # One file of a split is not the split that the hub's own records describe.
+        files = {"data_files": {split: hub.files[split]}, "verification_mode": "no_checks"} if hub.files else {}
+        try:
+            rows = datasets.load_dataset(hub.hub, hub.subset, split=split, revision=hub.revision, **files)
+        except Exception as error:
+            raise self._hub_error(error) from error
+        chosen = self._field(rows.column_names, self.dataset, hub.field if hub.field in rows.column_names else None)
+        for number, value in enumerate(rows[chosen][:amount]):
+            yield value, f"{self.dataset}: row {number} of {split}"
+
+    def _hub_split(self, purpose: Purpose) -> str:
+        import datasets
+
+        try:
+            splits = datasets.get_dataset_split_names(self.dataset, self.subset)
+        except Exception as error:
+            raise self._hub_error(error) from error
+        wanted = DEFAULT_SPLITS[purpose]
+        for split in wanted:
+            if split in splits:
+                return split
+        raise DataError(f"{self.dataset}: no {' or '.join(wanted)} split; set `split` to one of {', '.join(splits)}")
+
+    def _hub_error(self, error: Exception) -> DataError:
+        if isinstance(error, ConnectionError):
+            what = "" if self.dataset in DATASETS else "it is no local file or folder, "
+            return DataError(
+                f"{self.dataset}: {what}the Hugging Face hub cannot be reached, and its cache does not hold it: "
+                f"{error}; use `stdlib` or local files where there is no network"
+            )
+        if isinstance(error, FileNotFoundError):
+            return DataError(f"unknown dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}: {error}")
+        # The messages of `datasets` list the subsets and the splits there are.
+        return DataError(f"{self.dataset}: cannot be loaded from the hub: {type(error).__name__}: {error}")
+
+    def _field(self, fields: Collection[str], where: str, default: str | None = None) -> str:
+        if self.field is not None and self.field not in fields:
+            raise DataError(f"{where}: no field {self.field!r}{did_you_mean(self.field, fields)}")
+        chosen = self.field or default or next((name for name in TEXT_FIELDS if name in fields), None)
+        if chosen is None:
+            raise DataError(
+                f"{where}: none of its fields ({', '.join(fields)}) is called {', '.join(TEXT_FIELDS)}; "
+                "set `field` to the one that holds the text"
+            )
+        return chosen
+
+    def _document(self, value: Any, where: str, render: Render | None) -> str:
+        if isinstance(value, str):
+            return value
+        if not is_conversation(value):
+            found = "nothing (null)" if value is None else f"a {type(value).__name__}"
+            raise DataError(f"{where}: expected text, or a conversation as a list of messages; found {found}")
+        if not value:
+            return ""
+        conversation = normalise(value, where)
+        if render is None:
+            raise DataError(
+                f"{where}: it is a conversation, and nothing says how this model's conversations are written; choose "
+                "an adapter that renders them (for example `adapter: vicuna`), or a model whose tokenizer has a chat "
+                "template, or a field of plain text"
+            )
+        try:
+            return render(conversation)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def load_documents(
+    dataset: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    field: str | None = None,
+    render: Render | None = None,
+    purpose: Purpose = "calibration",
+) -> list[str]:
+    """Read the documents of a dataset.
+
+    Args:
+        dataset: a name of ``DATASETS``, a local file or folder, or a hub id.
+        subset: configuration of a hub dataset.
+        split: split; by default the usual one for the purpose.
+        field: field of the text or of the conversation; found if not given.
+        render: turns a conversation into text; None where nothing can.
+        purpose: chooses the split where none is given.
+
+    Raises:
+        DataError: the data cannot be found or read, or holds no text.
+    """
+    return TextSource(dataset, subset, split, field).documents(purpose, render)
+
+
+def _split(named: NamedDataset, purpose: Purpose) -> str:
+    return named.calibration_split if purpose == "calibration" else named.evaluation_split
+
+
+def _json_row(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with a text field, found {type(row).__name__}")
+    return row
+
+
+_STDLIB_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+)
+_STDLIB_HELD_OUT_ONE_IN = 10
+
+
+def stdlib_modules() -> dict[str, list[Path]]:
+    """Map each top-level module of Python's standard library to its source files, in a fixed order.
+
+    Tests, generated tables (``encodings``, ``pydoc_data``, ``_sysconfigdata*``) and installed packages are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    modules: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if _STDLIB_SKIPPED.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
+            continue
+        modules.setdefault(parts[0].removesuffix(".py"), []).append(path)
+    return modules
+
+
+def is_held_out(module: str) -> bool:
+    """Tell whether a standard-library module belongs to the held-out split: one in ten, by a hash of its name."""
+    return zlib.crc32(module.encode()) % _STDLIB_HELD_OUT_ONE_IN == 0
+
+
+def stdlib_documents(split: str) -> list[str]:
+    """Read the sources of Python's standard library.
+
+    Args:
+        split: ``train``, or ``heldout`` (the modules that no training or calibration text comes from).
+
+    Returns:
+        One document per source file.
+    """
+    return [
+        path.read_text(encoding="utf-8")
+        for module, paths in sorted(stdlib_modules().items())
+        if is_held_out(module) == (split == "heldout")
+        for path in paths
+    ]

@@ -1,0 +1,293 @@
+"""Windows of tokens: drawn for calibration, cut for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flapkit.system.errors import DataError
+from flapkit.text.tokenise import Ints, encode_in_chunks, tokenise
+
+UNSCORED = -100
+"""The label of a token that is context only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows to evaluate.
+
+    Args:
+        input_ids: [windows, length], int64.
+        attention_mask: [windows, length], int64: 0 where a last, shorter window is padded, else 1.
+        labels: [windows, length], int64: the token itself where it is scored, else -100.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], separator: str, vocab_size: int | None = None
+) -> Tensor:
+    """Join documents and turn them into tokens, with the tokenizer's special tokens at the ends of the whole.
+
+    The text is tokenised as a whole, as the released code does, since tokens may span a separator. Conversations
+    that begin with the tokenizer's start token are complete: they are joined with nothing between.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        documents: at least one.
+        separator: what stands between documents.
+        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+
+    Returns:
+        [tokens], int64.
+
+    Raises:
+        DataError: the tokenizer does not fit the model.
+    """
+    return encode_measured(tokenizer, documents, separator, vocab_size, measure=False).tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text as tokens.
+
+    Args:
+        tokens: [tokens], int64.
+        sizes: the UTF-8 bytes of text that each token stands for, int64 [tokens]; they add up to the text's. None
+            where the tokenizer does not say.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None
+
+
+def encode_measured(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    separator: str,
+    vocab_size: int | None = None,
+    *,
+    measure: bool = True,
+) -> Encoded:
+    """Do as ``encode`` does, and measure the text that each token stands for.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        documents: at least one.
+        separator: what stands between documents.
+        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+        measure: false to leave the sizes out.
+
+    Raises:
+        DataError: the tokenizer does not fit the model.
+    """
+    start = tokenizer.bos_token
+    complete = bool(start) and all(document.startswith(start) for document in documents)
+    text = ("" if complete else separator).join(documents)
+    if tokenizer.is_fast:
+        pieces = encode_in_chunks(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.from_numpy(pieces.ids), _sizes(text, pieces.places) if measure else None
+    else:
+        found = tokenise(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.tensor(found["input_ids"]), None
+    if vocab_size is not None:
+        check_vocabulary(tokens, vocab_size)
+    return Encoded(tokens, sizes)
+
+
+def _sizes(text: str, places: Ints) -> Tensor:
+    """Share a text's bytes among its tokens: each has what lies between the end of those before it and its own.
+
+    What a tokenizer skips belongs to the token after it, and a character that several tokens spell to the first.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    widths = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
+    ends = np.maximum.accumulate(places[:, 1])
+    return torch.from_numpy(np.diff(np.concatenate([[0], np.cumsum(widths)])[ends], prepend=0).astype(np.int64))
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
+    """Raise ``DataError`` if a token is outside a model's vocabulary: the tokenizer is another model's."""
+    if tokens.numel() == 0:
+        return
+    largest = int(tokens.max())
+    if largest >= vocab_size or int(tokens.min()) < 0:
+        found = largest if largest >= vocab_size else int(tokens.min())
+        raise DataError(
+            f"the tokenizer does not fit the model: it gives token {found}, but the model's vocabulary is "
+            f"0 to {vocab_size - 1}; use the tokenizer that the model was trained with"
+        )
+
+
+def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Draw windows at random places, as FLAP's released code does.
+
+    Args:
+        tokens: [tokens], int64.
+        samples: windows to draw; they may overlap.
+        length: tokens in a window.
+        seed: seed of Python's generator.
+
+    Returns:
+        [samples, length], int64.
+
+    Raises:
+        DataError: the text is no longer than a window.
+    """
+    if len(tokens) <= length:
+        raise _too_little("calibration", len(tokens), length + 1, length)
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(tokens) - length - 1) for _ in range(samples)]
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def sample_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+) -> Tensor:
+    """Draw windows that each lie within one document, as FLAP's released code does from C4.
+
+    A document is drawn until one is longer than a window, then a place in it; only what is drawn is tokenised.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        documents: at least one.
+        samples: windows to draw.
+        length: tokens in a window.
+        seed: seed of Python's generator.
+
+    Returns:
+        [samples, length], int64.
+
+    Raises:
+        DataError: no document is longer than a window.
+    """
+    draw = random.Random(seed)
+    too_short: dict[int, int] = {}
+    windows: list[Tensor] = []
+    while len(windows) < samples:
+        if len(too_short) == len(documents):
+            raise _too_little("calibration", max(too_short.values(), default=0), length + 1, length, "longest document")
+        index = draw.randint(0, len(documents) - 1)
+        if index in too_short:
+            continue
+        tokens = encode(tokenizer, [documents[index]], "")
+        if len(tokens) <= length:
+            too_short[index] = len(tokens)
+            continue
+        start = draw.randint(0, len(tokens) - length - 1)
+        windows.append(tokens[start : start + length])
+    return torch.stack(windows)
+
+
+def draw_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    separator: str | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Draw calibration windows from documents.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        documents: at least one.
+        separator: what stands between documents; None to draw each window within one document.
+        samples: windows to draw.
+        length: tokens in a window.
+        seed: seed of Python's generator.
+        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+
+    Returns:
+        [samples, length], int64.
+
+    Raises:
+        DataError: too little text, or a tokenizer that does not fit the model.
+    """
+    if separator is None:
+        windows = sample_documents(tokenizer, documents, samples, length, seed)
+        if vocab_size is not None:
+            check_vocabulary(windows, vocab_size)
+        return windows
+    return sample_windows(encode(tokenizer, documents, separator, vocab_size), samples, length, seed)
+
+
+def cut_windows(tokens: Tensor, length: int, stride: int | None = None, limit: int | None = None) -> Windows:
+    """Cut a text into windows to evaluate.
+
+    Without a stride the windows do not overlap, each scores all its tokens but the first, and an incomplete last one
+    is dropped: the protocol of FLAP's released code. With a stride every token but the text's first is scored once,
+    with the earlier tokens of its window as context; the last window ends with the text. With a stride of a whole
+    window there is no overlap, and the first token of a window has nothing to be predicted from: it is not scored.
+
+    Args:
+        tokens: [tokens], int64.
+        length: tokens in a window, at least 2.
+        stride: tokens from one window's beginning to the next's, from 1 to ``length``.
+        limit: windows at most, from the beginning of the text.
+
+    Raises:
+        DataError: the text is shorter than a window, or a length, stride or limit that makes no windows.
+    """
+    if length < 2 or (stride is not None and not 1 <= stride <= length) or (limit is not None and limit < 1):
+        raise DataError(
+            f"evaluation: windows of length {length}, stride {stride}, limit {limit} cannot be cut; "
+            "the length is at least 2, the stride from 1 to the length, the limit at least 1"
+        )
+    if len(tokens) < length:
+        raise _too_little("evaluation", len(tokens), length, length)
+    if stride is None:
+        inputs = tokens[: len(tokens) // length * length].view(-1, length)[:limit]
+        return Windows(inputs, torch.ones_like(inputs), _unscored(inputs, 1))
+    return _strided(tokens, length, stride, limit)
+
+
+def _strided(tokens: Tensor, length: int, stride: int, limit: int | None) -> Windows:
+    # The last window is the first that reaches the end of the text.
+    reach = 1 + -(-(len(tokens) - length) // stride)
+    count = min(reach, limit or reach)
+    padding = max(0, (count - 1) * stride + length - len(tokens))
+    padded = torch.cat([tokens, tokens.new_zeros(padding)])
+    inputs = padded.unfold(0, length, stride)[:count].contiguous()
+    mask = torch.ones_like(inputs)
+    # Later windows score only what the one before did not hold.
+    labels = _unscored(inputs, max(1, length - stride))
+    labels[0] = _unscored(inputs[:1], 1)[0]
+    if padding:
+        mask[-1, -padding:] = 0
+        labels[-1, -padding:] = UNSCORED
+    return Windows(inputs, mask, labels)
+
+
+def _unscored(inputs: Tensor, context: int) -> Tensor:
+    labels = inputs.clone()
+    labels[:, :context] = UNSCORED
+    return labels
+
+
+def _too_little(purpose: str, found: int, needed: int, length: int, what: str = "text") -> DataError:
+    return DataError(
+        f"{purpose}: the {what} has {found} tokens, but {needed} are needed for windows of {length}; "
+        "give more text or a smaller length"
+    )
+
+
+def tokens_hash(tokens: Tensor) -> str:
+    """Return the SHA-256 of the shape and the values of tokens, as hexadecimal digits."""
+    content = tokens.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
+    return hashlib.sha256(repr(tuple(content.shape)).encode() + content.tobytes()).hexdigest()

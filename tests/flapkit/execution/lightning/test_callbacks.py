@@ -1,0 +1,154 @@
+"""Pruning in a Lightning script of one's own, and what Lightning 2.6 gets wrong if it is not told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_llama
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+import flapkit
+from flapkit.execution.lightning.callbacks import Calibrate, Evaluate, Prune, SaveCheckpoint
+from flapkit.execution.lightning.data import PruningData, WindowRows, collate
+from flapkit.execution.lightning.module import CausalLM, Optimization
+from flapkit.execution.lightning.trainer import build_trainer
+from flapkit.model.plan import Budget
+from flapkit.pruning.collector import measure
+from flapkit.pruning.method import Method
+from flapkit.pruning.statistics import Moments
+from flapkit.registry import Registry
+from flapkit.system.errors import CalibrationError, RecipeError, RunError
+from flapkit.text.windows import cut_windows
+
+SILENT = {"logger": False} | dict.fromkeys(
+    ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
+
+
+def prune_by_trainer(model, tokens, more=lambda prune: []):
+    registry = Registry.load()
+    bias = registry.create("compensator", "bias")
+    method = Method(registry.create("metric", "wifv"), registry.create("searcher", "al_am"), (bias,))
+    sites = flapkit.sites(model)
+    calibrate = Calibrate(sites, [Moments])
+    prune = Prune(calibrate, sites, method, Budget.over(sites, 0.4))
+    trainer = build_trainer([calibrate, prune, *more(prune)], accelerator="cpu", devices=1)
+    trainer.predict(CausalLM(model), PruningData(tokens), return_predictions=False)
+    return prune.pruned.plan
+
+
+def test_the_trainer_prunes_as_the_function_does(llama, tokens, probe):
+    other = make_llama(**{k: v for k, v in llama.config.to_dict().items() if k != "dtype"})
+    other.load_state_dict(llama.state_dict())
+    assert prune_by_trainer(llama, tokens) == flapkit.prune_(other, tokens, ratio=0.4)
+    assert torch.equal(llama(probe).logits, other(probe).logits)
+
+
+def test_saves_what_it_pruned(tokens, probe, tmp_path):
+    model = make_llama()
+    plan = prune_by_trainer(model, tokens, lambda prune: [SaveCheckpoint(prune, tmp_path / "saved")])
+    assert (tmp_path / "saved" / "plan.json").read_text() == plan.to_json()
+    assert torch.equal(flapkit.load(tmp_path / "saved")(probe).logits, model(probe).logits)
+
+
+def test_saves_nothing_that_is_not_pruned(tokens, tmp_path):
+    model = make_llama()
+    with pytest.raises(RunError, match="put Prune before it"):
+        prune_by_trainer(model, tokens, lambda prune: [SaveCheckpoint(Prune(None, [], None, None), tmp_path / "saved")])
+    assert not (tmp_path / "saved").exists()
+
+
+def test_trains_after_the_trainer_pruned(tokens):
+    """Parameters made under inference mode could not be trained."""
+    model = make_llama()
+    prune_by_trainer(model, tokens)
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_flap_pruning_before_training(tokens):
+    """The optimizer holds the new weights: all of them move."""
+    model = make_llama().train()
+    pruning = flapkit.FlapPruning(tokens, ratio=0.4)
+    trainer = Trainer(max_steps=4, accelerator="cpu", callbacks=[pruning], **SILENT)
+    initial = make_llama().num_parameters()
+    loader = DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate)
+    trainer.fit(CausalLM(model, Optimization(lr=1e-2, warmup=0.0)), loader)
+    assert pruning.plan is not None
+    assert model.num_parameters() < initial
+    trained = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in model.parameters()}
+
+
+def test_no_hook_is_left(tokens):
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        prune_by_trainer(model, tokens)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_token_is_too_few(tokens):
+    with pytest.raises(CalibrationError, match="needs two tokens"):
+        flapkit.prune_(make_llama(), tokens[:1, :1])
+
+
+def test_evaluates_by_the_protocol(tokens):
+    model = make_llama()
+    data = PruningData(evaluations={"text": cut_windows(tokens.flatten(), 16)})
+    evaluate = Evaluate(data.evaluation_names)
+    build_trainer([evaluate], accelerator="cpu", devices=1).test(CausalLM(model), data, verbose=False)
+    with torch.no_grad():
+        mean = torch.stack([model(row[None], labels=row[None]).loss for row in tokens]).mean()
+    torch.testing.assert_close(evaluate.results["text"].over_windows.float(), mean.exp(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_device_that_is_not_here():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RecipeError, match="trainer"):
+        build_trainer([], accelerator="cuda", devices=1)
+
+
+def test_merged_ranks_are_one(tokens):
+    """Two ranks' states, stacked as Lightning gathers them, give the moments of all tokens."""
+    model, half = make_llama(), len(tokens) // 2
+    sites = flapkit.sites(model)
+    whole = measure(model, sites, [Moments], [{"input_ids": tokens}])
+    parts = [measure(model, sites, [Moments], [{"input_ids": part}]) for part in (tokens[:half], tokens[half:])]
+    for site in sites:
+        merged, ranks = Moments(site.channels), [part[site.name][Moments] for part in parts]
+        for state in ("_tokens", "_mean", "_squares"):
+            setattr(merged, state, torch.stack([getattr(rank, state) for rank in ranks]))
+        assert merged.tokens == tokens.numel()
+        torch.testing.assert_close(merged.variance, whole[site.name][Moments].variance, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_under_the_trainer(tokens):
+    """``predict`` runs without gradients; the backward pass of calibration is the same there as by itself."""
+    model = make_llama()
+    metric = Registry.load().create("metric", "taylor")
+    sites = flapkit.sites(model)
+    calibrate = Calibrate(sites, metric.statistics)
+    module = CausalLM(model, calibrate_gradient=True)
+    build_trainer([calibrate], accelerator="cpu", devices=1).predict(
+        module, PruningData(tokens, batch_size=5), return_predictions=False
+    )
+    expected = measure(model, sites, metric.statistics, [{"input_ids": tokens}])
+    for site in sites:
+        ours, theirs = (found[site.name][metric.statistics[0]] for found in (calibrate.statistics, expected))
+        torch.testing.assert_close(ours.compute(), theirs.compute(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_flap_pruning_by_gradients(tokens):
+    expected = flapkit.prune_(make_llama(), tokens, "taylor", ratio=0.4)
+    model, pruning = make_llama().train(), flapkit.FlapPruning(tokens, ratio=0.4, metric="taylor")
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[pruning], **SILENT)
+    loader = DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate)
+    trainer.fit(CausalLM(model), loader)
+    assert pruning.plan == expected

@@ -1,0 +1,72 @@
+"""Pruning in passes gives what pruning in one go does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_llama
+from flapkit_compensators.least_squares import LeastSquares
+
+import flapkit
+from flapkit.pruning.collector import Collector, measure
+from flapkit.pruning.passes import size_of, split_by_memory
+from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram
+
+METHODS = [("wifv", "least_squares"), ("obs", LeastSquares(intercept=False)), ("trace", "bias"), ("magnitude", "none")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [1, 30_000])
+@pytest.mark.parametrize(("metric", "compensator"), METHODS)
+def test_passes_are_one_go(tokens, probe, metric, compensator, memory):
+    whole, parts = make_llama(num_key_value_heads=2), make_llama(num_key_value_heads=2)
+    options = {"metric": metric, "compensator": compensator, "ratio": 0.4}
+    plan = flapkit.prune_(whole, tokens, **options)
+    assert flapkit.prune_(parts, tokens, **options, statistics_memory=memory) == plan
+    torch.testing.assert_close(parts(probe).logits, whole(probe).logits, atol=1e-5, rtol=0)
+
+
+def test_never_more_than_fits_at_once(tokens, monkeypatch):
+    """No pass holds more statistics than the memory allows, and a pass goes no deeper than its sites."""
+    model, held, reached = make_llama(), [], []
+    begin = Collector.__enter__
+
+    def entered(collector):
+        kinds = {type(statistic) for site in collector.statistics.values() for statistic in site.values()}
+        held.append(size_of(tuple(kinds), collector._sites))
+        return begin(collector)
+
+    monkeypatch.setattr(Collector, "__enter__", entered)
+    model.model.norm.register_forward_hook(lambda *_: reached.append(1))
+    flapkit.prune_(model, tokens, compensator="least_squares", ratio=0.4, statistics_memory=30_000)
+    assert len(held) > 2
+    assert max(held) <= 30_000
+    assert not reached
+
+
+@pytest.mark.parametrize("statistic", [Moments, Gram, HeldOutGram, UnitGram])
+def test_sizes_are_known_before(llama, tokens, statistic):
+    sites = flapkit.sites(llama)
+    held_out = torch.arange(len(tokens)) % 4 == 3
+    measured = measure(llama, sites, [statistic], [{"input_ids": tokens, "held_out": held_out}])
+    for site in sites:
+        state = measured[site.name][statistic].metric_state
+        assert sum(part.nbytes for part in state.values()) == statistic.size_of(site)
+
+
+def test_sites_are_split_in_their_order(llama):
+    sites = flapkit.sites(llama)
+    for memory in (1, 20_000, 10**9):
+        parts = split_by_memory(sites, [Gram], memory)
+        assert [site for part in parts for site in part] == list(sites)
+        assert all(len(part) == 1 or size_of([Gram], part) <= memory for part in parts)
+    assert len(split_by_memory(sites, [Gram], 10**9)) == 1
+
+
+def test_what_is_left_early_is_measured_all_the_same(llama, tokens):
+    sites = flapkit.sites(llama)
+    whole = measure(llama, sites, [Moments], [{"input_ids": tokens}])
+    early = measure(llama, sites[:2], [Moments], [{"input_ids": tokens}], stop_early=True)
+    for site in sites[:2]:
+        assert torch.equal(early[site.name][Moments].variance, whole[site.name][Moments].variance)
+    assert not any(module._forward_hooks for module in llama.modules())

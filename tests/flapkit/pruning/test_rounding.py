@@ -1,0 +1,75 @@
+"""Any plan can be rounded, and removes no more than before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_llama
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import flapkit
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.pruning.method import find_plan
+from flapkit.pruning.rounding import odd_widths, round_plan
+from flapkit.registry import Registry
+
+SITES = flapkit.sites(make_llama(num_key_value_heads=2, head_dim=12))
+
+
+def random_plan(seed: int) -> tuple[PruningPlan, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for site in SITES:
+        count = int(torch.randint(1, site.units + 1, (1,), generator=generator))
+        keep[site.name] = tuple(sorted(torch.randperm(site.units, generator=generator)[:count].tolist()))
+    return PruningPlan(keep), {site.name: torch.rand(site.units, 3, generator=generator) for site in SITES}
+
+
+@given(some.integers(0, 10_000), some.sampled_from([1, 2, 8, 16, 32, 48, 256]))
+@settings(deadline=None, max_examples=60)
+def test_every_width_is_a_multiple_or_whole(seed, multiple_of):
+    plan, scores = random_plan(seed)
+    rounded = round_plan(SITES, plan, scores, multiple_of)
+    rounded.check(SITES)
+    for site in SITES:
+        count = len(rounded.keep[site.name])
+        assert count == site.units or count * site.channels_per_unit % multiple_of == 0
+        # What stays is the plan's, as far as it goes.
+        shorter, longer = sorted((set(plan.keep[site.name]), set(rounded.keep[site.name])), key=len)
+        assert shorter <= longer
+    assert rounded.removed_params(SITES) <= plan.removed_params(SITES)
+    assert round_plan(SITES, rounded, scores, multiple_of) == rounded
+
+
+def test_the_highest_scores_come_back_and_the_lowest_go():
+    (site,) = [site for site in SITES if site.name == "layers.0.mlp"]
+    scores = {site.name: torch.arange(site.units, dtype=torch.float64).view(-1, 1)}
+    plan = PruningPlan({site.name: tuple(range(0, 26, 2))})
+    assert round_plan([site], plan, scores, 16).keep[site.name] == (*range(0, 26, 2), 37, 38, 39)
+
+
+def test_a_site_that_is_nearly_down_goes_down_where_another_goes_up():
+    first, second = [site for site in SITES if site.kind == "mlp"]
+    plan = PruningPlan({first.name: tuple(range(17)), second.name: tuple(range(8, 23))})
+    rounded = round_plan([first, second], plan, {}, 16)
+    assert [len(rounded.keep[site.name]) for site in (first, second)] == [16, 16]
+    plan = PruningPlan({first.name: tuple(range(17)), second.name: tuple(range(17))})
+    assert sorted(len(kept) for kept in round_plan([first, second], plan, {}, 16).keep.values()) == [16, 32]
+
+
+@pytest.mark.parametrize("searcher", ["al_am", "al_mm", "ul_um", "ul_mm"])
+def test_a_budget_rounds_any_searchers_plan(searcher):
+    found = Registry.load().create("searcher", searcher)
+    _, scores = random_plan(0)
+    budget = Budget.over(SITES, 0.3, multiple_of=8)
+    plan = find_plan(SITES, scores, found, budget)
+    assert all(len(plan.keep[site.name]) % 8 == 0 for site in SITES if site.kind == "mlp")
+    assert plan.removed_params(SITES) <= budget.params
+
+
+def test_odd_widths_are_found():
+    plan = PruningPlan({site.name: tuple(range(min(site.units, 33))) for site in SITES})
+    assert odd_widths(SITES, plan) == [33, 33]
+    assert odd_widths(SITES, round_plan(SITES, plan, {}, 8), 8) == []
+    assert odd_widths(SITES, PruningPlan({site.name: tuple(range(site.units)) for site in SITES})) == []

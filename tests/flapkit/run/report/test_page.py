@@ -1,0 +1,117 @@
+"""The page: whole in itself, harmless whatever the text, and with everything that was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from runs import make_run
+
+from flapkit.run.report import view
+from flapkit.run.report.page import render_comparison, render_run
+from flapkit.run.report.record import SampleRecord
+
+VOID = {"meta", "link", "br"}
+
+
+class Tags(HTMLParser):
+    """Checks that tags close in order, and gathers ids and whatever is linked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.ids, self.links, self.problems = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [value for key, value in attrs if key in ("href", "src")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(tag)
+
+
+def parse(page: str) -> Tags:
+    tags = Tags()
+    tags.feed(page)
+    return tags
+
+
+PAGES = {
+    "a run": lambda: render_run(make_run()),
+    "no tasks": lambda: render_run(make_run(tasks=False)),
+    "many layers": lambda: render_run(make_run(layers=40)),
+    "two runs": lambda: render_comparison([make_run("a", 0.2), make_run("b", 0.5)]),
+    "ten runs": lambda: render_comparison([make_run(f"r{ratio}", ratio / 20, tasks=False) for ratio in range(1, 11)]),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_whole(page):
+    text = PAGES[page]()
+    tags = parse(text)
+    assert (tags.open, tags.problems) == ([], [])
+    assert len(tags.ids) == len(set(tags.ids))
+    assert all(link.startswith("#") and link[1:] in tags.ids for link in tags.links if link != "data:,")
+    assert "default-src 'none'" in text
+    assert not re.search(r"""url\(\s*['"]?http|@import|fetch\(|XMLHttpRequest""", text.replace("xmlns", ""))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"perplexity": {}}, {"seconds": {}}, {"perplexity": {}, "seconds": {}, "warnings": []}]
+)
+def test_what_was_not_measured_is_left_out(changes):
+    page = render_run(make_run(tasks=False, **changes))
+    assert ('id="perplexity"' in page) == ("perplexity" not in changes)
+    assert 'id="zero-shot"' not in page
+
+
+def test_a_searcher_that_scores_nothing_has_no_scores_to_show():
+    run = make_run()
+    sites = tuple(dataclasses.replace(site, scores=None) for site in run.record.sites)
+    page = render_run(dataclasses.replace(run, record=dataclasses.replace(run.record, sites=sites, axes={})))
+    assert 'id="scores"' not in page
+    assert 'id="structure"' in page
+
+
+def test_hostile_text_stays_text():
+    run = make_run()
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    record = dataclasses.replace(run.record, model=evil, samples=(SampleRecord(evil, evil, evil),))
+    result = {**run.result, "perplexity": {evil: {"dense": 4.0, "pruned": 5.0}}, "warnings": [f"`{evil}`"]}
+    run = dataclasses.replace(run, name=evil, record=record, result=result, recipe=f"output: '{evil}'")
+    for page in (render_run(run), render_comparison([run, make_run("b")])):
+        assert "<script>alert" not in page
+        assert "<img" not in page
+
+
+def test_the_verdict_says_what_was_asked_and_what_came_of_it():
+    page = render_run(make_run(ratio=0.3))
+    assert re.search(r"(29\.\d|30\.0) % of the block parameters removed \(30\.0 % asked\)", page)
+    assert "rose from 4.00 to 5.00" in page
+    assert "<code>bias</code>" in page
+
+
+def test_the_figures_of_the_page_are_json():
+    (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', render_run(make_run()))
+    assert set(json.loads(figures)) == {"structure", "scores", "errors", "zero_shot"}
+
+
+def test_speed_is_shown_where_it_was_measured():
+    bench = {"ratios": {"prefill": 1.21, "decode": 1.1}, "promised": 1.25}
+    page = render_run(dataclasses.replace(make_run(), bench=bench))
+    assert f"{view.TIMES} 1.21" in page
+    assert "1.25 promised" in page
+
+
+def test_a_comparison_names_the_best_and_what_differs():
+    first, second = make_run("a", 0.2), make_run("b", 0.5)
+    second.result["perplexity"]["text, 128 tokens"]["pruned"] = 9.0
+    page = render_comparison([first, dataclasses.replace(second, recipe="model: {path: tiny}\nbudget: {ratio: 0.5}\n")])
+    assert "Lowest perplexity on text: 5.00, by a" in page
+    assert "<code>budget.ratio</code>" in page

@@ -1,0 +1,54 @@
+"""What is made of a sweep's rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from xml.etree import ElementTree
+
+import pytest
+
+from flapkit.run.sweep.plot import draw, lines
+from flapkit.run.sweep.results import Row
+from flapkit.run.sweep.schema import Plot
+from flapkit.run.sweep.table import to_csv
+
+KEYS = ("metric", "calibration.seed", "budget.ratio")
+
+
+def row(metric, seed, ratio, pruned):
+    settings = {"metric": metric, "calibration.seed": seed, "budget.ratio": ratio}
+    params = {"dense": 100, "pruned": round(100 * (1 - ratio)), "blocks": 80, "removed": round(100 * ratio)}
+    return Row(f"{settings}", settings, None, params, {"text": {"dense": 5.0, "pruned": pruned}})
+
+
+ROWS = [row(m, s, r, 5 + 10 * r + s) for m in ("wifv", "ifv") for s in (0, 1) for r in (0.2, 0.5)]
+FAILED = Row("failed", {"metric": "wifv"}, "BudgetError: too much")
+
+
+def test_a_line_for_each_method():
+    found = lines([*ROWS, FAILED], KEYS, Plot(), "text")
+    assert list(found) == ["wifv, seed 0", "wifv, seed 1", "ifv, seed 0", "ifv, seed 1"]
+    assert found["wifv, seed 1"].values == {80: [8.0], 50: [11.0]}
+
+
+def test_averaged_over_seeds():
+    found = lines(ROWS, KEYS, Plot(x="budget.ratio", over=("calibration.seed",)), "text")
+    assert list(found) == ["wifv", "ifv"]
+    assert found["wifv"].values == {0.2: [7.0, 8.0], 0.5: [10.0, 11.0]}
+
+
+@pytest.mark.parametrize("rows", [ROWS, [*ROWS, FAILED], [FAILED], []])
+def test_pictures(rows):
+    assert draw(rows, KEYS, Plot(over=("calibration.seed",)), "png").startswith(b"\x89PNG")
+    svg = draw(rows, KEYS, Plot(), "svg")
+    ElementTree.fromstring(svg)
+    assert draw(rows, KEYS, Plot(), "svg") == svg
+
+
+def test_csv():
+    read = list(csv.DictReader(io.StringIO(to_csv(KEYS, [*ROWS[:1], FAILED]))))
+    assert read[0]["metric"] == "wifv"
+    assert float(read[0]["removed of blocks"]) == 0.25
+    assert (float(read[0]["perplexity, text"]), float(read[0]["perplexity, text, dense"])) == (7.0, 5.0)
+    assert read[1]["error"] == "BudgetError: too much"

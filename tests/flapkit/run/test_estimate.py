@@ -1,0 +1,182 @@
+"""What a run is said to take: compute as counted, memory as measured, and a refusal where it is too much."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import make_llama
+from torch.utils.flop_counter import FlopCounterMode
+
+from flapkit.checkpoint.bundled import bundled_models
+from flapkit.execution.runtime import Runtime
+from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.pruning.collector import run_batch
+from flapkit.recipe import load_recipe
+from flapkit.run import estimate
+from flapkit.run.estimate import calibration_flops, check_fits, empty_model, estimate_needs, memory_limit
+from flapkit.run.target import find_target
+from flapkit.system.errors import RecipeError
+
+CPU = Runtime({"accelerator": "cpu"})
+WATCHED = """
+import sys
+import flapkit.run.pipeline
+from flapkit import cli
+from pathlib import Path
+
+def now(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+print(now("VmRSS"))
+sys.argv = ["flapkit", "run", "recipe.yaml", "--quiet", "--no-cache"]
+try:
+    cli.main()
+finally:
+    print(now("VmHWM"))
+"""
+"""Runs a recipe, and prints the resident memory of the program alone, and of the run at its peak."""
+
+TEXT = "".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(400))
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Make the recipe of a saved model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def make(model, **changes):
+        model.save_pretrained("dense")
+        for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
+            (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+        asked = {
+            "model": {"path": "dense"},
+            "calibration": {"dataset": "text.txt", "samples": 6, "length": 24, "batch_size": 6},
+            "budget": {"ratio": 0.3},
+            "trainer": {"accelerator": "cpu"},
+            "output": "out",
+            **changes,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+        return load_recipe(tmp_path / "recipe.yaml")
+
+    return make
+
+
+def needs_of(recipe, processes=1):
+    asked, target = recipe.recipe, find_target(recipe)
+    empty = empty_model(asked, target)
+    return estimate_needs(recipe, target, empty, asked.budget.over(target.sites, empty.num_parameters()), processes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_compute_is_what_is_counted(recipe, kind):
+    model = make_llama() if kind == "llama" else tiny_model(tiny_config("mixtral"))
+    model.set_attn_implementation("eager")
+    if kind == "mixtral":
+        # The counter knows no grouped products.
+        model.set_experts_implementation("eager")
+    asked = recipe(model)
+    with FlopCounterMode(display=False) as counter:
+        run_batch(model, {"input_ids": torch.randint(96, (6, 24), generator=torch.Generator().manual_seed(0))})
+    # Rotations, norms and the choice of experts are left out.
+    assert calibration_flops(asked, find_target(asked)) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_gradients_cost_a_backward_pass(recipe):
+    plain, gradient = (recipe(make_llama(), metric=metric) for metric in ("wifv", "taylor"))
+    target = find_target(plain)
+    assert calibration_flops(gradient, target) == 3 * calibration_flops(plain, target)
+
+
+def test_layerwise_takes_less_of_a_deep_model(recipe):
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096}
+    shallow, deep = (needs_of(recipe(make_llama(num_hidden_layers=layers, **shape))) for layers in (2, 8))
+    grows = deep.whole - deep.own - (shallow.whole - shallow.own)
+    assert grows > 6 * 4 * 1_000_000
+    assert deep.layerwise - deep.own - (shallow.layerwise - shallow.own) < grows / 5
+    assert deep.weights > shallow.weights > 0
+
+
+def test_hidden_states_on_the_disk(recipe):
+    memory, disk = (
+        needs_of(recipe(make_llama(), execution={"mode": "layerwise", "hidden_states": where}))
+        for where in ("memory", "disk")
+    )
+    assert disk.disk - memory.disk == 2 * 6 * 24 * 32 * 4
+
+
+def test_what_does_not_fit_is_refused(recipe, monkeypatch):
+    asked = recipe(make_llama())
+    needs = needs_of(asked)
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least)
+    check_fits(asked, needs, CPU)
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least - 1)
+    with pytest.raises(RecipeError, match=r"takes about .* GB of memory, and there are .*`execution: layerwise` takes"):
+        check_fits(asked, needs, CPU)
+
+
+def test_processes_share_the_memory_and_the_windows(recipe, monkeypatch):
+    asked = recipe(make_llama(), execution="layerwise")
+    alone, two = needs_of(asked), needs_of(asked, processes=2)
+    assert alone.layerwise - alone.own - (two.layerwise - two.own) == 6 * 24 * 32 * 4 / 2
+    whole, half = memory_limit(), memory_limit(2)
+    assert half == whole // 2
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes: two.layerwise - 1)
+    runtime = Runtime({"accelerator": "cpu", "devices": 2})
+    with pytest.raises(RecipeError, match=r"GB of memory in each of 2 processes, and there are .* GB for it; --force"):
+        check_fits(asked, two, runtime)
+
+
+@pytest.mark.parametrize("words", [("check",), ("run", "-q")])
+def test_force_goes_on(recipe, command, monkeypatch, words):
+    recipe(make_llama(vocab_size=4096))
+    monkeypatch.setattr(estimate, "memory_limit", lambda processes=1: 1)
+    code, _, said = command(*words, "recipe.yaml")
+    assert code == 2
+    assert "--force goes on nevertheless" in said
+    assert command(*words, "recipe.yaml", "--force")[0] == 0
+
+
+def test_the_limits_of_a_process_count(monkeypatch):
+    whole = memory_limit()
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (12345, resource.RLIM_INFINITY))
+    assert memory_limit() == 12345 < whole
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("54321\n")
+    monkeypatch.setattr(estimate, "CGROUPS", (str(tmp_path / "memory.max"), str(tmp_path / "absent")))
+    assert memory_limit() == 54321
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit() > 54321
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["whole", "layerwise"])
+def test_the_memory_is_what_is_measured(recipe, mode):
+    """Within 20 % of the resident peak of a run in a process of its own."""
+    model = make_llama(
+        vocab_size=8192,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        initializer_range=0.02,
+    )
+    evaluate = {"perplexity": [{"dataset": "text.txt", "length": 24, "windows": 16}]}
+    asked = recipe(model, execution=mode, evaluate=evaluate)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", WATCHED], env=environment, capture_output=True, check=True)
+    bare, peak = map(int, done.stdout.split())
+    needs = needs_of(asked)
+    expected = (needs.whole if mode == "whole" else needs.layerwise) - needs.own + bare + estimate.TEXT
+    assert expected == pytest.approx(peak, rel=0.2)
