@@ -25,7 +25,7 @@ from flapkit.model.classes import register
 from flapkit.system.errors import FlapkitError
 
 if TYPE_CHECKING:
-    from flapkit.execution.lightning.callbacks import FlapPruning
+    from flapkit.api import FlapPruning
 
 __all__ = [
     "FlapPruning",
@@ -46,7 +46,7 @@ register()
 def __getattr__(name: str) -> Any:
     # Lightning takes seconds to import, and only the callback needs it.
     if name == "FlapPruning":
-        from flapkit.execution.lightning.callbacks import FlapPruning
+        from flapkit.api import FlapPruning
 
         return FlapPruning
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

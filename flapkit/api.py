@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from flapkit.execution.executor import CalibrationText
+from flapkit.execution.executor import prune_ as run_pruning_
+from flapkit.execution.lightning.prune import PruneBeforeTraining
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.training import recover_, take_windows
+from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import Budget, BudgetBase, PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised, check_weights
-from flapkit.pruning.collector import Batch, Statistics, collect, measure
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, recovery_of
-from flapkit.pruning.method import Method, prune_sites_
-from flapkit.pruning.passes import prune_in_passes_, size_of
+from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
-from flapkit.pruning.sequential import PrefixCollector
-from flapkit.pruning.statistics import Statistic
 from flapkit.registry import Registry
 from flapkit.system.errors import RecipeError
 
@@ -104,14 +105,9 @@ def prune_(
     model.eval()
     try:
         found.confirm(model, places)
-        batches = _batches(calibration, batch_size) if method.statistics else []
-        if not sequential and size_of(method.statistics, places) <= statistics_memory:
-            statistics = measure(model, places, method.statistics, batches)
-            plan = prune_sites_(model, places, statistics, method, budget, batches).plan
-        else:
-            gather = partial(_gather, model, batches)
-            behind = partial(_gather_behind, model, places, batches) if sequential else None
-            plan = prune_in_passes_(model, places, gather, method, budget, int(statistics_memory), behind).plan
+        text = CalibrationText(calibration, batch_size)
+        executor = WholeExecutor(model, places, text, memory=statistics_memory)
+        plan = run_pruning_(executor, method, budget, sequential=sequential).plan
         if recovery is not None and recovery_text is not None:
             _recover_(model, places, recovery, recovery_text)
     finally:
@@ -119,33 +115,11 @@ def prune_(
     return plan
 
 
-def _recover_(model: PreTrainedModel, places: Sequence[Site], recovery: Recovery, tokens: Tensor) -> None:
-    # Lightning takes seconds to import, and only training needs all of this.
-    from flapkit.execution.runtime import Runtime
-    from flapkit.execution.training import recover_, take_windows
-
-    on_cpu = model.device.type == "cpu"
-    options = {"accelerator": "cpu", "devices": 1} if on_cpu else {"devices": [model.device.index or 0]}
+def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery, tokens: Tensor) -> None:
     device = model.device
-    recover_(model, places, recovery, take_windows(recovery.training, tokens), Runtime(options))
+    options = {"accelerator": "cpu", "devices": 1} if device.type == "cpu" else {"devices": [device.index or 0]}
+    recover_(model, sites, recovery, take_windows(recovery.training, tokens), Runtime(options))
     nn.Module.to(model, device)
-
-
-def _gather(
-    model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site], statistics: Sequence[type[Statistic]]
-) -> Statistics:
-    return measure(model, sites, statistics, batches if statistics else (), stop_early=True)
-
-
-def _gather_behind(
-    dense: PreTrainedModel,
-    sites: Sequence[Site],
-    batches: Iterable[Batch],
-    pruned: PreTrainedModel,
-    site: Site,
-    statistics: Sequence[type[Statistic]],
-) -> Statistics:
-    return collect(PrefixCollector(dense, pruned, sites, site, statistics), pruned, batches)
 
 
 def _component(registry: Registry, kind: str, component: Any) -> Any:
@@ -156,8 +130,42 @@ def _several(compensator: str | Compensator | Sequence[str | Compensator]) -> Se
     return [compensator] if isinstance(compensator, (str, Compensator)) else compensator
 
 
-def _batches(calibration: Tensor | Dataset[Any], batch_size: int) -> Iterable[Mapping[str, Tensor]]:
-    # Lightning takes seconds to import, and only calibration needs it here.
-    from flapkit.execution.lightning.data import PruningData
+class FlapPruning(PruneBeforeTraining):
+    """Prune a model before it is trained, in a script of your own: ``Trainer(callbacks=[FlapPruning(...)])``.
 
-    return PruningData(calibration, batch_size=batch_size).predict_dataloader()
+    Works in ``setup``, before the optimizer takes hold of the weights; the module keeps its transformers model in
+    the attribute ``model``.
+
+    Args:
+        calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.
+        ratio: fraction to remove.
+        metric: a name, or a component.
+        searcher: a name, or a component.
+        compensator: a name, or a component; or several.
+        of: what the ratio counts.
+
+    Attributes:
+        plan: the plan that was carried out, once it was.
+    """
+
+    def __init__(
+        self,
+        calibration: Tensor | Dataset[Any],
+        ratio: float,
+        metric: str | ImportanceMetric = "wifv",
+        searcher: str | StructureSearcher = "al_am",
+        compensator: str | Compensator | Sequence[str | Compensator] = "bias",
+        of: BudgetBase = "blocks",
+    ) -> None:
+        self._calibration = calibration
+        self._options: dict[str, Any] = {
+            "ratio": ratio,
+            "metric": metric,
+            "searcher": searcher,
+            "compensator": compensator,
+            "of": of,
+        }
+
+    def prune(self, model: PreTrainedModel) -> PruningPlan:
+        """Prune the model in place."""
+        return prune_(model, self._calibration, **self._options)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flapkit.evaluation.perplexity import PerplexityValues
+from flapkit.evaluation.scores import BatchSize
+from flapkit.text.overlap import Overlap
 from flapkit.text.windows import UNSCORED, Encoded, Windows, cut_windows, tokens_hash
 
 
@@ -89,3 +91,37 @@ def bits_per_byte(values: PerplexityValues, protocol: Protocol) -> float | None:
     if not protocol.bytes:
         return None
     return float(values.nll.to(torch.float64)) / (math.log(2) * protocol.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationText:
+    """Windows to measure the perplexity of, and how.
+
+    Args:
+        windows: the text.
+        protocol: how it is measured.
+        batch_size: windows that go through the model at once; ``auto`` for as many as fit.
+        overlap: what it shares with the calibration text; None where there is no calibration.
+    """
+
+    windows: Windows
+    protocol: Protocol
+    batch_size: BatchSize
+    overlap: Overlap | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPerplexity:
+    """A model's perplexity of one text.
+
+    Args:
+        text: the text, and how it was measured.
+        perplexity: by the mean that the text's protocol names.
+        bits_per_byte: cross-entropy for each byte of scored text; None where the tokenizer does not say which bytes.
+        batch_size: windows that went through the model at once.
+    """
+
+    text: EvaluationText
+    perplexity: float
+    bits_per_byte: float | None
+    batch_size: int

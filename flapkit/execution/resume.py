@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
 from flapkit.execution.cache import hash_tensors
 from flapkit.model.site import Site
-from flapkit.model.surgery import Correction
 from flapkit.pruning.collector import Collector
 from flapkit.pruning.statistics import SiteStatistics
 from flapkit.system.json_files import parse_json
@@ -54,37 +53,6 @@ Keep = Callable[[str, Callable[[], Record]], Record]
 def make_without_store(name: str, make: Callable[[], Record]) -> Record:
     """Make a piece, and keep nothing: for work without a folder."""
     return make()
-
-
-@dataclass(frozen=True, slots=True)
-class Repair:
-    """What some sites get for what they lose.
-
-    Args:
-        corrections: site name -> what a compensator does to the consumer.
-        expected: site name -> the squared error that is predicted, or None; empty where nothing is predicted.
-    """
-
-    corrections: Mapping[str, Correction]
-    expected: Mapping[str, float | None] = field(default_factory=dict)
-
-    def piece(self) -> Record:
-        """Write it as tensors and JSON."""
-        parts = {f"{name}/weight": each.weight for name, each in self.corrections.items()}
-        parts |= {f"{name}/bias": each.bias for name, each in self.corrections.items()}
-        notes = {name: each.note for name, each in self.corrections.items()}
-        metadata = {"notes": notes, "expected": dict(self.expected)}
-        return Record({name: tensor for name, tensor in parts.items() if tensor is not None}, metadata)
-
-    @classmethod
-    def of(cls, piece: Record) -> Repair:
-        """Read what ``piece`` wrote."""
-        tensors = piece.tensors
-        corrections = {
-            name: Correction(tensors.get(f"{name}/weight"), tensors.get(f"{name}/bias"), note)
-            for name, note in piece.metadata["notes"].items()
-        }
-        return cls(corrections, piece.metadata["expected"])
 
 
 def write_record(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

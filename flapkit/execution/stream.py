@@ -1,7 +1,7 @@
-"""Run a model one decoder layer at a time, so that it is never whole in memory.
+"""Run a model one decoder layer at a time: a model in memory, or one that is never whole in memory.
 
-The model is built without memory; whatever stands outside its decoder layers is loaded and stays. Each layer is loaded
-from the checkpoint's safetensors, does its work on all windows, and gives its memory back before the next.
+A ``LayerStream`` builds the model without memory; what stands outside its decoder layers is loaded and stays. Each
+layer is loaded from the checkpoint's safetensors, runs on all windows, and frees its memory before the next.
 
 ```python
 stream = LayerStream(config, open_weights(path), "model.layers")
@@ -50,7 +50,131 @@ Forms = Mapping[str, bool]
 _Answer = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class LayerStream:
+class LayerRunner:
+    """Runs the decoder layers of a model one at a time, each with the masks and positions that the model gives it.
+
+    Args:
+        model: the model, in evaluation mode.
+        layers: full name of its list of decoder layers.
+        device: where the layers run.
+        precision: context of every forward pass, such as autocast.
+        forms: name of the class of a layer -> whether it returns its hidden states in a tuple, as far as that is known
+            already; a class is known once a layer of it has run.
+
+    Attributes:
+        model: the model.
+        path: full name of the list of decoder layers.
+        layers: the decoder layers; one may be replaced by a copy for a while.
+        device: where the layers run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        device: torch.device | str = "cpu",
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        forms: Forms | None = None,
+    ) -> None:
+        self.model = model
+        self.path = layers
+        self.layers: Any = model.get_submodule(layers)
+        self.device = torch.device(device)
+        self.forms: dict[str, bool] = dict(forms or {})
+        self._precision = precision
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Have a layer's weights in memory."""
+        yield self.layers[index]
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return what arrives at the first layer, [windows, tokens, hidden].
+
+        Args:
+            batch: ``input_ids`` [windows, tokens], and perhaps ``attention_mask``.
+        """
+
+        def stop(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _LayerDone(arrived)
+
+        return self._run(batch, 0, stop)
+
+    def step(self, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """Run one layer on a batch, as the model around it would: with its own masks and positions.
+
+        Args:
+            index: a layer that is loaded.
+            batch: ``input_ids`` [windows, tokens], and perhaps ``attention_mask``.
+            hidden: what the layer before returned, [windows, tokens, hidden]; None for the first layer.
+
+        Returns:
+            What the layer returns, [windows, tokens, hidden].
+        """
+
+        def run(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = self.layers[index](arrived if hidden is None else hidden.to(arrived.device), *args, **kwargs)
+            self.forms[type(self.layers[index]).__name__] = isinstance(given, tuple)
+            raise _LayerDone(given[0] if isinstance(given, tuple) else given)
+
+        return self._run(batch, index, run)
+
+    def _run(self, batch: Batch, index: int, run: _Answer) -> Tensor:
+        with self._staged({index: run}):
+            try:
+                self.model.base_model(**self._inputs(batch), use_cache=False)
+            except _LayerDone as done:
+                return done.hidden
+        raise ModelError(f"{self.path}.{index}: the model did not run this layer; it cannot be run layer by layer")
+
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Run what comes after the layers: the last norm and the head.
+
+        Args:
+            batch: as for ``step``.
+            hidden: what the last layer returned, [windows, tokens, hidden].
+
+        Returns:
+            [windows, tokens, vocabulary].
+        """
+        last = len(self) - 1
+
+        def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._given(last, hidden.to(arrived.device))
+
+        with self._staged({last: answer}):
+            logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
+            return logits
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch}
+
+    @contextmanager
+    def _staged(self, answers: Mapping[int, _Answer]) -> Iterator[None]:
+        """Put stages in the layers' places: those without an answer pass on what arrives."""
+
+        def passing(index: int) -> _Answer:
+            return lambda arrived, args, kwargs: self._given(index, arrived)
+
+        stages = [_Stage(layer, answers.get(i) or passing(i)) for i, layer in enumerate(self.layers)]
+        path, _, name = self.path.rpartition(".")
+        owner = self.model.get_submodule(path)
+        setattr(owner, name, nn.ModuleList(stages))
+        try:
+            with torch.no_grad(), self._precision():
+                yield
+        finally:
+            setattr(owner, name, self.layers)
+
+    def _given(self, index: int, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which a layer does."""
+        return (hidden,) if self.forms[type(self.layers[index]).__name__] else hidden
+
+
+class LayerStream(LayerRunner):
     """A model of which one decoder layer at a time is in memory.
 
     Args:
@@ -58,15 +182,10 @@ class LayerStream:
         weights: its checkpoint.
         layers: full name of the list of decoder layers.
         dtype: type of the weights in memory; that of the checkpoint if not given.
-        device: where the layers run.
-        precision: context of every forward pass, such as autocast.
-        forms: name of the class of a layer -> whether it gives its hidden states in a tuple, as far as that is known
-            already; a class is known once a layer of it has run.
+        device, precision, forms: as of ``LayerRunner``.
 
     Attributes:
         model: the model, its layers without memory while they are not loaded.
-        path: full name of the list of decoder layers.
-        device: where the layers run.
 
     Raises:
         ModelError: the checkpoint's tensors do not go by the names of the model's parameters.
@@ -83,21 +202,14 @@ class LayerStream:
         forms: Forms | None = None,
     ) -> None:
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self.model.tie_weights()
-        self.path = layers
-        self.device = torch.device(device)
-        self._precision = precision
-        self.forms: dict[str, bool] = dict(forms or {})
-        self.layers: nn.ModuleList = self.model.get_submodule(layers)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model.tie_weights()
+        super().__init__(model, layers, device, precision, forms)
         self.read_from(weights)
         self._fill(list(self.tensors_of(None)))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             _put(self.model, name, buffer.to(self.device))
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def read_from(self, weights: Weights) -> None:
         """Load layers from another checkpoint from now on; what stands outside the layers is kept.
@@ -138,73 +250,6 @@ class LayerStream:
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied -= {name for name, _ in self.model.named_parameters()}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-
-    def step(self, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Run one layer on a batch, as the model around it would: with its own masks and positions.
-
-        Args:
-            index: a layer that is loaded.
-            batch: ``input_ids`` [windows, tokens], and perhaps ``attention_mask``.
-            hidden: what the layer before gave, [windows, tokens, hidden]; None for the first layer.
-
-        Returns:
-            What the layer gives, [windows, tokens, hidden].
-        """
-
-        def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = self.layers[index](arrived if hidden is None else hidden.to(arrived.device), *args, **kwargs)
-            self.forms[type(self.layers[index]).__name__] = isinstance(given, tuple)
-            raise _Done(given[0] if isinstance(given, tuple) else given)
-
-        with self._staged({index: answer}):
-            try:
-                self.model.base_model(**self._inputs(batch), use_cache=False)
-            except _Done as done:
-                return done.hidden
-        raise ModelError(f"{self.path}.{index}: the model did not run this layer; run it whole")
-
-    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Run what comes after the layers: the last norm and the head.
-
-        Args:
-            batch: as for ``step``.
-            hidden: what the last layer gave, [windows, tokens, hidden].
-
-        Returns:
-            [windows, tokens, vocabulary].
-        """
-        last = len(self) - 1
-
-        def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._given(last, hidden.to(arrived.device))
-
-        with self._staged({last: answer}):
-            logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
-            return logits
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch}
-
-    @contextmanager
-    def _staged(self, answers: Mapping[int, _Answer]) -> Iterator[None]:
-        """Put stages in the layers' places: those without an answer pass on what arrives."""
-
-        def passing(index: int) -> _Answer:
-            return lambda arrived, args, kwargs: self._given(index, arrived)
-
-        stages = [_Stage(layer, answers.get(i) or passing(i)) for i, layer in enumerate(self.layers)]
-        path, _, name = self.path.rpartition(".")
-        owner = self.model.get_submodule(path)
-        setattr(owner, name, nn.ModuleList(stages))
-        try:
-            with torch.no_grad(), self._precision():
-                yield
-        finally:
-            setattr(owner, name, self.layers)
-
-    def _given(self, index: int, hidden: Tensor) -> Any:
-        """Give hidden states in the form in which a layer does."""
-        return (hidden,) if self.forms[type(self.layers[index]).__name__] else hidden
 
     def _find_sources(self) -> dict[str, list[str]]:
         """Map each tensor of the model to those of the checkpoint that it is made of, as transformers would."""
@@ -294,7 +339,7 @@ class HiddenStates:
         return self._folder / str(layers) / f"{batch}.safetensors"
 
 
-def walk(stream: LayerStream, hidden: HiddenStates, first: int | None = None) -> Iterator[int]:
+def walk(stream: LayerRunner, hidden: HiddenStates, first: int | None = None) -> Iterator[int]:
     """Load each layer, and give its memory back when the next is asked for.
 
     Args:
@@ -309,7 +354,7 @@ def walk(stream: LayerStream, hidden: HiddenStates, first: int | None = None) ->
 
 
 def step_all(
-    stream: LayerStream,
+    stream: LayerRunner,
     index: int,
     batches: Sequence[Batch],
     hidden: HiddenStates,
@@ -337,7 +382,7 @@ def step_all(
             hidden.put(number, given)
 
 
-class _Done(Exception):  # noqa: N818 - not an error: it leaves the model once the layer has run
+class _LayerDone(Exception):  # noqa: N818 - not an error: it leaves the model once the layer has run
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flapkit.checkpoint.load import load
 from flapkit.checkpoint.weights import Weights
-from flapkit.execution.layerwise import open_stream, shards_of
+from flapkit.execution.layerwise import shards_of
 from flapkit.execution.resume import write_record
-from flapkit.execution.runtime import Runtime
-from flapkit.execution.sharded import check_batch_size
 from flapkit.execution.shards import shard
 from flapkit.execution.stream import LayerStream
 from flapkit.execution.training import Recovered
 from flapkit.model.site import Site
 from flapkit.pruning.recovery import Recovery, Trainable
-from flapkit.recipe import LoadedRecipe
-from flapkit.run.target import Target
 from flapkit.system.processes import broadcast_from_rank0
+
+OpenStream = Callable[[Weights | None], LayerStream]
+"""Opens a checkpoint to be read layer by layer: the pruned one, or other weights of its shapes."""
 
 
 class Student(Protocol):
@@ -79,71 +77,62 @@ class ShardedStudent:
     """A pruned model of which each process has its part; what is trained is sharded with the layers it is in.
 
     Args:
-        recipe: names the pruned checkpoint.
-        target: the checkpoint's.
-        recovery: what is trained.
-        runtime: what it runs on.
-        folder: where the trained weights are written.
         model: the model, with what is trained.
+        sites: its sites.
+        recovery: what is trained.
+        folder: where the trained weights are written.
+        open: opens the pruned checkpoint to be read layer by layer.
         trainable: what is trained.
     """
 
-    recipe: LoadedRecipe
-    target: Target
-    recovery: Recovery
-    runtime: Runtime
-    folder: Path
     model: PreTrainedModel
+    sites: Sequence[Site]
+    recovery: Recovery
+    folder: Path
+    open: OpenStream
     trainable: Trainable | None
     shards: Sequence[Path] = ()
 
     def finish(self, recovered: Recovered) -> None:
         """Write the weights layer by layer, with what was trained folded in; where it was, shard what was written."""
-        stream = open_stream(self.recipe, self.target, self.runtime)
+        stream = self.open(None)
         files = shards_of(self.folder, len(stream))
-        broadcast_from_rank0(lambda: write_trained(stream, self.recovery, self.target.sites, recovered.weights, files))
+        broadcast_from_rank0(lambda: write_trained(stream, self.recovery, self.sites, recovered.weights, files))
         self.shards = files
         if self.recovery.merge:
-            self.model = shard(open_stream(self.recipe, self.target, self.runtime, weights=Weights.of(files)))
+            self.model = shard(self.open(Weights.of(files)))
 
     def adapter(self, recovered: Recovered) -> Mapping[str, bytes]:
         """Return what was trained; its files are made of a model whose layers are empty."""
         if self.recovery.merge:
             return {}
-        stream = open_stream(self.recipe, self.target, self.runtime)
+        stream = self.open(None)
         stream.model.name_or_path = self.model.name_or_path
-        trainable = self.recovery.attach(stream.model, self.target.sites)
+        trainable = self.recovery.attach(stream.model, self.sites)
         fill_trained_(stream.model, recovered.weights, recovered.weights)
         return trainable.files()
 
 
-def open_student(
-    recipe: LoadedRecipe, target: Target, recovery: Recovery, runtime: Runtime, folder: Path, name: str
-) -> Student:
-    """Load a pruned checkpoint to be trained.
+def shard_student(
+    open_stream: OpenStream, sites: Sequence[Site], recovery: Recovery, folder: Path, name: str
+) -> ShardedStudent:
+    """Load a pruned checkpoint to be trained into all processes, each its part.
 
     Args:
-        recipe: names the checkpoint, and the type of the weights.
-        target: the checkpoint's.
+        open_stream: opens the checkpoint to be read layer by layer.
+        sites: its sites.
         recovery: what will be trained.
-        runtime: what it runs on.
         folder: where trained weights are written that no process holds whole.
         name: what an adapter that is saved beside the model calls it.
     """
-    asked = recipe.recipe.model
-    if not runtime.sharded:
-        model = load(asked.path, asked.dtype)
-        model.name_or_path = name
-        return WholeStudent(model, recovery.merge)
-    check_batch_size(recipe)
-    put: list[Trainable] = []
+    attached: list[Trainable] = []
 
     def prepare(model: PreTrainedModel) -> None:
         model.name_or_path = name
-        put.append(recovery.begin(model, target.sites))
+        attached.append(recovery.begin(model, sites))
 
-    model = shard(open_stream(recipe, target, runtime), prepare)
-    return ShardedStudent(recipe, target, recovery, runtime, folder, model, put[0])
+    model = shard(open_stream(None), prepare)
+    return ShardedStudent(model, sites, recovery, folder, open_stream, attached[0])
 
 
 def write_trained(

@@ -14,24 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from flapkit.execution.lightning.callbacks import LAST, ProgressCallback, Recover, recovery_callbacks
 from flapkit.execution.lightning.data import RecoveryData
-from flapkit.execution.lightning.loggers import build_loggers
+from flapkit.execution.lightning.loggers import LoggerName, build_loggers
 from flapkit.execution.lightning.module import CausalLM, Optimization
 from flapkit.execution.runtime import Runtime, quietly
 from flapkit.model.site import Site
-from flapkit.pruning.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training, hold_out
-from flapkit.recipe import LoggerName
-from flapkit.run.target import Target
-from flapkit.run.text import renderer
+from flapkit.pruning.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training
 from flapkit.system.errors import DataError, OutputError
 from flapkit.system.json_files import read_object
 from flapkit.system.processes import broadcast_from_rank0
 from flapkit.system.workdir import damaged_as_output_error, differences, write_file
-from flapkit.text.source import TextSource
-from flapkit.text.windows import draw_windows
 
 LOG_POINTS = 100
 """How many training losses the loggers get, about."""
@@ -131,46 +126,6 @@ def _check_whole(checkpoint: Path) -> None:
             torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
             raise ValueError(" ".join(str(error).split())) from error
-
-
-def read_recovery_text(
-    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> RecoveryText:
-    """Draw the windows of a recovery: as many as its steps need, and as many to validate on as its devices can share.
-
-    Args:
-        training: how many windows, how long they are, and the seed.
-        source: text to train on.
-        target: the model.
-        tokenizer: the model's.
-        runtime: what the recovery runs on.
-
-    Raises:
-        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
-    """
-    render = renderer(target.adapter, tokenizer)
-    documents, held_out = hold_out(source.documents("calibration", render))
-    separator, held_out_separator = (source.separator("calibration"),) * 2
-    if training.validation is not None:
-        documents = source.documents("calibration", render)
-        held_out = training.validation.documents("calibration", render)
-        held_out_separator = training.validation.separator("calibration")
-
-    def draw(texts: Sequence[str], between: str | None, samples: int) -> Tensor:
-        vocabulary = target.config.vocab_size
-        return draw_windows(
-            tokenizer,
-            texts,
-            between,
-            samples=samples,
-            length=training.length,
-            seed=training.seed,
-            vocab_size=vocabulary,
-        )
-
-    windows = training.steps * windows_per_step(training, runtime)
-    validation = runtime.processes * math.ceil(training.validation_windows / runtime.processes)
-    return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))
 
 
 def take_windows(training: Training, tokens: Tensor) -> RecoveryText:

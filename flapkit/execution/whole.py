@@ -1,65 +1,228 @@
-"""The stages of a run whose model is whole in memory."""
+"""The executor of a model that is whole in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from flapkit.execution.calibrate import calibrate_and_prune_
-from flapkit.execution.resume import ResumeStore
-from flapkit.execution.runtime import Measured, Runtime, evaluate
-from flapkit.model.plan import Budget
+from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
+from flapkit.execution.cache import Calibrated, SiteStates, read_statistic, write_statistic
+from flapkit.execution.executor import (
+    CalibrationText,
+    Executor,
+    Repair,
+    RepairCopy,
+    Score,
+    Scores,
+    record_of,
+    repairs_of,
+    sweep,
+)
+from flapkit.execution.resume import Keep, Record, make_without_store
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.pruning.collector import Statistics
-from flapkit.pruning.method import Pruned
-from flapkit.pruning.site_errors import SiteError, Trace
-from flapkit.recipe import LoadedRecipe
-from flapkit.run.samples import compare_pruned, trace_dense
-from flapkit.run.text import EvaluationText, RunText
+from flapkit.model.surgery import carry_out_, share
+from flapkit.pruning.collector import Batch, Statistics, measure
+from flapkit.pruning.components import Compensator, Objective
+from flapkit.pruning.method import Repairs
+from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
+from flapkit.pruning.trials import held_out_windows, perplexity_of
+from flapkit.system.errors import RecipeError
+from flapkit.system.processes import is_rank_zero, keep_common, window_share
+from flapkit.system.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A run's model, whole in memory; ``flapkit.execution.layerwise.Layers`` has the same methods.
+class WholeExecutor(Executor):
+    """Holds a model that is whole in memory, and runs it under Lightning.
+
+    Statistics are measured in one pass over the calibration text where all of them fit in memory together; otherwise in
+    several, each for a few sites.
 
     Args:
-        recipe: what to do.
-        model: the model, pruned in place.
-        sites: the dense model's sites.
-        runtime: what it runs on, and whom it tells how far it is.
-        cache: folder of the statistics; None for none.
-        kept: what a stopped run has left, and where this one keeps what it finishes; None for nowhere.
+        model: the dense model, pruned in place.
+        sites: its sites.
+        text: the calibration text.
+        runtime: what it runs on; None to run batches in a plain loop where the model is, as inside a trainer.
+        memory: bytes of statistics at a time.
+        cache: folder of cached statistics; None for none.
+        keep: finds what a stopped run has finished, and keeps what this one finishes.
+        statistics: site name -> what was measured already.
     """
 
-    recipe: LoadedRecipe
-    model: PreTrainedModel
-    sites: Sequence[Site]
-    runtime: Runtime
-    cache: Path | None
-    kept: ResumeStore | None = None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        text: CalibrationText,
+        runtime: Runtime | None = None,
+        *,
+        memory: float = 4e9,
+        cache: Path | None = None,
+        keep: Keep = make_without_store,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self._text = text
+        self.progress = runtime.progress if runtime else Progress()
+        self._runtime = runtime
+        self._memory = memory
+        self._cache = cache
+        self._keep = keep
+        self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
 
-    @property
-    def shards(self) -> Sequence[Path]:
-        """The files that hold the pruned weights already: none."""
-        return ()
+    def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
+        """Measure every site, and score it."""
+        together = tuple(dict.fromkeys([*scoring, *repairing]))
+        if self._fits(together):
+            return score(self.sites, self._measure_all(together))
+        scores: Scores = {}
+        for part in split_by_memory(self.sites, scoring, self._memory):
+            make = partial(self._make, part, scoring, lambda *measured: Record(score(*measured)))
+            scores = {**scores, **self._keep(f"scores from {part[0].name}", make).tensors}
+        return scores
 
-    def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, Measured]:
-        """Measure the perplexity of each text; ``name`` is what the stage is called."""
-        return evaluate(self.model, texts, self.runtime, name)
+    def objective(self, repair: RepairCopy, repairing: Sequence[type[Statistic]]) -> Objective:
+        """Return what plans are tried by: the perplexity of held-out calibration windows."""
+        # All processes have to find the same plan: the windows are those of all.
+        text, statistics = held_out_windows(self._text.batches()), self._measured
+        if any(missing not in found for found in statistics.values() for missing in repairing):
+            raise RecipeError(
+                "the searcher tries plans, which needs the statistics of all sites in memory together; raise "
+                "calibration.statistics_memory"
+            )
 
-    def see(self, trace: Trace | None) -> None:
-        """Keep what the dense model's consumers see and give."""
-        trace_dense(self.model, self.sites, trace, self.runtime)
+        def objective(plan: PruningPlan) -> float:
+            tried = share(self.model, self.sites)
+            carry_out_(tried, self.sites, plan, repair(tried, statistics, plan).corrections)
+            return perplexity_of(tried, text)
 
-    def prune(self, budget: Budget, text: RunText) -> tuple[Statistics, Pruned]:
-        """Calibrate and prune; return the statistics that are still in memory, and what was decided."""
-        return calibrate_and_prune_(
-            self.model, self.sites, self.recipe, budget, text, self.runtime, self.cache, self.kept
-        )
+        return objective
 
-    def compare(self, trace: Trace | None, pruned: Pruned) -> Mapping[str, SiteError]:
-        """Measure how far the output of each pruned site is from the dense one."""
-        return compare_pruned(self.model, self.sites, trace, pruned, self.runtime)
+    def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
+        """Measure what repairs need, compute them, and slice."""
+        with self.progress.stage("prune"):
+            if self._fits(repairing):
+                repairs = repair(self.sites, self._measure_all(repairing))
+            else:
+                repairs, cut = Repairs(), [site for site in self.sites if plan.removed_units(site)]
+                for part in split_by_memory(cut, repairing, self._memory):
+                    make = partial(self._make, part, repairing, lambda *measured: record_of(repair(*measured)))
+                    repairs = repairs.merged(repairs_of(self._keep(f"repair from {part[0].name}", make)))
+            carry_out_(self.model, self.sites, plan, repairs.corrections)
+            return repairs
+
+    def repair_in_sequence_(self, plan: PruningPlan, compensators: Sequence[Compensator]) -> Repairs:
+        """Repair in one sweep over the layers, and slice."""
+        with self.progress.stage("prune"):
+            self._place()
+            device = next(self.model.get_input_embeddings().parameters()).device
+            precision = self._runtime.precision if self._runtime else nullcontext
+            runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
+            batches, repairs = self._text.batches(window_share()), Repairs()
+            hidden = _hidden_in_memory
+            for _, repaired in sweep(runner, self.sites, plan, compensators, batches, hidden, self._keep):
+                repairs = repairs.merged(repaired)
+            carry_out_(self.model, self.sites, plan, repairs.corrections)
+            return repairs
+
+    def observe(
+        self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
+    ) -> Iterator[Statistics]:
+        """Measure one statistic of the model as it is now."""
+        self._place()
+        yield measure(self.model, sites, [statistic], batches)
+
+    def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, MeasuredPerplexity]:
+        """Measure the perplexity of the model as it is now."""
+        return (self._runtime or Runtime()).evaluate(self.model, texts, name)
+
+    def calibrate(self, statistics: Sequence[type[Statistic]]) -> Statistics | None:
+        """Measure statistics of all sites in one pass; None where memory does not hold them together."""
+        return self._measure_all(statistics) if self._fits(statistics) else None
+
+    def _fits(self, statistics: Sequence[type[Statistic]]) -> bool:
+        """Tell whether statistics of all sites fit in memory together: those that are there already take nothing."""
+        missing = self._missing(statistics)
+        return not missing or size_of(tuple(statistics), self.sites) <= self._memory
+
+    def _missing(self, statistics: Sequence[type[Statistic]]) -> list[type[Statistic]]:
+        known = next(iter(self._measured.values()), ())
+        return [statistic for statistic in statistics if statistic not in known]
+
+    def _make(
+        self, sites: Sequence[Site], statistics: Sequence[type[Statistic]], work: Callable[..., Record]
+    ) -> Record:
+        """Measure some sites, and let their statistics be worked on."""
+        measured = self._measure(sites, statistics)
+        self._place()
+        return work(sites, measured)
+
+    def _measure_all(self, statistics: Sequence[type[Statistic]]) -> Statistics:
+        """Measure at all sites what is not measured yet; it stays in memory."""
+        if missing := self._missing(statistics):
+            cached = self._look_up(missing)
+            measured = self._measure(self.sites, [each for each in missing if each not in cached])
+            self._measured = {
+                site.name: SiteStatistics(
+                    [
+                        *self._measured[site.name].values(),
+                        *measured[site.name].values(),
+                        *(states[site.name] for states in cached.values()),
+                    ]
+                )
+                for site in self.sites
+            }
+            self._write({each: measured for each in missing if each not in cached})
+        self._place()
+        return self._measured
+
+    def _measure(self, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> Statistics:
+        if not statistics:
+            return {site.name: SiteStatistics([]) for site in sites}
+        stop_early = len(sites) < len(self.sites)
+        if self._runtime:
+            return self._runtime.calibrate(self.model, sites, statistics, self._text.data(), stop_early=stop_early)
+        return measure(self.model, sites, statistics, self._text.batches(), stop_early=stop_early)
+
+    def _look_up(self, statistics: Sequence[type[Statistic]]) -> dict[type[Statistic], SiteStates]:
+        """Find cached statistics. Of several processes all find a statistic, or none does."""
+        if self._cache is None or self._runtime is None:
+            return {}
+        with self._runtime.progress.stage("find statistics"):
+            key, device = self._calibration_key, self._runtime.device
+            cached = keep_common({each: read_statistic(self._cache, key, each, device) for each in statistics})
+        if len(cached) == len(statistics):
+            log.info("calibration: all statistics were found in %s; --no-cache measures anew", self._cache)
+        return cached
+
+    def _write(self, measured: Mapping[type[Statistic], Statistics]) -> None:
+        if self._cache is None or self._runtime is None or not is_rank_zero():
+            return
+        for each, statistics in measured.items():
+            states = {name: found[each] for name, found in statistics.items()}
+            write_statistic(self._cache, self._calibration_key, each, states)
+
+    @cached_property
+    def _calibration_key(self) -> Calibrated:
+        """What cached statistics depend on; the model is still dense when this is first asked for."""
+        assert self._runtime is not None
+        return Calibrated.of(self.model, self.sites, self._text.data().calibration_rows(), self._runtime.numerics)
+
+    def _place(self) -> None:
+        """Move the model to where it runs: Lightning leaves it on the CPU when a loop ends."""
+        if self._runtime:
+            self._runtime.place_(self.model)
+
+
+def _hidden_in_memory(name: str) -> HiddenStates:
+    return HiddenStates()

@@ -141,6 +141,10 @@ class Collector:
                 statistic.update(x[tokens])
             elif output.requires_grad:
                 output.register_hook(_see_gradient(statistic, x, tokens))
+        self._leave_when_seen(site)
+
+    def _leave_when_seen(self, site: Site) -> None:
+        """Leave the forward pass where nothing behind this site is measured."""
         self._unseen.discard(site.name)
         if self._stop_early and not self._unseen:
             raise AllSeen

@@ -64,7 +64,7 @@ class ImportanceMetric(CalibratedComponent):
         """
 
 
-class StructureSearcher(CalibratedComponent):
+class StructureSearcher(Component):
     """Which units go: it owns standardisation and ranking."""
 
     uses_scores: ClassVar[bool] = True

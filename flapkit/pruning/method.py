@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from flapkit.model.plan import Budget, PruningPlan, prunable
 from flapkit.model.site import Site
-from flapkit.model.surgery import Correction, carry_out_, share, weight_of
-from flapkit.pruning.collector import Batch, Statistics
+from flapkit.model.surgery import Correction, weight_of
+from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import (
     Compensator,
     ImportanceMetric,
@@ -26,7 +26,6 @@ from flapkit.pruning.components import (
 from flapkit.pruning.rounding import round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
-from flapkit.pruning.trials import held_out_windows, perplexity_of
 from flapkit.system.errors import CalibrationError, InputError, PluginError
 
 log = logging.getLogger(__name__)
@@ -50,14 +49,42 @@ class Method:
     compensators: tuple[Compensator, ...]
 
     @property
-    def statistics(self) -> tuple[type[Statistic], ...]:
-        """What must be measured for the components, each statistic once; nothing for scores that nobody uses."""
-        return tuple(dict.fromkeys([*self.scoring, *needed_statistics([self.searcher, *self.compensators])]))
-
-    @property
     def scoring(self) -> tuple[type[Statistic], ...]:
         """What must be measured for the scores; nothing where the searcher uses none."""
         return self.metric.measures() if self.searcher.uses_scores else ()
+
+    @property
+    def repairing(self) -> tuple[type[Statistic], ...]:
+        """What must be measured for the corrections."""
+        return needed_statistics(self.compensators)
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """All that must be measured, each statistic once."""
+        return tuple(dict.fromkeys([*self.scoring, *self.repairing]))
+
+
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """What some sites get for the units that they lose.
+
+    Args:
+        corrections: site name -> what a compensator does to the consumer.
+        expected: site name -> squared error of the consumer's output per token that the statistics predict; None
+            where they do not allow it.
+    """
+
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    expected: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Site name -> what the compensator reports about it."""
+        return {name: correction.note for name, correction in self.corrections.items() if correction.note}
+
+    def merged(self, other: Repairs) -> Repairs:
+        """Return the repairs of both."""
+        return Repairs({**self.corrections, **other.corrections}, {**self.expected, **other.expected})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,64 +103,6 @@ class Pruned:
     plan: PruningPlan
     notes: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, float | None] = field(default_factory=dict)
-
-
-def prune_sites_(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    statistics: Statistics,
-    method: Method,
-    budget: Budget,
-    batches: Iterable[Batch] = (),
-) -> Pruned:
-    """Prune a calibrated model in place: score, search, correct and slice.
-
-    Args:
-        model: the dense model.
-        sites: its sites.
-        statistics: site name -> what was measured there.
-        method: the components.
-        budget: how much to remove.
-        batches: the calibration text, of which a searcher that tries plans gets the held-out windows; not read for
-            any other.
-
-    Raises:
-        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
-    """
-    scores = score_sites(model, sites, statistics, method.metric) if method.searcher.uses_scores else {}
-
-    def corrections_of(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Correction]:
-        return find_corrections(model, sites, statistics, method.compensators, plan)
-
-    objective = None
-    if isinstance(method.searcher, TrialSearcher):
-        objective = _objective(model, sites, corrections_of, held_out_windows(batches))
-    plan = find_plan(sites, scores, method.searcher, budget, objective)
-    corrections = corrections_of(model, plan)
-    expected = expect_errors(model, sites, statistics, plan, corrections)
-    carry_out_(model, sites, plan, corrections)
-    return Pruned(scores, plan, notes_of(corrections), expected)
-
-
-def notes_of(corrections: Mapping[str, Correction]) -> dict[str, str]:
-    """Gather what a compensator has to say: site name -> note."""
-    return {name: correction.note for name, correction in corrections.items() if correction.note}
-
-
-def _objective(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    corrections_of: Callable[[PreTrainedModel, PruningPlan], Mapping[str, Correction]],
-    text: Sequence[Batch],
-) -> Objective:
-    """Make what plans are tried by: each is carried out on a copy that shares the model's weights."""
-
-    def objective(plan: PruningPlan) -> float:
-        tried = share(model, sites)
-        carry_out_(tried, sites, plan, corrections_of(tried, plan))
-        return perplexity_of(tried, text)
-
-    return objective
 
 
 @torch.no_grad()
@@ -253,6 +222,29 @@ def _whole(
     if budget.multiple_of > 1:
         found = round_plan(pruned, found, scores, budget.multiple_of)
     return PruningPlan({site.name: found.keep.get(site.name, tuple(range(site.units))) for site in sites})
+
+
+def repair_sites(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    compensators: Sequence[Compensator],
+    plan: PruningPlan,
+) -> Repairs:
+    """Compute the corrections of some sites, and predict what error they leave.
+
+    Args:
+        model: the dense model, which has the weights of these sites in memory.
+        sites: some of its sites.
+        statistics: site name -> what was measured there.
+        compensators: at most one corrects.
+        plan: the units to keep.
+
+    Raises:
+        FlapkitError: a correction that cannot be computed, or does not fit.
+    """
+    corrections = find_corrections(model, sites, statistics, compensators, plan)
+    return Repairs(corrections, expect_errors(model, sites, statistics, plan, corrections))
 
 
 @torch.no_grad()

@@ -1,189 +1,249 @@
-"""Sequential calibration: each site is measured in a model whose earlier sites are pruned, against the dense model."""
+"""Sequential repair: one sweep over the decoder layers, in which each site also makes good what the earlier ones lost.
+
+Two streams of hidden states go through the layers: the dense model's, and that of the model as it is pruned so far. In
+each layer, site by site, the consumer is fitted so that the pruned stream comes back to the dense one behind it. The
+sweep costs a few forward passes of the calibration text, whatever the depth.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flapkit.execution.resume import Keep, Record, Repair, make_without_store
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site
+from flapkit.model.site import Site, groups
 from flapkit.model.surgery import consumer_of, mask_
-from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics, run_batch
+from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, corrector_of
-from flapkit.pruning.method import find_corrections
+from flapkit.pruning.method import Repairs, find_corrections
 from flapkit.pruning.statistics import SiteStatistics, Statistic, TargetGram
-from flapkit.system.errors import InputError
-
-GatherBehind = Callable[[PreTrainedModel, Site, Sequence[type[Statistic]]], Statistics]
-"""Measures statistics at one site of a model whose earlier sites are pruned."""
 
 TOLERANCE = 0.02
-"""How far a layer's change may be from the sum of its consumers' outputs, as a part of it: room for bfloat16."""
+"""How far a layer's change may be from the sum of its consumers' outputs, as a share of it: room for bfloat16."""
+
+log = logging.getLogger(__name__)
 
 
-def correct_in_sequence(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    gather: GatherBehind,
-    compensators: Sequence[Compensator],
-    plan: PruningPlan,
-    keep: Keep = make_without_store,
-) -> list[Repair]:
-    """Compute the correction of every site that loses units, each after those of the sites before it.
+class Runner(Protocol):
+    """Runs the decoder layers of a model one at a time: ``flapkit.execution.stream.LayerRunner``."""
 
-    Args:
-        model: the dense model; it stays as it is.
-        sites: its sites, in the model's order.
-        gather: measures statistics at one site of a model whose earlier sites are pruned.
-        compensators: at most one corrects.
-        plan: the units to keep.
-        keep: finds what a stopped run has finished, and keeps what this one finishes.
-    """
-    corrector = corrector_of(compensators)
-    needed = corrector.measures_in_sequence() if corrector else ()
-    pruned = copy_consumers(model, sites)
+    model: PreTrainedModel
+    layers: Any
 
-    def repair(site: Site) -> Record:
-        statistics = gather(pruned, site, needed) if needed else {site.name: SiteStatistics([])}
-        return Repair(find_corrections(model, [site], statistics, compensators, plan)).piece()
+    def __len__(self) -> int:
+        """Return the number of layers."""
 
-    repairs = []
-    for site in sites:
-        if plan.removed_units(site):
-            repairs.append(Repair.of(keep(f"repair from {site.name}", partial(repair, site))))
-            mask_(pruned, [site], PruningPlan({site.name: plan.keep[site.name]}), repairs[-1].corrections)
-    return repairs
+    def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Have a layer's weights in memory."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return what arrives at the first layer, [windows, tokens, hidden]."""
+
+    def step(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """Run one layer, [windows, tokens, hidden]."""
 
 
-def copy_consumers(model: PreTrainedModel, sites: Sequence[Site]) -> PreTrainedModel:
-    """Copy a model but for its parameters, which the two share; only the consumers' are copies."""
-    own = {id(parameter) for site in sites for parameter in consumer_of(model, site).parameters()}
-    return copy.deepcopy(model, {id(each): each for each in model.parameters() if id(each) not in own})
+class Hidden(Protocol):
+    """The hidden states of all batches between two layers: ``flapkit.execution.stream.HiddenStates``."""
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """Return those of a batch, [windows, tokens, hidden]."""
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Keep what the layer returned for a batch; it is read after ``advance``."""
+
+    def advance(self) -> None:
+        """Note that all batches went through another layer."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
-class PrefixCollector(Collector):
-    """Measure one site of a model whose earlier sites are pruned, with the dense model at its side.
-
-    The target of the site's output is what would make the hidden state behind it the dense model's again: the dense
-    output, and what the outputs of the sites before it lack. ``begin`` runs the dense model.
+class LayerRepair:
+    """The repair of one loaded decoder layer.
 
     Args:
-        dense: the dense model.
-        pruned: the same with its earlier sites pruned, at the dense shapes.
-        sites: all sites, in the model's order.
-        site: where to measure.
-        statistics: what to measure, as classes.
+        runner: runs the layer.
+        index: the layer.
+        sites: its sites.
+        batches: the calibration text.
+        dense: hidden states of the dense model before the layer.
+        pruned: those of the pruned model.
+        targets: where what each site's output is fitted to is kept meanwhile; site name -> batches.
     """
 
     def __init__(
         self,
-        dense: PreTrainedModel,
-        pruned: PreTrainedModel,
+        runner: Runner,
+        index: int,
         sites: Sequence[Site],
-        site: Site,
-        statistics: Sequence[type[Statistic]],
+        batches: Sequence[Batch],
+        dense: Hidden,
+        pruned: Hidden,
+        targets: Mapping[str, Hidden],
     ) -> None:
-        super().__init__(pruned, [site], statistics)
+        self._runner = runner
+        self._index = index
+        self._sites = sites
+        self._batches = batches
         self._dense = dense
-        self._site = site
-        self._layer = [other for other in sites if other.layer == site.layer]
-        self._prefix = sites[: sites.index(site) + 1]
-        self._checked = False
-        self._target = self._x = torch.zeros(())
+        self._pruned = pruned
+        self._targets = targets
+        self.adds = True
+        self.masked = False
 
-    def __enter__(self) -> PrefixCollector:
-        for site in self._prefix:
-            if site.expert is not None:
-                raise _refused(f"{site.name} is an expert, which sees a part of the tokens")
-            for model in (self._dense, self._model):
-                self._handles.append(consumer_of(model, site).register_forward_hook(self._follow(model, site)))
-        return self
+    def run_dense(self) -> None:
+        """Run the dense layer, and keep what each consumer's output is fitted to.
 
-    def begin(self, batch: Batch) -> None:
-        """Run the dense model, and take note of which of a batch's tokens count."""
-        super().begin(batch)
-        if not self._checked:
-            self._unseen = {""}
-            check_outputs_are_added(self._dense, self._layer, batch)
-            self._checked = True
-        names = {site.name for site in self._prefix}
-        self._target, self._unseen = torch.zeros(()), set(names)
-        run_batch(self._dense, batch)
-        self._unseen = names
+        The target of a consumer is its own output and what the pruned stream lacks before it. That holds where a layer
+        adds its consumers' outputs to the hidden state, and does nothing else to them; in other layers (those that norm
+        or scale an output, experts) the target is the dense consumer's own output.
+        """
+        sites = [site for site in self._sites if site.expert is None]
+        outputs: dict[str, Tensor] = {}
+        with follow_outputs(self._runner.model, sites, outputs):
+            for number, batch in enumerate(self._batches):
+                before = self._dense[number]
+                after = self._runner.step(self._index, batch, before)
+                if number == 0:
+                    self.adds = len(sites) == len(self._sites) and adds_outputs(before, after, outputs.values())
+                total = before.to(after.device).float()
+                for site in sites:
+                    total = total + outputs[site.name].float() if self.adds else outputs[site.name].float()
+                    self._targets[site.name].put(number, total)
+                self._dense.put(number, after)
+        for target in self._targets.values():
+            target.advance()
 
-    def _follow(self, model: PreTrainedModel, site: Site) -> Any:
-        def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if model is self._dense:
-                self._target = self._target.to(output.device) + output.detach().float()
-            elif site is self._site:
-                self._x = args[0].detach()
-            else:
-                self._target = self._target.to(output.device) - output.detach().float()
-            self._unseen.discard(site.name)
-            if self._unseen:
-                return
-            if model is self._model:
-                self._take_in()
-            raise AllSeen
+    def repair(self, compensators: Sequence[Compensator], plan: PruningPlan) -> Repairs:
+        """Compute the corrections of the layer's sites, each after those before it; they are masked as they come."""
+        corrector = corrector_of(compensators)
+        repairs = Repairs()
+        for together in groups(self._sites):
+            if not plan.removed_units(together[0]):
+                continue
+            statistics = self._measure(together, corrector)
+            found = find_corrections(self._runner.model, together, statistics, compensators, plan)
+            repairs = repairs.merged(Repairs(found))
+            self.mask_(together, plan, repairs)
+        return repairs
+
+    def mask_(self, sites: Sequence[Site], plan: PruningPlan, repairs: Repairs) -> None:
+        """Zero what the plan removes of some of the layer's sites, and correct the rest; once for each site."""
+        part = PruningPlan({site.name: plan.keep[site.name] for site in sites})
+        mask_(self._runner.model, sites, part, repairs.corrections)
+        self.masked = True
+
+    def run_pruned(self) -> None:
+        """Run the layer as it is pruned by now."""
+        for number, batch in enumerate(self._batches):
+            self._pruned.put(number, self._runner.step(self._index, batch, self._pruned[number]))
+
+    def _measure(self, sites: Sequence[Site], corrector: Compensator | None) -> Statistics:
+        """Measure a site, or the experts of one stack, in the pruned stream."""
+        if corrector is None:
+            return {site.name: SiteStatistics([]) for site in sites}
+        fits_targets = sites[0].expert is None
+        needed = corrector.measures_in_sequence() if fits_targets else corrector.measures()
+        if not needed:
+            return {site.name: SiteStatistics([]) for site in sites}
+        earlier = self._sites[: self._sites.index(sites[0])] if self.adds else []
+        outputs: dict[str, Tensor] = {}
+        collector = TargetCollector(self._runner.model, sites, needed)
+        with (
+            follow_outputs(self._runner.model, earlier, outputs),
+            collector,
+        ):
+            for number, batch in enumerate(self._batches):
+                before = self._pruned[number]
+                collector.begin(batch)
+                if fits_targets:
+                    collector.aim(self._targets[sites[0].name][number], before if self.adds else None, outputs)
+                with suppress(AllSeen):
+                    self._runner.step(self._index, batch, before)
+                collector.check()
+            collector.merge()
+        return collector.statistics
+
+
+class TargetCollector(Collector):
+    """Measure consumers in the pruned stream, with what their outputs should be."""
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
+        super().__init__(model, sites, statistics, stop_early=True)
+        self._target: Tensor | None = None
+        self._before: Tensor | None = None
+        self._earlier: Mapping[str, Tensor] = {}
+
+    def aim(self, target: Tensor, before: Tensor | None, earlier: Mapping[str, Tensor]) -> None:
+        """Take what the site's output is fitted to in this batch.
+
+        Args:
+            target: the dense stream behind the site, [windows, tokens, out_features]; or the dense consumer's output.
+            before: the pruned stream before the layer; None where the target is the consumer's own output.
+            earlier: the outputs of the layer's earlier consumers in the pruned stream, which are filled in as it runs.
+        """
+        self._target, self._before, self._earlier = target, before, earlier
+
+    def _see(self, site: Site, x: Tensor, output: Tensor, routed: Tensor | None) -> None:
+        if self._target is None:
+            super()._see(site, x, output, routed)
+            return
+        x, target = x.detach(), self._target.to(x.device)
+        if self._before is not None:
+            target = target - self._before.to(x.device).float()
+            for other in self._earlier.values():
+                target = target - other.to(x.device).float()
+        bias = getattr(consumer_of(self._model, site), "bias", None)
+        if bias is not None:
+            target = target - bias.detach()
+        rows = torch.cat([x.float(), target.flatten(0, -2)], dim=1)
+        for statistic in self._statistics_of(site, x.device):
+            seen = rows if isinstance(statistic, TargetGram) else x
+            statistic.update(seen[self._tokens_of(statistic, x.device)])
+        self._leave_when_seen(site)
+
+
+@contextmanager
+def follow_outputs(model: PreTrainedModel, sites: Sequence[Site], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the output of each site's consumer in its last run: site name -> [windows, tokens, out_features]."""
+
+    def keep(name: str) -> Any:
+        def hook(consumer: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output.detach()
 
         return hook
 
-    def _take_in(self) -> None:
-        """Show the site's input, and where it is asked for the target after it, to the statistics."""
-        x, target = self._x.flatten(0, -2), self._target.flatten(0, -2).to(self._x.device)
-        bias = getattr(consumer_of(self._model, self._site), "bias", None)
-        if bias is not None:
-            target = target - bias.detach()
-        for statistic in self._statistics_of(self._site, x.device):
-            seen = torch.cat([x.float(), target], dim=1) if isinstance(statistic, TargetGram) else x
-            statistic.update(seen[self._tokens_of(statistic, x.device)])
-
-
-def check_outputs_are_added(model: PreTrainedModel, layer: Sequence[Site], batch: Batch) -> None:
-    """Raise ``InputError`` unless a layer adds its consumers' outputs to the hidden state, and nothing else.
-
-    Only then is what one consumer's output lacks made good by another's. Layers that norm or scale an output before
-    it is added are none of these.
-
-    Args:
-        model: the dense model.
-        layer: the sites of one layer.
-        batch: text to try it on.
-    """
-    change, added = [], []
-
-    def see_layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output if isinstance(output, Tensor) else output[0]
-        change.append(after.float() - before.float())
-
-    handles = [_layer_of(model, layer[0]).register_forward_hook(see_layer, with_kwargs=True)]
-    for site in layer:
-        see = consumer_of(model, site).register_forward_hook(lambda module, args, output: added.append(output.float()))
-        handles.append(see)
+    handles = [consumer_of(model, site).register_forward_hook(keep(site.name)) for site in sites]
     try:
-        run_batch(model, batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    gap = change[0] - torch.stack(added).sum(dim=0)
-    if gap.norm() > TOLERANCE * change[0].norm():
-        raise _refused(f"layer {layer[0].layer} does more than add the outputs of its consumers to the hidden state")
 
 
-def _layer_of(model: PreTrainedModel, site: Site) -> nn.Module:
-    parts = site.consumer.split(".")
-    if str(site.layer) not in parts:
-        raise _refused(f"{site.consumer} is not below a layer {site.layer}")
-    return model.get_submodule(".".join(parts[: parts.index(str(site.layer)) + 1]))
+def adds_outputs(before: Tensor, after: Tensor, outputs: Any) -> bool:
+    """Tell whether a layer adds its consumers' outputs to the hidden state, and nothing else.
+
+    Args:
+        before: the hidden state that the layer took, [windows, tokens, hidden].
+        after: what it returned, of the same shape.
+        outputs: of its consumers, of the same shape each.
+    """
+    change = after.float() - before.to(after.device).float()
+    added = torch.stack([output.float() for output in outputs]).sum(dim=0)
+    return added.shape == change.shape and bool((change - added).norm() <= TOLERANCE * change.norm())
 
 
-def _refused(why: str) -> InputError:
-    return InputError(f"calibration.sequential: {why}; sequential calibration does not know how: leave it out")
+def copy_layer(model: PreTrainedModel, layer: nn.Module, sites: Sequence[Site]) -> nn.Module:
+    """Copy a layer but for its parameters, which the two share; only the consumers' are copies."""
+    own = {id(parameter) for site in sites for parameter in consumer_of(model, site).parameters()}
+    shared: dict[int, Any] = {id(each): each for each in layer.parameters() if id(each) not in own}
+    return copy.deepcopy(layer, {**shared, id(model.config): model.config})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -372,3 +372,28 @@ class SiteStatistics(Mapping[type[Statistic], Statistic]):
 
     def __len__(self) -> int:
         return len(self._by_class)
+
+
+def size_of(statistics: Sequence[type[Statistic]], sites: Sequence[Site]) -> int:
+    """Return the bytes that statistics of some sites take together."""
+    return sum(statistic.size_of(site) for statistic in statistics for site in sites)
+
+
+def split_by_memory(sites: Sequence[Site], statistics: Sequence[type[Statistic]], memory: float) -> list[list[Site]]:
+    """Split sites, in their order, into runs whose statistics fit in memory together; at least one site in each.
+
+    Args:
+        sites: the sites.
+        statistics: what is measured there, as classes.
+        memory: bytes.
+    """
+    parts: list[list[Site]] = []
+    left = 0.0
+    for site in sites:
+        size = size_of(statistics, [site])
+        if not parts or size > left:
+            parts.append([])
+            left = memory
+        parts[-1].append(site)
+        left -= size
+    return parts

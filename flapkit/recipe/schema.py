@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flapkit.execution.lightning.loggers import LoggerName
 from flapkit.model.component import Count, PathText
 from flapkit.model.plan import Budget, BudgetBase
 from flapkit.model.site import Site
 
-LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 UNSUPPORTED = ("fsdp", "deepspeed")
 """How the names begin of those strategies of Lightning's that shard a model, and that flapkit does not run under."""
 

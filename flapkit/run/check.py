@@ -10,22 +10,18 @@ import torch
 
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
-from flapkit.execution.layerwise import check_layerwise
 from flapkit.execution.lightning.loggers import check_loggers
-from flapkit.execution.lightning.trainer import MODEL_PARALLEL
-from flapkit.execution.runtime import Runtime
-from flapkit.execution.sharded import check_sharded
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import odd_widths
 from flapkit.recipe import LoadedRecipe
 from flapkit.run.estimate import Needs, check_fits, empty_model, estimate_needs
+from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
 from flapkit.run.text import recovery_source, source_of
 from flapkit.system.errors import BudgetError
-from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, check_space
 
 
@@ -70,10 +66,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         source_of(text).check()
     if asked.evaluate.zero_shot is not None:
         check_tasks(asked.evaluate.zero_shot)
-    if asked.execution.mode == "layerwise":
-        check_layerwise(recipe, target)
-    elif asked.trainer.strategy == MODEL_PARALLEL:
-        check_sharded(recipe, target)
+    check_execution(recipe, target)
     check_loggers(asked.trainer.logger)
     load_tokenizer(asked.model.path, revision=asked.model.revision)
     recovery = recovery_of(recipe.compensators)
@@ -82,7 +75,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     empty = empty_model(asked, target)
     params = empty.num_parameters()
     budget = asked.budget.over(target.sites, params)
-    runtime = Runtime.of(asked.trainer, Progress())
+    runtime = open_runtime(asked.trainer)
     needs = estimate_needs(recipe, target, empty, budget, runtime.processes)
     output = Path(asked.output).expanduser()
     check_space(output, needs.disk)

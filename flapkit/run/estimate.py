@@ -14,6 +14,7 @@ from flapkit.evaluation.batch_size import first_batch_size
 from flapkit.evaluation.perplexity import CHUNK_ELEMENTS
 from flapkit.execution.lightning.data import held_out
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
+from flapkit.execution.needs import count_passes, peak_memory
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import layers_of
 from flapkit.model.empty import build_empty
@@ -21,14 +22,13 @@ from flapkit.model.plan import Budget
 from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import needed_statistics, recovery_of
-from flapkit.pruning.passes import count_passes, peak_memory, size_of
 from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens
-from flapkit.pruning.statistics import Gram
+from flapkit.pruning.statistics import Gram, size_of
 from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
+from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
-from flapkit.system.progress import Progress
 
 TEXT = 100_000_000
 """Bytes that reading and tokenising text leaves behind, as measured with 9 MB of it."""
@@ -126,7 +126,7 @@ def estimate_needs(
 
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     """Do as ``check_fits`` does, where nothing is known yet but what is pruned."""
-    asked, runtime = recipe.recipe, Runtime.of(recipe.recipe.trainer, Progress())
+    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
     empty = empty_model(asked, target)
     budget = asked.budget.over(target.sites, empty.num_parameters())
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)

@@ -9,10 +9,10 @@ from typing import Any
 
 from flapkit.checkpoint.load import load_config, load_tokenizer
 from flapkit.evaluation.zero_shot import put_beside
-from flapkit.execution.runtime import Runtime, evaluate
-from flapkit.execution.sharded import load_model
+from flapkit.execution.runtime import Runtime
 from flapkit.model.soundness import check_unquantised
 from flapkit.recipe import LoadedRecipe
+from flapkit.run.executors import load_model, open_runtime
 from flapkit.run.record import put_texts_beside
 from flapkit.run.tasks import ask, load_tasks
 from flapkit.run.text import read_evaluations, renderer
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
     asked = recipe.recipe
     if not asked.evaluate.perplexity and asked.evaluate.zero_shot is None:
         raise InputError(f"{recipe.path}: evaluate: it asks for nothing; give texts in `perplexity`, or `zero_shot`")
-    runtime = Runtime.of(asked.trainer, progress or Progress())
+    runtime = open_runtime(asked.trainer, progress)
     with lost_processes():
         return _evaluate(checkpoint, recipe, against, runtime)
 
@@ -76,6 +76,6 @@ def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtim
     measured, answers = {}, {}
     for role, path in paths.items():
         model = load_model(recipe.of_model(path), runtime)
-        measured[role] = evaluate(model, texts, runtime, f"evaluate {role}")
+        measured[role] = runtime.evaluate(model, texts, f"evaluate {role}")
         answers[role] = ask(model, tokenizer, tasks, runtime, f"zero-shot {role}")
     return Evaluation(checkpoint, against, put_texts_beside(measured), put_beside(answers))

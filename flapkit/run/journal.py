@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flapkit.execution.lightning.loggers import build_loggers
-from flapkit.execution.runtime import Measured
+from flapkit.evaluation.protocol import MeasuredPerplexity
+from flapkit.execution.lightning.loggers import LoggerName, build_loggers
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.pruning.site_errors import SiteError
-from flapkit.recipe import LoggerName, Recipe
+from flapkit.recipe import Recipe
 from flapkit.run.report.view import short
 
 FOLDER = "pruning"
@@ -33,7 +33,7 @@ class RunLog:
         self._loggers = loggers
         self._folder = folder
 
-    def perplexity(self, which: str, measured: Mapping[str, Measured]) -> None:
+    def perplexity(self, which: str, measured: Mapping[str, MeasuredPerplexity]) -> None:
         """Log the perplexity of every text.
 
         Args:

@@ -15,25 +15,25 @@ from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
-from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.checkpoint.save import bytes_of
+from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import side_by_side
-from flapkit.execution.layerwise import Layers, open_layers
-from flapkit.execution.resume import ResumeStore
-from flapkit.execution.runtime import Measured, Runtime
-from flapkit.execution.sharded import Sharded, open_sharded
-from flapkit.execution.whole import Whole
+from flapkit.execution.executor import CalibrationText, Executor, prune_
+from flapkit.execution.resume import ResumeStore, make_without_store
+from flapkit.execution.runtime import Runtime
 from flapkit.model.plan import Budget
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.rounding import warn_of_odd
 from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.estimate import refuse_too_large
+from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
 from flapkit.run.record import RunRecord, compare, count_params, save_run
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
-from flapkit.run.samples import make_trace, pair_samples, sample
+from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import ask, load_tasks
 from flapkit.run.text import RunText, read_text
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 
 FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
 """Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
-
-Executed = Whole | Layers | Sharded
-"""A run's model, and how it is run: all three have the same methods."""
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ class Subject:
         tokenizer: the model's.
         text: the run's text, as tokens.
         tasks: zero-shot tasks; None for none.
-        executed: the model itself, and how it is run.
+        executor: holds the model, and runs it.
         dense_params: its parameters before.
         budget: how much is to go.
     """
@@ -93,7 +90,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     text: RunText
     tasks: Harness | None
-    executed: Executed
+    executor: Executor
     dense_params: int
     budget: Budget
 
@@ -108,7 +105,7 @@ class Measurements:
         samples: text that it wrote, a continuation of each prompt.
     """
 
-    perplexity: Mapping[str, Measured]
+    perplexity: Mapping[str, MeasuredPerplexity]
     answers: Mapping[str, TaskScores]
     samples: Sequence[str]
 
@@ -191,19 +188,19 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
 
 def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
-    asked, runtime = recipe.recipe, Runtime.of(recipe.recipe.trainer, context.progress)
+    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
     # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
-    kept = ResumeStore(context.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
-    subject = _read(recipe, target, runtime, context, kept)
-    executed, sites = subject.executed, subject.target.sites
-    dense = _measure_dense(subject, runtime, kept)
+    store = ResumeStore(context.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
+    subject = _read(recipe, target, runtime, context, store)
+    executor, sites = subject.executor, subject.target.sites
+    dense = _measure_dense(subject, runtime, store)
     context.journal.perplexity("dense", dense.perplexity)
-    trace = make_trace(sites, subject.text, asked.report, executed.model.dtype)
-    executed.see(trace)
-    statistics, pruned = executed.prune(subject.budget, subject.text)
+    trace = make_trace(sites, subject.text, asked.report, executor.model.dtype)
+    trace_dense(executor, trace, context.progress)
+    pruned = prune_(executor, recipe.method, subject.budget, sequential=asked.calibration.sequential)
     warn_of_odd(sites, pruned.plan)
     context.journal.structure(sites, pruned.plan)
-    errors = executed.compare(trace, pruned)
+    errors = compare_pruned(executor, trace, pruned, context.progress)
     context.journal.errors(sites, errors)
     after = _measure(subject, runtime, "pruned")
     context.journal.perplexity("pruned", after.perplexity)
@@ -213,9 +210,8 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         subject.tokenizer,
         subject.text,
         subject.budget,
-        statistics,
         pruned,
-        count_params(subject.target, pruned.plan, subject.dense_params, executed.model.num_parameters()),
+        count_params(subject.target, pruned.plan, subject.dense_params, executor.model.num_parameters()),
         compare(dense.perplexity, after.perplexity),
         context.progress.seconds,
         context.warnings,
@@ -224,11 +220,11 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         error_tokens=trace.tokens if trace else 0,
         samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
     )
-    return _write(record, executed, context, overwrite=overwrite)
+    return _write(record, executor, context, overwrite=overwrite)
 
 
 def _read(
-    recipe: LoadedRecipe, target: Target, runtime: Runtime, context: RunContext, kept: ResumeStore | None
+    recipe: LoadedRecipe, target: Target, runtime: Runtime, context: RunContext, store: ResumeStore | None
 ) -> Subject:
     """Read all text, and then load the model, or open it to be run layer by layer."""
     asked = recipe.recipe
@@ -238,22 +234,17 @@ def _read(
         tasks = load_tasks(asked.evaluate.zero_shot)
         context.work.claim(_found(asked, target, text))
     with context.progress.stage("load"):
-        if asked.execution.mode == "layerwise":
-            executed: Executed = open_layers(recipe, target, runtime, context.work.folder)
-        elif runtime.sharded:
-            executed = open_sharded(recipe, target, runtime, context.work.folder)
-        else:
-            runtime.init_processes()
-            model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
-            target.adapter.confirm(model, target.sites)
-            executed = Whole(recipe, model, target.sites, runtime, context.cache, kept)
-        params = executed.model.num_parameters()
+        calibration = CalibrationText(text.calibration, text.batch_size)
+        keep = store.find if store else make_without_store
+        folder = context.work.folder
+        executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, keep=keep)
+        params = executor.model.num_parameters()
         budget = asked.budget.over(target.sites, params)
-    left = bytes_of(executed.model) - budget.params * executed.model.dtype.itemsize
+    left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
     # A recovery writes the pruned model, and in the end its output.
     recovered = Path(asked.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
-    return Subject(recipe, target, tokenizer, text, tasks, executed, params, budget)
+    return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget)
 
 
 def _found(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
@@ -271,9 +262,9 @@ def _found(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
     }
 
 
-def _measure_dense(subject: Subject, runtime: Runtime, kept: ResumeStore | None) -> Measurements:
+def _measure_dense(subject: Subject, runtime: Runtime, store: ResumeStore | None) -> Measurements:
     """Measure the dense model, or find what a stopped run has measured of it."""
-    if kept is None:
+    if store is None:
         return _measure(subject, runtime, "dense")
     texts = subject.text.evaluations
 
@@ -281,11 +272,11 @@ def _measure_dense(subject: Subject, runtime: Runtime, kept: ResumeStore | None)
         found = _perplexity(subject, "dense")
         return {name: (each.perplexity, each.bits_per_byte, each.batch_size) for name, each in found.items()}
 
-    values = kept.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
+    values = store.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
     return Measurements(
-        {name: Measured(texts[name], *each) for name, each in values.items()},
-        kept.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, runtime, "dense")),
-        kept.figures("samples", list[str], partial(_samples, subject, runtime, "dense")),
+        {name: MeasuredPerplexity(texts[name], *each) for name, each in values.items()},
+        store.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, runtime, "dense")),
+        store.figures("samples", list[str], partial(_samples, subject, runtime, "dense")),
     )
 
 
@@ -296,27 +287,27 @@ def _measure(subject: Subject, runtime: Runtime, which: str) -> Measurements:
     )
 
 
-def _perplexity(subject: Subject, which: str) -> Mapping[str, Measured]:
-    return subject.executed.evaluate(subject.text.evaluations, f"evaluate {which}")
+def _perplexity(subject: Subject, which: str) -> Mapping[str, MeasuredPerplexity]:
+    return subject.executor.evaluate(subject.text.evaluations, f"evaluate {which}")
 
 
 def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, TaskScores]:
-    return ask(subject.executed.model, subject.tokenizer, subject.tasks, runtime, f"zero-shot {which}")
+    return ask(subject.executor.model, subject.tokenizer, subject.tasks, runtime, f"zero-shot {which}")
 
 
 def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
     asked = subject.recipe.recipe.evaluate.samples
-    return sample(subject.executed.model, subject.tokenizer, asked, runtime, f"sample {which}")
+    return sample(subject.executor.model, subject.tokenizer, asked, runtime, f"sample {which}")
 
 
-def _write(record: RunRecord, executed: Executed, context: RunContext, *, overwrite: bool) -> RunRecord:
+def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Write the output, and its exports: the first process for all, which wait until the output is complete."""
     progress, recipe = context.progress, record.recipe
 
     def save() -> None:
         context.journal.totals(record.params, record.seconds)
         files = context.journal.files()
-        save_run(record, executed.model, files, weights=executed.shards, overwrite=overwrite, work=context.work)
+        save_run(record, executor.model, files, weights=executor.shards, overwrite=overwrite, work=context.work)
         if record.output.resolve() == context.work.output:
             context.work.finish()
 

@@ -11,10 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.save import save
-from flapkit.execution.runtime import Measured
+from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.model.derive import Auto
 from flapkit.model.plan import Budget, PruningPlan
-from flapkit.pruning.collector import Statistics
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe import LoadedRecipe, dump_recipe
@@ -38,7 +37,6 @@ class RunRecord:
         tokenizer: the model's.
         text: the run's text, as tokens.
         budget: how much was to go.
-        statistics: site name -> what was measured there.
         pruned: the scores, and the plan that was carried out.
         params: parameters of the dense model, of the pruned one (added biases included), and of the blocks, with what
             the plan removed of them.
@@ -58,7 +56,6 @@ class RunRecord:
     tokenizer: PreTrainedTokenizerBase
     text: RunText
     budget: Budget
-    statistics: Statistics
     pruned: Pruned
     params: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Any]]
@@ -114,12 +111,14 @@ def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> 
     return {"dense": dense, "pruned": pruned, "blocks": blocks, "removed": plan.removed_params(target.sites)}
 
 
-def compare(dense: Mapping[str, Measured], pruned: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+def compare(
+    dense: Mapping[str, MeasuredPerplexity], pruned: Mapping[str, MeasuredPerplexity]
+) -> dict[str, dict[str, Any]]:
     """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
     return put_texts_beside({"dense": dense, "pruned": pruned})
 
 
-def put_texts_beside(models: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
+def put_texts_beside(models: Mapping[str, Mapping[str, MeasuredPerplexity]]) -> dict[str, dict[str, Any]]:
     """Put the figures of some models side by side, as in ``result.json``.
 
     Args:
@@ -132,7 +131,7 @@ def put_texts_beside(models: Mapping[str, Mapping[str, Measured]]) -> dict[str, 
     return {name: _text_beside({model: found[name] for model, found in models.items()}) for name in texts}
 
 
-def _text_beside(models: Mapping[str, Measured]) -> dict[str, Any]:
+def _text_beside(models: Mapping[str, MeasuredPerplexity]) -> dict[str, Any]:
     text = next(iter(models.values())).text
     return {
         **{model: measured.perplexity for model, measured in models.items()},
@@ -143,7 +142,7 @@ def _text_beside(models: Mapping[str, Measured]) -> dict[str, Any]:
     }
 
 
-def add_text_beside(known: Mapping[str, Any], model: str, measured: Measured) -> dict[str, Any]:
+def add_text_beside(known: Mapping[str, Any], model: str, measured: MeasuredPerplexity) -> dict[str, Any]:
     """Put the figures of one more model beside those of one text that are known, as ``put_texts_beside`` gives them."""
     added = _text_beside({model: measured})
     figures = {name: {**known[name], **added[name]} for name in ("bits_per_byte", "batch_size")}

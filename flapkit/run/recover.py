@@ -14,26 +14,29 @@ from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
-from flapkit.checkpoint.load import load_tokenizer
+from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.checkpoint.save import save
+from flapkit.checkpoint.weights import Weights
+from flapkit.evaluation.protocol import EvaluationText
 from flapkit.evaluation.zero_shot import add_scores
-from flapkit.execution.runtime import Runtime, evaluate
-from flapkit.execution.sharded import load_model
-from flapkit.execution.student import Student, open_student
-from flapkit.execution.training import Recovered, RecoveryText, Workplace, read_recovery_text, recover_
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.stream import LayerStream
+from flapkit.execution.student import Student, WholeStudent, shard_student
+from flapkit.execution.training import Recovered, RecoveryText, Workplace, recover_
 from flapkit.model.empty import build_empty
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
 from flapkit.recipe import LoadedRecipe, dump_recipe
 from flapkit.run.captured import capture_warnings
+from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.origin import RECIPE, RESULT, Origin
 from flapkit.run.record import add_text_beside, put_texts_beside
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import ask, load_tasks
-from flapkit.run.text import EvaluationText, read_evaluations, recovery_source, renderer, warn_of_overlap
+from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap
 from flapkit.system.errors import OutputError, RecipeError, RunError
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
@@ -166,7 +169,7 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         raise RecipeError(f"{recipe.path}: no compensator of it trains; for example --set 'compensator=[bias, lora]'")
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
-    asked, training, runtime = recipe.recipe, recovery.training, Runtime.of(recipe.recipe.trainer, progress)
+    asked, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
     source = recovery_source(training, asked)
     with progress.stage("recovery text"):
         path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
@@ -203,11 +206,11 @@ def recover_checkpoint(
     with progress.stage("load pruned"):
         student = _open(checkpoint, prepared, work)
     before = known.get("perplexity") or put_texts_beside(
-        {"pruned": evaluate(student.model, prepared.evaluations, prepared.runtime, "evaluate pruned")}
+        {"pruned": prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate pruned")}
     )
     recovered = _train(student, origin, prepared, work.path(RECOVERY))
     student.finish(recovered)
-    after = evaluate(student.model, prepared.evaluations, prepared.runtime, "evaluate recovered")
+    after = prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate recovered")
     answers = ask(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
         prepared.output,
@@ -246,9 +249,18 @@ def recover_checkpoint(
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output."""
-    pruned = dataclasses.replace(prepared.recipe.of_model(str(checkpoint)), exporters=())
-    weights = work.path("trained")
-    return open_student(pruned, find_target(pruned), prepared.recovery, prepared.runtime, weights, str(prepared.output))
+    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
+    if not prepared.runtime.sharded:
+        model = load(str(checkpoint), recipe.recipe.model.dtype)
+        model.name_or_path = name
+        return WholeStudent(model, recovery.merge)
+    check_batch_size(recipe)
+    target = find_target(dataclasses.replace(recipe, exporters=()))
+
+    def open_again(weights: Weights | None) -> LayerStream:
+        return open_stream(recipe.recipe, target, prepared.runtime, weights=weights)
+
+    return shard_student(open_again, target.sites, recovery, work.path("trained"), name)
 
 
 def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:

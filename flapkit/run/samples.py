@@ -8,15 +8,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.evaluation.samples import write_samples
+from flapkit.execution.executor import Executor
 from flapkit.execution.lightning.data import held_out
 from flapkit.execution.runtime import Runtime
 from flapkit.model.site import Site
-from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError, Trace
 from flapkit.recipe import ReportSection, Samples
 from flapkit.run.report.record import SampleRecord
 from flapkit.run.text import RunText
+from flapkit.system.progress import Progress
 
 
 def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
@@ -30,25 +31,27 @@ def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype
     return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
 
 
-def trace_dense(model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, runtime: Runtime) -> None:
-    """Keep what the dense model's consumers see and give."""
+def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> None:
+    """Keep what the dense model's consumers take in and give out."""
     if trace is None:
         return
-    with runtime.progress.stage("trace dense"):
-        runtime.place_(model)
-        trace.see(model, measure(model, sites, [trace.statistic], trace.batches))
+    with progress.stage("trace dense"):
+        for measured in executor.observe(executor.sites, trace.statistic, trace.batches):
+            trace.see(executor.model, measured)
 
 
 def compare_pruned(
-    model: PreTrainedModel, sites: Sequence[Site], trace: Trace | None, pruned: Pruned, runtime: Runtime
+    executor: Executor, trace: Trace | None, pruned: Pruned, progress: Progress
 ) -> Mapping[str, SiteError]:
     """Measure how far the output of each pruned site is from the dense one."""
+    errors: dict[str, SiteError] = {}
     if trace is None:
-        return {}
-    with runtime.progress.stage("site errors"):
-        runtime.place_(model)
-        measured = measure(model, trace.left(pruned.plan, sites), [trace.statistic], trace.batches)
-        return trace.compare(model, measured, pruned.plan, pruned.expected)
+        return errors
+    with progress.stage("site errors"):
+        sites = trace.left(pruned.plan, executor.sites)
+        for measured in executor.observe(sites, trace.statistic, trace.batches):
+            errors |= trace.compare(executor.model, measured, pruned.plan, pruned.expected)
+    return errors
 
 
 def sample(

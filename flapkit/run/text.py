@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flapkit.evaluation.protocol import Protocol, cut_text
+from flapkit.evaluation.protocol import EvaluationText, cut_text
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.pruning.recovery import Training
+from flapkit.pruning.recovery import Training, hold_out
 from flapkit.recipe import Calibration, Perplexity, Recipe, Text
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.text.conversations import Conversation
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
-from flapkit.text.windows import Windows, draw_windows, encode_measured
+from flapkit.text.windows import draw_windows, encode_measured
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationText:
-    """Windows to measure the perplexity of, and how.
-
-    Args:
-        asked: the recipe's entry.
-        windows: the text.
-        protocol: how it is measured.
-        overlap: what it shares with the calibration text; None where there is no calibration.
-    """
-
-    asked: Perplexity
-    windows: Windows
-    protocol: Protocol
-    overlap: Overlap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +80,8 @@ def _evaluation(
     source = source_of(asked)
     documents = source.documents("evaluation", render)
     text = encode_measured(tokenizer, documents, source.separator("evaluation") or "\n\n", vocab_size)
-    return EvaluationText(asked, *cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id))
+    cut = cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id)
+    return EvaluationText(*cut, asked.batch_size)
 
 
 def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str) -> Overlap:
@@ -202,3 +189,43 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
         return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
     except Exception as error:
         raise DataError(f"the tokenizer's chat template refuses it: {type(error).__name__}: {error}") from error
+
+
+def read_recovery_text(
+    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> RecoveryText:
+    """Draw the windows of a recovery: as many as its steps need, and as many to validate on as its devices can share.
+
+    Args:
+        training: how many windows, how long they are, and the seed.
+        source: text to train on.
+        target: the model.
+        tokenizer: the model's.
+        runtime: what the recovery runs on.
+
+    Raises:
+        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+    """
+    render = renderer(target.adapter, tokenizer)
+    documents, held_out = hold_out(source.documents("calibration", render))
+    separator, held_out_separator = (source.separator("calibration"),) * 2
+    if training.validation is not None:
+        documents = source.documents("calibration", render)
+        held_out = training.validation.documents("calibration", render)
+        held_out_separator = training.validation.separator("calibration")
+
+    def draw(texts: Sequence[str], between: str | None, samples: int) -> Tensor:
+        vocabulary = target.config.vocab_size
+        return draw_windows(
+            tokenizer,
+            texts,
+            between,
+            samples=samples,
+            length=training.length,
+            seed=training.seed,
+            vocab_size=vocabulary,
+        )
+
+    windows = training.steps * windows_per_step(training, runtime)
+    validation = runtime.processes * math.ceil(training.validation_windows / runtime.processes)
+    return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))

@@ -53,7 +53,7 @@ def check_started(asked: int) -> None:
             )
 
 
-def share() -> dict[str, int] | None:
+def window_share() -> dict[str, int] | None:
     """Return this process's share of the windows as torch's distributed samplers take it; None for all of them."""
     distributed = _distributed()
     if distributed is None or distributed.get_world_size() == 1:

@@ -1,33 +1,25 @@
-"""The stages of a run as Lightning callbacks, each thin over the functions of ``pruning.py``."""
+"""Lightning callbacks that calibrate, evaluate, report progress and recover."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flapkit.api import prune_
-from flapkit.checkpoint.save import save
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues
-from flapkit.execution.lightning.data import of_all
 from flapkit.execution.lightning.module import CausalLM
 from flapkit.execution.resume import States
 from flapkit.execution.shards import fill_, whole
-from flapkit.model.plan import Budget, BudgetBase, PruningPlan
 from flapkit.model.site import Site
 from flapkit.pruning.collector import Collector, Statistics
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher
-from flapkit.pruning.method import Method, Pruned, prune_sites_
 from flapkit.pruning.recovery import Recovery, Trainable, Training
-from flapkit.pruning.sequential import PrefixCollector
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import RunError
 from flapkit.system.progress import Stage
@@ -100,14 +92,12 @@ class Calibrate(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the consumers."""
-        self._collector = self._collect(_model_of(pl_module))
+        model = model_of(pl_module)
+        self._collector = Collector(model, self._sites, self._classes, stop_early=self._stop_early)
         if self._states and isinstance(pl_module, CausalLM):
             self._batches = self._states.begin(self._collector, self._sites, trainer.global_rank, trainer.world_size)
             pl_module.calibrated_batches = self._batches
         self._collector.__enter__()
-
-    def _collect(self, model: PreTrainedModel) -> Collector:
-        return Collector(model, self._sites, self._classes, stop_early=self._stop_early)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -149,99 +139,6 @@ class Calibrate(Callback):
         if self._collector:
             self._collector.__exit__(None, None, None)
             self._collector = None
-
-
-class CalibrateBehind(Calibrate):
-    """Measure one site of a model whose earlier sites are pruned, which is the trainer's, against the dense model.
-
-    Args:
-        dense: the dense model, on the trainer's device.
-        sites: all sites.
-        site: where to measure.
-        statistics: what to measure, as classes.
-        states: as of ``Calibrate``.
-    """
-
-    def __init__(
-        self,
-        dense: PreTrainedModel,
-        sites: Sequence[Site],
-        site: Site,
-        statistics: Sequence[type[Statistic]],
-        states: States | None = None,
-    ) -> None:
-        super().__init__([site], statistics, states=states)
-        self._dense = dense
-        self._all_sites = sites
-
-    def _collect(self, model: PreTrainedModel) -> Collector:
-        self._dense.to(model.device)  # type: ignore[arg-type]
-        return PrefixCollector(self._dense, model, self._all_sites, self._sites[0], self._classes)
-
-
-class Prune(Callback):
-    """Score, search, correct and slice when calibration ends. Comes after ``Calibrate`` in the trainer's list.
-
-    Args:
-        calibrate: where the statistics come from.
-        sites: the model's sites.
-        method: the metric, the searcher and the compensators.
-        budget: how much to remove.
-
-    Attributes:
-        pruned: the scores, and the plan that was carried out, once it was.
-    """
-
-    def __init__(self, calibrate: Calibrate, sites: Sequence[Site], method: Method, budget: Budget) -> None:
-        self._calibrate = calibrate
-        self._sites = sites
-        self._method = method
-        self._budget = budget
-        self.pruned: Pruned | None = None
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune the model in place."""
-        model, statistics = _model_of(pl_module), self._calibrate.statistics
-        batches: Any = trainer.predict_dataloaders
-        if trainer.world_size > 1:
-            # A searcher that tries plans has to find the same one in every process.
-            batches = of_all(batches)
-        self.pruned = prune_sites_(model, self._sites, statistics, self._method, self._budget, batches)
-
-
-class SaveCheckpoint(Callback):
-    """Save the pruned model when a loop of the trainer ends. Comes after ``Prune`` in the trainer's list.
-
-    Args:
-        prune: where the plan comes from.
-        path: the folder to write.
-        after: the loop whose end it waits for: ``predict`` right after pruning, ``fit`` after a recovery.
-        options: as ``flapkit.save`` takes them: ``tokenizer``, ``metadata``, ``files``, ``overwrite``.
-    """
-
-    def __init__(
-        self, prune: Prune, path: Path | str, *, after: Literal["predict", "fit"] = "predict", **options: Any
-    ) -> None:
-        self._prune = prune
-        self._path = path
-        self._after = after
-        self._options = options
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after pruning, if that was asked for."""
-        if self._after == "predict":
-            self._save(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after training, if that was asked for."""
-        if self._after == "fit":
-            self._save(trainer, pl_module)
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._prune.pruned is None:
-            raise RunError("SaveCheckpoint: the model is not pruned yet; put Prune before it in the trainer's list")
-        if trainer.is_global_zero:
-            save(_model_of(pl_module), self._path, self._prune.pruned.plan, **self._options)
 
 
 class Evaluate(Callback):
@@ -316,7 +213,7 @@ class Recover(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put in what is trained, once."""
         if self.trainable is None:
-            self.trainable = self._recovery.begin(_model_of(pl_module), self._sites)
+            self.trainable = self._recovery.begin(model_of(pl_module), self._sites)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn dropout on."""
@@ -364,50 +261,6 @@ class Recover(Callback):
         self.best = dict(state_dict["best"])
 
 
-class FlapPruning(Callback):
-    """Prune a model before it is trained, in a script of your own: ``Trainer(callbacks=[FlapPruning(...)])``.
-
-    Works in ``setup``, before the optimizer takes hold of the weights; the module keeps its transformers model in
-    the attribute ``model``.
-
-    Args:
-        calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.
-        ratio: fraction to remove.
-        metric: a name, or a component.
-        searcher: a name, or a component.
-        compensator: a name, or a component; or several.
-        of: what the ratio counts.
-
-    Attributes:
-        plan: the plan that was carried out, once it was.
-    """
-
-    def __init__(
-        self,
-        calibration: Tensor | Dataset[Any],
-        ratio: float,
-        metric: str | ImportanceMetric = "wifv",
-        searcher: str | StructureSearcher = "al_am",
-        compensator: str | Compensator | Sequence[str | Compensator] = "bias",
-        of: BudgetBase = "blocks",
-    ) -> None:
-        self._calibration = calibration
-        self._options: dict[str, Any] = {
-            "ratio": ratio,
-            "metric": metric,
-            "searcher": searcher,
-            "compensator": compensator,
-            "of": of,
-        }
-        self.plan: PruningPlan | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune once, on the device of the trainer."""
-        if self.plan is None:
-            pl_module.to(trainer.strategy.root_device)
-            self.plan = prune_(_model_of(pl_module), self._calibration, **self._options)
-
-
 def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: bool) -> list[Callback]:
     """List what watches over a recovery beside ``Recover``.
 
@@ -435,11 +288,12 @@ def not_finite(step: int) -> RunError:
 
 
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:
-    model = _model_of(module)
+    model = model_of(module)
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _model_of(module: LightningModule) -> PreTrainedModel:
+def model_of(module: LightningModule) -> PreTrainedModel:
+    """Return the transformers model of a LightningModule, which keeps it in its attribute ``model``."""
     model = getattr(module, "model", None)
     if not isinstance(model, PreTrainedModel):
         raise RunError(f"{type(module).__name__} has no transformers model in its attribute `model`")

@@ -105,8 +105,8 @@ class PruningData(LightningDataModule):
         evaluations: name -> windows, in the order of the loaders.
         batch_size: calibration windows that go through the model at once.
         evaluation_batch_size: the same for evaluation, or name -> the same for each.
-        share: which windows are this process's (``flapkit.system.processes.share``), where no trainer deals them out;
-            None for all.
+        share: which windows are this process's, where no trainer deals them out
+            (``flapkit.system.processes.window_share``); None for all.
 
     Raises:
         DataError: calibration tokens of a wrong shape or type, or no window at all.
@@ -132,6 +132,11 @@ class PruningData(LightningDataModule):
     def evaluation_names(self) -> tuple[str, ...]:
         """The evaluations' names; ``dataloader_idx`` of a test step counts through them."""
         return tuple(self.evaluations)
+
+    @property
+    def calibration_windows(self) -> int:
+        """How many calibration windows there are."""
+        return 0 if self.calibration is None else _count(self.calibration)
 
     def calibration_rows(self) -> Iterator[Row]:
         """Yield the calibration windows one by one, as the model gets them."""

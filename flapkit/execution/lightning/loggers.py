@@ -7,13 +7,14 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from flapkit.recipe import LoggerName
 from flapkit.system.errors import RecipeError
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 PROJECT = "flapkit"
 """What the project is called where a service asks and its environment says nothing."""

@@ -14,18 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.execution.cache import hash_tensors
-from flapkit.execution.calibrate import calibrate_and_prune_, find_statistics
-from flapkit.execution.resume import ResumeStore
-from flapkit.execution.runtime import Runtime, calibration_data, evaluate
-from flapkit.model.plan import Budget
-from flapkit.model.site import Site
+from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.whole import WholeExecutor
 from flapkit.model.surgery import share
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
-from flapkit.pruning.method import Pruned, prune_sites_
-from flapkit.pruning.passes import size_of
-from flapkit.pruning.statistics import Statistic
 from flapkit.run.captured import capture_warnings
+from flapkit.run.executors import open_runtime
 from flapkit.run.record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
 from flapkit.run.sweep.results import Results, Row
@@ -34,7 +30,6 @@ from flapkit.run.text import RunText, read_text, source_of
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir
-from flapkit.text.windows import tokens_hash
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +107,7 @@ def check_sweep(sweep: Sweep) -> None:
         try:
             if recovery_of(point.recipe.compensators) is not None:
                 raise RecipeError("a sweep does not train; leave the compensator that does out, and `flapkit recover`")
-            runtime = Runtime.of(asked.trainer, Progress())
+            runtime = open_runtime(asked.trainer)
             if runtime.processes > 1 or runtime.sharded:
                 raise RecipeError(
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and leave strategy out"
@@ -148,7 +143,7 @@ def _run_group(
             model,
             hash_tensors(model.state_dict().items()),
             target,
-            Runtime.of(first.recipe.trainer, progress),
+            open_runtime(first.recipe.trainer, progress),
             model.num_parameters(),
             work,
         )
@@ -157,7 +152,7 @@ def _run_group(
     for _ in range(len(tasks) - len(missing)):
         advance()
     for same_evaluation in _grouped(missing.values(), lambda task: _evaluation_key(task.point)):
-        before = evaluate(dense.model, same_evaluation[0].text.evaluations, dense.runtime, "evaluate dense")
+        before = dense.runtime.evaluate(dense.model, same_evaluation[0].text.evaluations, "evaluate dense")
         for shared in _grouped(same_evaluation, lambda task: _calibration_key(task.point)):
             for row in _carry_out_all(shared, dense, before, cache):
                 results.add(row)
@@ -180,17 +175,24 @@ def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Stati
 
     That is so for sequential calibration, and where the memory for statistics does not hold them all.
     """
-    needed: dict[type[Statistic], None] = {}
-    for task in tasks:
-        needed.update(dict.fromkeys(task.point.recipe.method.statistics))
-    asked = tasks[0].point.recipe.recipe.calibration
-    if asked.sequential or size_of(tuple(needed), dense.target.sites) > asked.statistics_bytes:
+    if tasks[0].point.recipe.recipe.calibration.sequential:
         return None
-    dense.runtime.place_(dense.model)
-    text = tasks[0].text
-    origin = f"{dense.weights} on {tokens_hash(text.calibration)}: "
-    kept = ResumeStore(dense.work, asked.save_every, origin=origin) if dense.work else None
-    return find_statistics(dense.model, dense.target.sites, tuple(needed), text, dense.runtime, cache, kept)
+    needed = dict.fromkeys(each for task in tasks for each in task.point.recipe.method.statistics)
+    return _executor(dense.model, tasks[0], dense, dense.runtime, cache).calibrate(tuple(needed))
+
+
+def _executor(
+    model: PreTrainedModel,
+    task: Task,
+    dense: Dense,
+    runtime: Runtime,
+    cache: Path | None,
+    statistics: Statistics | None = None,
+) -> WholeExecutor:
+    text = CalibrationText(task.text.calibration, task.text.batch_size)
+    memory = task.point.recipe.recipe.calibration.statistics_bytes
+    sites = dense.target.sites
+    return WholeExecutor(model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics)
 
 
 def _carry_out_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
@@ -221,31 +223,16 @@ def _carry_out(
             runtime.place_(dense.model)
             model = share(dense.model, dense.target.sites)
             budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
-            pruned = _prune_(model, task, dense.target.sites, statistics, budget, runtime, cache)
-            after = evaluate(model, task.text.evaluations, runtime, "evaluate pruned")
+            recipe = task.point.recipe
+            executor = _executor(model, task, dense, runtime, cache, statistics)
+            pruned = prune_(executor, recipe.method, budget, sequential=recipe.recipe.calibration.sequential)
+            after = runtime.evaluate(model, task.text.evaluations, "evaluate pruned")
         except (FlapkitError, RuntimeError) as error:
             # RuntimeError: what torch raises, such as too little memory for this point's evaluation.
             log.warning("%s: failed: %s", task.point.label, error)
             return Row(task.id, settings, _say(error), warnings=list(warnings))
         params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
     return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))
-
-
-def _prune_(
-    model: PreTrainedModel,
-    task: Task,
-    sites: Sequence[Site],
-    statistics: Statistics | None,
-    budget: Budget,
-    runtime: Runtime,
-    cache: Path | None,
-) -> Pruned:
-    recipe = task.point.recipe
-    if statistics is None:
-        return calibrate_and_prune_(model, sites, recipe, budget, task.text, runtime, cache)[1]
-    with runtime.progress.stage("prune"):
-        batches = calibration_data(task.text).predict_dataloader()
-        return prune_sites_(model, sites, statistics, recipe.method, budget, batches)
 
 
 def _id(point: Point, text: RunText, dense: Dense) -> str:

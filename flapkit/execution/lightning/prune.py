@@ -1,0 +1,108 @@
+"""Lightning callbacks that prune and save a model: in one script with ``Calibrate`` they do what a recipe does."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from flapkit.checkpoint.save import save
+from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.lightning.callbacks import Calibrate, model_of
+from flapkit.execution.whole import WholeExecutor
+from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.site import Site
+from flapkit.pruning.method import Method, Pruned
+from flapkit.system.errors import RunError
+
+
+class Prune(Callback):
+    """Score, search, correct and slice when calibration ends. Comes after ``Calibrate`` in the trainer's list.
+
+    Args:
+        calibrate: where the statistics come from.
+        sites: the model's sites.
+        method: the metric, the searcher and the compensators.
+        budget: how much to remove.
+
+    Attributes:
+        pruned: the scores, and the plan that was carried out, once it was.
+    """
+
+    def __init__(self, calibrate: Calibrate, sites: Sequence[Site], method: Method, budget: Budget) -> None:
+        self._calibrate = calibrate
+        self._sites = sites
+        self._method = method
+        self._budget = budget
+        self.pruned: Pruned | None = None
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune the model in place."""
+        loader: Any = trainer.predict_dataloaders
+        text = CalibrationText(loader.dataset, loader.batch_size)
+        executor = WholeExecutor(
+            model_of(pl_module), self._sites, text, statistics=self._calibrate.statistics, memory=math.inf
+        )
+        self.pruned = prune_(executor, self._method, self._budget)
+
+
+class SaveCheckpoint(Callback):
+    """Save the pruned model when a loop of the trainer ends. Comes after ``Prune`` in the trainer's list.
+
+    Args:
+        prune: where the plan comes from.
+        path: the folder to write.
+        after: the loop whose end it waits for: ``predict`` right after pruning, ``fit`` after a recovery.
+        options: as ``flapkit.save`` takes them: ``tokenizer``, ``metadata``, ``files``, ``overwrite``.
+    """
+
+    def __init__(
+        self, prune: Prune, path: Path | str, *, after: Literal["predict", "fit"] = "predict", **options: Any
+    ) -> None:
+        self._prune = prune
+        self._path = path
+        self._after = after
+        self._options = options
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after pruning, if that was asked for."""
+        if self._after == "predict":
+            self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after training, if that was asked for."""
+        if self._after == "fit":
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._prune.pruned is None:
+            raise RunError("SaveCheckpoint: the model is not pruned yet; put Prune before it in the trainer's list")
+        if trainer.is_global_zero:
+            save(model_of(pl_module), self._path, self._prune.pruned.plan, **self._options)
+
+
+class PruneBeforeTraining(Callback):
+    """Prune a model before it is trained: in ``setup``, before the optimizer takes hold of the weights.
+
+    The module keeps its transformers model in the attribute ``model``.
+
+    Attributes:
+        plan: the plan that was carried out, once it was.
+    """
+
+    plan: PruningPlan | None = None
+
+    @abstractmethod
+    def prune(self, model: PreTrainedModel) -> PruningPlan:
+        """Prune the model in place, on the device where it is."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prune once, on the device of the trainer."""
+        if self.plan is None:
+            pl_module.to(trainer.strategy.root_device)
+            self.plan = self.prune(model_of(pl_module))
