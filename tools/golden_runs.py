@@ -7,8 +7,8 @@ python tools/golden_runs.py compare golden.json
 
 Each run is a process of its own, of the flapkit that ``python -m flapkit`` finds; nothing of flapkit is imported here.
 ``record`` keeps of each run the hash of its plan, the names, types and shapes of its tensors, the hash of its weights
-and its perplexities; its output stays beside the file. ``compare`` runs all again, and exits with 1 if anything differs:
-weights by more than ``--tolerance``, or a run that ``--allow`` does not name.
+and its perplexities; its output stays beside the file. ``compare`` runs all again, and exits with 1 if anything
+differs: weights by more than ``--tolerance``, or a run that ``--allow`` does not name.
 """
 
 from __future__ import annotations

@@ -163,7 +163,9 @@ class WholeExecutor(Executor):
         self, sites: Sequence[Site], statistics: Sequence[type[Statistic]], work: Callable[..., Record]
     ) -> Record:
         """Measure some sites, and let their statistics be worked on."""
-        measured = self._measure(sites, statistics)
+        # What is measured at all sites goes to the cache.
+        of_all = len(sites) == len(self.sites)
+        measured = self._measure_all(statistics) if of_all else self._measure(sites, statistics)
         self._place()
         return work(sites, measured)
 
@@ -189,10 +191,9 @@ class WholeExecutor(Executor):
     def _measure(self, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> Statistics:
         if not statistics:
             return {site.name: SiteStatistics([]) for site in sites}
-        stop_early = len(sites) < len(self.sites)
         if self._runtime:
-            return self._runtime.calibrate(self.model, sites, statistics, self._text.data(), stop_early=stop_early)
-        return measure(self.model, sites, statistics, self._text.batches(), stop_early=stop_early)
+            return self._runtime.calibrate(self.model, sites, statistics, self._text.data(), stop_early=True)
+        return measure(self.model, sites, statistics, self._text.data().predict_dataloader(), stop_early=True)
 
     def _look_up(self, statistics: Sequence[type[Statistic]]) -> dict[type[Statistic], SiteStates]:
         """Find cached statistics. Of several processes all find a statistic, or none does."""

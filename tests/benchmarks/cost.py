@@ -31,13 +31,14 @@ from random_llama import random_llama
 from transformers import PreTrainedModel
 
 import flapkit
-from flapkit.execution.runtime import Runtime, calibrate
+from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.runtime import Runtime
+from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget
 from flapkit.model.site import Site
 from flapkit.model.surgery import share
 from flapkit.pruning.collector import Statistics
-from flapkit.pruning.method import Method, prune_sites_
-from flapkit.run.text import RunText
+from flapkit.pruning.method import Method
 
 T = TypeVar("T")
 
@@ -45,21 +46,21 @@ METHOD = Method(WIFV(), ALAM(), (Bias(),))
 TURNS = 7
 
 
-def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size: int = 8) -> RunText:
+def text_of(model: PreTrainedModel, windows: int, length: int = 128, batch_size: int = 8) -> CalibrationText:
     """Draw random tokens."""
     generator = torch.Generator().manual_seed(1)
-    return RunText(torch.randint(model.config.vocab_size, (windows, length), generator=generator), batch_size)
+    return CalibrationText(torch.randint(model.config.vocab_size, (windows, length), generator=generator), batch_size)
 
 
-def measured(model: PreTrainedModel, sites: Sequence[Site], text: RunText) -> Statistics:
+def measured(model: PreTrainedModel, sites: Sequence[Site], text: CalibrationText) -> Statistics:
     """Calibrate as a run does, under Lightning."""
-    return calibrate(model, sites, METHOD.statistics, text, Runtime({"accelerator": "cpu"}))
+    return Runtime({"accelerator": "cpu"}).calibrate(model, sites, METHOD.statistics, text.data())
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, text: RunText) -> None:
+def forward(model: PreTrainedModel, text: CalibrationText) -> None:
     """Run the backbone alone over the same batches."""
-    for batch in text.calibration.split(text.batch_size):
+    for batch in text.windows.split(text.batch_size):
         model.base_model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
 
 
@@ -107,7 +108,8 @@ def share_of_pruning(windows: int = 8, paper: int = 1024, layers: int = 2) -> No
     turns = []
     for _ in range(3):
         calibrating, found = timed(measured, model, sites, text)
-        turns.append((calibrating, timed(prune_sites_, share(model, sites), sites, found, METHOD, budget)[0]))
+        executor = WholeExecutor(share(model, sites), sites, text, statistics=found)
+        turns.append((calibrating, timed(prune_, executor, METHOD, budget)[0]))
     calibrating, pruning = (statistics.median(each) for each in zip(*turns, strict=True))
     whole = calibrating * paper / windows
     print(f"{layers} layers of LLaMA-7B's shape: calibration {calibrating:.1f} s for {windows} windows of 128")

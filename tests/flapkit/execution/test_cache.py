@@ -14,14 +14,14 @@ from conftest import make_llama
 import flapkit
 from flapkit.checkpoint.weights import remove_abandoned, write_tensors
 from flapkit.execution.cache import Calibrated, cache_folder, clear, entries, read_statistic, write_statistic
-from flapkit.execution.calibrate import find_statistics
+from flapkit.execution.executor import CalibrationText
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.runtime import Runtime
+from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Gram, Moments, Statistic
-from flapkit.run.text import RunText
 
-LOOPS = Runtime({"accelerator": "cpu", "devices": 1})
+RUNTIME = Runtime({"accelerator": "cpu", "devices": 1})
 CPU = torch.device("cpu")
 
 
@@ -29,8 +29,9 @@ def calibrated(model, tokens, numerics="cpu 32-true", sites=None):
     return Calibrated.of(model, sites or flapkit.sites(model), PruningData(tokens).calibration_rows(), numerics)
 
 
-def find(model, tokens, cache, *statistics):
-    return find_statistics(model, flapkit.sites(model), statistics, RunText(tokens, 8), LOOPS, cache)
+def find(model, tokens, cache, *statistics, batch_size=8):
+    text = CalibrationText(tokens, batch_size)
+    return WholeExecutor(model, flapkit.sites(model), text, RUNTIME, cache=cache).calibrate(statistics)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_the_batch_size_is_no_part_of_the_key(tokens, cache, forwards):
     model = make_llama()
     find(model, tokens, cache, Moments)
     ran = len(forwards)
-    find_statistics(model, flapkit.sites(model), [Moments], RunText(tokens, 5), LOOPS, cache)
+    find(model, tokens, cache, Moments, batch_size=5)
     assert len(forwards) == ran
 
 

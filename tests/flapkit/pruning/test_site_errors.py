@@ -7,9 +7,12 @@ import dataclasses
 import pytest
 
 import flapkit
+from flapkit.execution.executor import CalibrationText
+from flapkit.execution.executor import prune_ as run_pruning_
+from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import Method, prune_sites_
+from flapkit.pruning.method import Method
 from flapkit.pruning.site_errors import Trace
 from flapkit.pruning.statistics import Gram
 from flapkit.registry import Registry
@@ -26,6 +29,11 @@ def compared(trace, model, sites, pruned):
     return trace.compare(model, measured, pruned.plan, pruned.expected)
 
 
+def prune_measured_(model, sites, tokens, statistics, method, ratio):
+    executor = WholeExecutor(model, sites, CalibrationText(tokens), statistics=statistics)
+    return run_pruning_(executor, method, Budget.over(sites, ratio))
+
+
 def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     """Trace, prune and compare on one and the same text."""
     registry = Registry.load()
@@ -36,7 +44,7 @@ def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     trace = traced(model, sites, tokens)
     kinds = tuple(dict.fromkeys((*method.statistics, *extra)))
     statistics = measure(model, sites, kinds, [{"input_ids": tokens}])
-    pruned = prune_sites_(model, sites, statistics, method, Budget.over(sites, ratio))
+    pruned = prune_measured_(model, sites, tokens, statistics, method, ratio)
     return sites, trace, pruned, compared(trace, model, sites, pruned)
 
 
@@ -76,7 +84,7 @@ def test_without_statistics_nothing_is_predicted(llama, tokens):
     method = Method(*parts, (registry.create("compensator", "none"),))
     sites = flapkit.sites(llama)
     trace = traced(llama, sites, tokens[:2])
-    pruned = prune_sites_(llama, sites, measure(llama, sites, [], []), method, Budget.over(sites, 0.4))
+    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), method, 0.4)
     assert set(pruned.expected.values()) == {None}
     errors = compared(trace, llama, sites, pruned)
     assert all(error.predicted is None and error.alone > 0 for error in errors.values())
@@ -101,7 +109,7 @@ def test_sites_that_other_tokens_may_reach_are_not_compared_in_the_model(llama, 
     # Two sites of a kind in one layer, as experts are.
     alike = [dataclasses.replace(site, kind="mlp") for site in sites]
     trace = traced(llama, alike, tokens[:2])
-    pruned = prune_sites_(llama, sites, measure(llama, sites, [], []), method, Budget.over(sites, 0.4))
+    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), method, 0.4)
     errors = compared(trace, llama, alike, pruned)
     assert errors
     assert all(error.in_model is None and error.alone > 0 for error in errors.values())

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.execution.lightning.callbacks import Calibrate, Prune, SaveCheckpoint
+from flapkit.execution.lightning.callbacks import Calibrate
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.lightning.module import CausalLM
+from flapkit.execution.lightning.prune import Prune, SaveCheckpoint
 from flapkit.execution.lightning.trainer import build_trainer
 from flapkit.model.plan import Budget
 from flapkit.recipe import load_recipe

@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import flapkit
-from flapkit.execution.lightning.callbacks import Calibrate, Evaluate, Prune, SaveCheckpoint
+from flapkit.execution.lightning.callbacks import Calibrate, Evaluate
 from flapkit.execution.lightning.data import PruningData, WindowRows, collate
 from flapkit.execution.lightning.module import CausalLM, Optimization
+from flapkit.execution.lightning.prune import Prune, SaveCheckpoint
 from flapkit.execution.lightning.trainer import build_trainer
 from flapkit.model.plan import Budget
 from flapkit.pruning.collector import measure

@@ -1,4 +1,4 @@
-"""Pruning in passes gives what pruning in one go does."""
+"""Pruning a model in memory: several passes over the text give what one pass does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from flapkit_compensators.least_squares import LeastSquares
 
 import flapkit
 from flapkit.pruning.collector import Collector, measure
-from flapkit.pruning.passes import size_of, split_by_memory
-from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram
+from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram, size_of, split_by_memory
 
 METHODS = [("wifv", "least_squares"), ("obs", LeastSquares(intercept=False)), ("trace", "bias"), ("magnitude", "none")]
 
