@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.lightning.data import PruningData
+from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.resume import Keep, Record, make_without_store
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
@@ -147,6 +148,15 @@ class Executor(ABC):
 
         Raises:
             RunError: a loss that is not finite, or a window that the device's memory does not hold.
+        """
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, workload: Workload) -> Needs:
+        """Return what such an executor needs for a workload.
+
+        Raises:
+            ModelError: it cannot hold such a model.
         """
 
     @property

@@ -27,6 +27,7 @@ from flapkit.execution.executor import (
     sweep,
 )
 from flapkit.execution.lightning.data import PruningData
+from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.resume import Keep, checksummed, make_without_store, read_checksummed, write_record
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
@@ -160,6 +161,16 @@ class LayerwiseExecutor(Executor):
         """Measure the perplexity of each text, all of them in one pass over the layers."""
         with lost_processes():
             return self._runtime.measure_texts(self.model, texts, name, lambda sizes: self._test(texts, sizes, name))
+
+    @classmethod
+    def needs(cls, workload: Workload) -> Needs:
+        """Return what one layer at a time needs: the dense layer, and what is left of it."""
+        outer, largest = workload.layers
+        memory = outer + 2 * largest + workload.statistics + workload.working
+        if workload.hidden_on_disk:
+            return Needs(memory, memory, workload.pruned_weights + 2 * workload.hidden)
+        memory += workload.hidden // workload.processes
+        return Needs(memory, memory, workload.pruned_weights)
 
     def _test(
         self, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], name: str

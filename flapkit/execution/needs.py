@@ -1,45 +1,131 @@
-"""What executors need: passes over the calibration text, and memory for statistics."""
+"""What executors need: memory, disk, and passes over the calibration text, from sizes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
+from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site
 from flapkit.pruning.components import corrector_of
 from flapkit.pruning.method import Method
-from flapkit.pruning.statistics import size_of, split_by_memory
+from flapkit.pruning.statistics import Gram, size_of, split_by_memory
 
 SWEEP_PASSES = 4
 """Forward passes of a sweep: the dense layer, the pruned one as each of two sites is measured, and once more after."""
 
+SWEEP_STREAMS = 4
+"""Hidden states that a sweep holds: of the dense and the pruned model, and what two sites are fitted to."""
 
-def count_passes(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:
-    """Count how often the calibration text runs through the model, if every site loses units.
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What an executor would be given, as far as it is known before the weights are read.
 
     Args:
-        sites: the model's sites.
+        model: the dense model without memory, in the type in which it will run.
+        sites: its sites.
         method: the components.
+        removed: parameters that the budget removes.
+        tokens: tokens whose hidden states go through the layers together.
         memory: bytes of statistics at a time.
-        sequential: whether corrections are found in one sweep over the layers.
+        sequential: repairs are computed in one sweep over the layers.
+        hidden_on_disk: hidden states live on the disk where layers run one at a time.
+        working: bytes of batches, logits and whatever else stands beside the weights meanwhile.
+        processes: how many share the windows.
     """
-    repairing = method.repairing
-    if not sequential and size_of(method.statistics, sites) <= memory:
-        return int(bool(method.statistics))
-    scoring = len(split_by_memory(sites, method.scoring, memory)) if method.scoring else 0
-    if sequential:
-        return scoring + SWEEP_PASSES
-    return scoring + (len(split_by_memory(sites, repairing, memory)) if repairing else 0)
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    method: Method
+    removed: int
+    tokens: int
+    memory: int
+    sequential: bool = False
+    hidden_on_disk: bool = False
+    working: int = 0
+    processes: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the dense weights."""
+        return self.model.num_parameters() * self.model.dtype.itemsize
+
+    @property
+    def pruned_weights(self) -> int:
+        """Bytes of the pruned weights."""
+        return self.weights - self.removed * self.model.dtype.itemsize
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of the hidden states of all windows that go through the layers together."""
+        width = int(self.model.config.get_text_config().hidden_size) * self.model.dtype.itemsize
+        return self.tokens * width * (SWEEP_STREAMS if self.sequential else 1)
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of the most statistics that are in memory together, and of what one correction is solved with."""
+        sites, method, memory = self.sites, self.method, self.memory
+        # Least squares works on copies of its products: of all, of the fitted and the held-out windows, and the kept.
+        solving = 3 * max(size_of(method.repairing, [site]) for site in sites)
+        if not self.sequential and size_of(method.statistics, sites) <= memory:
+            return size_of(method.statistics, sites) + solving
+        parts = [(method.scoring, part) for part in split_by_memory(sites, method.scoring, memory)]
+        if self.sequential:
+            corrector = corrector_of(method.compensators)
+            in_sequence = corrector.measures_in_sequence() if corrector else ()
+            parts += [(in_sequence, [site]) for site in sites]
+        else:
+            parts += [(method.repairing, part) for part in split_by_memory(sites, method.repairing, memory)]
+        return max(size_of(statistics, part) for statistics, part in parts) + solving
+
+    @property
+    def waiting_weights(self) -> int:
+        """Bytes of corrected weights, which wait until all are computed."""
+        consumers = sum(site.channels * site.out_features for site in self.sites) * self.model.dtype.itemsize
+        return consumers * (int(Gram in self.method.repairing) + int(self.sequential))
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Bytes outside the decoder layers, and those of the largest layer.
+
+        Raises:
+            ModelError: the sites lie in no list of layers.
+        """
+        path = f"{layers_of(self.sites)}."
+        outer, layers = 0, dict[str, int]()
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(path):
+                index = name.removeprefix(path).partition(".")[0]
+                layers[index] = layers.get(index, 0) + parameter.nbytes
+            else:
+                outer += parameter.nbytes
+        return outer, max(layers.values())
+
+    @property
+    def passes(self) -> int:
+        """How often the calibration text runs through the model, if every site loses units."""
+        sites, method, memory = self.sites, self.method, self.memory
+        if not self.sequential and size_of(method.statistics, sites) <= memory:
+            return int(bool(method.statistics))
+        scoring = len(split_by_memory(sites, method.scoring, memory)) if method.scoring else 0
+        if self.sequential:
+            return scoring + SWEEP_PASSES
+        return scoring + (len(split_by_memory(sites, method.repairing, memory)) if method.repairing else 0)
 
 
-def peak_memory(sites: Sequence[Site], method: Method, memory: int, *, sequential: bool = False) -> int:
-    """Return the bytes of the most statistics that are in memory together; see ``count_passes``."""
-    if not sequential and size_of(method.statistics, sites) <= memory:
-        return size_of(method.statistics, sites)
-    parts = [(method.scoring, part) for part in split_by_memory(sites, method.scoring, memory)]
-    if sequential:
-        corrector = corrector_of(method.compensators)
-        in_sequence = corrector.measures_in_sequence() if corrector else ()
-        parts += [(in_sequence, [site]) for site in sites]
-    else:
-        parts += [(method.repairing, part) for part in split_by_memory(sites, method.repairing, memory)]
-    return max(size_of(statistics, part) for statistics, part in parts)
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an executor needs for a workload, in each process, beyond Python and its libraries.
+
+    Args:
+        memory: resident peak, in bytes.
+        least: the part of it that the system cannot do without: pages of the dense weights' file can go.
+        disk: bytes that are written at most.
+    """
+
+    memory: int
+    least: int
+    disk: int

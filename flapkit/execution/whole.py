@@ -23,6 +23,7 @@ from flapkit.execution.executor import (
     repairs_of,
     sweep,
 )
+from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.resume import Keep, Record, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
@@ -145,6 +146,15 @@ class WholeExecutor(Executor):
     def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, MeasuredPerplexity]:
         """Measure the perplexity of the model as it is now."""
         return (self._runtime or Runtime()).evaluate(self.model, texts, name)
+
+    @classmethod
+    def needs(cls, workload: Workload) -> Needs:
+        """Return what a model in memory needs."""
+        least = workload.weights + workload.waiting_weights + workload.statistics + workload.working
+        least += workload.hidden if workload.sequential else 0
+        # What is pruned stands beside the file that the dense weights are mapped from.
+        blocks = sum(site.params for site in workload.sites) - workload.removed
+        return Needs(least + blocks * workload.model.dtype.itemsize, least, workload.pruned_weights)
 
     def calibrate(self, statistics: Sequence[type[Statistic]]) -> Statistics | None:
         """Measure statistics of all sites in one pass; None where memory does not hold them together."""

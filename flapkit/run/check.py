@@ -16,7 +16,7 @@ from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import odd_widths
 from flapkit.recipe import LoadedRecipe
-from flapkit.run.estimate import Needs, check_fits, empty_model, estimate_needs
+from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
@@ -42,7 +42,7 @@ class Checked:
     target: Target
     params: int
     budget: Budget
-    needs: Needs
+    needs: Estimate
     processes: int = 1
     odd: Sequence[int] = ()
     left: Sequence[str] = ()

@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 
 from flapkit.evaluation.batch_size import first_batch_size
 from flapkit.evaluation.perplexity import CHUNK_ELEMENTS
+from flapkit.execution.layerwise import LayerwiseExecutor
 from flapkit.execution.lightning.data import held_out
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
-from flapkit.execution.needs import count_passes, peak_memory
+from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.runtime import Runtime
-from flapkit.execution.stream import layers_of
+from flapkit.execution.whole import WholeExecutor
 from flapkit.model.empty import build_empty
 from flapkit.model.plan import Budget
 from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import needed_statistics, recovery_of
+from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens
-from flapkit.pruning.statistics import Gram, size_of
 from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
@@ -38,7 +38,7 @@ CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Estimate:
     """What a run takes. Memory is the resident peak of a process, in bytes.
 
     Args:
@@ -82,7 +82,7 @@ def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
 
 def estimate_needs(
     recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget, processes: int = 1
-) -> Needs:
+) -> Estimate:
     """Estimate what a run takes on a CPU, and what of it stands on a GPU if there is one.
 
     Args:
@@ -93,35 +93,58 @@ def estimate_needs(
         processes: how many share the windows.
     """
     asked, size = recipe.recipe, empty.dtype.itemsize
-    text, own, weights = asked.calibration, psutil.Process().memory_info().rss + TEXT, empty.num_parameters() * size
-    statistics, trace = _statistics_memory(recipe, target), _trace_memory(recipe, target, size)
+    own = psutil.Process().memory_info().rss + TEXT
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
-    working, left = statistics + trace + batch, weights - size * budget.params
-    least = own + weights + _waiting_weights(recipe, target, size) + working
-    # What is pruned stands beside the file that the dense weights are mapped from.
-    whole = least + size * (sum(site.params for site in target.sites) - budget.params)
-    hidden, on_disk = _hidden_states(recipe, target, size), asked.execution.hidden_states == "disk"
-    parts = _layer_bytes(empty, target)
-    layerwise = parts and own + parts[0] + 2 * parts[1] + working + (0 if on_disk else hidden // processes)
-    # Its part of every weight, and what is gathered at a time: what stands outside the layers, a layer, and the next.
-    share = parts and weights // processes + parts[0] + 2 * parts[1]
-    sharded = share and own + share + working
-    on_device = share if share and asked.trainer.strategy == MODEL_PARALLEL else weights
-    passes = count_passes(target.sites, recipe.method, text.statistics_bytes, sequential=text.sequential)
-    disk, trained = left + (2 * hidden if on_disk else 0), None
+    workload = Workload(
+        empty,
+        target.sites,
+        recipe.method,
+        budget.params,
+        _tokens_together(asked),
+        asked.calibration.statistics_bytes,
+        sequential=asked.calibration.sequential,
+        hidden_on_disk=asked.execution.hidden_states == "disk",
+        working=_trace_memory(recipe, target, size) + batch,
+        processes=processes,
+    )
+    weights, left = workload.weights, workload.pruned_weights
+    whole, layers = WholeExecutor.needs(workload), _layerwise_needs(workload)
+    held, least, layerwise, sharded = own + whole.memory, own + whole.least, None, None
+    gathered, on_device = 0, weights
+    if layers is not None:
+        outer, largest = workload.layers
+        # Of a sharded model: its part of every weight; what stands outside the layers, a layer, and the next.
+        gathered = outer + 2 * largest
+        layerwise, sharded = own + layers.memory, own + weights // processes + gathered + batch
+        if asked.trainer.strategy == MODEL_PARALLEL:
+            on_device = weights // processes + gathered
+    disk, trained = (layers or whole).disk if workload.hidden_on_disk else whole.disk, None
     if (recovery := recovery_of(recipe.compensators)) is not None:
         recovery.attach(empty, target.sites)
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
         teacher = weights if recovery.training.distill else 0
         beside = _training_memory(recovery.training, target, size, trained)
         training = own + left + teacher + beside
-        whole, least, disk = max(whole, training), max(least, training), disk + left
+        held, least, disk = max(held, training), max(least, training), disk + left
         layerwise = layerwise and max(layerwise, training)
-        gathered = parts and parts[0] + 2 * parts[1]
-        sharded = sharded and max(sharded, own + (left + teacher) // processes + (gathered or 0) + beside)
-    flops = passes * calibration_flops(recipe, target)
-    device = on_device + statistics + batch
-    return Needs(weights, own, whole, least, layerwise, sharded, device, disk, flops, passes, trained)
+        sharded = sharded and max(sharded, own + (left + teacher) // processes + gathered + beside)
+    flops = workload.passes * calibration_flops(recipe, target)
+    device = on_device + workload.statistics + batch
+    return Estimate(weights, own, held, least, layerwise, sharded, device, disk, flops, workload.passes, trained)
+
+
+def _layerwise_needs(workload: Workload) -> Needs | None:
+    """Return what one layer at a time needs; None where the model has no list of layers."""
+    try:
+        return LayerwiseExecutor.needs(workload)
+    except ModelError:
+        return None
+
+
+def _tokens_together(asked: Recipe) -> int:
+    """Return how many tokens go through the layers together: those of calibration, or of evaluation."""
+    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
+    return max(asked.calibration.samples * asked.calibration.length, evaluated)
 
 
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
@@ -132,7 +155,7 @@ def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)
 
 
-def check_fits(recipe: LoadedRecipe, needs: Needs, runtime: Runtime) -> None:
+def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
     """Raise ``RecipeError`` where the machine has less memory than a run takes.
 
     Args:
@@ -203,30 +226,6 @@ def _routed(site: Site, target: Target) -> float:
     return float(getattr(target.config.get_text_config(), "num_experts_per_tok", experts) / experts)
 
 
-def _layer_bytes(empty: PreTrainedModel, target: Target) -> tuple[int, int] | None:
-    """Return the bytes outside the decoder layers, and those of the largest layer."""
-    try:
-        path = f"{layers_of(target.sites)}."
-    except ModelError:
-        return None
-    outer, layers = 0, dict[str, int]()
-    for name, parameter in empty.named_parameters():
-        if name.startswith(path):
-            index = name.removeprefix(path).partition(".")[0]
-            layers[index] = layers.get(index, 0) + parameter.nbytes
-        else:
-            outer += parameter.nbytes
-    return outer, max(layers.values())
-
-
-def _hidden_states(recipe: LoadedRecipe, target: Target, size: int) -> int:
-    """Return the bytes of the hidden states of all windows that go through the layers together."""
-    asked = recipe.recipe
-    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
-    tokens: int = max(asked.calibration.samples * asked.calibration.length, evaluated)
-    return tokens * int(target.config.get_text_config().hidden_size) * size
-
-
 def _calibration_batch(recipe: LoadedRecipe, target: Target, size: int) -> int:
     """Return the bytes of a calibration batch's activations."""
     text, widest = recipe.recipe.calibration, max(site.channels for site in target.sites)
@@ -255,21 +254,6 @@ def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     windows = min(asked.report.error_windows, int(held_out(asked.calibration.samples).sum()))
     tokens = trace_tokens(target.sites, windows, asked.calibration.length, size)
     return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
-
-
-def _statistics_memory(recipe: LoadedRecipe, target: Target) -> int:
-    """Return the bytes of statistics, and of what one correction is solved with."""
-    text, method, sites = recipe.recipe.calibration, recipe.method, target.sites
-    repair = needed_statistics(method.compensators)
-    # Least squares works on copies of its products: of all, of the fitted and of the held-out windows, and of the kept.
-    solving = 3 * max(size_of(repair, [site]) for site in sites)
-    return peak_memory(sites, method, text.statistics_bytes, sequential=text.sequential) + solving
-
-
-def _waiting_weights(recipe: LoadedRecipe, target: Target, size: int) -> int:
-    """Return the bytes of corrected weights, which wait until all are found."""
-    text, consumers = recipe.recipe.calibration, sum(site.channels * site.out_features for site in target.sites)
-    return size * consumers * (int(Gram in needed_statistics(recipe.method.compensators)) + int(text.sequential))
 
 
 def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:
