@@ -108,8 +108,8 @@ class Calibration(Text):
     )
     sequential: bool = Field(
         default=False,
-        description="Measure each site in a model whose earlier sites are pruned, and repair what they lost as well. "
-        "The text runs through the model once for every site.",
+        description="Repair in one sweep over the layers, in which each site makes good what the earlier ones lost; "
+        "about four forward passes of the text.",
     )
 
     save_every: float = Field(

@@ -1,17 +1,18 @@
-"""Prune a model in two processes that share its weights, and say how much memory each of them had at its peak.
+"""Evaluate a model in two processes that share its weights, and print how much memory each of them had at its peak.
 
 ```
 python tests/benchmarks/sharded.py FOLDER [WAY ...]
 ```
 
-The model is a random LLaMA of 24 layers and 411 million parameters in float32: 1.64 GB. The same recipe is run by one
-process, by two of which each has the whole model (``ddp``), and by two of which each has a part (``model_parallel``).
+The model is a random LLaMA of 24 layers and 411 million parameters in float32: 1.64 GB. Its perplexity is measured by
+one process, by two of which each has the whole model (``ddp``), and by two of which each has a part (``model_parallel``).
 A peak is the process's VmHWM, which counts the mapped pages of the weights' file as well, and the libraries. glibc is
 told to give what is freed back to the system (MALLOC_MMAP_THRESHOLD_): it would otherwise keep what was gathered.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from flapkit.checkpoint.bundled import bundled_models
 
 RECIPE = {
     "model": {"path": "dense"},
-    "calibration": {"dataset": "stdlib", "samples": 16, "length": 64, "batch_size": 4},
+    "calibration": {"dataset": "stdlib"},
     "budget": {"ratio": 0.2},
     "evaluate": {"perplexity": [{"dataset": "stdlib", "length": 64, "windows": 8, "batch_size": 4}]},
 }
@@ -60,20 +61,24 @@ def peaks(process: psutil.Popen) -> list[int]:
 
 
 def main(home: Path, *ways: str) -> None:
-    """Write the model unless it is there, and prune it in each way, or in some."""
+    """Write the model unless it is there, and evaluate it in each way, or in some."""
     if not (home / "dense").is_dir():
         write_dense(home / "dense")
     size = sum(file.stat().st_size for file in (home / "dense").glob("*.safetensors"))
     print(f"weights {size / 1e9:.2f} GB")
     for name in ways or TRAINERS:
-        recipe = {**RECIPE, "trainer": {"accelerator": "cpu", **TRAINERS[name]}, "output": f"pruned-{name}"}
+        recipe = {**RECIPE, "trainer": {"accelerator": "cpu", **TRAINERS[name]}, "output": "unused"}
         (home / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "flapkit", "run", f"{name}.yaml", "--quiet", "--no-cache", "--overwrite"]
+        output = home / f"{name}.json"
+        output.unlink(missing_ok=True)
+        arguments = ["evaluate", "dense", "--recipe", f"{name}.yaml", "--output", output.name]
+        command = [sys.executable, "-m", "flapkit", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
         process = psutil.Popen(command, cwd=home, stdout=subprocess.DEVNULL, env=environment)
         shown = " and ".join(f"{peak / 1e9:.2f}" for peak in peaks(process))
-        same = (home / f"pruned-{name}" / "plan.json").read_bytes() == (home / "pruned-one" / "plan.json").read_bytes()
-        print(f"{name}: {shown} GB, exit code {process.returncode}, {'same' if same else 'another'} plan")
+        measured = json.loads(output.read_text())["perplexity"] if output.is_file() else {}
+        perplexity = ", ".join(f"{figures['model']:.3f}" for figures in measured.values())
+        print(f"{name}: {shown} GB, exit code {process.returncode}, perplexity {perplexity}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_a_plugin_is_found():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ("@hookimpl", "", "has no hook"),
         ("flapkit_metrics", "flapkit_metric", "did you mean 'flapkit_metrics'"),
@@ -57,8 +57,8 @@ def test_a_plugin_is_found():
         ("@dataclass(frozen=True)", "@dataclass", "frozen dataclass"),
     ],
 )
-def test_a_plugin_is_refused(old, new, metadata):
-    with pytest.raises(PluginError, match=metadata.replace("[", r"\[")):
+def test_a_plugin_is_refused(old, new, message):
+    with pytest.raises(PluginError, match=message.replace("[", r"\[")):
         Registry([plugin(METRIC.replace(old, new))])
 
 

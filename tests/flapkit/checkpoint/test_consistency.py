@@ -12,8 +12,8 @@ import flapkit
 from flapkit.system.errors import ModelError
 
 
-def refused(folder, metadata):
-    with pytest.raises(ModelError, match=metadata):
+def refused(folder, message):
+    with pytest.raises(ModelError, match=message):
         flapkit.load(folder)
 
 
@@ -40,7 +40,7 @@ def test_a_missing_shard(tokens, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda keep: keep["layers.0.mlp"].pop(), "keeps .* units at layers.0.mlp"),
         (lambda keep: keep["layers.0.mlp"].__setitem__(0, keep["layers.0.mlp"][1]), "layers.0.mlp"),
@@ -50,11 +50,11 @@ def test_a_missing_shard(tokens, tmp_path):
         (lambda keep: keep.__setitem__("layers.0.mlp", "all"), "expected a list of whole numbers"),
     ],
 )
-def test_a_plan_that_was_changed(pruned_folder, change, metadata):
+def test_a_plan_that_was_changed(pruned_folder, change, message):
     plan = json.loads((pruned_folder / "plan.json").read_text())
     change(plan["keep"])
     (pruned_folder / "plan.json").write_text(json.dumps(plan))
-    refused(pruned_folder, metadata)
+    refused(pruned_folder, message)
 
 
 def test_a_configuration_that_was_changed(pruned_folder):

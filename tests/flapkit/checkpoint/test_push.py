@@ -53,7 +53,7 @@ def test_a_folder_of_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "says"),
+    ("error", "raised", "message"),
     [
         (HFValidationError("a name"), InputError, "a name"),
         (LocalTokenNotFoundError("token"), InputError, "nobody is logged in"),
@@ -61,7 +61,7 @@ def test_a_folder_of_another(tmp_path):
         (Refused("403"), RunError, "403"),
     ],
 )
-def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, metadata):
+def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, message):
     monkeypatch.setattr("flapkit.checkpoint.push.HfApi", Hub(error))
-    with pytest.raises(raised, match=metadata):
+    with pytest.raises(raised, match=message):
         flapkit.push(pruned_folder, "owner/name")

@@ -26,12 +26,12 @@ output: out
 
 @pytest.fixture
 def refused(home, command):
-    def run(recipe: str | bytes, metadata: str, code: int = 2) -> None:
+    def run(recipe: str | bytes, message: str, code: int = 2) -> None:
         before = sorted(home.rglob("*"))
         path = home / "recipe.yaml"
         path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
         ended, _, printed = command("run", "recipe.yaml")
-        assert metadata in printed
+        assert message in printed
         assert "Traceback" not in printed
         assert ended == code
         path.unlink()
@@ -41,7 +41,7 @@ def refused(home, command):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    ("recipe", "message"),
     [
         ("", "recipe.yaml:1:1: the recipe is empty"),
         ("model: [", "not YAML"),
@@ -54,8 +54,8 @@ def refused(home, command):
         (RECIPE.replace("ratio: 0.2", "ratio: 20"), "give the fraction to remove, over 0 and under 1, for example 0.2"),
     ],
 )
-def test_recipes(refused, recipe, metadata):
-    refused(recipe, metadata)
+def test_recipes(refused, recipe, message):
+    refused(recipe, message)
 
 
 def test_all_mistakes_at_once(refused):
@@ -83,16 +83,16 @@ def corrupt(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (without_weights, "the folder holds no weights"),
         (truncated, "model.safetensors is damaged or cut short"),
         (corrupt, "model.safetensors is damaged or cut short"),
     ],
 )
-def test_models(refused, home, damage, metadata):
+def test_models(refused, home, damage, message):
     damage(model(home))
-    refused(RECIPE.replace("MODEL", "./model"), metadata)
+    refused(RECIPE.replace("MODEL", "./model"), message)
 
 
 def test_disk_full(refused, home, monkeypatch):

@@ -98,7 +98,7 @@ def test_usage_error(command):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"metrc": "wifv"}, "did you mean"),
         ({"metric": "wifw"}, "did you mean 'wifv'"),
@@ -115,16 +115,16 @@ def test_usage_error(command):
         ({"plugins": ["./missing.py"]}, "there is no such file"),
     ],
 )
-def test_bad_recipes(command, home, changes, metadata):
+def test_bad_recipes(command, home, changes, message):
     code, _, err = command("run", write_recipe(home, **changes))
     assert code == 2, err
-    assert metadata in err
+    assert message in err
     assert "Traceback" not in err
     assert not (home / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("score", "hook", "says"),
+    ("score", "hook", "message"),
     [
         ("weight.sum()", "flapkit_metrics", "expected scores"),
         ("torch.full((site.units, 1), torch.nan)", "flapkit_metrics", "not finite"),
@@ -132,11 +132,11 @@ def test_bad_recipes(command, home, changes, metadata):
         ("1 +", "flapkit_metrics", "fails to import"),
     ],
 )
-def test_bad_plugins(command, home, score, hook, metadata):
+def test_bad_plugins(command, home, score, hook, message):
     (home / "mine.py").write_text(METRIC.replace("{score}", score).replace("{hook}", hook))
     code, _, err = command("run", write_recipe(home, metric="mine", plugins=["./mine.py"]))
     assert code == 2, err
-    assert metadata in err
+    assert message in err
     assert not (home / "out").exists()
 
 

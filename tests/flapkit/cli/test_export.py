@@ -18,7 +18,7 @@ def test_export(command, pruned_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--to", "gguff"], "unknown exporter 'gguff'"),
         (["--to", "hf", "--set", "dtype=int3"], "option 'dtype'"),
@@ -29,10 +29,10 @@ def test_export(command, pruned_folder, tmp_path):
         (["--to", "hf", "--set", "dtype=&a x"], "anchors such as &a are not read"),
     ],
 )
-def test_bad_input(command, pruned_folder, tmp_path, arguments, metadata):
+def test_bad_input(command, pruned_folder, tmp_path, arguments, message):
     code, _, err = command("export", pruned_folder, *arguments, "--output", "out")
     assert code == 2
-    assert metadata in err
+    assert message in err
     assert not (tmp_path / "out").exists()
 
 

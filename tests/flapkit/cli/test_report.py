@@ -43,7 +43,7 @@ def test_a_bench_in_the_folder_is_shown(command, runs):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("nowhere",), "there is no such folder"),
         (("a", "./a"), "named twice"),
@@ -51,11 +51,11 @@ def test_a_bench_in_the_folder_is_shown(command, runs):
         (("a", "-o", "text.txt/page.html"), "cannot be written"),
     ],
 )
-def test_bad_input(command, runs, arguments, metadata):
+def test_bad_input(command, runs, arguments, message):
     (runs / "empty").mkdir()
     code, out, err = command("report", *arguments)
     assert (code, out) == (2, "")
-    assert metadata in err
+    assert message in err
 
 
 def test_a_damaged_result(command, runs):

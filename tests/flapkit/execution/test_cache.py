@@ -142,7 +142,7 @@ def test_a_damaged_file_is_measured_anew_and_said(damage, tokens, cache, forward
 
 STATISTIC = """
 import torch
-from flapkit.statistics import Statistic
+from flapkit.interfaces import Statistic
 
 class Largest(Statistic):
     def __init__(self, channels, **kwargs):

@@ -107,7 +107,19 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     assert not list(home.glob(".*"))
 
 
-@pytest.mark.parametrize("file", ["hidden/trace-0/1", "calibration", "weights"])
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+def test_sequential(home, hidden):
+    """One sweep gives the same corrections in both executors."""
+    save_dense(home / "dense", num_hidden_layers=3)
+    changes = {
+        "compensator": {"name": "least_squares", "ridge": 0.01},
+        "calibration": {**RECIPE["calibration"], "sequential": True},
+    }
+    layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
+    assert_same(prune(home, "whole", **changes), layerwise, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("file", ["hidden/observe-0/1", "calibration", "weights"])
 def test_a_full_disk(home, monkeypatch, file):
     save_dense(home / "dense")
 
@@ -132,7 +144,6 @@ def test_a_recovery_trains_what_was_written(home):
 
 REFUSED = {
     "gradients": {"metric": "taylor"},
-    "calibration.sequential": {"calibration": {**RECIPE["calibration"], "sequential": True}},
     "samples": {"evaluate": {"samples": {"prompts": ["def"]}}},
     "flapkit export": {"export": "hf"},
     "model.dtype": {"trainer": {"accelerator": "cpu", "precision": "bf16-true"}},

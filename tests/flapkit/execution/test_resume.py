@@ -9,9 +9,11 @@ from conftest import make_llama
 
 import flapkit
 from flapkit.evaluation.scores import Score, TaskScores
-from flapkit.execution.resume import Repair, ResumeStore
+from flapkit.execution.executor import record_of, repairs_of
+from flapkit.execution.resume import ResumeStore
 from flapkit.model.surgery import Correction
 from flapkit.pruning.collector import Collector, run_batch
+from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import Moments
 from flapkit.recipe import load_recipe
 from flapkit.run.pipeline import run
@@ -216,10 +218,10 @@ def test_figures_round_trip(tmp_path):
 
 
 def test_pieces_round_trip(tmp_path):
-    repair = Repair({"a/b": Correction(torch.ones(2, 3), None, "why"), "c": Correction()}, {"a/b": 0.1, "c": None})
+    repair = Repairs({"a/b": Correction(torch.ones(2, 3), None, "why"), "c": Correction()}, {"a/b": 0.1, "c": None})
     with open_workdir(tmp_path / "out", resume=True) as work:
-        for make in (repair.piece, pytest.fail):
-            found = Repair.of(ResumeStore(work, 0).find("repair from a/b", make))
+        for make in (lambda: record_of(repair), pytest.fail):
+            found = repairs_of(ResumeStore(work, 0).find("repair from a/b", make))
             assert found.expected == repair.expected
             assert found.corrections["c"] == Correction()
             assert found.corrections["a/b"].note == "why"

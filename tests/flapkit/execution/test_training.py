@@ -14,9 +14,10 @@ from lightning.pytorch import Callback, Trainer
 
 import flapkit
 from flapkit.execution import training as stage
-from flapkit.execution.lightning.callbacks import Calibrate, Prune, Recover
+from flapkit.execution.lightning.callbacks import Calibrate, Recover
 from flapkit.execution.lightning.data import PruningData, RecoveryData
 from flapkit.execution.lightning.module import CausalLM, Optimization
+from flapkit.execution.lightning.prune import Prune
 from flapkit.execution.lightning.trainer import build_trainer
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, Workplace, recover_, take_windows

@@ -67,7 +67,7 @@ def test_expressions():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"layers": "model.layer"}, "adapter 'mine': this LlamaForCausalLM has no model.layer"),
         ({"layers": "model.norm"}, "model.norm is a LlamaRMSNorm, not a list of layers"),
@@ -80,13 +80,13 @@ def test_expressions():
         ({"blocks": (replace(ATTENTION, heads="heads"),)}, "heads"),
     ],
 )
-def test_a_declaration_that_does_not_fit(changes, metadata):
-    with pytest.raises(ModelError, match=metadata):
+def test_a_declaration_that_does_not_fit(changes, message):
+    with pytest.raises(ModelError, match=message):
         sites_of(make_llama(num_key_value_heads=1), family(**changes))
 
 
 @pytest.mark.parametrize(
-    ("kind", "parameters", "options", "says"),
+    ("kind", "parameters", "options", "message"),
     [
         ("attention", {"q_proj": "q+"}, {}, r"q_proj: 'q\+' is no layout of attention"),
         ("attention", {"q_proj": "i"}, {}, "is no layout of attention"),
@@ -95,8 +95,8 @@ def test_a_declaration_that_does_not_fit(changes, metadata):
         ("mlp", {"up_proj": "i"}, {"reads": {"width": "I+"}}, "width: 'I\\+' cannot be computed: invalid syntax"),
     ],
 )
-def test_a_declaration_that_says_nothing(kind, parameters, options, metadata):
-    with pytest.raises(InputError, match=metadata):
+def test_a_declaration_that_says_nothing(kind, parameters, options, message):
+    with pytest.raises(InputError, match=message):
         Block(kind, "self_attn", "o_proj", parameters, **options)
 
 
@@ -136,15 +136,15 @@ def test_layers_that_share_a_tensor():
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (T5Config(), "'t5' are encoder-decoders"),
         (ViTConfig(), "'vit' are no causal language models"),
         (MambaConfig(), "'mamba' are declared by no plugin"),
     ],
 )
-def test_what_is_refused_by_name(config, metadata):
-    with pytest.raises(ModelError, match=metadata):
+def test_what_is_refused_by_name(config, message):
+    with pytest.raises(ModelError, match=message):
         Registry.load().adapter_for(config).sites(config)
 
 

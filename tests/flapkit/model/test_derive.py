@@ -86,7 +86,7 @@ def test_what_was_derived_can_be_declared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (T5Config(), "'t5' are encoder-decoders"),
         (ViTConfig(), "'vit' are no causal language models"),
@@ -94,8 +94,8 @@ def test_what_was_derived_can_be_declared(tmp_path):
         (tiny_config("codegen"), "nothing goes with the heads of its attention(.|\n)*model_types: \\[codegen\\]"),
     ],
 )
-def test_what_is_refused(config, metadata):
-    with pytest.raises(ModelError, match=metadata):
+def test_what_is_refused(config, message):
+    with pytest.raises(ModelError, match=message):
         Auto().sites(config)
 
 
@@ -123,16 +123,16 @@ def test_the_loaded_model_is_compared_and_left_as_it_is(dtype):
 
 
 @pytest.mark.parametrize(
-    ("added", "outputs", "says"),
+    ("added", "outputs", "message"),
     [
         ({"q_proj": "q", "k_proj": "k", "q_norm": "q", "k_norm": "k"}, {}, "its logits are off by"),
         ({"q_proj": "q"}, {}, "it does not run"),
     ],
 )
-def test_a_loaded_model_that_a_declaration_does_not_fit(added, outputs, metadata):
+def test_a_loaded_model_that_a_declaration_does_not_fit(added, outputs, message):
     model = tiny_model(tiny_config("olmo2"))
     attention, mlp = derive(model.config).blocks
     wrong = replace(attention, parameters={**attention.parameters, **added}, outputs=outputs)
     family = replace(derive(model.config), blocks=(wrong, mlp))
-    with pytest.raises(ModelError, match=metadata):
+    with pytest.raises(ModelError, match=message):
         verify_loaded(model, sites_of(model, family))

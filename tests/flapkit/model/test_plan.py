@@ -28,7 +28,7 @@ def test_any_other_text_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("keep", "says"),
+    ("keep", "message"),
     [
         ({"a": (0,)}, "it says nothing of m"),
         ({"a": (0,), "m": (1,), "x": (1,)}, "there is no site 'x'"),
@@ -39,8 +39,8 @@ def test_any_other_text_is_refused(text):
         ({"a": (1, 1), "m": (1,)}, "ascending"),
     ],
 )
-def test_a_plan_that_does_not_fit(keep, metadata):
-    with pytest.raises(InputError, match=metadata):
+def test_a_plan_that_does_not_fit(keep, message):
+    with pytest.raises(InputError, match=message):
         PruningPlan(keep).check(SITES)
 
 

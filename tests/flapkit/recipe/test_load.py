@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from flapkit import hookimpl
-from flapkit.errors import BudgetError
+from flapkit.interfaces import BudgetError
 from flapkit.pruning.components import ImportanceMetric
 
 

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 import flapkit.execution.lightning.callbacks
-import flapkit.pruning.method
+import flapkit.execution.executor
 import flapkit.execution.layerwise
 import flapkit.model.surgery
 import flapkit.run.sweep.results
@@ -39,15 +39,15 @@ from flapkit import hookimpl
 
 POINTS = {
     "calibration": (flapkit.execution.lightning.callbacks.Calibrate, "on_predict_batch_end", 4),
-    "search": (flapkit.pruning.method, "find_plan", 1),
+    "search": (flapkit.execution.executor, "find_plan", 1),
     "slice": (flapkit.model.surgery, "_keep", 5),
     "write": (sys.modules["flapkit.checkpoint.save"], "_write_config", 1),
     "swap": (flapkit.system.workdir, "exchange", 1),
     # Where a system cannot exchange two folders: the old output is set aside by the call before.
     "two renames": (Path, "rename", 2),
     "lora": (flapkit.execution.lightning.callbacks.Recover, "on_train_batch_end", 4),
-    "measure a layer": (flapkit.execution.layerwise, "write_piece", 3),
-    "write a layer": (flapkit.execution.layerwise, "write_piece", 7),
+    "measure a layer": (flapkit.execution.layerwise, "write_record", 3),
+    "write a layer": (flapkit.execution.layerwise, "write_record", 7),
     "sweep": (flapkit.run.sweep.results.Results, "add", 2),
 }
 

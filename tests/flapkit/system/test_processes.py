@@ -39,11 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flapkit import hookimpl, ranks
-from flapkit.callbacks import Recover
-from flapkit.errors import RunError
+from flapkit.execution.lightning.callbacks import Recover
+from flapkit.interfaces import RunError
 from flapkit.pruning.components import ImportanceMetric
-from flapkit.module import CausalLM
-from flapkit.sharding import whole
+from flapkit.execution.lightning.module import CausalLM
+from flapkit.execution.shards import whole
 
 def fault(where):
     return f"{where} {ranks.rank()}" in os.environ["FAULT"]

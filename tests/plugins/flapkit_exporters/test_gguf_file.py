@@ -107,16 +107,16 @@ def test_the_bundled_tokenizer_reads_alike(tokens, tmp_path, ratio, caplog):
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (Gemma2Config(num_hidden_layers=1), "no architecture with layers of different sizes for 'gemma2'"),
         (MistralConfig(num_hidden_layers=1, sliding_window=64), "no sliding window"),
         (MistralConfig(num_hidden_layers=1, sliding_window=None, hidden_act="gelu"), "silu alone"),
     ],
 )
-def test_what_llama_cpp_cannot_is_refused_before_the_run(config, metadata):
+def test_what_llama_cpp_cannot_is_refused_before_the_run(config, message):
     prospect = Prospect(config.model_type, config, (), True, frozenset())
-    with pytest.raises(ModelError, match=metadata):
+    with pytest.raises(ModelError, match=message):
         gguf().check(prospect)
 
 

@@ -88,7 +88,7 @@ def declared(model_type):
 
 
 @pytest.mark.parametrize(
-    ("config", "biases", "says"),
+    ("config", "biases", "message"),
     [
         (MistralConfig(sliding_window=None, num_hidden_layers=1), {"attention", "mlp"}, ""),
         (MistralConfig(sliding_window=64, num_hidden_layers=1), {"attention", "mlp"}, "hold no bias"),
@@ -98,11 +98,11 @@ def declared(model_type):
         (OPTConfig(num_hidden_layers=1), {"attention", "mlp"}, "no such numbers of heads"),
     ],
 )
-def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, metadata):
+def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, message):
     found = prospect_of(config, declared(config.model_type))
     prospect = Prospect(found.family, config, found.sites, True, frozenset(biases) | found.biases)
-    if metadata:
-        with pytest.raises(ModelError, match=metadata):
+    if message:
+        with pytest.raises(ModelError, match=message):
             stock().check(prospect)
     else:
         stock().check(prospect)

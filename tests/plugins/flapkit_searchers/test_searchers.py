@@ -125,7 +125,7 @@ def test_a_profile_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "ratio", "of", "says"),
+    ("name", "options", "ratio", "of", "message"),
     [
         ("ul_um", {"profile": (1.0, 2.0)}, 0.3, "blocks", "expected 3 ratios, one a layer"),
         ("ul_um", {"profile": (0.0, 0.0, 0.0)}, 0.3, "blocks", "not all of them 0"),
@@ -139,8 +139,8 @@ def test_a_profile_by_hand():
         ("ul_mm", {}, 0.2, "attention", "budget.of: attention leaves no MLP to prune"),
     ],
 )
-def test_budgets_that_cannot_be_met(name, options, ratio, of, metadata):
-    with pytest.raises(BudgetError, match=metadata):
+def test_budgets_that_cannot_be_met(name, options, ratio, of, message):
+    with pytest.raises(BudgetError, match=message):
         search(name, ratio, of, **options)
 
 
@@ -181,7 +181,7 @@ def test_a_plan_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "ratio", "of", "says"),
+    ("keep", "ratio", "of", "message"),
     [
         ({"layers.1.mlp": [0]}, 0.1, "blocks", r"set budget.ratio to 0\.1763"),
         ({"layers.1.mpl": [0]}, 0.1, "blocks", "did you mean 'layers.1.mlp'"),
@@ -192,10 +192,10 @@ def test_a_plan_by_hand(tmp_path):
         (None, 0.3, "blocks", "mine.json: plan: not JSON"),
     ],
 )
-def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, metadata):
+def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, message):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"keep": keep}) if keep else "{")
-    with pytest.raises(InputError, match=metadata):
+    with pytest.raises(InputError, match=message):
         search("plan", ratio, of, path=str(path))
 
 

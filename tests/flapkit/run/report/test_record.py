@@ -60,15 +60,15 @@ def test_axes_suit_the_scores(scores, scale):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda data: data.pop("sites"), "report.json: sites: Field required"),
         (lambda data: data["sites"][0].update(kept="four"), "sites.0.kept"),
         (lambda data: data.update(format=2), "format"),
     ],
 )
-def test_a_damaged_record_says_where(change, metadata):
+def test_a_damaged_record_says_where(change, message):
     data = json.loads(make_run().record.to_json())
     change(data)
-    with pytest.raises(InputError, match=metadata):
+    with pytest.raises(InputError, match=message):
         ReportRecord.from_json(json.dumps(data))

@@ -75,7 +75,7 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"grid": {}}, "there is no point"),
         ({"grid": {"metric": []}}, "grid.metric"),
@@ -88,10 +88,10 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
         ({"plugins": ["./missing.py"]}, "there is no such file"),
     ],
 )
-def test_bad_sweeps(tmp_path, changes, metadata):
+def test_bad_sweeps(tmp_path, changes, message):
     with pytest.raises(RecipeError) as caught:
         load_sweep(write_sweep(tmp_path, **changes))
-    assert metadata in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "recipe: [", "recipe: demo\nrecipe: demo\noutput: x\ngrid: {a: [1]}"])

@@ -102,7 +102,7 @@ def test_several_devices_are_refused(home):
 
 
 def test_a_metric_of_ones_own_beside_the_others(home):
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[4] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(# my_metric\.py.*?)```", readme, flags=re.DOTALL)
     (home / "my_metric.py").write_text(example)
     grid = {"metric": ["magnitude", "my_magnitude", "random"]}
