@@ -22,6 +22,7 @@ from transformers import (
 from flapkit.checkpoint.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
 from flapkit.checkpoint.folder import PLAN
+from flapkit.checkpoint.ties import untie_
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PREFIX as PRUNED
 from flapkit.model.classes import register
@@ -129,6 +130,9 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
         path, lambda: read(str(source), revision=revision or "main", trust_remote_code=False)
     )
     _check_no_code(path, config)
+    if isinstance(source, Path) and (source / WEIGHTS).is_file() | (source / INDEX).is_file():
+        _check_files(path, source)
+        untie_(config, Weights.of(_weight_files(path, source)))
     return config
 
 

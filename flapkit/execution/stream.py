@@ -14,6 +14,7 @@ logits = stream.logits(batches[0], hidden[0])
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections import defaultdict
@@ -36,6 +37,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from flapkit.checkpoint.ties import untie_
 from flapkit.checkpoint.weights import Weights
 from flapkit.execution.resume import write_record
 from flapkit.model.site import Site
@@ -201,6 +203,8 @@ class LayerStream(LayerRunner):
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         forms: Forms | None = None,
     ) -> None:
+        config = copy.deepcopy(config)
+        untie_(config, weights)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         model.tie_weights()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from flapkit.model.classes import dense_config
 from flapkit.system.errors import ModelError, closest
 
 SIZES: Mapping[str, Any] = {
@@ -70,6 +71,9 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     Raises:
         ModelError: transformers does not know the model type.
     """
+    if not isinstance(of, str):
+        # A pruned model's layers differ; a tiny one of its kind is dense.
+        of = dense_config(of)
     if isinstance(of, str):
         if of not in CONFIG_MAPPING:
             close = closest(of, CONFIG_MAPPING)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 
 import pytest
 import torch
 from conftest import FORMS
 from executions import RECIPE, TEXT, add_tokenizer, assert_same, prune, save_dense
+from safetensors.torch import load_file, save_file
 
-from flapkit.checkpoint.load import open_weights
+from flapkit.checkpoint.load import load_config, open_weights
 from flapkit.checkpoint.weights import write_tensors
 from flapkit.execution.resume import write_record
 from flapkit.model.tiny import tiny_config, tiny_model
@@ -105,6 +107,32 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     assert not set(before) & set(written[len(before) :])
     assert_same(whole, layerwise, tolerance=1e-5)
     assert not list(home.glob(".*"))
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_head_that_the_configuration_calls_tied(home, differs):
+    """What counts is what the checkpoint holds: a head of its own is kept, one that is the embedding is tied."""
+    save_dense(home / "dense", tie_word_embeddings=True)
+    (index,) = (home / "dense").glob("*.index.json")
+    files = json.loads(index.read_text())
+    shard = home / "dense" / files["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(shard)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding * 0.7 + 0.01 if differs else embedding.clone()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    files["weight_map"]["lm_head.weight"] = shard.name
+    index.write_text(json.dumps(files))
+    whole = prune(home, "whole")
+    assert_same(whole, prune(home, "layerwise", execution="layerwise"))
+    assert ("lm_head.weight" in open_weights(home / "whole")) == differs
+    assert load_config(home / "whole").tie_word_embeddings != differs
+
+
+def test_a_pruned_model_is_pruned_again(home):
+    save_dense(home / "dense", num_hidden_layers=4)
+    prune(home, "once")
+    again = {"model": {"path": "once"}, "budget": {"ratio": 0.2}}
+    assert_same(prune(home, "whole", **again), prune(home, "layerwise", execution="layerwise", **again))
 
 
 @pytest.mark.parametrize("hidden", ["memory", "disk"])

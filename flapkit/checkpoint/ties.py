@@ -1,0 +1,35 @@
+"""Which weights of a checkpoint are one: what its config.json says, held against its tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from flapkit.model.empty import build_empty
+
+log = logging.getLogger(__name__)
+
+
+def untie_(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:
+    """Correct a configuration that calls weights tied of which the checkpoint holds two different ones, in place.
+
+    transformers loads such a checkpoint as it is, with a head of its own; the configuration has to say so for everyone
+    who builds the model from it.
+
+    Args:
+        config: the checkpoint's configuration.
+        weights: its tensors, each read when it is asked for.
+    """
+    if not any(part.tie_word_embeddings for part in (config, config.get_text_config())):
+        return
+    tied: Mapping[str, str] = build_empty(config).all_tied_weights_keys
+    for name, source in tied.items():
+        if name in weights and source in weights and not torch.equal(weights[name], weights[source]):
+            log.info("config.json calls %s and %s tied, and the checkpoint holds two: they are not tied", name, source)
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            return
