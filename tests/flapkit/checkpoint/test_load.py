@@ -19,8 +19,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def refused(path, metadata):
-    with pytest.raises(ModelError, match=metadata) as caught:
+def refused(path, message):
+    with pytest.raises(ModelError, match=message) as caught:
         load(path)
     assert caught.value.exit_code == 2
 
