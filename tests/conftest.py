@@ -56,10 +56,15 @@ RECIPE = {
 }
 
 
-def write_recipe(folder: Path, **changes) -> Path:
-    """Write a recipe for a small run on that text, with other sections where they are given; return its file."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+def recipe_text(**changes) -> str:
+    """Write down the recipe of a small run on that text, with other sections where they are given."""
+    return yaml.safe_dump({**RECIPE, **changes})
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **changes) -> Path:
+    """Write such a recipe into a folder; return its file."""
+    path = folder / name
+    path.write_text(recipe_text(**changes))
     return path
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fuzzing import VALUES, cases, read, tampered
+from fuzzing import DAMAGE, VALUES, cases, damaged, header_of, read, tampered, to_bytes, with_header
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_sites
@@ -53,25 +52,6 @@ def measured(seed: int = 0) -> dict[str, Moments]:
 
 def same(found: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
     return found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
-
-
-DAMAGE = st.tuples(st.integers(0, 10**6), st.binary(max_size=6), st.sampled_from(["over", "within", "cut"]))
-
-
-def damaged(content: bytes, damage: tuple[int, bytes, str]) -> bytes:
-    place, patch, how = damage
-    place %= len(content)
-    return content[:place] + patch + {"over": content[place + len(patch) :], "within": content[place:], "cut": b""}[how]
-
-
-def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def with_header(header: Any, data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def changed(content: bytes) -> st.SearchStrategy[bytes]:
@@ -132,7 +112,7 @@ def test_statistics_so_far_that_were_damaged(work):
 @example('{"a": [1, null, ' + "9" * 5000 + "]}")
 def test_figures_that_were_damaged(work, content):
     path = work.path("perplexity.json")
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_bytes(to_bytes(content))
     found = read(lambda: ResumeStore(work, 0).figures("perplexity", KIND, never), str(path))
     for name, (perplexity, bits, size) in (found or {}).items():
         assert isinstance(name, str)
@@ -151,7 +131,7 @@ def test_what_was_asked_that_was_damaged(tmp_path_factory, content):
     work = WorkDir(output)
     work.folder.mkdir(parents=True, exist_ok=True)
     work.path("piece.safetensors").touch()
-    work.path("asked.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    work.path("asked.json").write_bytes(to_bytes(content))
 
     def go_on() -> bool:
         with open_workdir(output, ASKED, resume=True) as resumed:

@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 from conftest import FORMS
-from executions import RECIPE, TEXT, add_tokenizer, assert_same, prune, save_dense
+from executions import CALIBRATION, TEXT, add_tokenizer, assert_same, prune, save_dense
 
 from flapkit.checkpoint.load import open_weights
 from flapkit.checkpoint.weights import write_tensors
@@ -39,7 +39,7 @@ def test_least_squares(home, memory, hidden):
     changes = {
         "metric": "trace",
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "statistics_memory": memory},
+        "calibration": {**CALIBRATION, "statistics_memory": memory},
     }
     whole = prune(home, "whole", execution="whole", **changes)
     layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
@@ -52,7 +52,7 @@ def test_experts(home):
     model = tiny_model(tiny_config("mixtral", vocab_size=4096))
     model.save_pretrained(home / "dense")
     add_tokenizer(home / "dense")
-    changes = {"calibration": {**RECIPE["calibration"], "samples": 64}}
+    changes = {"calibration": {**CALIBRATION, "samples": 64}}
     assert_same(
         prune(home, "whole", execution="whole", **changes), prune(home, "layerwise", execution="layerwise", **changes)
     )
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     save_dense(home / "dense", attention_bias=True)
     changes = {
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "statistics_memory": "10KB"},
+        "calibration": {**CALIBRATION, "statistics_memory": "10KB"},
     }
     whole = prune(home, "whole", execution="whole", **changes)
     written = []
@@ -113,7 +113,7 @@ def test_sequential(home, hidden):
     save_dense(home / "dense", num_hidden_layers=3)
     changes = {
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "sequential": True},
+        "calibration": {**CALIBRATION, "sequential": True},
     }
     layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
     assert_same(prune(home, "whole", **changes), layerwise, tolerance=1e-5)
