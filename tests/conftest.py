@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
@@ -88,6 +91,28 @@ def make_llama(**options) -> LlamaForCausalLM:
     return model.eval()
 
 
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Have the system refuse to write files of more bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def without(monkeypatch) -> Callable[..., None]:
+    """Have Python find some packages no more, as if they were not installed."""
+
+    def remove(*packages: str) -> None:
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return remove
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """Keep statistics in a folder of the test's own, and out of the user's cache."""
@@ -122,7 +147,7 @@ def command(home, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Run a command in that folder; return its exit code and what it printed."""
 
     def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["flapkit", *map(str, arguments)])
         code = 0
         try:
             cli.main()

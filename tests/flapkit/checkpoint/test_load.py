@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from huggingface_hub import constants
 
 import flapkit
 from flapkit.checkpoint.load import load
@@ -86,7 +87,7 @@ def test_wrong_shapes(folder):
 
 
 def test_hub_id_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused("nobody/no-such-model", "cannot be loaded")
 
 

@@ -11,6 +11,8 @@ from executions import CALIBRATION, TEXT, add_tokenizer, assert_same, prune, sav
 
 from flapkit.checkpoint.load import open_weights
 from flapkit.checkpoint.weights import write_tensors
+from flapkit.execution import layerwise as layerwise_module
+from flapkit.execution import resume
 from flapkit.execution.resume import write_record
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.recipe import load_recipe
@@ -92,7 +94,7 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
         written.append(f"{path.parent.name}/{path.name}")
         write_record(path, tensors, metadata)
 
-    monkeypatch.setattr("flapkit.execution.layerwise.write_record", stop)
+    monkeypatch.setattr(layerwise_module, "write_record", stop)
     stop.armed = True
     execution = {"mode": "layerwise", "hidden_states": hidden}
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +130,7 @@ def test_a_full_disk(home, monkeypatch, file):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr("flapkit.execution.resume.write_tensors", fill)
+    monkeypatch.setattr(resume, "write_tensors", fill)
     with pytest.raises(OutputError, match=f"{file}.*: the disk is full"):
         prune(home, "out", execution={"mode": "layerwise", "hidden_states": "disk"})
     assert not (home / "out").exists()

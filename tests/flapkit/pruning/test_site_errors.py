@@ -11,6 +11,7 @@ from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget
+from flapkit.pruning import site_errors
 from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method
 from flapkit.pruning.site_errors import Trace
@@ -91,7 +92,7 @@ def test_without_statistics_nothing_is_predicted(llama, tokens):
 
 
 def test_a_trace_keeps_no_more_than_it_may(llama, tokens, monkeypatch):
-    monkeypatch.setattr("flapkit.pruning.site_errors.LARGEST_TRACE", 1)
+    monkeypatch.setattr(site_errors, "LARGEST_TRACE", 1)
     trace = traced(llama, flapkit.sites(llama), tokens)
     assert trace.tokens == 64 < tokens.numel()
 
