@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from conftest import RECIPE as SMALL
 from conftest import make_llama
 
 import flapkit
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.scores import Score, TaskScores
 from flapkit.execution.executor import record_of, repairs_of
 from flapkit.execution.resume import ResumeStore
@@ -21,12 +23,12 @@ from flapkit.system.errors import OutputError
 from flapkit.system.workdir import open_workdir
 
 RECIPE = {
+    **SMALL,
     "model": {"path": "model", "dtype": "float32"},
     "calibration": {"dataset": "text.txt", "samples": 24, "length": 16, "batch_size": 2, "save_every": 0},
     "budget": {"ratio": 0.3},
     "report": {"error_windows": 0},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
+    "evaluate": {},
 }
 PASSES = ["calibration.statistics_memory=15KB", "compensator=least_squares"]
 SETTINGS = {
@@ -41,7 +43,7 @@ SETTINGS = {
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_llama(vocab_size=2048).save_pretrained(folder)
-    flapkit.checkpoint.load.load_tokenizer("builtin:tiny-llama").save_pretrained(folder)
+    load_tokenizer("builtin:tiny-llama").save_pretrained(folder)
     return folder
 
 
@@ -68,7 +70,7 @@ def count_batches(patched, die_at=None):
         ran.append(args)
         run_whole(*args, **kwargs)
 
-    patched.setattr("flapkit.execution.lightning.module.run_batch", counted)
+    patched.setattr(flapkit.execution.lightning.module, "run_batch", counted)
     return ran
 
 
@@ -129,7 +131,7 @@ def test_a_stop_behind_calibration(home, monkeypatch):
     """As in the search, or while the output is written: nothing is run again."""
     run(load_recipe("recipe.yaml", ["output=whole"]))
     with monkeypatch.context() as patched:
-        patched.setattr("flapkit.run.pipeline.save_run", lambda *args, **kwargs: (_ for _ in ()).throw(Died))
+        patched.setattr(flapkit.run.pipeline, "save_run", lambda *args, **kwargs: (_ for _ in ()).throw(Died))
         assert_dies(load_recipe("recipe.yaml"))
     assert counted_run(load_recipe("recipe.yaml"), resume=True) == 0
     assert same(home / "out", home / "whole")
@@ -199,7 +201,7 @@ def test_figures_of_the_dense_model_are_measured_once(home, monkeypatch):
         names.append(name)
         return whole(model, texts, runtime, name)
 
-    monkeypatch.setattr("flapkit.execution.whole.evaluate", evaluate)
+    monkeypatch.setattr(flapkit.execution.whole, "evaluate", evaluate)
     record = run(recipe, resume=True)
     assert names == ["evaluate pruned"]
     assert record.perplexity == run(recipe, overwrite=True).perplexity
