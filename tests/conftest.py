@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
 from flapkit import cli
+from flapkit.execution.lightning.module import CausalLM
 
 torch.set_num_threads(1)
 
@@ -126,6 +127,14 @@ def _heard() -> Iterator[None]:
     """Let pytest hear flapkit's messages again after a command that was told to be quiet."""
     yield
     logging.getLogger("flapkit").propagate = True
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The batches that calibration has run, as they come."""
+    seen, step = [], CausalLM.predict_step
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
+    return seen
 
 
 @pytest.fixture

@@ -35,16 +35,6 @@ def find(model, tokens, cache, *statistics, batch_size=8):
     return WholeExecutor(model, flapkit.sites(model), text, RUNTIME, cache=cache).calibrate(statistics)
 
 
-@pytest.fixture
-def forwards(monkeypatch):
-    """Count the batches that calibration runs."""
-    from flapkit.execution.lightning.module import CausalLM
-
-    seen, step = [], CausalLM.predict_step
-    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
-    return seen
-
-
 def test_found_again_without_a_forward_pass(tokens, cache, forwards):
     first = find(make_llama(), tokens, cache, Moments)
     ran = len(forwards)
