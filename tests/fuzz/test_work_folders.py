@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import DAMAGE, VALUES, cases, damaged, header_of, read, tampered, to_bytes, with_header
+from fuzzing import DAMAGE, VALUES, cases, damaged, header_of, read, tampered, with_header
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_sites
@@ -112,7 +112,7 @@ def test_statistics_so_far_that_were_damaged(work):
 @example('{"a": [1, null, ' + "9" * 5000 + "]}")
 def test_figures_that_were_damaged(work, content):
     path = work.path("perplexity.json")
-    path.write_bytes(to_bytes(content))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     found = read(lambda: ResumeStore(work, 0).figures("perplexity", KIND, never), str(path))
     for name, (perplexity, bits, size) in (found or {}).items():
         assert isinstance(name, str)
@@ -131,7 +131,7 @@ def test_what_was_asked_that_was_damaged(tmp_path_factory, content):
     work = WorkDir(output)
     work.folder.mkdir(parents=True, exist_ok=True)
     work.path("piece.safetensors").touch()
-    work.path("asked.json").write_bytes(to_bytes(content))
+    work.path("asked.json").write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def go_on() -> bool:
         with open_workdir(output, ASKED, resume=True) as resumed:

@@ -9,7 +9,6 @@ from conftest import RECIPE as SMALL
 from conftest import make_llama
 
 import flapkit
-from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.scores import Score, TaskScores
 from flapkit.execution.executor import record_of, repairs_of
 from flapkit.execution.resume import ResumeStore
@@ -43,7 +42,7 @@ SETTINGS = {
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_llama(vocab_size=2048).save_pretrained(folder)
-    load_tokenizer("builtin:tiny-llama").save_pretrained(folder)
+    flapkit.checkpoint.load.load_tokenizer("builtin:tiny-llama").save_pretrained(folder)
     return folder
 
 
@@ -70,7 +69,7 @@ def count_batches(patched, die_at=None):
         ran.append(args)
         run_whole(*args, **kwargs)
 
-    patched.setattr(flapkit.execution.lightning.module, "run_batch", counted)
+    patched.setattr("flapkit.execution.lightning.module.run_batch", counted)
     return ran
 
 
@@ -131,7 +130,7 @@ def test_a_stop_behind_calibration(home, monkeypatch):
     """As in the search, or while the output is written: nothing is run again."""
     run(load_recipe("recipe.yaml", ["output=whole"]))
     with monkeypatch.context() as patched:
-        patched.setattr(flapkit.run.pipeline, "save_run", lambda *args, **kwargs: (_ for _ in ()).throw(Died))
+        patched.setattr("flapkit.run.pipeline.save_run", lambda *args, **kwargs: (_ for _ in ()).throw(Died))
         assert_dies(load_recipe("recipe.yaml"))
     assert counted_run(load_recipe("recipe.yaml"), resume=True) == 0
     assert same(home / "out", home / "whole")
@@ -201,7 +200,7 @@ def test_figures_of_the_dense_model_are_measured_once(home, monkeypatch):
         names.append(name)
         return whole(model, texts, runtime, name)
 
-    monkeypatch.setattr(flapkit.execution.whole, "evaluate", evaluate)
+    monkeypatch.setattr("flapkit.execution.whole.evaluate", evaluate)
     record = run(recipe, resume=True)
     assert names == ["evaluate pruned"]
     assert record.perplexity == run(recipe, overwrite=True).perplexity
