@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
@@ -18,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
 from flapkit import cli
+from flapkit.execution.lightning.module import CausalLM
 
 torch.set_num_threads(1)
 
@@ -56,10 +60,15 @@ RECIPE = {
 }
 
 
-def write_recipe(folder: Path, **changes) -> Path:
-    """Write a recipe for a small run on that text, with other sections where they are given; return its file."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+def recipe_text(**changes) -> str:
+    """Write down the recipe of a small run on that text, with other sections where they are given."""
+    return yaml.safe_dump({**RECIPE, **changes})
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **changes) -> Path:
+    """Write such a recipe into a folder; return its file."""
+    path = folder / name
+    path.write_text(recipe_text(**changes))
     return path
 
 
@@ -83,6 +92,28 @@ def make_llama(**options) -> LlamaForCausalLM:
     return model.eval()
 
 
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Have the system refuse to write files of more bytes, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def without(monkeypatch) -> Callable[..., None]:
+    """Have Python find some packages no more, as if they were not installed."""
+
+    def remove(*packages: str) -> None:
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return remove
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """Keep statistics in a folder of the test's own, and out of the user's cache."""
@@ -96,6 +127,14 @@ def _heard() -> Iterator[None]:
     """Let pytest hear flapkit's messages again after a command that was told to be quiet."""
     yield
     logging.getLogger("flapkit").propagate = True
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The batches that calibration has run, as they come."""
+    seen, step = [], CausalLM.predict_step
+    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
+    return seen
 
 
 @pytest.fixture
@@ -117,7 +156,7 @@ def command(home, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Run a command in that folder; return its exit code and what it printed."""
 
     def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flapkit", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["flapkit", *map(str, arguments)])
         code = 0
         try:
             cli.main()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
-from conftest import make_llama
+from conftest import make_llama, write_recipe
 
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.load import open_weights
@@ -14,8 +13,10 @@ from flapkit.run.pipeline import run
 
 TEXT = "".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(80))
 
-RECIPE = {
-    "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 5},
+CALIBRATION = {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 5}
+CHANGES = {
+    "model": {"path": "dense"},
+    "calibration": CALIBRATION,
     "budget": {"ratio": 0.3},
     "evaluate": {
         "perplexity": [
@@ -23,8 +24,8 @@ RECIPE = {
             {"dataset": "text.txt", "length": 12, "stride": 5, "windows": 7},
         ]
     },
-    "trainer": {"accelerator": "cpu"},
 }
+"""What these runs have other than the small recipe."""
 
 
 def save_dense(folder, **options):
@@ -40,11 +41,14 @@ def add_tokenizer(folder):
         (folder / file.name).write_bytes(file.read_bytes())
 
 
+def load_changed(home, output, **changes):
+    """Load the recipe with some more changes."""
+    return load_recipe(write_recipe(home, f"{output}.yaml", **{**CHANGES, "output": output, **changes}))
+
+
 def prune(home, output, **changes):
-    """Run the recipe with some changes."""
-    asked = {**RECIPE, "model": {"path": "dense"}, "output": output, **changes}
-    (home / f"{output}.yaml").write_text(yaml.safe_dump(asked))
-    return run(load_recipe(home / f"{output}.yaml"))
+    """Run the recipe with some more changes."""
+    return run(load_changed(home, output, **changes))
 
 
 def assert_same(whole, other, tolerance=1e-6):

@@ -7,8 +7,11 @@ fifty times as many, other ones every time.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +21,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import flapkit
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import carry_out_
 from flapkit.system.errors import FlapkitError, ModelError
 
 T = TypeVar("T")
@@ -116,6 +121,54 @@ def _add(draw: st.DrawFn, parent: Any, values: st.SearchStrategy[Any]) -> None:
         parent.insert(
             draw(st.integers(0, len(parent))), copy.deepcopy(draw(st.sampled_from(parent) if parent else values))
         )
+
+
+DAMAGE = st.tuples(st.integers(0, 10**6), st.binary(max_size=6), st.sampled_from(["over", "within", "cut"]))
+"""Where a file is damaged, by which bytes, and whether they replace, push on or end what is there."""
+
+
+def damaged(content: bytes, damage: tuple[int, bytes, str]) -> bytes:
+    """Damage the content of a file; a place behind its end counts on from its beginning."""
+    place, patch, how = damage
+    place %= len(content)
+    return content[:place] + patch + {"over": content[place + len(patch) :], "within": content[place:], "cut": b""}[how]
+
+
+def header_of(content: bytes) -> tuple[Any, bytes]:
+    """Split a safetensors file into its header and the data behind it."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header: Any, data: bytes, length: int | None = None) -> bytes:
+    """Join a safetensors file, which may say another length of its header."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length % 2**64) + text + data
+
+
+def to_bytes(content: str | bytes) -> bytes:
+    """Encode text, lone surrogates as well."""
+    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+
+
+@contextmanager
+def put_back(path: Path, content: str | bytes | None = None) -> Iterator[None]:
+    """Put a file back at the end, or remove it if it was not there; it holds something else meanwhile, if given."""
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        if content is not None:
+            path.write_bytes(to_bytes(content))
+        yield
+    finally:
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+
+
+def cut_(model: PreTrainedModel, units: int = 0) -> PruningPlan:
+    """Cut the last units of every site, or none, and return the plan: the model can be saved as a pruned one."""
+    sites = flapkit.sites(model)
+    plan = PruningPlan({site.name: tuple(range(site.units - units)) for site in sites})
+    carry_out_(model, sites, plan, {})
+    return plan
 
 
 def judge(folder: Path) -> PreTrainedModel | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from conftest import recipe_text
 
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Coupling, Site
@@ -10,8 +11,6 @@ from flapkit.pruning.ranking import remove_lowest
 from flapkit.pruning.site_errors import SiteError
 from flapkit.run.report.document import RunDocument
 from flapkit.run.report.record import SampleRecord, make_record
-
-RECIPE = "model: {path: tiny}\nbudget: {ratio: 0.3}\n"
 
 
 def make_sites(layers: int = 3) -> list[Site]:
@@ -71,4 +70,4 @@ def make_run(name: str = "run", ratio: float = 0.3, layers: int = 3, tasks: bool
     kinds = ("metric", "searcher", "compensator")
     made = {kind: {"name": name} for kind, name in zip(kinds, ("wifv", "al_am", "bias"), strict=True)}
     made["calibration"] = {"tokens_sha256": "ab" * 32}
-    return RunDocument(name, record, {**result, **changes}, RECIPE, made)
+    return RunDocument(name, record, {**result, **changes}, recipe_text(), made)

@@ -17,7 +17,7 @@ SWEEP = {
 def write_sweep(folder: Path, **changes) -> Path:
     """Write the text, the base recipe and the sweep; return the sweep's file."""
     (folder / "text.txt").write_text(TEXT)
-    write_recipe(folder, output="unused").rename(folder / "base.yaml")
+    write_recipe(folder, "base.yaml", output="unused")
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump({**SWEEP, **changes}, sort_keys=False))
     return path

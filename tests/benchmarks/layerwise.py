@@ -24,16 +24,14 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import init_empty_weights
+from random_llama import RECIPE, add_tokenizer
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.weights import INDEX, Weights
 
-RECIPE = {
-    "model": {"path": "dense"},
+CHANGES = {
     "calibration": {"dataset": "stdlib", "samples": 8, "length": 32, "batch_size": 8},
-    "budget": {"ratio": 0.2},
     "evaluate": {"perplexity": [{"dataset": "stdlib", "length": 32, "windows": 4}]},
     "trainer": {"accelerator": "cpu"},
 }
@@ -66,8 +64,7 @@ def write_dense(folder: Path, config: LlamaConfig) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(folder)
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         parts.setdefault(name.split(".")[2] if ".layers." in name else name, {})[name] = shape
@@ -82,7 +79,9 @@ def write_dense(folder: Path, config: LlamaConfig) -> None:
 
 def prune(home: Path, mode: str, limit: int) -> None:
     """Run the recipe in a process of its own, and print what came of it."""
-    (home / f"{mode}.yaml").write_text(yaml.safe_dump({**RECIPE, "execution": mode, "output": f"pruned-{mode}"}))
+    (home / f"{mode}.yaml").write_text(
+        yaml.safe_dump({**RECIPE, **CHANGES, "execution": mode, "output": f"pruned-{mode}"})
+    )
     command = [
         sys.executable,
         "-m",

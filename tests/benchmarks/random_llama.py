@@ -17,8 +17,16 @@ from flapkit_searchers.al_am import ALAM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
+from flapkit.checkpoint.bundled import bundled_models
 
 RATIOS = (0.2, 0.5)
+RECIPE = {
+    "model": {"path": "dense"},
+    "calibration": {"dataset": "stdlib"},
+    "budget": {"ratio": 0.2},
+    "evaluate": {"perplexity": [{"dataset": "stdlib", "length": 64, "windows": 8, "batch_size": 4}]},
+}
+"""The recipe by which benchmarks run such a model, in ``dense``."""
 
 
 def random_llama(
@@ -36,6 +44,12 @@ def random_llama(
         max_position_embeddings=2048,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Put the bundled model's tokenizer beside a model."""
+    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def main(folder: Path, multiple_of: int = 64) -> None:

@@ -5,9 +5,10 @@ python tests/benchmarks/sharded.py FOLDER [WAY ...]
 ```
 
 The model is a random LLaMA of 24 layers and 411 million parameters in float32: 1.64 GB. Its perplexity is measured by
-one process, by two of which each has the whole model (``ddp``), and by two of which each has a part (``model_parallel``).
-A peak is the process's VmHWM, which counts the mapped pages of the weights' file as well, and the libraries. glibc is
-told to give what is freed back to the system (MALLOC_MMAP_THRESHOLD_): it would otherwise keep what was gathered.
+one process, by two of which each has the whole model (``ddp``), and by two of which each has a part
+(``model_parallel``). A peak is the process's VmHWM, which counts the mapped pages of the weights' file as well, and the
+libraries. glibc is told to give what is freed back to the system (MALLOC_MMAP_THRESHOLD_): it would otherwise keep what
+was gathered.
 """
 
 from __future__ import annotations
@@ -21,16 +22,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from random_llama import random_llama
-
-from flapkit.checkpoint.bundled import bundled_models
-
-RECIPE = {
-    "model": {"path": "dense"},
-    "calibration": {"dataset": "stdlib"},
-    "budget": {"ratio": 0.2},
-    "evaluate": {"perplexity": [{"dataset": "stdlib", "length": 64, "windows": 8, "batch_size": 4}]},
-}
+from random_llama import RECIPE, add_tokenizer, random_llama
 
 TRAINERS = {
     "one": {"devices": 1},
@@ -42,8 +34,7 @@ TRAINERS = {
 def write_dense(folder: Path) -> None:
     """Write the model, and the bundled model's tokenizer."""
     random_llama(24, 1024, 4096, 16, vocabulary=4096).save_pretrained(folder, max_shard_size="100MB")
-    for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(folder)
 
 
 def peaks(process: psutil.Popen) -> list[int]:

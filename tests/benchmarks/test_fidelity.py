@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def oracle(tmp_path):
 
 
 def test_every_difference_is_explained(oracle, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["fidelity.py", str(oracle), str(oracle / "model")])
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", str(oracle), str(oracle / "model")])
     main()
     rows = [
         row.split(" | ")

@@ -1,4 +1,4 @@
-"""What every fuzz test has to keep to: little memory, and nothing asked."""
+"""What every fuzz test has to keep to: little memory, and nothing asked; and the checkpoints that are changed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_llama
+from fuzzing import cut_
+
+import flapkit
 
 GIGABYTES = 4
 
@@ -37,3 +41,20 @@ def nobody_asks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(builtins, "input", asked)
         yield
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A checkpoint of one layer."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    make_llama(num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    """A checkpoint of one pruned layer."""
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    model = make_llama(num_hidden_layers=1, num_key_value_heads=2)
+    flapkit.save(model, folder, cut_(model, units=1))
+    return folder

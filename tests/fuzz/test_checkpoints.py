@@ -6,58 +6,23 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import make_llama
-from fuzzing import VALUES, cases, judge, tampered
+from fuzzing import VALUES, cases, damaged, header_of, judge, put_back, tampered, with_header
 from hypothesis import given
 from hypothesis import strategies as st
 
 import flapkit
 from flapkit.checkpoint.load import load_config
-from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
 from flapkit.system.errors import ModelError
-
-
-def save_dense(folder: Path) -> Path:
-    make_llama(num_hidden_layers=1).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return save_dense(tmp_path_factory.mktemp("dense") / "model")
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pruned") / "model"
-    model = make_llama(num_hidden_layers=1, num_key_value_heads=2)
-    sites = flapkit.sites(model)
-    plan = PruningPlan({site.name: tuple(range(site.units - 1)) for site in sites})
-    carry_out_(model, sites, plan, {})
-    flapkit.save(model, folder, plan)
-    return folder
-
-
-def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def safetensors(header: Any, data: bytes, length: int | None = None) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length % 2**64) + text + data
-
 
 WEIGHTS = "model.safetensors"
 
 
 def test_weights_whose_header_was_changed(dense):
     content = (dense / WEIGHTS).read_bytes()
-    header, data = parts(content)
+    header, data = header_of(content)
     few = {name: entry for name, entry in header.items() if "layers" not in name or name.endswith("norm.weight")}
     others = {name: entry for name, entry in header.items() if name not in few}
     odd = st.sampled_from(
@@ -69,13 +34,11 @@ def test_weights_whose_header_was_changed(dense):
     @given(tampered(few, odd | VALUES), lengths, st.integers(0, len(data)))
     def check(changed, length, cut):
         tree = {**changed, **others} if isinstance(changed, dict) else changed
-        (dense / WEIGHTS).write_bytes(safetensors(tree, data if cut % 2 else data[:cut], length))
+        (dense / WEIGHTS).write_bytes(with_header(tree, data if cut % 2 else data[:cut], length))
         judge(dense)
 
-    try:
+    with put_back(dense / WEIGHTS):
         check()
-    finally:
-        (dense / WEIGHTS).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -83,28 +46,22 @@ def test_weights_whose_header_was_changed(dense):
 )
 def test_weights_that_are_none(dense, first):
     content = (dense / WEIGHTS).read_bytes()
-    try:
-        for rest in (b"", content[8:], b"[" * 100_000):
-            (dense / WEIGHTS).write_bytes(first + rest)
-            with pytest.raises(ModelError, match="damaged or cut short"):
-                flapkit.load(dense)
-    finally:
-        (dense / WEIGHTS).write_bytes(content)
+    for rest in (b"", content[8:], b"[" * 100_000):
+        with put_back(dense / WEIGHTS, first + rest), pytest.raises(ModelError, match="damaged or cut short"):
+            flapkit.load(dense)
 
 
 def test_bytes_of_weights_that_were_changed(pruned):
     content = (pruned / WEIGHTS).read_bytes()
 
     @cases(1000)
-    @given(st.integers(0, 4000), st.binary(min_size=1, max_size=8), st.integers(0, 2))
-    def check(place, patch, cut):
-        (pruned / WEIGHTS).write_bytes(content[:place] + patch + content[place + (0, len(patch), 10**9)[cut] :])
+    @given(st.integers(0, 4000), st.binary(min_size=1, max_size=8), st.sampled_from(["within", "over", "cut"]))
+    def check(place, patch, how):
+        (pruned / WEIGHTS).write_bytes(damaged(content, (place, patch, how)))
         judge(pruned)
 
-    try:
+    with put_back(pruned / WEIGHTS):
         check()
-    finally:
-        (pruned / WEIGHTS).write_bytes(content)
 
 
 INDEX = "model.safetensors.index.json"
@@ -143,25 +100,18 @@ def test_an_index_that_was_changed(sharded):
         (sharded / INDEX).write_text(json.dumps(tree))
         judge(sharded)
 
-    try:
+    with put_back(sharded / INDEX):
         check()
-    finally:
-        (sharded / INDEX).write_text(content)
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "x/../../outside.safetensors"])
 def test_shards_outside_the_checkpoint_are_not_read(sharded, shard):
-    content = (sharded / INDEX).read_text()
-    index = json.loads(content)
+    index = json.loads((sharded / INDEX).read_text())
     outside = str(sharded.parent / "outside.safetensors") if shard.startswith("/") else shard
     index["weight_map"] = dict.fromkeys(index["weight_map"], outside)
-    try:
-        for damaged in (json.dumps(index), "{", "[]", '{"weight_map": [1]}', "[" * 100_000, "\ufeff{}"):
-            (sharded / INDEX).write_text(damaged)
-            with pytest.raises(ModelError, match=f"{INDEX} is damaged"):
-                flapkit.load(sharded)
-    finally:
-        (sharded / INDEX).write_text(content)
+    for content in (json.dumps(index), "{", "[]", '{"weight_map": [1]}', "[" * 100_000, "\ufeff{}"):
+        with put_back(sharded / INDEX, content), pytest.raises(ModelError, match=f"{INDEX} is damaged"):
+            flapkit.load(sharded)
 
 
 CODE = [{"attn_implementation": "kernels-community/flash-attn2"}, {"_attn_implementation": "nobody/kernel@main:f"}]
@@ -171,13 +121,9 @@ CODE += [{"experts_implementation": "nobody/kernel"}]
 
 @pytest.mark.parametrize("change", CODE)
 def test_code_that_comes_with_a_checkpoint_is_not_run(dense, change):
-    content = (dense / "config.json").read_text()
-    (dense / "trap.py").write_text("raise SystemExit('the trap was run')\n")
-    (dense / "config.json").write_text(json.dumps({**json.loads(content), **change}))
-    try:
+    config, trap = dense / "config.json", "raise SystemExit('the trap was run')\n"
+    changed = json.dumps({**json.loads(config.read_text()), **change})
+    with put_back(dense / "trap.py", trap), put_back(config, changed):
         for reader in (load_config, flapkit.load):
             with pytest.raises(ModelError, match="code that comes with a model is not run"):
                 reader(dense)
-    finally:
-        (dense / "config.json").write_text(content)
-        (dense / "trap.py").unlink()

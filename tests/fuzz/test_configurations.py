@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import make_llama
-from fuzzing import VALUES, cases, judge, read, tampered
+from conftest import write_recipe
+from fuzzing import VALUES, cases, judge, put_back, read, tampered
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -24,8 +21,6 @@ from flapkit.model.classes import dense_config
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
-from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
 from flapkit.recipe import LoadedRecipe, load_recipe
 from flapkit.registry import Registry
 from flapkit.run.check import check as check_recipe
@@ -67,42 +62,22 @@ def registry() -> Registry:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dense") / "model"
-    make_llama(num_hidden_layers=1).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pruned") / "model"
-    model = make_llama(num_hidden_layers=1, num_key_value_heads=2)
-    sites = flapkit.sites(model)
-    plan = PruningPlan({site.name: tuple(range(site.units - 1)) for site in sites})
-    carry_out_(model, sites, plan, {})
-    flapkit.save(model, folder, plan)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def recipe(dense, registry) -> LoadedRecipe:
     """A recipe that prunes the dense model; the registry is built once."""
     (dense.parent / "text.txt").write_text("some text " * 100)
     shutil.copy(bundled_models()["tiny-llama"] / "tokenizer.json", dense)
     shutil.copy(bundled_models()["tiny-llama"] / "tokenizer_config.json", dense)
-    asked = {
-        "model": {"path": str(dense)},
-        "calibration": {"dataset": str(dense.parent / "text.txt"), "samples": 4, "length": 8},
-        "evaluate": {"perplexity": [{"dataset": str(dense.parent / "text.txt"), "length": 8}]},
-        "compensator": ["bias", {"name": "lora", "length": 8, "dataset": "stdlib"}],
-        "budget": {"ratio": 0.2},
-        "trainer": {"accelerator": "cpu"},
-        "output": str(dense.parent / "out"),
-    }
-    (dense.parent / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    path = write_recipe(
+        dense.parent,
+        model={"path": str(dense)},
+        calibration={"dataset": str(dense.parent / "text.txt"), "samples": 4, "length": 8},
+        evaluate={"perplexity": [{"dataset": str(dense.parent / "text.txt"), "length": 8}]},
+        compensator=["bias", {"name": "lora", "length": 8, "dataset": "stdlib"}],
+        output=str(dense.parent / "out"),
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Registry, "load", classmethod(lambda cls, files=(): registry))
-        return load_recipe(str(dense.parent / "recipe.yaml"), [])
+        return load_recipe(path)
 
 
 def examine(folder: Path, registry: Registry) -> None:
@@ -114,15 +89,6 @@ def examine(folder: Path, registry: Registry) -> None:
     if getattr(config, "flapkit", None):
         for each in (lambda: config, lambda: dense_config(config)):
             read(lambda: sites_of(skeleton(each()), declaration_of(config)))  # noqa: B023 - called at once
-
-
-@contextmanager
-def put_back(path: Path) -> Iterator[None]:
-    content = path.read_bytes()
-    try:
-        yield
-    finally:
-        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("which", ["dense", "pruned"])
@@ -171,37 +137,39 @@ def test_what_a_pruned_model_s_modules_are_told_is_what_its_sizes_are(pruned, co
     path = pruned / "config.json"
     changed = json.loads(path.read_text())
     changed["per_layer_config"]["0"]["attention_counts"] = counts
-    with put_back(path):
-        path.write_text(json.dumps(changed))
-        with pytest.raises(ModelError, match=r"its sizes make that \{'num_key_value_groups': 2\}|describes no model"):
-            flapkit.load(pruned)
+    with (
+        put_back(path, json.dumps(changed)),
+        pytest.raises(ModelError, match=r"its sizes make that \{'num_key_value_groups': 2\}|describes no model"),
+    ):
+        flapkit.load(pruned)
 
 
 @pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "hidden_size", "vocab_size", "intermediate_size"])
 def test_no_memory_is_taken_for_a_configuration_that_is_not_the_weights_own(dense, key):
     path = dense / "config.json"
-    with put_back(path):
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: 10**6}))
-        with pytest.raises(ModelError, match="describes a model of"):
-            flapkit.load(dense)
+    with (
+        put_back(path, json.dumps({**json.loads(path.read_text()), key: 10**6})),
+        pytest.raises(ModelError, match="describes a model of"),
+    ):
+        flapkit.load(dense)
 
 
 @cases(100)
 @given(data=st.data())
 def test_a_check_of_a_configuration_that_was_changed(recipe, dense, data):
     path = dense / "config.json"
-    with put_back(path):
-        path.write_text(json.dumps(data.draw(tampered(json.loads(path.read_text()), ODD, most=2))))
+    with put_back(path, json.dumps(data.draw(tampered(json.loads(path.read_text()), ODD, most=2)))):
         read(lambda: check_recipe(recipe), str(dense.parent))
 
 
 @pytest.mark.parametrize("change", [{"model_type": "t5"}, {"num_key_value_heads": 3}])
 def test_a_check_names_the_model(recipe, dense, change):
     path = dense / "config.json"
-    with put_back(path):
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        with pytest.raises(ModelError, match=str(dense)):
-            check_recipe(recipe)
+    with (
+        put_back(path, json.dumps({**json.loads(path.read_text()), **change})),
+        pytest.raises(ModelError, match=str(dense)),
+    ):
+        check_recipe(recipe)
 
 
 @cases(100)
@@ -209,8 +177,7 @@ def test_a_check_names_the_model(recipe, dense, change):
 def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
     """Those that are read can be saved with what was pruned."""
     path = dense / "generation_config.json"
-    with put_back(path):
-        path.write_text(json.dumps(data.draw(tampered(SETTINGS))))
+    with put_back(path, json.dumps(data.draw(tampered(SETTINGS)))):
         model = judge(dense)
         if model is not None:
             settle_generation_(model)
@@ -225,7 +192,5 @@ def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
 )
 def test_what_is_no_configuration(request, which, text):
     path: Path = request.getfixturevalue(which) / "config.json"
-    with put_back(path):
-        path.write_text(text)
-        with pytest.raises(ModelError):
-            load_config(path.parent)
+    with put_back(path, text), pytest.raises(ModelError):
+        load_config(path.parent)

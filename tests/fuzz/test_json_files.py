@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import VALUES, cases, read, tampered
+from fuzzing import VALUES, cases, read, tampered, to_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_run, make_sites
@@ -86,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def rows_of(folder: Path, lines: list[str]) -> list[Row]:
-    (folder / "results.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
+    (folder / "results.jsonl").write_bytes(to_bytes("".join(f"{line}\n" for line in lines)))
     return list((read(lambda: Results(folder).rows, "results.jsonl:") or {}).values())
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_llama
-from fuzzing import TEXT, cases
+from conftest import TEXT as CALIBRATION_TEXT
+from conftest import make_llama, write_recipe
+from fuzzing import TEXT, cases, cut_
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ import flapkit
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.folder import check_output
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
 from flapkit.system.errors import FlapkitError, InputError, ModelError, OutputError
 from flapkit.system.paths import to_path, within
 
@@ -84,18 +84,15 @@ def sandbox(tmp_path, monkeypatch) -> Path:
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("HOME", str(tmp_path / "outside"))
-    (tmp_path / "home" / "text.txt").write_text("def pruned(model):\n    return model\n" * 200)
+    (tmp_path / "home" / "text.txt").write_text(CALIBRATION_TEXT)
     return tmp_path
 
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+CHANGES = {
     "calibration": {"dataset": "text.txt", "samples": 4, "length": 32},
-    "budget": {"ratio": 0.2},
+    "evaluate": {},
     "report": {"figures": ["svg"]},
-    "trainer": {"accelerator": "cpu"},
     "export": ["hf"],
-    "output": "out",
 }
 
 
@@ -106,7 +103,7 @@ def call(sandbox, command, monkeypatch):
     monkeypatch.chdir(home)
 
     def run(*arguments, may_write: tuple[str, ...] = (), **changes):
-        (home / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **changes}))
+        write_recipe(home, **{**CHANGES, **changes})
         before = listing(sandbox)
         said = command(*arguments)
         after = listing(sandbox)
@@ -189,10 +186,7 @@ def test_chat_templates_that_are_called_like_paths(call, home, name):
 @pytest.fixture(scope="module")
 def unpruned() -> tuple[PreTrainedModel, PruningPlan]:
     model = make_llama()
-    sites = flapkit.sites(model)
-    plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    carry_out_(model, sites, plan, {})
-    return model, plan
+    return model, cut_(model)
 
 
 def test_files_that_are_saved_along(unpruned, tmp_path):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from conftest import RECIPE, make_llama
-from fuzzing import VALUES, cases, read, tampered
+from conftest import make_llama, write_recipe
+from fuzzing import DAMAGE, VALUES, cases, cut_, damaged, put_back, read, tampered, to_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_run
@@ -21,8 +19,6 @@ from runs import make_run
 import flapkit
 from flapkit.checkpoint.card import CARD, licence_of, model_card
 from flapkit.evaluation.zero_shot import add_scores
-from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
 from flapkit.recipe import LoadedRecipe, load_recipe
 from flapkit.run.origin import Origin, plan_of
 from flapkit.run.recover import RecoveryRecord, _files, _metadata
@@ -56,14 +52,11 @@ FILES: dict[str, Any] = {
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "pruned"
     model = make_llama(num_hidden_layers=1)
-    sites = flapkit.sites(model)
-    plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    carry_out_(model, sites, plan, {})
-    flapkit.save(model, folder, plan, files={"notes/a.txt": "a"})
+    flapkit.save(model, folder, cut_(model), files={"notes/a.txt": "a"})
     FILES["plan.json"] = json.loads((folder / "plan.json").read_text())
     for name in ("flapkit.json", "result.json", "report.json"):
         (folder / name).write_text(json.dumps(FILES[name]))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_recipe(folder)
     (folder.parent / "outside.txt").write_text("a secret")
     return folder
 
@@ -73,25 +66,13 @@ def recipe(checkpoint) -> LoadedRecipe:
     changes = ["evaluate={}", "compensator=[bias, lora]"]
     recipe = load_recipe(str(checkpoint / "recipe.yaml"), changes)
     # What was measured is known if the recipes measure the same.
-    settings = {**RECIPE, "evaluate": recipe.recipe.evaluate.model_dump(mode="json")}
-    (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    write_recipe(checkpoint, evaluate=recipe.recipe.evaluate.model_dump(mode="json"))
     return recipe
-
-
-@contextmanager
-def put_back(path: Path) -> Iterator[None]:
-    content = path.read_bytes()
-    try:
-        yield
-    finally:
-        path.write_bytes(content)
 
 
 def examine(checkpoint: Path, name: str, content: str | bytes, recipe: LoadedRecipe) -> None:
     """Read a pruned folder as a recovery does, and write what it writes at its end."""
-    path = checkpoint / name
-    with put_back(path):
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    with put_back(checkpoint / name, content):
         origin = read(lambda: Origin.of(checkpoint), name.removesuffix(".json"))
         known = origin and read(lambda: origin.known(recipe.recipe, [TEXT]), name)
     if not origin or known is None:
@@ -128,11 +109,9 @@ def test_a_file_that_was_changed(checkpoint, recipe, name):
 
 
 @cases(300)
-@given(st.sampled_from([*FILES, "recipe.yaml"]), st.integers(0, 10**4), st.binary(max_size=4), st.booleans())
-def test_bytes_that_were_changed(checkpoint, recipe, name, place, patch, cut):
-    content = (checkpoint / name).read_bytes()
-    place %= len(content)
-    examine(checkpoint, name, content[:place] + patch + (b"" if cut else content[place + len(patch) :]), recipe)
+@given(st.sampled_from([*FILES, "recipe.yaml"]), DAMAGE)
+def test_bytes_that_were_changed(checkpoint, recipe, name, damage):
+    examine(checkpoint, name, damaged((checkpoint / name).read_bytes(), damage), recipe)
 
 
 CHANGES = {
@@ -157,10 +136,11 @@ CHANGES = {
 
 @pytest.mark.parametrize(("name", "change"), [(name, each) for name, changes in CHANGES.items() for each in changes])
 def test_what_cannot_be_used_is_known_before(checkpoint, recipe, name, change):
-    with put_back(checkpoint / name):
-        (checkpoint / name).write_text(change if isinstance(change, str) else json.dumps(change))
-        with pytest.raises(InputError, match=name):
-            Origin.of(checkpoint).known(recipe.recipe, [TEXT])
+    with (
+        put_back(checkpoint / name, change if isinstance(change, str) else json.dumps(change)),
+        pytest.raises(InputError, match=name),
+    ):
+        Origin.of(checkpoint).known(recipe.recipe, [TEXT])
 
 
 def test_what_is_whole_is_used(checkpoint, recipe):
@@ -172,9 +152,8 @@ def test_what_is_whole_is_used(checkpoint, recipe):
 
 
 def test_a_checkpoint_without_a_plan_is_named(checkpoint):
-    with put_back(checkpoint / "plan.json"):
-        for damage in (b"\xff", b"[" * 100_000, b"", b"{}"):
-            (checkpoint / "plan.json").write_bytes(damage)
+    for content in (b"\xff", b"[" * 100_000, b"", b"{}"):
+        with put_back(checkpoint / "plan.json", content):
             for reader in (plan_of, flapkit.load):
                 with pytest.raises(InputError, match=r"plan"):
                     reader(checkpoint)
@@ -193,8 +172,7 @@ def test_a_card_of_the_dense_model_that_was_changed(tmp_path_factory, header, cl
     """Its licence is named where the pruned model is saved."""
     folder = tmp_path_factory.getbasetemp() / "card"
     folder.mkdir(exist_ok=True)
-    content = header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
-    (folder / CARD).write_bytes(b"---\n" + content + (b"\n---\n" if closed else b""))
+    (folder / CARD).write_bytes(b"---\n" + to_bytes(header) + (b"\n---\n" if closed else b""))
     licence = licence_of(str(folder))
     assert licence is None or isinstance(licence, str)
     model_card("x", str(folder), metadata={}, result=None, recipe=None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from fuzzing import NUMBERS, TEXT, VALUES, cases, tampered
+from conftest import RECIPE
+from fuzzing import NUMBERS, TEXT, VALUES, cases, tampered, to_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sweeps import SWEEP
@@ -17,7 +18,8 @@ from flapkit.registry import Registry
 from flapkit.run.sweep.load import load_sweep
 from flapkit.system.errors import FlapkitError, RecipeError
 
-RECIPE: dict[str, Any] = {
+WHOLE: dict[str, Any] = {
+    **RECIPE,
     "model": {"path": "builtin:tiny-llama", "revision": None, "dtype": "float32"},
     "adapter": {"name": "llama", "unit": "query_head"},
     "calibration": {
@@ -42,8 +44,8 @@ RECIPE: dict[str, Any] = {
     "trainer": {"accelerator": "cpu", "devices": 1, "logger": ["csv"], "gradient_clip_val": 1.0},
     "export": ["hf"],
     "plugins": [],
-    "output": "out",
 }
+"""A recipe with every section."""
 
 WORDS = "model:¦path: ¦budget:¦ratio: ¦output: ¦plugins: ¦metric: ¦- ¦? ¦: ¦{¦}¦[¦]¦|¦>-¦'¦\"¦#¦---¦...¦%YAML 1.1"
 ODDITIES = "&a ¦*a¦<<: *a¦<<: [*a, *a]¦!!binary ¦!x ¦!!int ¦!!set ¦!<tag> ¦0x1F¦0o7¦1_000¦1:30¦1e-4¦.inf¦~¦no"
@@ -56,7 +58,7 @@ PIECES = [*WORDS.split("¦"), *ODDITIES.split("¦"), *ESCAPED, *(f"!!python/obje
 def folder(tmp_path_factory) -> Any:
     """A folder with a plugin that nobody names, and that tells if it is run; the registry is built once."""
     folder = tmp_path_factory.mktemp("recipes")
-    (folder / "base.yaml").write_text(write(RECIPE))
+    (folder / "base.yaml").write_text(write(WHOLE))
     (folder / "trap.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
     registry = Registry.load()
     with pytest.MonkeyPatch.context() as patched:
@@ -68,7 +70,7 @@ def folder(tmp_path_factory) -> Any:
 
 def load(content: str | bytes, *overrides: str, loader: Any = load_recipe) -> Any:
     """Load what was written; whatever is wrong is said line by line, each with its place."""
-    Path("recipe.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    Path("recipe.yaml").write_bytes(to_bytes(content))
     try:
         return loader("recipe.yaml", overrides)
     except RecipeError as error:
@@ -122,10 +124,10 @@ def test_any_structure(folder, tree):
 
 
 @cases(500)
-@given(tampered(RECIPE).filter(lambda tree: not names_the_trap(tree)))
-@example({**RECIPE, "plugins": ["a\0b"]})
-@example({**RECIPE, "searcher": {"name": "plan", "path": "a" * 5000}})
-@example({**RECIPE, "calibration": {"dataset": "d", "statistics_memory": "9" * 400 + "GB"}})
+@given(tampered(WHOLE).filter(lambda tree: not names_the_trap(tree)))
+@example({**WHOLE, "plugins": ["a\0b"]})
+@example({**WHOLE, "searcher": {"name": "plan", "path": "a" * 5000}})
+@example({**WHOLE, "calibration": {"dataset": "d", "statistics_memory": "9" * 400 + "GB"}})
 def test_a_recipe_that_was_changed(folder, tree):
     loaded = load(write(tree))
     if isinstance(loaded, LoadedRecipe):
@@ -143,7 +145,7 @@ KEYS = st.sampled_from(
 @given(KEYS | TEXT, st.sampled_from(PIECES) | TEXT | NUMBERS.map(str))
 def test_overrides(folder, key, value):
     if "trap" not in value:
-        load(write(RECIPE), f"{key}={value}")
+        load(write(WHOLE), f"{key}={value}")
 
 
 POINTS = {"set": {"budget.of": "mlp"}, "points": [{"metric": "ifv"}], "plot": {"x": "metric"}}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import VALUES, cases, read, tampered
+from conftest import recipe_text, write_recipe
+from fuzzing import DAMAGE, VALUES, cases, damaged, put_back, read, tampered
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import RECIPE, make_run
+from runs import make_run
 
 from flapkit.run.report import RunDocument, draw_figures, render_comparison, render_run
 
@@ -95,20 +96,16 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for name, content in FILES.items():
         (folder / name).write_text(json.dumps(content))
-    (folder / "recipe.yaml").write_text(RECIPE)
+    write_recipe(folder)
     return folder
 
 
 def report(folder: Path, name: str, content: str | bytes, render: Callable[[RunDocument], str] = render_run) -> None:
     """Report a run one of whose files is something else."""
-    before = (folder / name).read_bytes()
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    try:
+    with put_back(folder / name, content):
         document = read(lambda: RunDocument.of_folder(folder), str(folder / name))
-        if document is not None:
-            examine(render(document))
-    finally:
-        (folder / name).write_bytes(before)
+    if document is not None:
+        examine(render(document))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -132,7 +129,7 @@ def test_a_comparison_with_a_run_whose_file_was_changed(run, name):
 
 
 LINES = st.lists(
-    st.sampled_from([*RECIPE.splitlines(), "model: {path: <b>}", "a: [1, {b: 2}]", "? x", "&a b"]) | MARKUP
+    st.sampled_from([*recipe_text().splitlines(), "model: {path: <b>}", "a: [1, {b: 2}]", "? x", "&a b"]) | MARKUP
 )
 
 
@@ -143,11 +140,9 @@ def test_a_recipe_that_was_changed(run, content, compared):
 
 
 @cases(250)
-@given(st.sampled_from(sorted(FILES)), st.integers(0, 10**4), st.binary(max_size=4), st.booleans())
-def test_bytes_that_were_changed(run, name, place, patch, cut):
-    content = (run / name).read_bytes()
-    place %= len(content)
-    report(run, name, content[:place] + patch + (b"" if cut else content[place + len(patch) :]))
+@given(st.sampled_from(sorted(FILES)), DAMAGE)
+def test_bytes_that_were_changed(run, name, damage):
+    report(run, name, damaged((run / name).read_bytes(), damage))
 
 
 @pytest.mark.parametrize("name", [*FILES, "recipe.yaml"])
@@ -167,15 +162,11 @@ def test_figures_of_a_run_whose_file_was_changed(run, name):
     @cases(5)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
-        before = (run / name).read_bytes()
-        (run / name).write_text(json.dumps(tree))
-        try:
+        with put_back(run / name, json.dumps(tree)):
             document = read(lambda: RunDocument.of_folder(run), str(run / name))
-            if document is not None:
-                draw_figures([document], ["svg"])
-                draw_figures([document, RUN], ["svg"])
-        finally:
-            (run / name).write_bytes(before)
+        if document is not None:
+            draw_figures([document], ["svg"])
+            draw_figures([document, RUN], ["svg"])
 
     check()
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from flapkit_adapters.vicuna import Vicuna
-from fuzzing import SCALARS, VALUES, cases, read, tampered
+from fuzzing import DAMAGE, SCALARS, VALUES, cases, damaged, read, tampered, to_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -90,7 +90,7 @@ CONVERSATIONS = st.fixed_dictionaries({"messages": MESSAGES}).map(json.dumps)
 @example(['{"messages": [{"role": "user"}]}'])
 @example(['{"messages": [[]]}'])
 def test_json_lines(folder, tokenizer, lines):
-    found = documents(folder / "a.jsonl", "\n".join(lines).encode("utf-8", "surrogatepass"))
+    found = documents(folder / "a.jsonl", to_bytes("\n".join(lines)))
     if found:
         encode(tokenizer, found, " ")
 
@@ -129,10 +129,9 @@ TABLE = whole_table()
 
 
 @cases(600)
-@given(st.integers(0, len(TABLE) - 1), st.binary(min_size=0, max_size=8), st.booleans())
-def test_a_damaged_table(folder, place, patch, cut):
-    damaged = TABLE[:place] + patch + (b"" if cut else TABLE[place + len(patch) :])
-    documents(folder / "a.parquet", damaged)
+@given(DAMAGE)
+def test_a_damaged_table(folder, damage):
+    documents(folder / "a.parquet", damaged(TABLE, damage))
 
 
 COLUMNS = {
@@ -238,8 +237,7 @@ def test_rows_of_a_local_task(folder, task, row):
     @example([json.dumps({**row, "gold": True})])
     @example([json.dumps({**row, "gold": 10**30})])
     def check(lines):
-        content = [each if isinstance(each, bytes) else each.encode("utf-8", "surrogatepass") for each in lines]
-        path.write_bytes(b"\n".join(content))
+        path.write_bytes(b"\n".join(map(to_bytes, lines)))
         for each in read(lambda: LocalTask(task, path).rows(), str(path)) or ():
             options = each.get("choices") or each["context_options"]
             assert options[each["gold"]]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fuzzing import VALUES, cases, read, tampered
+from fuzzing import DAMAGE, VALUES, cases, damaged, header_of, read, tampered, with_header
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import make_sites
@@ -53,25 +52,6 @@ def measured(seed: int = 0) -> dict[str, Moments]:
 
 def same(found: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
     return found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in before)
-
-
-DAMAGE = st.tuples(st.integers(0, 10**6), st.binary(max_size=6), st.sampled_from(["over", "within", "cut"]))
-
-
-def damaged(content: bytes, damage: tuple[int, bytes, str]) -> bytes:
-    place, patch, how = damage
-    place %= len(content)
-    return content[:place] + patch + {"over": content[place + len(patch) :], "within": content[place:], "cut": b""}[how]
-
-
-def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def with_header(header: Any, data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def changed(content: bytes) -> st.SearchStrategy[bytes]:

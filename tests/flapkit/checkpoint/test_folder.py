@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_llama
+from conftest import largest_file, make_llama
 
 import flapkit
 from flapkit.checkpoint.folder import MARK, check_output, new_folder
@@ -99,13 +98,11 @@ def test_the_room_is_looked_for_before_anything_is_written(old_and_new, monkeypa
 def test_no_room_in_the_middle_of_the_weights(old_and_new):
     """A real refusal of the system, to the library that writes the weights."""
     folder, before, save = old_and_new
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(OutputError, match=r"the disk is full \(.*\): .* MB are free, 2\.5 MB are needed"):
-            save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        largest_file(1_000_000),
+        pytest.raises(OutputError, match=r"the disk is full \(.*\): .* MB are free, 2\.5 MB are needed"),
+    ):
+        save()
     assert is_whole(folder, before)
     save()
     assert not is_whole(folder, before)

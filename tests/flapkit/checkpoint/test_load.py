@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
+from huggingface_hub import constants
 
 import flapkit
 from flapkit.checkpoint.load import load
@@ -19,8 +20,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def refused(path, metadata):
-    with pytest.raises(ModelError, match=metadata) as caught:
+def refused(path, message):
+    with pytest.raises(ModelError, match=message) as caught:
         load(path)
     assert caught.value.exit_code == 2
 
@@ -86,7 +87,7 @@ def test_wrong_shapes(folder):
 
 
 def test_hub_id_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused("nobody/no-such-model", "cannot be loaded")
 
 

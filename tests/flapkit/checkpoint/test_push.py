@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 import flapkit
@@ -19,11 +20,10 @@ class Refused(HfHubHTTPError):
 class Hub:
     """Stands for HfApi."""
 
-    def __init__(self, error=None):
+    def __init__(self, monkeypatch, error=None):
         self.calls, self.error = [], error
-
-    def __call__(self):
-        return self
+        for name in ("create_repo", "upload_folder"):
+            monkeypatch.setattr(HfApi, name, getattr(self, name))
 
     def create_repo(self, repo, **options):
         if self.error:
@@ -36,8 +36,7 @@ class Hub:
 
 
 def test_uploads_the_folder(pruned_folder, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr("flapkit.checkpoint.push.HfApi", hub)
+    hub = Hub(monkeypatch)
     assert flapkit.push(pruned_folder, "owner/name", private=True, revision="dev") == "https://hub/commit/1"
     made, uploaded = hub.calls
     assert made == ("owner/name", {"private": True, "exist_ok": True})
@@ -62,6 +61,6 @@ def test_a_folder_of_another(tmp_path):
     ],
 )
 def test_what_the_hub_refuses(pruned_folder, monkeypatch, error, raised, message):
-    monkeypatch.setattr("flapkit.checkpoint.push.HfApi", Hub(error))
+    Hub(monkeypatch, error)
     with pytest.raises(raised, match=message):
         flapkit.push(pruned_folder, "owner/name")

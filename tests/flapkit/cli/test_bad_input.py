@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import recipe_text
 
 from flapkit.checkpoint.bundled import bundled_models
 
-RECIPE = """\
-model: {path: MODEL}
-calibration: {dataset: text.txt, samples: 8, length: 32}
-budget: {ratio: 0.2}
-trainer: {accelerator: cpu}
-output: out
-"""
+
+def recipe_of(model: str = "builtin:tiny-llama") -> str:
+    return recipe_text(model={"path": model}, evaluate={})
+
+
+RECIPE = recipe_of()
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def refused(home, command):
         ("model: [", "not YAML"),
         ("a plain sentence", "a recipe is a section of keys"),
         (b"model: \xff", "not UTF-8"),
-        (RECIPE + "output: again\n", "recipe.yaml:6:1: output: repeated key"),
+        (RECIPE + "output: again\n", f"recipe.yaml:{len(RECIPE.splitlines()) + 1}:1: output: repeated key"),
         (RECIPE.replace("samples: 8", "samples: many"), "calibration.samples: expected a whole number, got 'many'"),
         (RECIPE.replace("samples: 8", "samples: 1e-4"), "calibration.samples: expected a whole number, got 0.0001"),
         (RECIPE.replace("samples: 8", "samples: no"), "calibration.samples: expected a whole number, got 'no'"),
@@ -92,7 +92,7 @@ def corrupt(folder: Path) -> None:
 )
 def test_models(refused, home, damage, message):
     damage(model(home))
-    refused(RECIPE.replace("MODEL", "./model"), message)
+    refused(recipe_of("./model"), message)
 
 
 def test_disk_full(refused, home, monkeypatch):
@@ -100,21 +100,21 @@ def test_disk_full(refused, home, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(RECIPE.replace("MODEL", "builtin:tiny-llama"), "out: the disk is full")
+    refused(RECIPE, "out: the disk is full")
 
 
 def test_a_tokenizer_that_does_not_fit(refused, home):
     folder = model(home)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"vocab_size": 2048', '"vocab_size": 100'))
-    refused(RECIPE.replace("MODEL", "./model"), "the tokenizer does not fit the model")
+    refused(recipe_of("./model"), "the tokenizer does not fit the model")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped(home, sent):
     """A real signal, while calibration runs in a process of its own."""
-    recipe = RECIPE.replace("MODEL", "builtin:tiny-llama").replace("samples: 8", "samples: 20000")
+    recipe = RECIPE.replace("samples: 8", "samples: 20000")
     (home / "recipe.yaml").write_text(recipe)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLAPKIT_CACHE": str(home / "cache")}
     process = subprocess.Popen(

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
-from flapkit import cli
+from huggingface_hub import HfApi
 
 
-def test_prints_the_address(pruned_folder, monkeypatch, capsys):
-    hub = SimpleNamespace(
-        create_repo=lambda *arguments, **options: None,
-        upload_folder=lambda **options: SimpleNamespace(commit_url="https://hub/commit/1"),
-    )
-    monkeypatch.setattr("flapkit.checkpoint.push.HfApi", lambda: hub)
-    monkeypatch.setattr(sys, "argv", ["flapkit", "push", str(pruned_folder), "owner/name"])
-    cli.main()
-    assert capsys.readouterr().out == "https://hub/commit/1\n"
+def test_prints_the_address(command, pruned_folder, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: None)
+    done = SimpleNamespace(commit_url="https://hub/commit/1")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *arguments, **options: done)
+    assert command("push", pruned_folder, "owner/name")[:2] == (0, "https://hub/commit/1\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from runs import RECIPE, make_run
+from conftest import write_recipe
+from runs import make_run
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def runs(tmp_path):
         folder.mkdir()
         (folder / "report.json").write_text(run.record.to_json())
         (folder / "result.json").write_text(json.dumps(run.result))
-        (folder / "recipe.yaml").write_text(RECIPE)
+        write_recipe(folder)
         (folder / "flapkit.json").write_text(json.dumps(run.made))
     return tmp_path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from flapkit.evaluation import zero_shot
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import Score, TaskScores
 from flapkit.evaluation.zero_shot import load_harness, mean_accuracy, side_by_side
@@ -195,8 +195,8 @@ def test_it_tells_of_every_item(model, tokenizer, folder: Path) -> None:
     assert len(told) > 2
 
 
-def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(zero_shot.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_extra_says_what_to_install(without: Callable[..., None], folder: Path) -> None:
+    without("lm_eval")
     with pytest.raises(InputError, match=r'pip install "flapkit\[zeroshot\]"'):
         load_harness(["piqa"], data_dir=folder)
 

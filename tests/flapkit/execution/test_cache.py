@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import largest_file, make_llama
 
 import flapkit
+from flapkit.checkpoint import weights
 from flapkit.checkpoint.weights import remove_abandoned, write_tensors
 from flapkit.execution.cache import Calibrated, cache_folder, clear, entries, read_statistic, write_statistic
 from flapkit.execution.executor import CalibrationText
@@ -32,16 +33,6 @@ def calibrated(model, tokens, numerics="cpu 32-true", sites=None):
 def find(model, tokens, cache, *statistics, batch_size=8):
     text = CalibrationText(tokens, batch_size)
     return WholeExecutor(model, flapkit.sites(model), text, RUNTIME, cache=cache).calibrate(statistics)
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """Count the batches that calibration runs."""
-    from flapkit.execution.lightning.module import CausalLM
-
-    seen, step = [], CausalLM.predict_step
-    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
-    return seen
 
 
 def test_found_again_without_a_forward_pass(tokens, cache, forwards):
@@ -210,19 +201,16 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tokens, tmp_path, ca
     assert "cannot be kept" in caplog.text
 
 
-def test_nothing_half_written_is_left(tokens, cache, monkeypatch):
+def test_nothing_half_written_is_left(tokens, cache):
     model = make_llama()
     sites = flapkit.sites(model)
     all_of_it = measure(model, sites, [Moments], [{"input_ids": tokens}])
     measured = {name: statistics[Moments] for name, statistics in all_of_it.items()}
 
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("flapkit.checkpoint.weights.save_file", disk_full)
     key = calibrated(model, tokens)
-    write_statistic(cache, key, Moments, measured)
+    with largest_file(1000):
+        write_statistic(cache, key, Moments, measured)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
     assert entries(cache) == []
     assert read_statistic(cache, key, Moments, CPU) is None
 
@@ -264,6 +252,6 @@ def test_a_file_that_is_written_is_locked(tmp_path, monkeypatch):
         assert path.exists()
         path.write_bytes(b"whole")
 
-    monkeypatch.setattr("flapkit.checkpoint.weights.save_file", save)
+    monkeypatch.setattr(weights, "save_file", save)
     write_tensors(tmp_path / "file", {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -8,11 +8,13 @@ import json
 import pytest
 import torch
 from conftest import FORMS
-from executions import RECIPE, TEXT, add_tokenizer, assert_same, prune, save_dense
+from executions import CALIBRATION, TEXT, add_tokenizer, assert_same, prune, save_dense
 from safetensors.torch import load_file, save_file
 
 from flapkit.checkpoint.load import load_config, open_weights
 from flapkit.checkpoint.weights import write_tensors
+from flapkit.execution import layerwise as layerwise_module
+from flapkit.execution import resume
 from flapkit.execution.resume import write_record
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.recipe import load_recipe
@@ -41,7 +43,7 @@ def test_least_squares(home, memory, hidden):
     changes = {
         "metric": "trace",
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "statistics_memory": memory},
+        "calibration": {**CALIBRATION, "statistics_memory": memory},
     }
     whole = prune(home, "whole", execution="whole", **changes)
     layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
@@ -54,7 +56,7 @@ def test_experts(home):
     model = tiny_model(tiny_config("mixtral", vocab_size=4096))
     model.save_pretrained(home / "dense")
     add_tokenizer(home / "dense")
-    changes = {"calibration": {**RECIPE["calibration"], "samples": 64}}
+    changes = {"calibration": {**CALIBRATION, "samples": 64}}
     assert_same(
         prune(home, "whole", execution="whole", **changes), prune(home, "layerwise", execution="layerwise", **changes)
     )
@@ -83,7 +85,7 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     save_dense(home / "dense", attention_bias=True)
     changes = {
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "statistics_memory": "10KB"},
+        "calibration": {**CALIBRATION, "statistics_memory": "10KB"},
     }
     whole = prune(home, "whole", execution="whole", **changes)
     written = []
@@ -94,7 +96,7 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
         written.append(f"{path.parent.name}/{path.name}")
         write_record(path, tensors, metadata)
 
-    monkeypatch.setattr("flapkit.execution.layerwise.write_record", stop)
+    monkeypatch.setattr(layerwise_module, "write_record", stop)
     stop.armed = True
     execution = {"mode": "layerwise", "hidden_states": hidden}
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +143,7 @@ def test_sequential(home, hidden):
     save_dense(home / "dense", num_hidden_layers=3)
     changes = {
         "compensator": {"name": "least_squares", "ridge": 0.01},
-        "calibration": {**RECIPE["calibration"], "sequential": True},
+        "calibration": {**CALIBRATION, "sequential": True},
     }
     layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
     assert_same(prune(home, "whole", **changes), layerwise, tolerance=1e-5)
@@ -156,7 +158,7 @@ def test_a_full_disk(home, monkeypatch, file):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr("flapkit.execution.resume.write_tensors", fill)
+    monkeypatch.setattr(resume, "write_tensors", fill)
     with pytest.raises(OutputError, match=f"{file}.*: the disk is full"):
         prune(home, "out", execution={"mode": "layerwise", "hidden_states": "disk"})
     assert not (home / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from conftest import RECIPE as SMALL
 from conftest import make_llama
 
 import flapkit
@@ -21,12 +22,12 @@ from flapkit.system.errors import OutputError
 from flapkit.system.workdir import open_workdir
 
 RECIPE = {
+    **SMALL,
     "model": {"path": "model", "dtype": "float32"},
     "calibration": {"dataset": "text.txt", "samples": 24, "length": 16, "batch_size": 2, "save_every": 0},
     "budget": {"ratio": 0.3},
     "report": {"error_windows": 0},
-    "trainer": {"accelerator": "cpu"},
-    "output": "out",
+    "evaluate": {},
 }
 PASSES = ["calibration.statistics_memory=15KB", "compensator=least_squares"]
 SETTINGS = {

@@ -6,8 +6,7 @@ import os
 from unittest.mock import patch
 
 import pytest
-import yaml
-from executions import RECIPE, TEXT, assert_same, prune, save_dense
+from executions import TEXT, assert_same, load_changed, prune, save_dense
 from torch import distributed
 
 from flapkit.recipe import load_recipe
@@ -57,9 +56,6 @@ def test_a_batch_size_that_each_process_finds_is_refused(home):
     (home / "rows").mkdir()
     (home / "rows" / "boolq.jsonl").write_text('{"query": "is it?", "choices": ["no", "yes"], "gold": 1}\n')
     asked = {"evaluate": {"zero_shot": {"tasks": ["boolq"], "data_dir": "rows"}}}
-    (home / "evaluate.yaml").write_text(
-        yaml.safe_dump({**RECIPE, "model": {"path": "pruned"}, "output": "no", **SHARDED, **asked})
-    )
-    recipe = load_recipe(home / "evaluate.yaml")
+    recipe = load_changed(home, "no", model={"path": "pruned"}, **SHARDED, **asked)
     with pytest.raises(RecipeError, match=r"strategy: model_parallel: .*set a number"):
         evaluate_checkpoint("pruned", recipe)

@@ -10,6 +10,7 @@ from conftest import make_llama
 from transformers import MambaConfig, T5Config, ViTConfig
 
 import flapkit
+from flapkit.model import derive as derive_module
 from flapkit.model.derive import Auto, as_yaml, derive
 from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config, tiny_model
@@ -100,7 +101,7 @@ def test_what_is_refused(config, message):
 
 
 def test_a_declaration_that_does_not_hold_is_refused_with_what_was_derived(monkeypatch):
-    monkeypatch.setattr("flapkit.model.derive._attributes", lambda module, sizes: [])
+    monkeypatch.setattr(derive_module, "_attributes", lambda module, sizes: [])
     with pytest.raises(ModelError, match=r"layers\.0\.attention: the model (is off|does not run)(.|\n)*name: my_phi3"):
         derive(tiny_config("phi3", vocab_size=97))
 

@@ -236,10 +236,10 @@ QUANTISED = {
 def test_quantised_checkpoints_are_refused(command, home, recipe, method):
     config = home / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": QUANTISED[method]}))
-    metadata = f"model: its weights are quantised ({method}); give the model in float32"
+    message = f"model: its weights are quantised ({method}); give the model in float32"
     for arguments in (("run", recipe), ("check", recipe), ("evaluate", "model", "--recipe", recipe)):
         code, _, err = command(*arguments)
-        assert (code, metadata in err) == (2, True), err
+        assert (code, message in err) == (2, True), err
     with pytest.raises(ModelError, match="its weights are quantised"):
         flapkit.load(home / "model")
     assert not (home / "out").exists()

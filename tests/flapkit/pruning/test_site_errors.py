@@ -11,6 +11,7 @@ from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget
+from flapkit.pruning import site_errors
 from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method
 from flapkit.pruning.site_errors import Trace
@@ -48,6 +49,13 @@ def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     return sites, trace, pruned, compared(trace, model, sites, pruned)
 
 
+def magnitude():
+    """A method that needs no statistics."""
+    registry = Registry.load()
+    parts = [registry.create("metric", "magnitude"), registry.create("searcher", "al_am")]
+    return Method(*parts, (registry.create("compensator", "none"),))
+
+
 @pytest.mark.parametrize("compensator", ["none", "bias", "least_squares"])
 def test_a_gram_predicts_exactly(llama, tokens, compensator):
     _, _, _, errors = prune_(llama, tokens, compensator, extra=(Gram,))
@@ -79,19 +87,16 @@ def test_only_sites_that_lost_units_are_compared(llama, tokens):
 
 
 def test_without_statistics_nothing_is_predicted(llama, tokens):
-    registry = Registry.load()
-    parts = [registry.create("metric", "magnitude"), registry.create("searcher", "al_am")]
-    method = Method(*parts, (registry.create("compensator", "none"),))
     sites = flapkit.sites(llama)
     trace = traced(llama, sites, tokens[:2])
-    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), method, 0.4)
+    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), magnitude(), 0.4)
     assert set(pruned.expected.values()) == {None}
     errors = compared(trace, llama, sites, pruned)
     assert all(error.predicted is None and error.alone > 0 for error in errors.values())
 
 
 def test_a_trace_keeps_no_more_than_it_may(llama, tokens, monkeypatch):
-    monkeypatch.setattr("flapkit.pruning.site_errors.LARGEST_TRACE", 1)
+    monkeypatch.setattr(site_errors, "LARGEST_TRACE", 1)
     trace = traced(llama, flapkit.sites(llama), tokens)
     assert trace.tokens == 64 < tokens.numel()
 
@@ -102,14 +107,11 @@ def test_nothing_is_left_on_the_model(llama, tokens):
 
 
 def test_sites_that_other_tokens_may_reach_are_not_compared_in_the_model(llama, tokens):
-    registry = Registry.load()
-    parts = [registry.create("metric", "magnitude"), registry.create("searcher", "al_am")]
-    method = Method(*parts, (registry.create("compensator", "none"),))
     sites = flapkit.sites(llama)
     # Two sites of a kind in one layer, as experts are.
     alike = [dataclasses.replace(site, kind="mlp") for site in sites]
     trace = traced(llama, alike, tokens[:2])
-    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), method, 0.4)
+    pruned = prune_measured_(llama, sites, tokens, measure(llama, sites, [], []), magnitude(), 0.4)
     errors = compared(trace, llama, alike, pruned)
     assert errors
     assert all(error.in_model is None and error.alone > 0 for error in errors.values())

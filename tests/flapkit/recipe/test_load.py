@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import flapkit
 from flapkit.recipe import ComponentSpec, LoadedRecipe, dump_recipe, find_recipe, load_recipe, shipped_recipes
 from flapkit.system.errors import InputError, RecipeError
 
@@ -388,7 +389,7 @@ def test_find_recipe(tmp_path: Path) -> None:
 
 def test_shipped_recipes_of_a_wheel_and_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flapkit").mkdir()
-    monkeypatch.setattr("flapkit.__file__", str(tmp_path / "flapkit" / "__init__.py"))
+    monkeypatch.setattr(flapkit, "__file__", str(tmp_path / "flapkit" / "__init__.py"))
     assert shipped_recipes() == {}
     (tmp_path / "recipes").mkdir()
     checkout = write(tmp_path / "recipes", GOOD, "mine.yaml")

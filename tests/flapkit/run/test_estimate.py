@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-import yaml
-from conftest import make_llama
+from conftest import make_llama, write_recipe
+from executions import add_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from flapkit.checkpoint.bundled import bundled_models
 from flapkit.execution.runtime import Runtime
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import run_batch
@@ -54,18 +53,14 @@ def recipe(tmp_path, monkeypatch):
 
     def make(model, **changes):
         model.save_pretrained("dense")
-        for file in bundled_models()["tiny-llama"].glob("tokenizer*"):
-            (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+        add_tokenizer(tmp_path / "dense")
         asked = {
             "model": {"path": "dense"},
             "calibration": {"dataset": "text.txt", "samples": 6, "length": 24, "batch_size": 6},
             "budget": {"ratio": 0.3},
-            "trainer": {"accelerator": "cpu"},
-            "output": "out",
-            **changes,
+            "evaluate": {},
         }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
-        return load_recipe(tmp_path / "recipe.yaml")
+        return load_recipe(write_recipe(tmp_path, **{**asked, **changes}))
 
     return make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 
 import pytest
 from conftest import write_recipe
@@ -47,11 +46,8 @@ def test_without_a_logger_there_is_no_log(recipe, tmp_path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 @pytest.mark.parametrize("work", [run, check])
-def test_a_missing_package_is_named_before_any_work(recipe, tmp_path, monkeypatch, name, work):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else find(wanted, *rest)
-    )
+def test_a_missing_package_is_named_before_any_work(recipe, tmp_path, without, name, work):
+    without(name)
     with pytest.raises(RecipeError, match=rf'pip install "flapkit\[{name}\]"'):
         work(load_recipe(recipe, [f"trainer.logger={name}"]))
     assert not (tmp_path / "out").exists()

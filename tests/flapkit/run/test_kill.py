@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import RECIPE as SMALL
 
 import flapkit
 from flapkit import cli
@@ -76,13 +77,12 @@ def flapkit_metrics():
     return []
 '''
 RECIPE = {
+    **SMALL,
     "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
     "calibration": {"dataset": "text.txt", "samples": 12, "length": 16, "batch_size": 2, "save_every": 0},
     "budget": {"ratio": 0.3},
     "evaluate": {"perplexity": [{"dataset": "other.txt", "length": 16, "windows": 2}]},
-    "trainer": {"accelerator": "cpu"},
     "plugins": ["./kill.py"],
-    "output": "out",
 }
 LORA = {"name": "lora", "rank": 2, "steps": 6, "validate_every": 2, "validation_windows": 2, "length": 16, "lr": 1e-3}
 SWEEP = {"recipe": "recipe.yaml", "grid": {"budget.ratio": [0.2, 0.3, 0.4]}, "output": "out"}
@@ -104,7 +104,7 @@ def prepare(home: Path) -> None:
 def flapkit_(*arguments: str) -> int:
     """Run a command in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sys.argv", ["flapkit", *arguments])
+        patched.setattr(sys, "argv", ["flapkit", *arguments])
         try:
             cli.main()
         except SystemExit as stopped:
@@ -208,7 +208,7 @@ def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number, stage, row
     assert len(first.splitlines()) == rows
     batches, run_whole = [], run_batch
     monkeypatch.setattr(
-        "flapkit.execution.lightning.module.run_batch", lambda *a, **k: (batches.append(a), run_whole(*a, **k))
+        flapkit.execution.lightning.module, "run_batch", lambda *a, **k: (batches.append(a), run_whole(*a, **k))
     )
     assert flapkit_(*command_of("sweep")) == 0
     assert len(batches) == left

@@ -19,6 +19,7 @@ from conftest import write_recipe
 import flapkit
 from flapkit.execution.lightning.callbacks import Recover
 from flapkit.recipe import load_recipe
+from flapkit.run import pipeline
 from flapkit.run.pipeline import run
 from flapkit.run.recover import recover
 
@@ -188,7 +189,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(home, done, monkeypatch):
     assert (home / ".out.work" / "recovery" / "last.ckpt").is_file()
     assert not (home / "out").exists()
     with monkeypatch.context() as patched:
-        patched.setattr("flapkit.run.pipeline._prune", None)
+        patched.setattr(pipeline, "_prune", None)
         record = run(recipe, resume=True)
     assert equal(home / "out", done / "whole")
     assert set(record.seconds) >= {"calibrate", "recover"}

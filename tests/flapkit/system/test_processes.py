@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from conftest import RECIPE, write_recipe
 from executions import add_tokenizer
 from safetensors.torch import load_file
 
@@ -20,8 +20,8 @@ from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import broadcast_from_rank0, check_started, is_rank_zero, keep_common, rank
 
-RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+TWO = {
+    **RECIPE,
     "calibration": {"dataset": "text.txt", "samples": 13, "length": 32, "batch_size": 2},
     "budget": {"ratio": 0.2},
     "metric": "faulty",
@@ -31,7 +31,7 @@ RECIPE = {
 }
 LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "length": 32, "lr": 1e-3}
 LORA |= {"batch_size": 4, "validation_windows": 8}
-RECOVERY = {**RECIPE, "compensator": ["bias", LORA]}
+RECOVERY = {**TWO, "compensator": ["bias", LORA]}
 LOST = "error: another process of this run has ended"
 FAULTY = """
 import hashlib, os, signal, time
@@ -123,7 +123,7 @@ def flapkit(
     home: Path, recipe: dict, output: str, *options: str, launcher=("-m",), fault="", environment=None
 ) -> subprocess.Popen[str]:
     """Start a run; each has a cache of its own, so that it calibrates."""
-    (home / f"{output}.yaml").write_text(yaml.safe_dump({**recipe, "output": output}))
+    write_recipe(home, f"{output}.yaml", **{**recipe, "output": output})
     variables = {"FLAPKIT_CACHE": str(home / f"cache of {output}"), "FAULT": fault, **(environment or {})}
     return start(home, [*launcher, "flapkit", "run", f"{output}.yaml", *options], variables)
 
@@ -199,7 +199,7 @@ def test_as_many_processes_as_the_recipe_asks_for(monkeypatch, environment):
 
 @pytest.mark.slow
 def test_two_processes_are_one(home):
-    one, two = (flapkit(home, recipe, name) for name, recipe in (("one", alone(RECIPE)), ("two", RECIPE)))
+    one, two = (flapkit(home, recipe, name) for name, recipe in (("one", alone(TWO)), ("two", TWO)))
     for code, out, err in [end(process) for process in (one, two)]:
         assert code == 0, err
         assert out.count("block parameters") == 1
@@ -211,10 +211,10 @@ def test_two_processes_are_one(home):
 
 
 LAYERWISE = {
-    **alone(RECIPE),
+    **alone(TWO),
     "metric": "wifv",
     "compensator": {"name": "least_squares", "ridge": 0.01},
-    "calibration": {**RECIPE["calibration"], "statistics_memory": "8MB"},
+    "calibration": {**TWO["calibration"], "statistics_memory": "8MB"},
     "execution": {"mode": "layerwise", "hidden_states": "disk"},
 }
 
@@ -229,7 +229,7 @@ def layerwise(home) -> Path:
 
 def shared(recipe: dict) -> dict:
     """Return a recipe for two processes."""
-    return {**recipe, "trainer": RECIPE["trainer"]}
+    return {**recipe, "trainer": TWO["trainer"]}
 
 
 def is_as(layerwise: Path, folder: Path) -> bool:
@@ -255,7 +255,7 @@ def test_two_processes_share_the_windows_layer_by_layer(home, layerwise, hidden)
 
 @pytest.mark.slow
 def test_a_process_killed_between_two_layers_ends_the_run_which_can_go_on(home, layerwise):
-    recipe = {**shared(LAYERWISE), "plugins": RECIPE["plugins"]}
+    recipe = {**shared(LAYERWISE), "plugins": TWO["plugins"]}
     code, _, err = end(flapkit(home, recipe, "layers killed", fault="kill at layer 2 1"))
     assert code not in (0, -15)
     assert not (home / "layers killed").exists()
@@ -284,7 +284,7 @@ METHODS = {
     "experts": {
         "metric": "wifv",
         "model": {"path": "mixtral"},
-        "calibration": {**RECIPE["calibration"], "samples": 129},
+        "calibration": {**TWO["calibration"], "samples": 129},
     },
 }
 
@@ -296,8 +296,8 @@ def test_two_processes_that_each_have_half_of_the_model(home, method):
     if method == "experts":
         tiny_model(tiny_config("mixtral", vocab_size=4096)).save_pretrained(home / "mixtral")
         add_tokenizer(home / "mixtral")
-    recipe = {**RECIPE, **METHODS[method]}
-    for name, trainer in (("whole", alone(RECIPE)["trainer"]), ("halves", SHARDED)):
+    recipe = {**TWO, **METHODS[method]}
+    for name, trainer in (("whole", alone(TWO)["trainer"]), ("halves", SHARDED)):
         code, out, err = end(flapkit(home, {**recipe, "trainer": trainer}, f"{name} {method}"))
         assert code == 0, err
         assert out.count("block parameters") == 1
@@ -308,8 +308,8 @@ def test_two_processes_that_each_have_half_of_the_model(home, method):
 def test_torchrun_of_halves_that_are_evaluated(home):
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
     samples = {"prompts": ["def f("], "tokens": 4}
-    recipe = {**RECIPE, "metric": "wifv", "trainer": SHARDED}
-    recipe["evaluate"] = {**RECIPE["evaluate"], "samples": samples}
+    recipe = {**TWO, "metric": "wifv", "trainer": SHARDED}
+    recipe["evaluate"] = {**TWO["evaluate"], "samples": samples}
     code, out, err = end(flapkit(home, recipe, "halves of torchrun", launcher=launcher))
     assert code == 0, err
     assert out.count("block parameters") == 1
@@ -332,7 +332,7 @@ def test_torchrun_of_halves_that_are_evaluated(home):
     ],
 )
 def test_a_process_with_half_of_the_model_that_dies_ends_the_run(home, fault, said):
-    recipe = {**RECIPE, "trainer": SHARDED, "compensator": "bias"}
+    recipe = {**TWO, "trainer": SHARDED, "compensator": "bias"}
     code, _, err = end(flapkit(home, recipe, f"half {fault}", "-q", fault=fault))
     told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
     # Lightning kills the first process if it looks after the other before the two talk to each other.
@@ -377,7 +377,7 @@ def test_a_recovery_of_two_halves_is_that_of_two_wholes(home, recovered, stopped
 @pytest.mark.slow
 def test_halves_learn_from_a_teacher_in_halves_and_leave_an_adapter(home):
     changes = [f"compensator.1.{option}" for option in ("merge=false", "distill=true")]
-    for name, trainer in (("taught wholes", RECIPE["trainer"]), ("taught halves", SHARDED)):
+    for name, trainer in (("taught wholes", TWO["trainer"]), ("taught halves", SHARDED)):
         sets = [part for change in changes for part in ("--set", change)]
         code, _, err = end(flapkit(home, {**RECOVERY, "trainer": trainer}, name, *sets))
         assert code == 0, err
@@ -437,7 +437,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_message(hom
 )
 def test_the_error_of_a_process_is_told_once(home, fault, code, said):
     # It ends when both processes have: both write to the same pipe.
-    found, _, err = end(flapkit(home, RECIPE, "faulty", "-q", fault=fault))
+    found, _, err = end(flapkit(home, TWO, "faulty", "-q", fault=fault))
     told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
     # Lightning kills the first process if it looks after the other before the two talk to each other.
     assert (found == code and len(told) == len(said)) or found == -9
@@ -497,7 +497,7 @@ def test_srun(home, recovered):
 @pytest.mark.slow
 def test_torchrun_with_another_number_of_processes(home):
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
-    code, _, err = end(flapkit(home, alone(RECIPE), "mismatched", launcher=launcher))
+    code, _, err = end(flapkit(home, alone(TWO), "mismatched", launcher=launcher))
     assert code != 0
     assert err.count("2 processes were started, and devices x num_nodes is 1") == 1
     assert not (home / "mismatched").exists()

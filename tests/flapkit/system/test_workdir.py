@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -127,8 +128,8 @@ def test_nothing_is_removed_where_the_output_may_not_be_written(tmp_path):
 def test_another_run_does_not_go_on_with_it(tmp_path):
     stopped(tmp_path / "out", {"budget": {"ratio": 0.2, "of": "blocks"}, "metric": "wifv"})
     asked = {"budget": {"ratio": 0.3, "of": "blocks"}, "metric": "wifv", "searcher": "al_am"}
-    metadata = r"was another: budget.ratio: 0.2 then, 0.3 now; searcher: null then, \"al_am\" now"
-    with pytest.raises(OutputError, match=metadata), open_workdir(tmp_path / "out", asked, resume=True):
+    message = r"was another: budget.ratio: 0.2 then, 0.3 now; searcher: null then, \"al_am\" now"
+    with pytest.raises(OutputError, match=message), open_workdir(tmp_path / "out", asked, resume=True):
         pass
     with open_workdir(tmp_path / "out", {"metric": "wifv", "budget": {"of": "blocks", "ratio": 0.2}}, resume=True):
         pass
@@ -197,7 +198,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     def refuse(*args):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with open_workdir(tmp_path / "out") as work:
         assert work.folder.is_dir()
     assert "the file system knows no locks" in caplog.text

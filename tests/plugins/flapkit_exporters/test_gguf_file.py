@@ -120,8 +120,8 @@ def test_what_llama_cpp_cannot_is_refused_before_the_run(config, message):
         gguf().check(prospect)
 
 
-def test_a_missing_package(pruned_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_a_missing_package(pruned_folder, tmp_path, without):
+    without("gguf", "llama_cpp")
     with pytest.raises(InputError, match=r"needs gguf and llama_cpp.*flapkit\[gguf\]"):
         export(pruned_folder, gguf(), tmp_path / "out.gguf")
     with pytest.raises(InputError, match="needs gguf, not"):

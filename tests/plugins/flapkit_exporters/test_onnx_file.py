@@ -28,7 +28,7 @@ def test_any_batch_and_length_in_onnxruntime(pruned_folder, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_missing_package(pruned_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_a_missing_package(pruned_folder, tmp_path, without):
+    without("onnx", "onnxscript", "onnxruntime")
     with pytest.raises(InputError, match=r"needs onnx and onnxscript and onnxruntime.*flapkit\[onnx\]"):
         export(pruned_folder, onnx(), tmp_path / "out")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-
 import pytest
 import torch
 from conftest import make_llama
@@ -34,15 +32,8 @@ def early(plan):
     return 100.0 - len(plan.keep["layers.0.mlp"]) - len(plan.keep["layers.0.attention"])
 
 
-def test_a_missing_package_says_which_extra(monkeypatch):
-    importer = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name == "optuna":
-            raise ImportError
-        return importer(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+def test_a_missing_package_says_which_extra(without):
+    without("optuna")
     with pytest.raises(InputError, match=r"flapkit\[optuna\]"):
         search(early)
 

@@ -115,20 +115,6 @@ def test_a_device_that_is_not_here():
         build_trainer([], accelerator="cuda", devices=1)
 
 
-def test_merged_ranks_are_one(tokens):
-    """Two ranks' states, stacked as Lightning gathers them, give the moments of all tokens."""
-    model, half = make_llama(), len(tokens) // 2
-    sites = flapkit.sites(model)
-    whole = measure(model, sites, [Moments], [{"input_ids": tokens}])
-    parts = [measure(model, sites, [Moments], [{"input_ids": part}]) for part in (tokens[:half], tokens[half:])]
-    for site in sites:
-        merged, ranks = Moments(site.channels), [part[site.name][Moments] for part in parts]
-        for state in ("_tokens", "_mean", "_squares"):
-            setattr(merged, state, torch.stack([getattr(rank, state) for rank in ranks]))
-        assert merged.tokens == tokens.numel()
-        torch.testing.assert_close(merged.variance, whole[site.name][Moments].variance, atol=1e-6, rtol=1e-5)
-
-
 def test_gradients_under_the_trainer(tokens):
     """``predict`` runs without gradients; the backward pass of calibration is the same there as by itself."""
     model = make_llama()

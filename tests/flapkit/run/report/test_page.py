@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from conftest import recipe_text
 from runs import make_run
 
 from flapkit.run.report import view
@@ -112,6 +113,6 @@ def test_speed_is_shown_where_it_was_measured():
 def test_a_comparison_names_the_best_and_what_differs():
     first, second = make_run("a", 0.2), make_run("b", 0.5)
     second.result["perplexity"]["text, 128 tokens"]["pruned"] = 9.0
-    page = render_comparison([first, dataclasses.replace(second, recipe="model: {path: tiny}\nbudget: {ratio: 0.5}\n")])
+    page = render_comparison([first, dataclasses.replace(second, recipe=recipe_text(budget={"ratio": 0.5}))])
     assert "Lowest perplexity on text: 5.00, by a" in page
     assert "<code>budget.ratio</code>" in page

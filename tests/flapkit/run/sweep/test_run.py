@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from sweeps import write_sweep
 
-from flapkit.execution.lightning.module import CausalLM
 from flapkit.run.pipeline import run
 from flapkit.run.sweep.load import load_sweep
 from flapkit.run.sweep.results import Results
@@ -22,14 +21,6 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def forwards(monkeypatch):
-    """Count the batches that calibration runs."""
-    seen, step = [], CausalLM.predict_step
-    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: seen.append(batch) or step(self, batch))
-    return seen
-
-
 def test_every_point_is_what_a_run_of_it_gives(home, forwards):
     changes = {"grid": {"metric": ["wifv", "obs"], "compensator": ["bias", "none"]}}
     sweep = load_sweep(write_sweep(home, **changes))
@@ -41,7 +32,7 @@ def test_every_point_is_what_a_run_of_it_gives(home, forwards):
         assert (row.params, row.perplexity) == (record.params, record.perplexity)
 
 
-def test_carries_on_with_what_is_missing(home, monkeypatch):
+def test_carries_on_with_what_is_missing(home, monkeypatch, forwards):
     sweep = load_sweep(write_sweep(home))
     run_sweep(load_sweep(write_sweep(home, grid={"metric": ["wifv"], "budget.ratio": [0.2]})), Results(home / "out"))
     results, added = Results(home / "out"), []
@@ -50,8 +41,9 @@ def test_carries_on_with_what_is_missing(home, monkeypatch):
     rows = run_sweep(sweep, results)
     assert (len(rows), len(added)) == (4, 3)
     assert [row.settings for row in rows] == [point.settings for point in sweep.points]
-    monkeypatch.setattr(CausalLM, "predict_step", lambda self, batch: pytest.fail("calibrated"))
+    forwards.clear()
     assert run_sweep(sweep, results) == rows
+    assert forwards == []
 
 
 def test_other_text_or_weights_are_other_points(home):
