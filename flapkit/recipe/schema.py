@@ -112,13 +112,6 @@ class Calibration(Text):
         "about four forward passes of the text.",
     )
 
-    save_every: float = Field(
-        default=10.0,
-        ge=0,
-        description="Minutes after which the statistics so far are saved, so that a run that is stopped loses no more; "
-        "0 saves after each batch.",
-    )
-
     @property
     def statistics_bytes(self) -> int:
         """``statistics_memory`` as a number."""

@@ -29,7 +29,6 @@ from flapkit.run.target import Target, find_target
 from flapkit.run.text import RunText, read_text, source_of
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
-from flapkit.system.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ class Dense:
         target: its sites.
         runtime: what it runs on.
         params: its parameters.
-        work: where statistics are saved while they are measured; None for nowhere.
     """
 
     model: PreTrainedModel
@@ -54,7 +52,6 @@ class Dense:
     target: Target
     runtime: Runtime
     params: int
-    work: WorkDir | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,6 @@ def run_sweep(
     *,
     progress: Progress | None = None,
     cache: Path | None = None,
-    work: WorkDir | None = None,
 ) -> list[Row]:
     """Carry out the points of a sweep that the results do not hold yet; a point that fails does not stop the others.
 
@@ -81,7 +77,6 @@ def run_sweep(
         results: where rows go as they come.
         progress: whom the stages tell how far they are.
         cache: folder of the statistics; None for none.
-        work: where statistics are saved while they are measured; None for nowhere.
 
     Returns:
         The rows of all points, in the sweep's order.
@@ -94,7 +89,7 @@ def run_sweep(
     ids: dict[int, str] = {}
     with progress.stage("points", len(sweep.points), "points") as stage:
         for points in _grouped(sweep.points, _model_key):
-            for task in _run_group(points, results, progress, cache, work, stage.advance):
+            for task in _run_group(points, results, progress, cache, stage.advance):
                 ids[id(task.point)] = task.id
     return [results.rows[ids[id(point)]] for point in sweep.points]
 
@@ -126,7 +121,6 @@ def _run_group(
     results: Results,
     progress: Progress,
     cache: Path | None,
-    work: WorkDir | None,
     advance: Callable[[], None],
 ) -> list[Task]:
     """Carry out the points of one dense model."""
@@ -145,7 +139,6 @@ def _run_group(
             target,
             open_runtime(first.recipe.trainer, progress),
             model.num_parameters(),
-            work,
         )
     tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}
