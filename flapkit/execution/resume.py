@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from torch import Tensor
 
-from flapkit.checkpoint.weights import Weights, read_metadata, write_tensors
-from flapkit.execution.cache import hash_tensors
+from flapkit.execution.records import OtherFormatError, Record, read_record, write_record
+from flapkit.system.errors import OutputError
 from flapkit.system.json_files import parse_json
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero
-from flapkit.system.workdir import WorkDir, damaged_as_output_error, disk_error, write_file
+from flapkit.system.workdir import WorkDir, damaged_as_output_error, write_file
 
 T = TypeVar("T")
-
-CHECKSUM = "checksum"
-
-
-class Record(NamedTuple):
-    """A finished piece of the work.
-
-    Args:
-        tensors: by name.
-        metadata: what else is known, as JSON holds it.
-    """
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, Any] = {}
-
 
 Keep = Callable[[str, Callable[[], Record]], Record]
 """Finds a piece of a name, or makes it and keeps it."""
@@ -45,53 +27,20 @@ def make_without_store(name: str, make: Callable[[], Record]) -> Record:
     return make()
 
 
-def write_record(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors of a finished piece of the work, whole or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        tensors: by name.
-        metadata: what the file says of itself.
+def read_finished(path: Path) -> Record:
+    """Read a record that an interrupted run has left.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file is damaged, or of a version of flapkit whose records have another format.
     """
     try:
-        write_tensors(path, tensors, metadata)
-    except (OSError, SafetensorError) as error:
-        raise disk_error(path, error) from error
-
-
-def checksummed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a file says of itself, and a checksum of all that is in it.
-
-    Args:
-        tensors: by name.
-        metadata: what else it says.
-    """
-    return {**metadata, CHECKSUM: _checksum(tensors, metadata)}
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    text = json.dumps([hash_tensors(sorted(tensors.items())), dict(metadata)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_checksummed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file whose checksum was written by ``checksummed``.
-
-    Returns:
-        The tensors by name, and what the file says of itself.
-
-    Raises:
-        OutputError: the file is damaged.
-    """
-    with damaged_as_output_error(path):
-        weights, metadata = Weights.of([path]), read_metadata(path)
-        tensors = weights.read(weights)
-        if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
-            raise ValueError("its checksum does not fit")
-    return tensors, metadata
+        with damaged_as_output_error(path):
+            return read_record(path)
+    except OtherFormatError as error:
+        raise OutputError(
+            f"{path}: another version of flapkit left it there: {error}; resume with that version, or begin anew with "
+            "--overwrite"
+        ) from error
 
 
 class ResumeStore:
@@ -116,11 +65,10 @@ class ResumeStore:
         """
         path = self._work.path(f"{name.replace('/', '_')}.safetensors")
         if self._has(path):
-            tensors, metadata = read_checksummed(path)
-            return Record(tensors, json.loads(metadata["says"]))
+            return read_finished(path)
         piece = make()
         if is_rank_zero():
-            write_record(path, piece.tensors, checksummed(piece.tensors, {"says": json.dumps(piece.metadata)}))
+            write_record(path, piece)
         return piece
 
     def _has(self, path: Path) -> bool:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.load import load, load_tokenizer
-from flapkit.execution.cache import hash_tensors
 from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.surgery import share

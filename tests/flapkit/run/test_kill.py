@@ -18,7 +18,7 @@ import yaml
 import flapkit
 from flapkit import cli
 from flapkit.checkpoint.weights import Weights
-from flapkit.execution.cache import hash_tensors
+from flapkit.execution.records import hash_tensors
 from flapkit.pruning.collector import run_batch
 
 PLUGIN = '''
@@ -47,7 +47,7 @@ POINTS = {
     "two renames": (Path, "rename", 2),
     "lora": (flapkit.execution.lightning.callbacks.Recover, "on_train_batch_end", 4),
     "measure a layer": (flapkit.execution.layerwise, "write_record", 3),
-    "write a layer": (flapkit.execution.layerwise, "write_record", 7),
+    "write a layer": (flapkit.execution.layerwise, "write_tensors", 1),
     "sweep": (flapkit.run.sweep.results.Results, "add", 2),
 }
 
