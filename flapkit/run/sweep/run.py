@@ -26,7 +26,7 @@ from flapkit.run.record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
 from flapkit.run.sweep.results import Results, Row
 from flapkit.run.target import Target, find_target
-from flapkit.run.text import RunText, read_text, source_of
+from flapkit.run.text import RunText, read_text
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
 
@@ -109,7 +109,7 @@ def check_sweep(sweep: Sweep) -> None:
                 )
             find_target(point.recipe)
             for text in (asked.calibration, *asked.evaluate.perplexity):
-                source_of(text).check()
+                text.check()
         except FlapkitError as error:
             problems.append(f"{sweep.path}: {point.label}: {error}")
     if problems:
