@@ -14,7 +14,6 @@ from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
 from flapkit.model.classes import ADDED, dense_config
-from flapkit.model.component import Count, File, PathText
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
@@ -57,6 +56,7 @@ from flapkit.system.errors import (
     RunError,
     did_you_mean,
 )
+from flapkit.system.options import Count, File, PathText
 from flapkit.text.tokenise import tokenise
 
 __all__ = [

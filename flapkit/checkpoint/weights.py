@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flapkit.model.soundness import check_finite
+from flapkit.system.workdir import disk_error
 
 INDEX = "model.safetensors.index.json"
 """The file that says which of several files holds which tensor."""
@@ -93,9 +94,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         metadata: what the file says of itself.
 
     Raises:
-        OSError: the file cannot be written.
-        SafetensorError: likewise.
+        OutputError: the file cannot be written.
     """
+    try:
+        _write_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=PARTIAL, dir=path.parent)
     temporary = Path(name)

@@ -43,7 +43,7 @@ def sweep(
     progress = Progress(progress_listener(quiet=quiet))
     cache = None if no_cache else cache_folder()
     with open_workdir(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
-        rows = run_sweep(loaded, Results(folder), progress=progress, cache=cache, work=work)
+        rows = run_sweep(loaded, Results(folder), progress=progress, cache=cache)
         _write(loaded, rows, folder)
         work.finish()
     if not quiet:

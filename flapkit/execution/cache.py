@@ -2,9 +2,9 @@
 
 A file holds one statistic of all sites. Its name is a hash of everything that the statistic depends on: the weights,
 byte for byte in the type in which they run; the configuration and class of the model, its attention implementation,
-Lightning's precision and the kind of device; the calibration rows with masks and marks; the sites; the source of the
-statistic and of calibration itself; the versions of torch and transformers. The batch size is left out, as statistics
-do not depend on it but for rounding.
+Lightning's precision and the kind of device; the calibration rows with masks and marks; the sites; the name and the
+``version`` of the statistic; the format of records; the versions of torch and transformers. The batch size is left out,
+as statistics do not depend on it but for rounding.
 """
 
 from __future__ import annotations
@@ -13,22 +13,29 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import flapkit.pruning.collector
-from flapkit.checkpoint.weights import grouped, remove_abandoned, write_tensors
+from flapkit.checkpoint.weights import grouped, remove_abandoned
+from flapkit.execution.records import (
+    FORMAT,
+    OtherFormatError,
+    Record,
+    RecordError,
+    hash_tensors,
+    read_record,
+    read_record_metadata,
+    write_record,
+)
 from flapkit.model.site import Site
 from flapkit.pruning.statistics import Statistic
+from flapkit.system.errors import OutputError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ class Calibrated:
     Args:
         sites: where is measured.
         digest: hexadecimal SHA-256.
-        metadata: what a file says of its origin, for whoever lists the cache.
+        metadata: where a file comes from, for whoever lists the cache.
     """
 
     sites: tuple[Site, ...]
@@ -78,7 +85,7 @@ class Calibrated:
             "numerics": numerics,
             "rows": hash_tensors((f"{index} {name}", row[name]) for index, row in enumerate(rows) for name in row),
             "sites": repr(tuple(sites)),
-            "calibration": hashlib.sha256(_source(flapkit.pruning.collector.__name__)).hexdigest(),
+            "format": str(FORMAT),
             "versions": " ".join(version(package) for package in ("torch", "transformers")),
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -86,41 +93,15 @@ class Calibrated:
         return cls(tuple(sites), digest, metadata)
 
     def file(self, folder: Path, statistic: type[Statistic]) -> Path:
-        """Return the file of a statistic, whether or not there is one.
-
-        Raises:
-            FileNotFoundError: the statistic's class has no source file, as in a notebook.
-        """
-        digest = hashlib.sha256(f"{self.digest} {statistic.__module__}.{statistic.__qualname__}".encode())
-        for parent in statistic.__mro__:
-            if issubclass(parent, Statistic):
-                digest.update(_source(parent.__module__))
+        """Return the file of a statistic, whether or not there is one."""
+        parents = [parent for parent in statistic.__mro__ if issubclass(parent, Statistic)]
+        names = (f"{parent.__module__}.{parent.__qualname__} {parent.version}" for parent in parents)
+        digest = hashlib.sha256(" ".join([self.digest, *names]).encode())
         return folder / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 _UNRELATED = ("_name_or_path", "transformers_version", "dtype")
 """What a configuration says beside what the model computes; the dtype is that of the weights."""
-
-
-def _source(module: str) -> bytes:
-    """Return a whole source file: what a class does also depends on what stands beside it."""
-    file = getattr(sys.modules[module], "__file__", None)
-    if file is None:
-        raise FileNotFoundError(f"{module} has no source file")
-    return Path(file).read_bytes()
-
-
-def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names, types, shapes and bytes of tensors; large ones are hashed on several threads."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = pool.map(lambda item: _hash(*item), tensors)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _hash(name: str, tensor: Tensor) -> bytes:
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
 
 
 def read_statistic(
@@ -137,23 +118,22 @@ def read_statistic(
     Returns:
         None where there is none, or where its file is damaged: then a warning says so.
     """
-    try:
-        path = calibrated.file(folder, statistic)
-    except FileNotFoundError:
-        return None
-    if not path.is_file():
+    path = calibrated.file(folder, statistic)
+    if not _is_kept(statistic) or not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get("checksum")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        if checksum != hash_tensors(sorted(tensors.items())):
-            raise ValueError("its checksum does not fit")
-        saved = grouped(tensors)
+        saved = grouped(read_record(path).tensors)
         return {site.name: statistic.restored(site, saved[site.name]).to(device) for site in calibrated.sites}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except OtherFormatError:
+        return None
+    except (RecordError, KeyError) as error:
         log.warning("%s: damaged (%s); %s is measured anew", path, error, statistic.__name__)
         return None
+
+
+def _is_kept(statistic: type[Statistic]) -> bool:
+    """Tell whether a statistic has a name for good: another class may have the same one in the next notebook."""
+    return statistic.__module__ != "__main__"
 
 
 def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statistic], measured: SiteStates) -> None:
@@ -165,23 +145,21 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
         statistic: its class.
         measured: site name -> what was measured.
     """
+    if not _is_kept(statistic):
+        return
     try:
         tensors = {
-            f"{site}/{name}": value.detach().cpu().contiguous()
-            for site, states in measured.items()
-            for name, value in states.saved().items()
+            f"{site}/{name}": value for site, states in measured.items() for name, value in states.saved().items()
         }
     except TypeError as error:
         log.warning("%s; it is not kept for later runs", error)
         return
-    checksum = hash_tensors(sorted(tensors.items()))
-    metadata = {**calibrated.metadata, "statistic": statistic.__qualname__, "checksum": checksum}
+    path = calibrated.file(folder, statistic)
     try:
-        path = calibrated.file(folder, statistic)
         remove_abandoned(path.parent)
-        write_tensors(path, tensors, metadata)
-    except (OSError, SafetensorError) as error:
-        log.warning("%s cannot be kept in %s for later runs: %s", statistic.__name__, folder, error)
+        write_record(path, Record(tensors, {**calibrated.metadata, "statistic": statistic.__qualname__}))
+    except OutputError as error:
+        log.warning("%s cannot be kept for later runs: %s", statistic.__name__, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +188,10 @@ def entries(folder: Path) -> list[Entry]:
 def _entry(path: Path) -> Entry:
     size = path.stat().st_size
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
+        metadata = read_record_metadata(path)
+    except (RecordError, OtherFormatError):
         return Entry(path, size)
-    return Entry(path, size, metadata.get("statistic", ""), metadata.get("model", ""))
+    return Entry(path, size, str(metadata.get("statistic", "")), str(metadata.get("model", "")))
 
 
 def clear(folder: Path) -> list[Entry]:

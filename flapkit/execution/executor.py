@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.resume import Keep, Record, make_without_store
+from flapkit.execution.records import Record
+from flapkit.execution.resume import Keep, make_without_store
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from flapkit.checkpoint.weights import Weights, grouped, read_metadata
+from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.executor import (
@@ -28,7 +29,8 @@ from flapkit.execution.executor import (
 )
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.resume import Keep, checksummed, make_without_store, read_checksummed, write_record
+from flapkit.execution.records import Record, write_record
+from flapkit.execution.resume import Keep, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
 from flapkit.model.classes import describe_
@@ -103,9 +105,9 @@ class LayerwiseExecutor(Executor):
                 for part, measured in self._measure(index, batches, hidden, needed):
                     tensors |= {f"{name}/scores": values for name, values in score(part, measured).items()}
                     tensors |= _saved(measured, kept)
-                self._write(files[index], tensors, checksummed(tensors, {}))
+                broadcast_from_rank0(partial(write_record, files[index], Record(tensors)))
                 stage.advance()
-        records = grouped({name: tensor for file in files for name, tensor in read_checksummed(file)[0].items()})
+        records = grouped({name: tensor for file in files for name, tensor in read_finished(file).tensors.items()})
         self._measured = self._restore(records, kept)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
 
@@ -208,8 +210,8 @@ class LayerwiseExecutor(Executor):
         return HiddenStates(self._folder / "hidden" / f"{name}-{rank()}" if self._hidden_on_disk else None, layers)
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file of the work folder: the first process for all, which wait until it is there."""
-        broadcast_from_rank0(lambda: write_record(path, tensors, metadata))
+        """Write a file of the pruned model's weights: the first process for all, which wait until it is there."""
+        broadcast_from_rank0(lambda: write_tensors(path, tensors, metadata))
 
     def _measure(
         self, index: int, batches: Sequence[Batch], hidden: HiddenStates, statistics: Sequence[type[Statistic]]

@@ -38,8 +38,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from flapkit.checkpoint.ties import untie_
-from flapkit.checkpoint.weights import Weights
-from flapkit.execution.resume import write_record
+from flapkit.checkpoint.weights import Weights, write_tensors
 from flapkit.model.site import Site
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import Batch, Collector
@@ -321,7 +320,7 @@ class HiddenStates:
         if self._folder is None:
             self._kept[batch] = hidden.cpu()
         else:
-            write_record(self._file(self.layers + 1, batch), {"hidden": hidden}, {})
+            write_tensors(self._file(self.layers + 1, batch), {"hidden": hidden}, {})
 
     def advance(self) -> None:
         """Note that all batches went through another layer."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flapkit.checkpoint.weights import Weights
+from flapkit.checkpoint.weights import Weights, write_tensors
 from flapkit.execution.layerwise import shards_of
-from flapkit.execution.resume import write_record
 from flapkit.execution.shards import shard
 from flapkit.execution.stream import LayerStream
 from flapkit.execution.training import Recovered
@@ -157,7 +156,7 @@ def write_trained(
                 trainable = recovery.attach(stream.model, sites)
                 fill_trained_(stream.model, trained, [name for name in trained if stream.holds(index, name)])
                 trainable.merge_()
-            write_record(file, stream.tensors_of(index), {"format": "pt"})
+            write_tensors(file, stream.tensors_of(index), {"format": "pt"})
 
 
 def fill_trained_(model: PreTrainedModel, trained: Mapping[str, Tensor], names: Iterable[str]) -> None:

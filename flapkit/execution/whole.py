@@ -24,7 +24,8 @@ from flapkit.execution.executor import (
     sweep,
 )
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.resume import Keep, Record, make_without_store
+from flapkit.execution.records import Record
+from flapkit.execution.resume import Keep, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
 from flapkit.model.plan import PruningPlan

@@ -1,16 +1,11 @@
-"""What all components share, and the types of their options beside those that pydantic knows."""
+"""What all components share."""
 
 from __future__ import annotations
 
 from abc import ABC
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
-from pydantic_core import PydanticCustomError
-
-from flapkit.system.errors import InputError
-from flapkit.system.paths import to_path
+from pydantic import ConfigDict
 
 
 class Component(ABC):
@@ -20,35 +15,3 @@ class Component(ABC):
 
     name: ClassVar[str]
     """What recipes call the component."""
-
-
-def _reach(path: Path | str, folder: Path | None = None) -> Path:
-    try:
-        return to_path(path, folder)
-    except InputError as error:
-        raise PydanticCustomError("path", "{what}", {"what": str(error)}) from error
-
-
-def _check(text: str) -> str:
-    _reach(text)
-    return text
-
-
-def _find(path: Path, info: ValidationInfo) -> Path:
-    """Make a path absolute, and check that the file is there."""
-    path = _reach(path, (info.context or {}).get("folder")).absolute()
-    if not path.is_file():
-        raise PydanticCustomError("file", "there is no such file: {path}", {"path": str(path)})
-    return path
-
-
-File = Annotated[Path, AfterValidator(_find)]
-"""A file that has to be there; in a recipe its path is relative to the recipe's folder."""
-
-
-PathText = Annotated[str, AfterValidator(_check)]
-"""Text that may be a path, such as a model's: none that no file can have."""
-
-
-Count = Annotated[int, Field(le=2**31 - 1)]
-"""How many of something; memory and time end long before this does."""

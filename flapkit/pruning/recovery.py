@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from flapkit.model.component import Count
 from flapkit.model.site import Site
-from flapkit.text.source import TextSource
+from flapkit.system.options import Count
+from flapkit.text.source import Dataset, Split, Subset, TextField, TextSource
 
 HELD_OUT_ONE_IN = 10
 """Of the recovery text one part in so many is never trained on, but chooses what is kept."""
@@ -27,12 +27,10 @@ class Training:
     How much is accumulated, clipped, and in which precision is in the recipe's ``trainer``.
     """
 
-    dataset: Annotated[
-        str | None, Field(min_length=1, description="Text to train on; the calibration's by default.")
-    ] = None
-    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
-    split: Annotated[str | None, Field(description="Split of the dataset; its training split by default.")] = None
-    field: Annotated[str | None, Field(description="Field that holds the text or the conversation.")] = None
+    dataset: Annotated[Dataset | None, Field(description="Text to train on; the calibration's by default.")] = None
+    subset: Subset = None
+    split: Split = None
+    field: TextField = None
     validation: Annotated[
         TextSource | None,
         Field(description="Text that chooses what is kept; by default a tenth of the training text, held out."),
@@ -69,7 +67,9 @@ class Training:
         Args:
             calibration: the source that is meant where none is named.
         """
-        return calibration if self.dataset is None else TextSource(self.dataset, self.subset, self.split, self.field)
+        if self.dataset is None:
+            return calibration
+        return TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field)
 
 
 class Trainable(Protocol):

@@ -31,6 +31,9 @@ class Statistic(Metric):
 
     full_state_update = False
 
+    version: ClassVar[int] = 1
+    """Raise it when what the statistic measures changes: cached values of another version are not used."""
+
     windows: ClassVar[Literal["all", "held_out"]] = "all"
     """Which calibration windows are taken in: all, or those alone that are held out to judge what the rest fitted."""
 

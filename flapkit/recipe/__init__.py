@@ -16,7 +16,6 @@ from flapkit.recipe.schema import (
     Recipe,
     ReportSection,
     Samples,
-    Text,
     TrainerSection,
     ZeroShot,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "Recipe",
     "ReportSection",
     "Samples",
-    "Text",
     "TrainerSection",
     "ZeroShot",
     "dump_recipe",

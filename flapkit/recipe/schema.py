@@ -11,9 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from flapkit.execution.lightning.loggers import LoggerName
-from flapkit.model.component import Count, PathText
 from flapkit.model.plan import Budget, BudgetBase
 from flapkit.model.site import Site
+from flapkit.system.options import Count, PathText, Section
+from flapkit.text.source import TextSource
 
 UNSUPPORTED = ("fsdp", "deepspeed")
 """How the names begin of those strategies of Lightning's that shard a model, and that flapkit does not run under."""
@@ -31,14 +32,6 @@ KEYS: Mapping[str, str] = {
 
 SEVERAL = ("compensator", "exporter")
 """The kinds of component of which a recipe can name a list."""
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, its types taken at their word, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
-    )
 
 
 class ComponentSpec(BaseModel):
@@ -70,7 +63,6 @@ class Model(Section):
     """The model to prune."""
 
     path: PathText = Field(
-        min_length=1,
         description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that flapkit brings along.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
@@ -79,24 +71,10 @@ class Model(Section):
     )
 
 
-class Text(Section):
-    """Text of a dataset, in windows of tokens."""
-
-    dataset: PathText = Field(
-        min_length=1,
-        description="A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder.",
-    )
-    subset: str | None = Field(default=None, description="Configuration of a hub dataset.")
-    split: str | None = Field(default=None, description="Split of the dataset; its usual one if not given.")
-    field: str | None = Field(
-        default=None, description="Field that holds the text or the conversation; found if not given."
-    )
-    length: Count = Field(default=128, ge=2, description="Tokens in a window.")
-
-
-class Calibration(Text):
+class Calibration(TextSource):
     """The text on which statistics are measured."""
 
+    length: Count = Field(default=128, ge=2, description="Tokens in a window.")
     samples: Count = Field(default=1024, ge=1, description="Windows to draw.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
     batch_size: Count = Field(default=8, ge=1, description="Windows that go through the model at once.")
@@ -112,13 +90,6 @@ class Calibration(Text):
         "about four forward passes of the text.",
     )
 
-    save_every: float = Field(
-        default=10.0,
-        ge=0,
-        description="Minutes after which the statistics so far are saved, so that a run that is stopped loses no more; "
-        "0 saves after each batch.",
-    )
-
     @property
     def statistics_bytes(self) -> int:
         """``statistics_memory`` as a number."""
@@ -129,9 +100,10 @@ class Calibration(Text):
 BatchSize = Annotated[Count, Field(ge=1)] | Literal["auto"]
 
 
-class Perplexity(Text):
+class Perplexity(TextSource):
     """One measurement of perplexity, before and after pruning."""
 
+    length: Count = Field(default=128, ge=2, description="Tokens in a window.")
     stride: Count | None = Field(
         default=None,
         ge=1,
@@ -374,4 +346,4 @@ class Recipe(Section):
     plugins: tuple[str, ...] = Field(
         default=(), description="Python files of your own plugins, relative to the recipe's folder."
     )
-    output: PathText = Field(min_length=1, description="Folder to write, relative to the current directory.")
+    output: PathText = Field(description="Folder to write, relative to the current directory.")

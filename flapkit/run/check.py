@@ -20,7 +20,7 @@ from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_nee
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
-from flapkit.run.text import recovery_source, source_of
+from flapkit.run.text import recovery_source
 from flapkit.system.errors import BudgetError
 from flapkit.system.workdir import WorkDir, check_space
 
@@ -63,7 +63,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     check_output(Path(asked.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
     for text in (asked.calibration, *asked.evaluate.perplexity):
-        source_of(text).check()
+        text.check()
     if asked.evaluate.zero_shot is not None:
         check_tasks(asked.evaluate.zero_shot)
     check_execution(recipe, target)

@@ -166,7 +166,7 @@ def run(
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
     """Say what a stopped run must have been to be gone on with: what prunes counts, and what is done later does not."""
     asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
-    del asked["output"], asked["export"], asked["calibration"]["save_every"]
+    del asked["output"], asked["export"]
     return asked
 
 
@@ -190,7 +190,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
     asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
     # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
-    store = ResumeStore(context.work, asked.calibration.save_every) if asked.trainer.num_nodes == 1 else None
+    store = ResumeStore(context.work) if asked.trainer.num_nodes == 1 else None
     subject = _read(recipe, target, runtime, context, store)
     executor, sites = subject.executor, subject.target.sites
     dense = _measure_dense(subject, runtime, store)

@@ -15,7 +15,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
-from flapkit.recipe import Calibration, Perplexity, Recipe, Text
+from flapkit.recipe import Calibration, Perplexity, Recipe
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.text.conversations import Conversation
@@ -77,9 +77,8 @@ def read_evaluations(
 def _evaluation(
     asked: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
 ) -> EvaluationText:
-    source = source_of(asked)
-    documents = source.documents("evaluation", render)
-    text = encode_measured(tokenizer, documents, source.separator("evaluation") or "\n\n", vocab_size)
+    documents = asked.documents("evaluation", render)
+    text = encode_measured(tokenizer, documents, asked.separator("evaluation") or "\n\n", vocab_size)
     cut = cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id)
     return EvaluationText(*cut, asked.batch_size)
 
@@ -108,11 +107,10 @@ def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str)
 
 def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Draw the calibration windows of a recipe, [windows, tokens]."""
-    source = source_of(asked)
     return draw_windows(
         tokenizer,
-        source.documents("calibration", renderer(target.adapter, tokenizer)),
-        source.separator("calibration"),
+        asked.documents("calibration", renderer(target.adapter, tokenizer)),
+        asked.separator("calibration"),
         samples=asked.samples,
         length=asked.length,
         seed=asked.seed,
@@ -126,20 +124,15 @@ def recovery_source(training: Training, recipe: Recipe) -> TextSource:
     Raises:
         RecipeError: text to train or to validate on is evaluated as well: the figure would say nothing.
     """
-    source = training.source(source_of(recipe.calibration))
+    source = training.source(recipe.calibration)
     for used, purpose in ((source, "train"), (training.validation, "validate")):
         for evaluation in recipe.evaluate.perplexity:
-            if used is not None and used.shares_text(source_of(evaluation)):
+            if used is not None and used.shares_text(evaluation):
                 raise RecipeError(
                     f"compensator: the recovery would {purpose} on {used.dataset}, and `evaluate` measures the "
                     "perplexity of the same text; choose other text for one of them"
                 )
     return source
-
-
-def source_of(text: Text) -> TextSource:
-    """Say where a recipe's text comes from."""
-    return TextSource(text.dataset, text.subset, text.split, text.field)
 
 
 def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from flapkit.system.errors import DataError, InputError, closest, did_you_mean
 from flapkit.system.json_files import parse_json
+from flapkit.system.options import PathText, Section
 from flapkit.system.paths import to_path
 from flapkit.text.conversations import Conversation, is_conversation, normalise
 
@@ -109,25 +110,30 @@ DATASETS: Mapping[str, NamedDataset] = {
 """The datasets that recipes can name."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextSource:
+Dataset = Annotated[
+    PathText,
+    Field(description="A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder."),
+]
+Subset = Annotated[str | None, Field(description="Configuration of a hub dataset.")]
+Split = Annotated[str | None, Field(description="Split of the dataset; its usual one if not given.")]
+TextField = Annotated[
+    str | None, Field(description="Field that holds the text or the conversation; found if not given.")
+]
+
+
+class TextSource(Section):
     """Where text comes from.
 
     ``dataset`` is, in this order: a name of ``DATASETS``; a local .txt (one document), .jsonl or .parquet (a document
     a row) file, or a folder of such files, taken in the order of their paths; a hub id. A folder that has the name of
-    a named dataset is reached as ``./name``.
-
-    Args:
-        dataset: what to read.
-        subset: configuration of a hub dataset.
-        split: split of a named or a hub dataset; by default the usual one for the purpose.
-        field: field of the text or of the conversation; by default the first of ``TEXT_FIELDS`` that a row has.
+    a named dataset is reached as ``./name``. Without ``split``, it is the usual one for the purpose; without ``field``,
+    the first of ``TEXT_FIELDS`` that a row has.
     """
 
-    dataset: Annotated[str, Field(min_length=1, description="A named dataset, a hub id, or a local file or folder.")]
-    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
-    split: Annotated[str | None, Field(description="Split of the dataset; its usual one if not given.")] = None
-    field: Annotated[str | None, Field(description="Field that holds the text or the conversation.")] = None
+    dataset: Dataset
+    subset: Subset = None
+    split: Split = None
+    field: TextField = None
 
     def check(self) -> None:
         """Raise ``DataError`` for what can be known to be wrong without a network and without reading any text."""
@@ -334,31 +340,6 @@ class TextSource:
             return render(conversation)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-
-
-def load_documents(
-    dataset: str,
-    *,
-    subset: str | None = None,
-    split: str | None = None,
-    field: str | None = None,
-    render: Render | None = None,
-    purpose: Purpose = "calibration",
-) -> list[str]:
-    """Read the documents of a dataset.
-
-    Args:
-        dataset: a name of ``DATASETS``, a local file or folder, or a hub id.
-        subset: configuration of a hub dataset.
-        split: split; by default the usual one for the purpose.
-        field: field of the text or of the conversation; found if not given.
-        render: turns a conversation into text; None where nothing can.
-        purpose: chooses the split where none is given.
-
-    Raises:
-        DataError: the data cannot be found or read, or holds no text.
-    """
-    return TextSource(dataset, subset, split, field).documents(purpose, render)
 
 
 def _split(named: NamedDataset, purpose: Purpose) -> str:

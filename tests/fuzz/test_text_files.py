@@ -19,7 +19,7 @@ from flapkit.checkpoint.bundled import bundled_models
 from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.run.text import renderer
 from flapkit.system.errors import DataError
-from flapkit.text.source import load_documents
+from flapkit.text.source import TextSource
 from flapkit.text.windows import encode
 
 
@@ -37,7 +37,7 @@ def documents(path: Path, content: bytes, field: str | None = None, render: Any 
     """Read the documents of a file, or nothing where it is refused in words."""
     path.write_bytes(content)
     try:
-        found = load_documents(str(path), field=field, render=render)
+        found = TextSource(dataset=str(path), field=field).documents("calibration", render)
     except DataError as error:
         if path.name not in str(error):
             raise AssertionError(error) from error
@@ -256,7 +256,7 @@ def test_what_is_no_text_file(folder):
     for name in ("a.csv", "a", "a.json", "a.pickle"):
         (folder / name).write_text("text\nsome")
         with pytest.raises(DataError, match=r"not a \.txt"):
-            load_documents(str(folder / name))
+            TextSource(dataset=str(folder / name)).documents("calibration")
 
 
 @pytest.mark.slow

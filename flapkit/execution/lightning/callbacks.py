@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues
-from flapkit.execution.lightning.module import CausalLM
-from flapkit.execution.resume import States
 from flapkit.execution.shards import fill_, whole
 from flapkit.model.site import Site
 from flapkit.pruning.collector import Collector, Statistics
@@ -68,7 +66,6 @@ class Calibrate(Callback):
         sites: where to measure.
         statistics: what to measure, as classes.
         stop_early: leave each forward pass after the last of the sites.
-        states: where the statistics so far are saved, and those of a stopped calibration are; needs a ``CausalLM``.
 
     Attributes:
         statistics: site name -> what was measured; merged over ranks at the end.
@@ -80,13 +77,10 @@ class Calibrate(Callback):
         statistics: Sequence[type[Statistic]],
         *,
         stop_early: bool = False,
-        states: States | None = None,
     ) -> None:
         self._sites = sites
         self._classes = statistics
         self._stop_early = stop_early
-        self._states = states
-        self._batches = 0
         self._collector: Collector | None = None
         self.statistics: Statistics = {}
 
@@ -94,16 +88,13 @@ class Calibrate(Callback):
         """Hook the consumers."""
         model = model_of(pl_module)
         self._collector = Collector(model, self._sites, self._classes, stop_early=self._stop_early)
-        if self._states and isinstance(pl_module, CausalLM):
-            self._batches = self._states.begin(self._collector, self._sites, trainer.global_rank, trainer.world_size)
-            pl_module.calibrated_batches = self._batches
         self._collector.__enter__()
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of which tokens count."""
-        if self._collector and batch_idx >= self._batches:
+        if self._collector:
             self._collector.begin(batch)
 
     def on_predict_batch_end(
@@ -116,17 +107,12 @@ class Calibrate(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop at the first input that is not finite."""
-        if self._collector and batch_idx >= self._batches:
+        if self._collector:
             self._collector.check()
-            self._batches = batch_idx + 1
-            if self._states:
-                self._states.save(self._collector, self._batches)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge what the ranks measured."""
         if self._collector:
-            if self._states:
-                self._states.save(self._collector, self._batches, last=True)
             self._collector.merge()
             self.statistics = self._collector.statistics
         self._unhook()

@@ -50,10 +50,6 @@ class CausalLM(LightningModule):
         optimization: how it is trained.
         calibrate_gradient: calibration needs a backward pass.
         teacher: a model whose predictions are to be matched in training; it is no part of the module.
-
-    Attributes:
-        calibrated_batches: so many batches of the calibration text were seen by a calibration that goes on; they are
-            not run again.
     """
 
     def __init__(
@@ -68,7 +64,6 @@ class CausalLM(LightningModule):
         self.model = model
         self.calibrate_gradient = calibrate_gradient
         self.optimization = optimization or Optimization()
-        self.calibrated_batches = 0
         # In a tuple, so that torch takes it for no submodule.
         self._teachers = () if teacher is None else (teacher,)
 
@@ -81,8 +76,7 @@ class CausalLM(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
         """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
-        if batch_idx >= self.calibrated_batches:
-            run_batch(self.model, batch, gradient=self.calibrate_gradient)
+        run_batch(self.model, batch, gradient=self.calibrate_gradient)
         return len(batch["input_ids"])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:

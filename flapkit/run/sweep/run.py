@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.load import load, load_tokenizer
-from flapkit.execution.cache import hash_tensors
 from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.surgery import share
@@ -26,10 +26,9 @@ from flapkit.run.record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
 from flapkit.run.sweep.results import Results, Row
 from flapkit.run.target import Target, find_target
-from flapkit.run.text import RunText, read_text, source_of
+from flapkit.run.text import RunText, read_text
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
-from flapkit.system.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ class Dense:
         target: its sites.
         runtime: what it runs on.
         params: its parameters.
-        work: where statistics are saved while they are measured; None for nowhere.
     """
 
     model: PreTrainedModel
@@ -54,7 +52,6 @@ class Dense:
     target: Target
     runtime: Runtime
     params: int
-    work: WorkDir | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,6 @@ def run_sweep(
     *,
     progress: Progress | None = None,
     cache: Path | None = None,
-    work: WorkDir | None = None,
 ) -> list[Row]:
     """Carry out the points of a sweep that the results do not hold yet; a point that fails does not stop the others.
 
@@ -81,7 +77,6 @@ def run_sweep(
         results: where rows go as they come.
         progress: whom the stages tell how far they are.
         cache: folder of the statistics; None for none.
-        work: where statistics are saved while they are measured; None for nowhere.
 
     Returns:
         The rows of all points, in the sweep's order.
@@ -94,7 +89,7 @@ def run_sweep(
     ids: dict[int, str] = {}
     with progress.stage("points", len(sweep.points), "points") as stage:
         for points in _grouped(sweep.points, _model_key):
-            for task in _run_group(points, results, progress, cache, work, stage.advance):
+            for task in _run_group(points, results, progress, cache, stage.advance):
                 ids[id(task.point)] = task.id
     return [results.rows[ids[id(point)]] for point in sweep.points]
 
@@ -114,7 +109,7 @@ def check_sweep(sweep: Sweep) -> None:
                 )
             find_target(point.recipe)
             for text in (asked.calibration, *asked.evaluate.perplexity):
-                source_of(text).check()
+                text.check()
         except FlapkitError as error:
             problems.append(f"{sweep.path}: {point.label}: {error}")
     if problems:
@@ -126,7 +121,6 @@ def _run_group(
     results: Results,
     progress: Progress,
     cache: Path | None,
-    work: WorkDir | None,
     advance: Callable[[], None],
 ) -> list[Task]:
     """Carry out the points of one dense model."""
@@ -145,7 +139,6 @@ def _run_group(
             target,
             open_runtime(first.recipe.trainer, progress),
             model.num_parameters(),
-            work,
         )
     tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flapkit.model.component import PathText
-from flapkit.recipe.schema import Section
+from flapkit.system.options import PathText, Section
 
 PARAMETERS = "parameters"
 MOST_POINTS = 10_000
@@ -46,7 +45,7 @@ class SweepFile(Section):
         default=(), description="Further points, each with the dotted keys that it sets."
     )
     plot: Plot = Field(default=Plot(), description="What the plot shows.")
-    output: PathText = Field(min_length=1, description="Folder of the results, relative to the current directory.")
+    output: PathText = Field(description="Folder of the results, relative to the current directory.")
 
     @model_validator(mode="after")
     def _some_points(self) -> SweepFile:

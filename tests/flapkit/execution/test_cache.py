@@ -17,10 +17,11 @@ from flapkit.checkpoint.weights import remove_abandoned, write_tensors
 from flapkit.execution.cache import Calibrated, cache_folder, clear, entries, read_statistic, write_statistic
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.lightning.data import PruningData
+from flapkit.execution.records import FORMAT
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Gram, Moments, Statistic
+from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, Statistic
 
 RUNTIME = Runtime({"accelerator": "cpu", "devices": 1})
 CPU = torch.device("cpu")
@@ -159,14 +160,50 @@ def load(path):
     return module.Largest
 
 
-def test_a_statistic_whose_code_changed_is_measured_anew(tokens, tmp_path):
-    path, model = tmp_path / "mine.py", make_llama()
-    path.write_text(STATISTIC)
-    key = calibrated(model, tokens)
-    before = key.file(tmp_path, load(path))
-    assert key.file(tmp_path, load(path)) == before
-    path.write_text(STATISTIC.replace("* 1", "* 2"))
-    assert key.file(tmp_path, load(path)) != before
+def test_what_a_statistic_measures_has_a_version(tokens, tmp_path):
+    """Its source does not count: a comment empties no cache. Its version does, and so do those of its parents."""
+    path = tmp_path / "mine.py"
+    key = calibrated(make_llama(), tokens)
+
+    def file(source):
+        path.write_text(source)
+        return key.file(tmp_path, load(path))
+
+    before = file(STATISTIC)
+    assert file(STATISTIC + "# A comment.\n") == before
+    assert file(STATISTIC.replace("(Statistic):", "(Statistic):\n    version = 2\n")) != before
+
+
+def test_a_parents_version_counts(tokens, tmp_path, monkeypatch):
+    key = calibrated(make_llama(), tokens)
+    before = key.file(tmp_path, HeldOutGram)
+    monkeypatch.setattr(Gram, "version", Gram.version + 1)
+    monkeypatch.setattr(HeldOutGram, "version", Gram.version - 1, raising=False)
+    assert key.file(tmp_path, HeldOutGram) != before
+
+
+def test_another_format_of_records_is_another_key(tokens, monkeypatch):
+    model = make_llama()
+    before = calibrated(model, tokens).digest
+    monkeypatch.setattr("flapkit.execution.cache.FORMAT", FORMAT + 1)
+    assert calibrated(model, tokens).digest != before
+
+
+def test_a_file_of_another_format_is_as_none(tokens, cache, forwards, caplog, monkeypatch):
+    find(make_llama(), tokens, cache, Moments)
+    ran = len(forwards)
+    with monkeypatch.context() as patched:
+        patched.setattr("flapkit.execution.records.FORMAT", FORMAT + 1)
+        find(make_llama(), tokens, cache, Moments)
+    assert len(forwards) == 2 * ran
+    assert "damaged" not in caplog.text
+
+
+def test_a_class_without_a_lasting_name_is_not_kept(tokens, cache, monkeypatch):
+    """In a notebook the next class of that name may measure something else."""
+    monkeypatch.setattr(Moments, "__module__", "__main__")
+    find(make_llama(), tokens, cache, Moments)
+    assert entries(cache) == []
 
 
 class Lists(Statistic):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,9 @@ from conftest import FORMS
 from executions import CALIBRATION, TEXT, add_tokenizer, assert_same, prune, save_dense
 from safetensors.torch import load_file, save_file
 
+from flapkit.checkpoint import weights
 from flapkit.checkpoint.load import load_config, open_weights
-from flapkit.checkpoint.weights import write_tensors
-from flapkit.execution import layerwise as layerwise_module
-from flapkit.execution import resume
-from flapkit.execution.resume import write_record
+from flapkit.execution import layerwise as module
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.recipe import load_recipe
 from flapkit.run.pipeline import run
@@ -90,13 +89,14 @@ def test_a_stopped_run_goes_on(home, monkeypatch, stopped_at, hidden):
     whole = prune(home, "whole", execution="whole", **changes)
     written = []
 
-    def stop(path, tensors, metadata):
+    def stop(write, path, *content):
         if f"{path.parent.name}/{path.name}".startswith(stopped_at) and stop.armed:
             raise KeyboardInterrupt
         written.append(f"{path.parent.name}/{path.name}")
-        write_record(path, tensors, metadata)
+        write(path, *content)
 
-    monkeypatch.setattr(layerwise_module, "write_record", stop)
+    for name in ("write_record", "write_tensors"):
+        monkeypatch.setattr(module, name, partial(stop, getattr(module, name)))
     stop.armed = True
     execution = {"mode": "layerwise", "hidden_states": hidden}
     with pytest.raises(KeyboardInterrupt):
@@ -153,12 +153,12 @@ def test_sequential(home, hidden):
 def test_a_full_disk(home, monkeypatch, file):
     save_dense(home / "dense")
 
-    def fill(path, tensors, metadata):
+    def fill(tensors, path, metadata):
         if f"/{file}/" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_tensors(path, tensors, metadata)
+        save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(resume, "write_tensors", fill)
+    monkeypatch.setattr(weights, "save_file", fill)
     with pytest.raises(OutputError, match=f"{file}.*: the disk is full"):
         prune(home, "out", execution={"mode": "layerwise", "hidden_states": "disk"})
     assert not (home / "out").exists()

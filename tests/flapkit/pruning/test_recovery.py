@@ -34,9 +34,11 @@ def test_divergence_is_what_torch_says_of_each_token():
 
 
 def test_the_calibrations_text_is_the_default():
-    calibration = TextSource("stdlib", split="train")
+    calibration = TextSource(dataset="stdlib", split="train")
     assert Training().source(calibration) == calibration
-    assert Training(dataset="wikitext2", split="train").source(calibration) == TextSource("wikitext2", None, "train")
+    assert Training(dataset="wikitext2", split="train").source(calibration) == TextSource(
+        dataset="wikitext2", split="train"
+    )
 
 
 def test_a_split_of_no_dataset():

@@ -445,3 +445,25 @@ def test_several_compensators(tmp_path: Path) -> None:
 )
 def test_problems_of_several_compensators(tmp_path: Path, compensator: str, expected: str) -> None:
     assert any(f": {expected}" in problem for problem in problems(tmp_path, f"{GOOD}compensator: {compensator}\n"))
+
+
+@pytest.mark.parametrize(
+    "key", ["calibration", "evaluate.perplexity.0", "compensator.1", "compensator.1.validation"], ids=str
+)
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("dataset", "''", "expected text that is not empty, got ''"),
+        ("dataset", '"a\\0b"', "no such path can be reached"),
+        ("split", "1", "expected text, got 1"),
+        ("fild", "x", "unknown key; did you mean 'field'?"),
+    ],
+)
+def test_texts_are_checked_alike(tmp_path: Path, key: str, name: str, value: str, problem: str) -> None:
+    """In calibration, in evaluation, and in a training and its validation."""
+    text = GOOD + (
+        "evaluate: {perplexity: [{dataset: stdlib}]}\n"
+        "compensator: [bias, {name: lora, dataset: stdlib, validation: {dataset: stdlib}}]\n"
+    )
+    (found,) = problems(tmp_path, text, f"{key}.{name}={value}")
+    assert f"{key}.{name}: {problem}" in found

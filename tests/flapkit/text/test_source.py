@@ -13,9 +13,9 @@ from flapkit.system.errors import DataError
 from flapkit.text.source import (
     DATASETS,
     NamedDataset,
+    Purpose,
     TextSource,
     is_held_out,
-    load_documents,
     stdlib_documents,
     stdlib_modules,
 )
@@ -40,6 +40,12 @@ def parquet(path: Path, columns: dict[str, list[Any]]) -> str:
 
 def render(conversation: Any) -> str:
     return "|".join(f"{message['role']}:{message['content']}" for message in conversation)
+
+
+def load_documents(
+    dataset: str, *, render: Any = None, purpose: Purpose = "calibration", **where: str | None
+) -> list[str]:
+    return TextSource(dataset=dataset, **where).documents(purpose, render)
 
 
 def fails(dataset: str, **options: Any) -> str:
@@ -192,7 +198,7 @@ def test_local_files_have_no_splits(tmp_path: Path) -> None:
 def test_a_misspelt_name_is_known_without_a_network() -> None:
     for name in ("wikitext", "stdlb"):
         with pytest.raises(DataError, match=f"unknown dataset '{name}'; did you mean '.*'.*owner/name"):
-            TextSource(name).check()
+            TextSource(dataset=name).check()
 
 
 def test_named_datasets_check_their_options() -> None:
@@ -217,7 +223,7 @@ def test_named_datasets_are_whole(name: str, named: NamedDataset) -> None:
     assert named.calibration_split != named.evaluation_split
     if named.files:
         assert set(named.files) == set(named.splits)
-    TextSource(name).check()
+    TextSource(dataset=name).check()
 
 
 def test_the_protocol_of_the_released_code() -> None:
@@ -228,7 +234,7 @@ def test_the_protocol_of_the_released_code() -> None:
         "c4": ("train", None, "validation", " "),
     }
     for name, expected in protocol.items():
-        named, source = DATASETS[name], TextSource(name)
+        named, source = DATASETS[name], TextSource(dataset=name)
         assert (
             named.calibration_split,
             source.separator("calibration"),
@@ -239,7 +245,11 @@ def test_the_protocol_of_the_released_code() -> None:
 
 def test_other_documents_are_joined_by_an_empty_line() -> None:
     for name in ("stdlib", "owner/name", "a.txt"):
-        assert TextSource(name).separator("calibration") == TextSource(name).separator("evaluation") == "\n\n"
+        assert (
+            TextSource(dataset=name).separator("calibration")
+            == TextSource(dataset=name).separator("evaluation")
+            == "\n\n"
+        )
 
 
 def test_named_hub_datasets(hub: Hub) -> None:
