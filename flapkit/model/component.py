@@ -1,4 +1,4 @@
-"""What all components share, and the types of their options beside those that pydantic knows."""
+"""The base class of all components, and types for their options."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from flapkit.system.paths import to_path
 
 
 class Component(ABC):
-    """What all interfaces share."""
+    """Base class of every component: adapters, metrics, searchers, compensators and exporters."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
-    """What recipes call the component."""
+    """The component's name in recipes."""
 
 
-def _reach(path: Path | str, folder: Path | None = None) -> Path:
+def _resolve(path: Path | str, folder: Path | None = None) -> Path:
     try:
         return to_path(path, folder)
     except InputError as error:
@@ -30,25 +30,25 @@ def _reach(path: Path | str, folder: Path | None = None) -> Path:
 
 
 def _check(text: str) -> str:
-    _reach(text)
+    _resolve(text)
     return text
 
 
 def _find(path: Path, info: ValidationInfo) -> Path:
-    """Make a path absolute, and check that the file is there."""
-    path = _reach(path, (info.context or {}).get("folder")).absolute()
+    """Make a path absolute and check that the file exists."""
+    path = _resolve(path, (info.context or {}).get("folder")).absolute()
     if not path.is_file():
-        raise PydanticCustomError("file", "there is no such file: {path}", {"path": str(path)})
+        raise PydanticCustomError("file", "file not found: {path}", {"path": str(path)})
     return path
 
 
 File = Annotated[Path, AfterValidator(_find)]
-"""A file that has to be there; in a recipe its path is relative to the recipe's folder."""
+"""An existing file; in a recipe, its path is relative to the recipe's folder."""
 
 
 PathText = Annotated[str, AfterValidator(_check)]
-"""Text that may be a path, such as a model's: none that no file can have."""
+"""Text that may be a path, such as a model's; paths that the system cannot have are refused."""
 
 
 Count = Annotated[int, Field(le=2**31 - 1)]
-"""How many of something; memory and time end long before this does."""
+"""A number of things; the limit is that of a 32-bit integer."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flapkit.interfaces import (
-    ADDED,
+    PRUNED_KEYS,
     Checkpoint,
     DType,
     Exporter,
@@ -126,7 +126,7 @@ class HuggingFaceStock(Exporter):
         )
 
     def _candidates(self, prospect: Prospect, keys: Mapping[str, int]) -> Iterator[PreTrainedConfig]:
-        config = {key: value for key, value in prospect.config.to_dict().items() if key not in ADDED}
+        config = {key: value for key, value in prospect.config.to_dict().items() if key not in PRUNED_KEYS}
         forms = [prospect.family] if self.form in ("auto", "own") else []
         slides = config.get("sliding_window") and config.get("use_sliding_window", True)
         if prospect.family in LIKE_LLAMA and not slides:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flapkit.interfaces import ModelError, Prospect, Site, count, rows_of, skeleton
+from flapkit.interfaces import ModelError, Prospect, Site, count_rows, rows_of, skeleton
 
 Sizes = Mapping[str, int]
 """``H`` query heads and ``K`` key/value heads of an attention, or ``I`` channels of an MLP."""
@@ -71,7 +71,10 @@ def lengths(prospect: Prospect, sizes: Mapping[str, Sizes]) -> dict[tuple[str, i
         (parameter, dimension) -> (layout, length) of every dimension that the sizes determine.
     """
     return {
-        (param, dim): (layout, length * count(layout, dict(sizes[site.name])) // count(layout, dict(sizes_of(site))))
+        (param, dim): (
+            layout,
+            length * count_rows(layout, dict(sizes[site.name])) // count_rows(layout, dict(sizes_of(site))),
+        )
         for site in prospect.sites
         for param, dim, layout, length in _parts(prospect, site)
     }

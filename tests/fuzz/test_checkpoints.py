@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flapkit
 from flapkit.checkpoint.load import load_config
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.system.errors import ModelError
 
 
@@ -37,7 +37,7 @@ def pruned(tmp_path_factory) -> Path:
     model = make_llama(num_hidden_layers=1, num_key_value_heads=2)
     sites = flapkit.sites(model)
     plan = PruningPlan({site.name: tuple(range(site.units - 1)) for site in sites})
-    carry_out_(model, sites, plan, {})
+    apply_plan_(model, sites, plan, {})
     flapkit.save(model, folder, plan)
     return folder
 
@@ -86,7 +86,7 @@ def test_weights_that_are_none(dense, first):
     try:
         for rest in (b"", content[8:], b"[" * 100_000):
             (dense / WEIGHTS).write_bytes(first + rest)
-            with pytest.raises(ModelError, match="damaged or cut short"):
+            with pytest.raises(ModelError, match="damaged or incomplete"):
                 flapkit.load(dense)
     finally:
         (dense / WEIGHTS).write_bytes(content)
@@ -176,7 +176,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(dense, change):
     (dense / "config.json").write_text(json.dumps({**json.loads(content), **change}))
     try:
         for reader in (load_config, flapkit.load):
-            with pytest.raises(ModelError, match="code that comes with a model is not run"):
+            with pytest.raises(ModelError, match="does not run code that comes with a model"):
                 reader(dense)
     finally:
         (dense / "config.json").write_text(content)

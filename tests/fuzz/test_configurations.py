@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 import flapkit
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.load import load_config
-from flapkit.checkpoint.save import settle_generation_
+from flapkit.checkpoint.save import fix_generation_config_
 from flapkit.model.classes import dense_config
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.recipe import LoadedRecipe, load_recipe
 from flapkit.registry import Registry
 from flapkit.run.check import check as check_recipe
@@ -79,7 +79,7 @@ def pruned(tmp_path_factory) -> Path:
     model = make_llama(num_hidden_layers=1, num_key_value_heads=2)
     sites = flapkit.sites(model)
     plan = PruningPlan({site.name: tuple(range(site.units - 1)) for site in sites})
-    carry_out_(model, sites, plan, {})
+    apply_plan_(model, sites, plan, {})
     flapkit.save(model, folder, plan)
     return folder
 
@@ -173,7 +173,7 @@ def test_what_a_pruned_model_s_modules_are_told_is_what_its_sizes_are(pruned, co
     changed["per_layer_config"]["0"]["attention_counts"] = counts
     with put_back(path):
         path.write_text(json.dumps(changed))
-        with pytest.raises(ModelError, match=r"its sizes make that \{'num_key_value_groups': 2\}|describes no model"):
+        with pytest.raises(ModelError, match=r"its sizes imply \{'num_key_value_groups': 2\}|cannot build a model"):
             flapkit.load(pruned)
 
 
@@ -213,7 +213,7 @@ def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
         path.write_text(json.dumps(data.draw(tampered(SETTINGS))))
         model = judge(dense)
         if model is not None:
-            settle_generation_(model)
+            fix_generation_config_(model)
             model.generation_config.save_pretrained(tmp_path_factory.getbasetemp() / "settings")
 
 

@@ -19,7 +19,7 @@ import flapkit
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.folder import check_output
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.system.errors import FlapkitError, InputError, ModelError, OutputError
 from flapkit.system.paths import to_path, within
 
@@ -191,7 +191,7 @@ def unpruned() -> tuple[PreTrainedModel, PruningPlan]:
     model = make_llama()
     sites = flapkit.sites(model)
     plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    carry_out_(model, sites, plan, {})
+    apply_plan_(model, sites, plan, {})
     return model, plan
 
 

@@ -22,7 +22,7 @@ import flapkit
 from flapkit.checkpoint.card import CARD, licence_of, model_card
 from flapkit.evaluation.zero_shot import add_scores
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.recipe import LoadedRecipe, load_recipe
 from flapkit.run.origin import Origin, plan_of
 from flapkit.run.recover import RecoveryRecord, _files, _metadata
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory) -> Path:
     model = make_llama(num_hidden_layers=1)
     sites = flapkit.sites(model)
     plan = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    carry_out_(model, sites, plan, {})
+    apply_plan_(model, sites, plan, {})
     flapkit.save(model, folder, plan, files={"notes/a.txt": "a"})
     FILES["plan.json"] = json.loads((folder / "plan.json").read_text())
     for name in ("flapkit.json", "result.json", "report.json"):

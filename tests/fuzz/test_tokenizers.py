@@ -105,7 +105,7 @@ def test_tokens_of_huge_numbers_are_refused(folder):
     model = {"type": "WordLevel", "vocab": {**VOCABULARY, "a": 10**9}, "unk_token": "<s>"}
     (folder / "tokenizer.json").write_text(json.dumps({**BASE, "model": model}))
     try:
-        with pytest.raises(ModelError, match="'a' has the number 1000000000, expected under"):
+        with pytest.raises(ModelError, match="'a' has the id 1000000000, expected under"):
             load_tokenizer(folder)
     finally:
         (folder / "tokenizer.json").write_text(content)

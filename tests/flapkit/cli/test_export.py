@@ -39,7 +39,7 @@ def test_bad_input(command, pruned_folder, tmp_path, arguments, message):
 def test_a_folder_that_is_no_checkpoint(command, tmp_path):
     code, _, err = command("export", tmp_path, "--to", "hf", "--output", "out")
     assert code == 2
-    assert "holds no config.json" in err
+    assert "has no config.json" in err
 
 
 def test_a_recipe_exports(command, tmp_path):

@@ -228,7 +228,7 @@ QUANTISED = {
     "awq, 4 bits": {"quant_method": "awq", "bits": 4, "zero_point": True},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "by its config.json": {"unheard": "of"},
+    "according to its config.json": {"unheard": "of"},
 }
 
 
@@ -236,7 +236,7 @@ QUANTISED = {
 def test_quantised_checkpoints_are_refused(command, home, recipe, method):
     config = home / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": QUANTISED[method]}))
-    metadata = f"model: its weights are quantised ({method}); give the model in float32"
+    metadata = f"model: its weights are quantised ({method}); use the model in float32"
     for arguments in (("run", recipe), ("check", recipe), ("evaluate", "model", "--recipe", recipe)):
         code, _, err = command(*arguments)
         assert (code, metadata in err) == (2, True), err

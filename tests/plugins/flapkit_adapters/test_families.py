@@ -25,4 +25,4 @@ def test_sliced_is_masked(form):
     sites = Registry.load().adapter_for(config).sites(config)
     proof = verify(tiny_model(config), sites)
     assert proof.error <= 1e-5
-    assert proof.moved > 0.1
+    assert proof.effect > 0.1

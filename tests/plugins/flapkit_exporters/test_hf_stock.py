@@ -20,7 +20,7 @@ from flapkit.checkpoint.exporter import Prospect
 from flapkit.model.adapter import adapter_class
 from flapkit.model.declaration import Block, Family
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import Correction, carry_out_
+from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.registry import Registry
 from flapkit.system.errors import ModelError
 
@@ -35,7 +35,7 @@ def uniform(model, folder, heads, bias=True):
     lost = {"attention": heads, "mlp": 7}
     plan = PruningPlan({site.name: tuple(range(lost[site.kind], site.units)) for site in sites})
     corrections = {site.name: Correction(bias=torch.ones(site.out_features)) for site in sites} if bias else {}
-    carry_out_(model, sites, plan, corrections)
+    apply_plan_(model, sites, plan, corrections)
     flapkit.save(model, folder, plan)
     return folder
 

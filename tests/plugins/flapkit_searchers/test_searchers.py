@@ -200,7 +200,7 @@ def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, message):
 
 
 def test_a_plan_that_is_not_there(tmp_path):
-    with pytest.raises(PluginError, match="there is no such file"):
+    with pytest.raises(PluginError, match="file not found"):
         make("plan", path=str(tmp_path / "nothing.json"))
 
 
