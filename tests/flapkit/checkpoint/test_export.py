@@ -72,7 +72,7 @@ def test_an_output_that_exists(pruned_folder, tmp_path):
         export(pruned_folder, Echo(), tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "mine"
     export(pruned_folder, Echo(), tmp_path / "out.txt", overwrite=True)
-    with pytest.raises(OutputError, match="is no file"):
+    with pytest.raises(OutputError, match="is not a file"):
         export(pruned_folder, Echo(), pruned_folder, overwrite=True)
 
 

@@ -69,9 +69,9 @@ def test_expressions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": "model.layer"}, "adapter 'mine': this LlamaForCausalLM has no model.layer"),
+        ({"layers": "model.layer"}, "adapter 'mine': LlamaForCausalLM has no module model.layer"),
         ({"layers": "model.norm"}, "model.norm is a LlamaRMSNorm, not a list of layers"),
-        ({"blocks": (replace(MLP, path="ffn"),)}, "no layer of model.layers has ffn.down_proj, its mlp"),
+        ({"blocks": (replace(MLP, path="ffn"),)}, "no layer of model.layers has ffn.down_proj \\(block mlp\\)"),
         ({"blocks": (replace(MLP, parameters={"gated": "i"}),)}, "the module has no gated"),
         (
             {"blocks": (replace(ATTENTION, parameters={"q_proj": "q+k+k"}),)},
@@ -92,7 +92,7 @@ def test_a_declaration_that_does_not_fit(changes, message):
         ("attention", {"q_proj": "i"}, {}, "is not a layout of attention"),
         ("mlp", {"up_proj": "q"}, {}, "is not a layout of mlp"),
         ("mlp", {"up_proj": "i"}, {"attributes": {"width": "H"}}, "'H' is not an expression of I"),
-        ("mlp", {"up_proj": "i"}, {"reads": {"width": "I+"}}, "width: 'I\\+' cannot be computed: invalid syntax"),
+        ("mlp", {"up_proj": "i"}, {"reads": {"width": "I+"}}, "width: 'I\\+' cannot be evaluated: invalid syntax"),
     ],
 )
 def test_a_declaration_that_says_nothing(kind, parameters, options, message):
@@ -107,7 +107,7 @@ def test_a_forgotten_parameter_is_named(forgotten):
         for block in MINE.blocks
     )
     model = tiny_model(tiny_config("llama"))
-    with pytest.raises(ModelError, match=rf"nothing in the declaration cuts .*{forgotten}\.weight"):
+    with pytest.raises(ModelError, match=rf"the declaration does not name .*{forgotten}\.weight"):
         verify(model, sites_of(model, family(blocks=blocks)))
 
 
