@@ -76,7 +76,7 @@ def test_missing_weight(folder):
     last = sorted(set(content["weight_map"].values()))[-1]
     kept = {name: file for name, file in content["weight_map"].items() if file != last}
     index.write_text(json.dumps({**content, "weight_map": kept}))
-    refused(folder, "its weights lack")
+    refused(folder, "missing weights: ")
 
 
 def test_wrong_shapes(folder):

@@ -124,7 +124,7 @@ def test_figures_of_other_text_are_measured_anew(home, done):
         ("compensator.1.length=5000", "but 5001 are needed for windows of 5000"),
         ("compensator.1.targets=[q_prj]", "lora: targets: no linear is called 'q_prj'; did you mean 'q_proj'?"),
         ("compensator.1.steps=0", "compensator.1.steps: expected at least 1, got 0"),
-        ("compensator.1.dataset=nowhere.txt", "nowhere.txt: there is no such file or folder"),
+        ("compensator.1.dataset=nowhere.txt", "nowhere.txt: file or folder not found"),
         ("compensator=[lora, lora]", "compensators 'lora' and 'lora' train the same model; keep one of them"),
     ],
 )
