@@ -89,7 +89,7 @@ def cell(registry: Registry, folder: Path, kind: str, options: dict[str, Any]) -
     try:
         found = export(folder / "pruned", exporter, folder / f"out{exporter.suffix or kind}", registry=registry)
     except ModelError as error:
-        return "no bias" if "hold no bias" in str(error) else "no"
+        return "no bias" if "lack the biases" in str(error) else "no"
     except Exception as error:  # noqa: BLE001 - whatever a converter raises is what the table has to say
         return f"fails: {type(error).__name__}"
     return f"{found.relative:.0e}" if found else "?"
