@@ -182,7 +182,7 @@ def test_no_memory_is_taken_for_a_configuration_that_is_not_the_weights_own(dens
     path = dense / "config.json"
     with put_back(path):
         path.write_text(json.dumps({**json.loads(path.read_text()), key: 10**6}))
-        with pytest.raises(ModelError, match="describes a model of"):
+        with pytest.raises(ModelError, match="but the files contain"):
             flapkit.load(dense)
 
 

@@ -221,7 +221,7 @@ def test_an_adapter_that_does_not_fit(command, home):
     MambaConfig().save_pretrained(home / "mamba")
     code, _, err = command("check", write_recipe(home, model={"path": "./mamba"}, adapter="llama"))
     assert code == 2
-    assert "adapter 'llama': this MambaForCausalLM has no model.layers" in err
+    assert "adapter 'llama': MambaForCausalLM has no module model.layers" in err
 
 
 def test_ctrl_c_in_calibration(command, home, monkeypatch):
