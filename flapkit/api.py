@@ -32,7 +32,7 @@ def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = No
     Args:
         model: a transformers causal language model.
         adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
-            derived and proven.
+            derived and verified.
 
     Raises:
         ModelError: no adapter declares the model, and none can be derived.
@@ -69,7 +69,7 @@ def prune_(
         of: what the ratio counts.
         multiple_of: what the pruned widths are rounded to a multiple of.
         adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
-            derived and proven.
+            derived and verified.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
         sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.

@@ -13,12 +13,12 @@ from flapkit.checkpoint.exporter import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
-from flapkit.model.classes import ADDED, dense_config
+from flapkit.model.classes import PRUNED_KEYS, dense_config
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import Budget, BudgetBase, PruningPlan
-from flapkit.model.resize import count, rows_of
+from flapkit.model.resize import count_rows, rows_of
 from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import Compensator, ImportanceMetric, Objective, StructureSearcher, TrialSearcher
@@ -60,8 +60,8 @@ from flapkit.system.options import Count, File, PathText
 from flapkit.text.tokenise import tokenise
 
 __all__ = [
-    "ADDED",
     "EXPORTS",
+    "PRUNED_KEYS",
     "ArchitectureAdapter",
     "Auto",
     "Block",
@@ -109,7 +109,7 @@ __all__ = [
     "TrialSearcher",
     "UnitGram",
     "column_sums",
-    "count",
+    "count_rows",
     "dense_config",
     "did_you_mean",
     "float64_rows",

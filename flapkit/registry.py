@@ -122,7 +122,7 @@ class Registry:
 
         Args:
             adapter: an adapter or its name; None or ``auto`` stands for the one that declares the model's type, and
-                where none does for a declaration that is derived and proven.
+                where none does for a declaration that is derived and verified.
             config: the model's configuration.
 
         Raises:

@@ -29,7 +29,7 @@ from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter, adapter_cl
 from flapkit.model.declaration import Family
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.model.surgery import Correction, carry_out_, consumer_of, mask_, slice_, weight_of
+from flapkit.model.surgery import Correction, apply_plan_, consumer_of, mask_, slice_, weight_of
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import IMPLEMENTATIONS, logits_of, random_plan, verify
 from flapkit.pruning.collector import measure
@@ -129,7 +129,7 @@ def query_heads(subject: Subject) -> str:
 def counts_are_exact(subject: Subject) -> str:
     """Compare the parameters that go, the plan's count and what is asked for."""
     model, plan = copy.deepcopy(subject.model), random_plan(subject.sites)
-    carry_out_(model, subject.sites, plan, {})
+    apply_plan_(model, subject.sites, plan, {})
     removed = subject.model.num_parameters() - model.num_parameters()
     if removed != plan.removed_params(subject.sites):
         raise ModelError(f"{removed} parameters went, and the plan says {plan.removed_params(subject.sites)}")
@@ -189,7 +189,7 @@ def statistics_know_no_batches(subject: Subject) -> str:
 def nothing_removed_is_the_identity(subject: Subject) -> str:
     """Carry out a plan that keeps all."""
     model = copy.deepcopy(subject.model)
-    carry_out_(model, subject.sites, PruningPlan({site.name: tuple(range(site.units)) for site in subject.sites}), {})
+    apply_plan_(model, subject.sites, PruningPlan({site.name: tuple(range(site.units)) for site in subject.sites}), {})
     if not torch.equal(logits_of(model), logits_of(subject.model)):
         raise ModelError("a plan that keeps every unit changes the logits")
     return "identical"
@@ -228,7 +228,7 @@ def generates(subject: Subject) -> str:
     plan = random_plan(subject.sites)
     masked, sliced = copy.deepcopy(subject.model), copy.deepcopy(subject.model)
     mask_(masked, subject.sites, plan)
-    carry_out_(sliced, subject.sites, plan, {})
+    apply_plan_(sliced, subject.sites, plan, {})
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     texts: list[Any] = [model.generate(subject.tokens[:2], **options) for model in (masked, sliced)]  # type: ignore[operator]
     if not torch.equal(*texts):
@@ -243,7 +243,7 @@ def runs_in_bfloat16(subject: Subject) -> str:
     model, plan = model.to(dtype=torch.bfloat16), random_plan(subject.sites)
     masked = copy.deepcopy(model)
     mask_(masked, subject.sites, plan)
-    carry_out_(model, subject.sites, plan, {})
+    apply_plan_(model, subject.sites, plan, {})
     expected = logits_of(masked)
     error = float((logits_of(model) - expected).abs().mean() / expected.abs().mean())
     if not error <= BFLOAT16_ERROR:

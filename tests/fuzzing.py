@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import flapkit
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.system.errors import FlapkitError, ModelError
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ def cut_(model: PreTrainedModel, units: int = 0) -> PruningPlan:
     """Cut the last units of every site, or none, and return the plan: the model can be saved as a pruned one."""
     sites = flapkit.sites(model)
     plan = PruningPlan({site.name: tuple(range(site.units - units)) for site in sites})
-    carry_out_(model, sites, plan, {})
+    apply_plan_(model, sites, plan, {})
     return plan
 
 

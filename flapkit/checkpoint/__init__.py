@@ -1,9 +1,17 @@
-"""Checkpoints: load models, and save pruned ones."""
+"""Checkpoints on disk: load dense and pruned models, save pruned ones, publish and export them.
 
-from __future__ import annotations
+A checkpoint is a folder of safetensors and JSON that transformers loads. A pruned one also has a plan, a modeling file
+and ``flapkit.json``. Output is written to a temporary folder and renamed when it is complete.
 
-from flapkit.checkpoint.folder import check_output, new_folder
-from flapkit.checkpoint.load import load, load_config, load_tokenizer, open_weights
-from flapkit.checkpoint.save import save
-
-__all__ = ["check_output", "load", "load_config", "load_tokenizer", "new_folder", "open_weights", "save"]
+- ``load``: load a model, a configuration, a tokenizer or single tensors.
+- ``save``: save a pruned model.
+- ``folder``: write a folder or a file as a whole, or not at all.
+- ``weights``: read and write safetensors files.
+- ``consistency``: check that configuration, plan and tensors fit each other.
+- ``card``: the model card.
+- ``push``: upload to the Hugging Face hub.
+- ``exporter``: the interface of exporters.
+- ``export``: export a checkpoint, and compare the result with the pruned model.
+- ``expand``: map a LoRA, or a tensor, back to the dense model.
+- ``bundled``: the tiny models that come with flapkit.
+"""

@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: what it is, what made it, and how it is loaded."""
+"""The model card of a pruned checkpoint: what it is, how it was made, and how to load it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-The layers differ in heads and widths, so the folder brings its own modeling file. With flapkit installed,
+The layers differ in heads and widths, so the folder contains a modeling file. With flapkit installed,
 `flapkit.load("{name}")` needs no `trust_remote_code`."""
 
 
 _FILES = """\
-`plan.json` has the kept units of every layer as indices into the dense model: adapters that are trained on this model
-can be mapped back with `flapkit.expand_lora`. `flapkit.json` has the versions and the options that made it."""
+`plan.json` lists the kept units of every layer as indices into the dense model; `flapkit.expand_lora` uses it to map
+adapters trained on this model back to the dense one. `flapkit.json` has the package versions and the options."""
 
 
 def model_card(
@@ -38,18 +38,18 @@ def model_card(
     """Write a model card.
 
     Args:
-        name: what the checkpoint is called.
-        base: the dense model: a hub id, a folder, or empty where nobody knows.
-        metadata: what made the model, as in ``flapkit.json``.
-        result: what was measured, as in ``result.json``, if anything was.
+        name: the checkpoint's name.
+        base: the dense model: a hub id, a folder, or empty if unknown.
+        metadata: how the model was made, as in ``flapkit.json``.
+        result: the measurements, as in ``result.json``, if any.
         recipe: the recipe, if one was run.
 
     Returns:
-        Markdown with a header that the Hugging Face hub reads.
+        Markdown with the YAML header of the Hugging Face hub.
     """
     parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", LOAD.format(name=name)]
     if result:
-        parts += ["## Figures", *_figures(result)]
+        parts += ["## Results", *_results(result)]
     if recipe:
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
     parts += ["## Files", _FILES]
@@ -57,15 +57,15 @@ def model_card(
 
 
 def licence_of(base: str) -> str | None:
-    """Read the licence that the dense model's own card names, from its folder or from the hub's cache.
+    """Read the licence from the dense model's own card, in its folder or in the hub's cache.
 
     Args:
         base: a hub id or a folder.
 
     Returns:
-        Its identifier, such as ``apache-2.0``; None where no card is at hand, or it names none.
+        The identifier, such as ``apache-2.0``; None if there is no card, or it names no licence.
     """
-    card: Any = _reached(f"{base}/{CARD}") if base else None
+    card: Any = _path_or_none(f"{base}/{CARD}") if base else None
     try:
         if card is None or not card.is_file():
             card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
@@ -74,21 +74,21 @@ def licence_of(base: str) -> str | None:
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     try:
-        found = metadata_load(card) or {}
+        header = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError):
         return None
-    licence = found.get("license")
+    licence = header.get("license")
     return licence if isinstance(licence, str) else None
 
 
 def is_hub_id(base: str) -> bool:
-    """Tell whether a model's name is one on the hub, and no folder's."""
-    path = _reached(base)
+    """Return whether a model's name is a hub id, and not a folder."""
+    path = _path_or_none(base)
     return base.count("/") == 1 and not base.startswith((".", "~", "/")) and path is not None and not path.exists()
 
 
-def _reached(name: str) -> Path | None:
-    """Return a path by what somebody calls it; None where the system can have nothing there."""
+def _path_or_none(name: str) -> Path | None:
+    """Return the path of a name, or None if the system cannot have such a path."""
     try:
         return to_path(name)
     except InputError:
@@ -111,23 +111,23 @@ def _sentence(base: str, metadata: Mapping[str, Any]) -> str:
     how = [_named(metadata[kind]) for kind in ("metric", "searcher", "compensator") if metadata.get(kind)]
     by = f" by {', '.join(how)}" if how else ""
     licence = licence_of(base)
-    under = " The dense model's licence holds for it; its card was not at hand when this was written." if base else ""
+    under = " The dense model's licence applies; its model card was not available." if base else ""
     if licence:
-        under = f" The dense model's licence, {licence}, holds for it."
+        under = f" The dense model's licence, {licence}, applies."
     return f"A structurally pruned version{of}, made with flapkit{by}.{under}"
 
 
 def _named(component: Any) -> str:
     if isinstance(component, list):
-        return " and ".join(_named(each) for each in component)
+        return " and ".join(_named(part) for part in component)
     return str(component["name"]) if isinstance(component, Mapping) else str(component)
 
 
 MODELS = ("dense", "pruned", "recovered")
-"""What a run measures, in the order of the card's columns."""
+"""The models that a run measures, in the order of the card's columns."""
 
 
-def _figures(result: Mapping[str, Any]) -> list[str]:
+def _results(result: Mapping[str, Any]) -> list[str]:
     counted: Mapping[str, int] = result.get("params", {})
     texts: Mapping[str, Mapping[str, Any]] = result.get("perplexity", {})
     models = [name for name in MODELS if name in counted or any(name in measured for measured in texts.values())]

@@ -1,4 +1,4 @@
-"""What a checkpoint's parts say of each other: its configuration, its plan, and its tensors' shapes."""
+"""Check that the parts of a checkpoint fit each other: configuration, plan, and the tensors' shapes."""
 
 from __future__ import annotations
 
@@ -10,86 +10,85 @@ from typing import Any
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from flapkit.model.empty import build_empty
+from flapkit.model.declaration import declaration_of
+from flapkit.model.empty import build_empty, skeleton
+from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
 
-ROOM = 2
-"""How many times the numbers of its files a model may hold: some are computed, and none that is read is so large."""
+MAX_SIZE_RATIO = 2
+"""Largest ratio of the model's parameters to those in its files; models may compute some parameters."""
 
 
 def check_size(name: Path | str, config: PreTrainedConfig, files: Iterable[Path]) -> None:
-    """Raise ``ModelError`` where a configuration describes a far larger model than the files hold.
+    """Raise ``ModelError`` if a configuration describes a far larger model than the files contain.
 
-    transformers would take the memory first, and find afterwards that weights are missing.
+    transformers would allocate the memory first, and notice the missing weights later.
 
     Args:
-        name: what the checkpoint is called.
+        name: the checkpoint's name.
         config: its configuration.
-        files: its safetensors files; their headers alone are read.
+        files: its safetensors files; only their headers are read.
     """
     stored = sum(math.prod(shape) for file in files for _, shape in _shapes(file))
     described = sum(parameter.numel() for parameter in build_empty(config).parameters())
-    if described > ROOM * stored:
+    if described > MAX_SIZE_RATIO * stored:
         raise ModelError(
-            f"model {name}: its config.json describes a model of {described:,} parameters, its files hold {stored:,}"
+            f"model {name}: config.json describes {described:,} parameters, but the files contain {stored:,}"
         )
 
 
 def check_shapes(name: Path | str, config: PreTrainedConfig, files: Iterable[Path]) -> None:
-    """Raise ``ModelError`` unless every tensor of a pruned checkpoint has the shape that its configuration says.
+    """Raise ``ModelError`` unless every tensor of a pruned checkpoint has the shape that its configuration implies.
 
     Args:
-        name: what the checkpoint is called.
+        name: the checkpoint's name.
         config: its configuration.
-        files: its safetensors files; their headers alone are read.
+        files: its safetensors files; only their headers are read.
     """
-    expected = {each: list(tensor.shape) for each, tensor in build_empty(config).state_dict().items()}
+    expected = {param: list(tensor.shape) for param, tensor in build_empty(config).state_dict().items()}
     for file in files:
-        for each, found in _shapes(file):
-            if each not in expected:
-                raise ModelError(f"model {name}: {file.name} holds {each}, for which the model has no place")
-            if found != expected[each]:
+        for param, shape in _shapes(file):
+            if param not in expected:
+                raise ModelError(f"model {name}: {file.name} contains {param}, which the model does not have")
+            if shape != expected[param]:
                 raise ModelError(
-                    f"model {name}: {each} in {file.name} has the shape {found}; its config.json says {expected[each]}"
+                    f"model {name}: {param} in {file.name} has the shape {shape}, but config.json implies "
+                    f"{expected[param]}"
                 )
 
 
 def _shapes(file: Path) -> list[tuple[str, list[int]]]:
     with safe_open(file, framework="pt") as tensors:
-        return [(each, tensors.get_slice(each).get_shape()) for each in tensors.keys()]  # noqa: SIM118 - not a mapping
+        return [(param, tensors.get_slice(param).get_shape()) for param in tensors.keys()]  # noqa: SIM118 - no mapping
 
 
 def check_settings(name: Path | str, config: Any) -> None:
-    """Raise ``ModelError`` unless a pruned model's modules are told of their layer's sizes what these sizes are.
+    """Raise ``ModelError`` unless the size attributes in a pruned model's configuration fit each layer's sizes.
 
     Args:
-        name: what the checkpoint is called.
+        name: the checkpoint's name.
         config: its configuration.
     """
-    # It imports this package.
-    from flapkit.model.declaration import declaration_of
-    from flapkit.model.empty import skeleton
-    from flapkit.model.layout import sites_of
-
     for site in sites_of(skeleton(config), declaration_of(config)):
         block, sizes = site.block, site.sizes(site.units)
         assert block is not None
         for what, expected in (("counts", block.counts(sizes)), ("reads", block.readings(sizes))):
-            found = getattr(config.per_layer_config[site.layer], f"{block.name}_{what}", None) or {}
-            if found != expected:
+            stored = getattr(config.per_layer_config[site.layer], f"{block.name}_{what}", None) or {}
+            if stored != expected:
                 raise ModelError(
-                    f"model {name}: its config.json says of {site.name} {what} {found}; its sizes make that {expected}"
+                    f"model {name}: config.json has {block.name}_{what} {stored} for {site.name}; its sizes imply "
+                    f"{expected}"
                 )
 
 
 def check_plan(name: Path | str, config: Any, path: Path) -> None:
-    """Raise ``ModelError`` unless a checkpoint's plan keeps as much as its configuration says.
+    """Raise ``ModelError`` unless a checkpoint's plan keeps as many units as its configuration implies.
 
     Args:
-        name: what the checkpoint is called.
+        name: the checkpoint's name.
         config: its configuration.
-        path: the file of its plan.
+        path: the plan's file.
     """
     try:
         plan = PruningPlan.read(path)
@@ -100,17 +99,17 @@ def check_plan(name: Path | str, config: Any, path: Path) -> None:
     for site, units in plan.keep.items():
         _, layer, block = (*site.split("."), "", "", "")[:3]
         if block not in blocks or not layer.isdigit() or int(layer) >= len(layers):
-            raise ModelError(f"model {name}: plan.json speaks of {site}, which the model has not")
+            raise ModelError(f"model {name}: plan.json names the site {site}, which the model does not have")
         kept = _units(layers[int(layer)], blocks[block])
         if len(units) not in kept or list(units) != sorted(set(units)) or units[0] < 0:
             raise ModelError(
-                f"model {name}: plan.json keeps {len(units)} units at {site}, its config.json "
-                f"{' or '.join(str(count) for count in sorted(kept))}: one of them was changed"
+                f"model {name}: plan.json keeps {len(units)} units at {site}, config.json "
+                f"{' or '.join(str(count) for count in sorted(kept))}; one of the files was changed"
             )
 
 
 def _units(layer: Any, block: Any) -> set[int]:
-    """Return how many units a layer's block can count as: an attention's in query heads or in key/value heads."""
+    """Return the possible numbers of units of a layer's block: an attention's unit may be a query or a KV head."""
     if block["kind"] != "attention":
         return {getattr(layer, block["width"])}
     return {layer.num_attention_heads, layer.num_key_value_heads}

@@ -1,4 +1,4 @@
-"""Back to the dense model: put what belongs to kept units where they stood, and zeros between."""
+"""Map tensors of a pruned model back to the dense model's shapes, with zeros for the removed units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flapkit.registry import Registry
 from flapkit.system.errors import ModelError
 
 LORA = {"lora_A": 1, "lora_B": 0}
-"""PEFT's two factors -> the dimension of the weight that each of them has: inputs or outputs."""
+"""PEFT's two factors -> the dimension of the weight that they share: inputs or outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class _Dense:
 def expand_lora(
     lora: Mapping[str, Tensor], checkpoint: Path | str, adapter: ArchitectureAdapter | None = None
 ) -> dict[str, Tensor]:
-    """Map a LoRA that was trained on a pruned model to the dense model that it was pruned from.
+    """Map a LoRA trained on a pruned model to the dense model.
 
-    On the dense model it adds to the kept channels what it adds on the pruned one, and nothing to the removed.
+    The kept channels get the same update as in the pruned model, the removed channels none.
 
     ```python
     from safetensors.torch import load_file, save_file
@@ -48,10 +48,9 @@ def expand_lora(
     ```
 
     Args:
-        lora: a PEFT adapter's tensors by their names, ``base_model.model.….lora_A.weight`` [r, in] and ``lora_B``
-            [out, r].
-        checkpoint: the pruned checkpoint, whose plan says what was kept.
-        adapter: describes the model; found by default.
+        lora: the PEFT adapter's tensors by name: ``base_model.model.….lora_A.weight`` [r, in] and ``lora_B`` [out, r].
+        checkpoint: the pruned checkpoint, with its plan.
+        adapter: the architecture adapter; by default that of the model type.
 
     Returns:
         The tensors in the dense model's shapes, by the same names.
@@ -60,25 +59,25 @@ def expand_lora(
         ModelError: the checkpoint has no plan, or a tensor's shape is not the pruned model's.
     """
     dense = _dense_of(Path(checkpoint), adapter)
-    found = {}
+    expanded = {}
     for name, tensor in lora.items():
         module, factor = _split(name)
-        found[name] = tensor
+        expanded[name] = tensor
         if factor in LORA:
-            found[name] = _expand(tensor, f"{module}.weight", LORA[factor], dense)
-    return found
+            expanded[name] = _expand(tensor, f"{module}.weight", LORA[factor], dense)
+    return expanded
 
 
 def expand_tensor(
     tensor: Tensor, name: str, checkpoint: Path | str, adapter: ArchitectureAdapter | None = None
 ) -> Tensor:
-    """Map a parameter of a pruned model to the dense model's shape, with zeros where units were removed.
+    """Map a parameter of a pruned model to the dense model's shape, with zeros for the removed units.
 
     Args:
         tensor: the parameter.
         name: its full name, for example ``model.layers.0.mlp.up_proj.weight``.
-        checkpoint: the pruned checkpoint, whose plan says what was kept.
-        adapter: describes the model; found by default.
+        checkpoint: the pruned checkpoint, with its plan.
+        adapter: the architecture adapter; by default that of the model type.
     """
     dense = _dense_of(Path(checkpoint), adapter)
     for dim in range(tensor.dim()):
@@ -89,7 +88,7 @@ def expand_tensor(
 def _dense_of(checkpoint: Path, adapter: ArchitectureAdapter | None) -> _Dense:
     config = load_config(checkpoint)
     if not (checkpoint / PLAN).is_file():
-        raise ModelError(f"{checkpoint}: holds no {PLAN}, which says what was kept of the dense model")
+        raise ModelError(f"{checkpoint}: {PLAN} is missing, which lists the kept units of the dense model")
     plan = PruningPlan.read(checkpoint / PLAN)
     dense = dense_config(config)
     sites = (adapter or Registry.load().adapter_for(dense)).sites(dense)
@@ -98,35 +97,35 @@ def _dense_of(checkpoint: Path, adapter: ArchitectureAdapter | None) -> _Dense:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Part a PEFT tensor's name into the module and the factor."""
+    """Split a PEFT tensor's name into the module and the factor."""
     path = name.removeprefix("base_model.model.").removesuffix(".weight")
     for factor in LORA:
-        module, found, _ = path.partition(f".{factor}")
-        if found:
+        module, separator, _ = path.partition(f".{factor}")
+        if separator:
             return module, factor
     return path, ""
 
 
 def _expand(tensor: Tensor, param: str, dim: int, dense: _Dense) -> Tensor:
-    """Spread one dimension of a tensor over the dense model's indices."""
+    """Expand one dimension of a tensor to the dense model's indices."""
     removed: list[int] = []
     for site in dense.sites:
-        gone = dense.plan.removed_units(site)
-        if site.expert is not None and gone and param in {site.weight, *(each.param for each in site.couplings)}:
-            raise ModelError(f"{param}: stacked experts keep different channels, and are not mapped back")
+        units = dense.plan.removed_units(site)
+        if site.expert is not None and units and param in {site.weight, *(c.param for c in site.couplings)}:
+            raise ModelError(f"{param}: stacked experts keep different channels and cannot be mapped back")
         if site.weight == param and site.dim == dim:
-            removed += site.channels_of(gone)
+            removed += site.channels_of(units)
         for coupling in site.couplings:
             if coupling.param == param and coupling.dim == dim:
-                removed += coupling.indices_of(gone)
+                removed += coupling.indices_of(units)
     if not removed:
         return tensor
     length = skeleton(dense.config).get_parameter(param).shape[dim]
     kept = torch.tensor(sorted(set(range(length)) - set(removed)))
     if len(kept) != tensor.shape[dim]:
         raise ModelError(
-            f"{param}: {tensor.shape[dim]} entries in dimension {dim}, where the plan keeps {len(kept)} of {length}; "
-            "is it this checkpoint's, and was the model pruned once?"
+            f"{param}: {tensor.shape[dim]} entries in dimension {dim}, but the plan keeps {len(kept)} of {length}; "
+            "check that the tensor belongs to this checkpoint, and that the model was pruned only once"
         )
     shape = [*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]]
     return tensor.new_zeros(shape).index_copy(dim, kept, tensor)

@@ -1,4 +1,4 @@
-"""Export a pruned checkpoint, and show that what was written computes the same."""
+"""Export a pruned checkpoint, and check that the exported model computes the same."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from flapkit.system.errors import FlapkitError, InputError, RunError
 from flapkit.system.progress import Stage
 
 TEXTS, LENGTH, GREEDY = 2, 32, 24
-"""What is compared: so many texts of so many tokens, and so many tokens of greedy continuation."""
+"""Size of the comparison: number of texts, tokens per text, and greedily generated tokens."""
 
 EXPORTS = "exports"
-"""The folder within a checkpoint that a recipe's exports are written to."""
+"""The folder within a checkpoint for a recipe's exports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far an exported file's logits are from the pruned model's, as transformers computes them in float32.
+    """How well an exported model's logits agree with the pruned model's, computed by transformers in float32.
 
     Args:
-        tokens: how many positions were compared.
+        tokens: number of positions compared.
         difference: the largest difference of a logit.
-        relative: the same, as a share of the largest logit.
-        same_top: share of the positions where the same token is the likeliest.
-        greedy: tokens that both continue a text by greedily before they part.
-        continued: how many tokens were tried.
+        relative: the same, as a fraction of the largest logit.
+        same_top: fraction of positions with the same most likely token.
+        greedy: number of greedily generated tokens before the first difference.
+        continued: number of greedily generated tokens.
     """
 
     tokens: int
@@ -54,28 +54,28 @@ class Agreement:
         apart = f"to {self.difference:.1e} ({self.relative:.1e} of the largest)" if self.difference else "exactly"
         return (
             f"logits of {self.tokens} tokens agree with the pruned model's {apart}; "
-            f"{self.same_top:.1%} have the same likeliest token; greedy text: {self.greedy} of {self.continued} tokens"
+            f"{self.same_top:.1%} have the same top token; greedy text: {self.greedy} of {self.continued} tokens agree"
         )
 
 
 def export(
     checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: bool = False, registry: Registry | None = None
 ) -> Agreement | None:
-    """Write a pruned checkpoint in another form, run that, and compare; it appears when all of this is done.
+    """Write a pruned checkpoint in another format, run the result, and compare it; the output appears when all is done.
 
     Args:
         checkpoint: a folder that ``flapkit.save`` wrote.
-        exporter: the form.
+        exporter: the format.
         output: the file or folder to write.
-        overwrite: replace it where it exists.
-        registry: the known adapters; the installed ones if not given.
+        overwrite: replace an existing output.
+        registry: the known adapters; by default the installed ones.
 
     Returns:
-        What agreed to what, or None where the exporter was told not to verify.
+        How well the results agree, or None if the exporter does not verify.
 
     Raises:
-        InputError: the checkpoint, the exporter or the output is not fit.
-        RunError: what was written computes something else.
+        InputError: the checkpoint, the exporter or the output is unsuitable.
+        RunError: the exported model computes something else.
     """
     check_packages(exporter)
     (check_output_file if exporter.suffix else check_output)(output, overwrite=overwrite)
@@ -86,138 +86,138 @@ def export(
     new = new_file if exporter.suffix else new_folder
     with new(output, overwrite=overwrite) as path:
         exporter.write(pruned, path)
-        found = _verify(pruned, exporter, path) if exporter.verify else None
-    return found
+        agreed = _verify(pruned, exporter, path) if exporter.verify else None
+    return agreed
 
 
 def export_all(checkpoint: Path, exporters: Sequence[Exporter], registry: Registry, stage: Stage) -> dict[str, str]:
-    """Write the exports that a recipe asks for into a checkpoint's folder ``exports``.
+    """Write a recipe's exports into a checkpoint's folder ``exports``.
 
     Args:
         checkpoint: a folder that ``flapkit.save`` wrote.
-        exporters: the forms.
+        exporters: the formats.
         registry: the known adapters.
-        stage: is told of every export that is done.
+        stage: advances with every finished export.
 
     Returns:
-        Name of the file or folder -> what agreed to what.
+        Name of the file or folder -> how well the results agree.
 
     Raises:
-        FlapkitError: as ``export`` does; the checkpoint itself stays.
+        FlapkitError: as ``export`` does; the checkpoint itself is kept.
     """
-    found = {}
+    agreements = {}
     for exporter in exporters:
         name = exporter.label + exporter.suffix
         try:
             agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name, registry=registry)
         except FlapkitError as error:
             raise type(error)(
-                f"{error}; the pruned model itself is in {checkpoint}: "
+                f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
                 f"flapkit export {checkpoint} --to {exporter.name} --output PATH"
             ) from error
-        found[name] = str(agreed) if agreed else "not verified"
+        agreements[name] = str(agreed) if agreed else "not verified"
         stage.advance()
-    return found
+    return agreements
 
 
 def check_exports(exporters: Sequence[Exporter], prospect: Prospect) -> None:
-    """Raise ``InputError`` where a recipe asks for exports that it will not get, before anything has run.
+    """Raise ``InputError`` if a recipe's exports will fail, before anything has run.
 
     Args:
-        exporters: what the recipe asks for.
-        prospect: what the pruned model will be.
+        exporters: the recipe's exports.
+        prospect: the pruned model as far as it is known.
     """
     labels = [exporter.label for exporter in exporters]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise InputError(f"export: {', '.join(twice)} is asked for twice; options that differ are not enough")
+        raise InputError(f"export: {', '.join(twice)} is listed twice, and both would write the same file")
     for exporter in exporters:
         check_packages(exporter)
         exporter.check(prospect)
 
 
 def check_packages(exporter: Exporter) -> None:
-    """Raise ``InputError`` that names the extra to install where an exporter's packages are missing."""
+    """Raise ``InputError``, naming the extra to install, if an exporter's packages are missing."""
     missing = [name for name in exporter.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"exporter {exporter.name!r} needs {' and '.join(missing)}, not installed here: "
+            f"exporter {exporter.name!r} needs {' and '.join(missing)}; install with: "
             f'pip install "flapkit[{exporter.extra}]"'
         )
 
 
 def prospect_of(config: PreTrainedConfig, adapter: ArchitectureAdapter) -> Prospect:
-    """Describe a model by its configuration; no weights are read."""
+    """Describe a model from its configuration, without reading weights."""
     sites = adapter.sites(config)
     return Prospect(dense_type(config), config, sites, is_uniform(sites), biased_kinds(config, sites))
 
 
 def dense_type(config: PreTrainedConfig) -> str:
-    """Return the model type of a dense or a pruned model's dense form."""
+    """Return the dense model type of a dense or a pruned model's configuration."""
     return config.model_type.removeprefix(PREFIX)
 
 
 def biased_kinds(config: PreTrainedConfig, sites: Sequence[Site]) -> frozenset[Kind]:
-    """List the kinds of sites whose consumers have a bias."""
+    """Return the kinds of sites whose consumers have a bias."""
     params = dict(skeleton(config).named_parameters())
     return frozenset(site.kind for site in sites if site.bias in params)
 
 
 def is_uniform(sites: Sequence[Site]) -> bool:
-    """Tell whether all layers are alike."""
+    """Return whether all layers have the same sizes."""
     sizes: dict[str, set[tuple[int, ...]]] = {}
     for site in sites:
         role = site.block.name if site.block else site.kind
         sizes.setdefault(role, set()).add((site.units, site.heads, site.kv_heads))
-    return all(len(found) == 1 for found in sizes.values())
+    return all(len(distinct) == 1 for distinct in sizes.values())
 
 
 @torch.no_grad()
 def agreement(reference: Runner, exported: Runner, vocabulary: int, length: int = LENGTH) -> Agreement:
-    """Compare two forms of a model on random texts, and on the text that each continues one of them by.
+    """Compare two forms of a model on random texts and on a greedy continuation.
 
     Args:
         reference: runs the pruned model.
-        exported: runs what was exported.
-        vocabulary: tokens that the texts are drawn from.
-        length: tokens of a text.
+        exported: runs the exported model.
+        vocabulary: size of the vocabulary to draw the texts from.
+        length: tokens per text.
     """
     texts = torch.randint(0, vocabulary, (TEXTS, length), generator=torch.Generator().manual_seed(0))
     expected = torch.stack([reference(text) for text in texts])
-    found = torch.stack([exported(text) for text in texts])
-    difference = float((expected - found).abs().max())
+    logits = torch.stack([exported(text) for text in texts])
+    difference = float((expected - logits).abs().max())
     ours, theirs = (_continue(run, texts[0, : length // 4], GREEDY) for run in (reference, exported))
-    parted = next((place for place in range(GREEDY) if ours[place] != theirs[place]), GREEDY)
-    same_top = (expected.argmax(-1) == found.argmax(-1)).double().mean()
+    agreed = next((index for index in range(GREEDY) if ours[index] != theirs[index]), GREEDY)
+    same_top = (expected.argmax(-1) == logits.argmax(-1)).double().mean()
     largest = float(expected.abs().max())
-    return Agreement(texts.numel(), difference, difference / largest, float(same_top), parted, GREEDY)
+    return Agreement(texts.numel(), difference, difference / largest, float(same_top), agreed, GREEDY)
 
 
 def _continue(run: Runner, tokens: Tensor, count: int) -> list[int]:
-    """Continue a text by the likeliest tokens."""
+    """Continue a text greedily."""
     for _ in range(count):
         tokens = torch.cat([tokens, run(tokens)[-1:].argmax(-1)])
     return tokens[-count:].tolist()
 
 
 def _verify(pruned: Checkpoint, exporter: Exporter, path: Path) -> Agreement:
-    """Run both, and refuse what differs by more than the exporter says it may."""
+    """Compare the exported with the pruned model; raise ``RunError`` beyond the exporter's tolerance."""
     config = pruned.prospect.config
     model = load(pruned.folder, "float32")
     with exporter.open(path) as exported:
-        found = agreement(
+        agreed = agreement(
             lambda tokens: model(tokens[None], use_cache=False).logits[0],
             exported,
             config.vocab_size,
             min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) - GREEDY),
         )
-    if not math.isfinite(found.difference) or found.relative > (exporter.tolerance or math.inf):
+    if not math.isfinite(agreed.difference) or agreed.relative > (exporter.tolerance or math.inf):
         raise RunError(
-            f"export {exporter.name}: what was written differs from the pruned model: {found}; "
-            f"at most {exporter.tolerance:.0e} of the largest logit was expected; nothing is left of it"
+            f"export {exporter.name}: the exported model differs from the pruned model: {agreed}; "
+            f"allowed: {exporter.tolerance:.0e} of the largest logit; the export was removed"
         )
-    return found
+    return agreed
 
 
 def _tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase | None:
-    """Load the checkpoint's tokenizer where it has one."""
+    """Load the checkpoint's tokenizer, if it has one."""
     return load_tokenizer(checkpoint) if (checkpoint / "tokenizer_config.json").is_file() else None

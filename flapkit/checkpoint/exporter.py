@@ -1,4 +1,4 @@
-"""Forms that a pruned model is written in, for other programs to run."""
+"""Exporters: write a pruned model in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flapkit.model.component import Component
 from flapkit.model.site import Kind, Site
 
 Runner: TypeAlias = Callable[[Tensor], Tensor]
-"""Runs an exported file: tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
+"""Runs an exported model: tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """A pruned model as far as it is known: before a run from the recipe, afterwards from the model itself.
+    """A pruned model as far as it is known: from the recipe before a run, from the model itself afterwards.
 
     Args:
-        family: model type of the dense models, such as ``llama``.
-        config: the dense model's configuration before the run, the pruned one's afterwards.
-        sites: the prunable places, at the sizes that the configuration has.
-        uniform: all layers are alike, or will be.
-        biases: the kinds of sites whose consumers hold a bias, or will.
+        family: dense model type, such as ``llama``.
+        config: the dense model's configuration before the run, the pruned model's afterwards.
+        sites: the sites, with the configuration's sizes.
+        uniform: whether all layers have, or will have, the same sizes.
+        biases: the kinds of sites whose consumers have, or will have, a bias.
     """
 
     family: str
@@ -44,9 +44,9 @@ class Checkpoint:
     """A pruned checkpoint to export.
 
     Args:
-        folder: where it lies; ``flapkit.load`` and safetensors read it.
-        prospect: what it is.
-        tokenizer: its tokenizer, if it has one.
+        folder: its folder, for ``flapkit.load`` and safetensors.
+        prospect: its description.
+        tokenizer: its tokenizer, or None.
     """
 
     folder: Path
@@ -56,18 +56,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Exporter(Component):
-    """A form that a pruned model is written in, for other programs to run.
-
-    Every export is then run and compared with the pruned model.
+    """Writes a pruned model in the format of another program.
 
     Args:
-        verify: run what was written, and compare its logits with the pruned model's.
+        verify: run the exported model, and compare its logits with the pruned model's.
     """
 
-    verify: Annotated[bool, Field(description="Run what was written, and compare it with the pruned model.")] = True
+    verify: Annotated[bool, Field(description="Run the exported model and compare it with the pruned model.")] = True
 
     suffix: ClassVar[str] = ""
-    """Ending of the file that is written; empty for a folder."""
+    """Suffix of the exported file; empty for a folder."""
 
     extra: ClassVar[str] = ""
     """The extra of flapkit that installs ``packages``."""
@@ -79,16 +77,16 @@ class Exporter(Component):
 
     @property
     def label(self) -> str:
-        """What a recipe's export is called in the output folder; two exports of a recipe need two labels."""
+        """Name of a recipe's export in the output folder, without suffix; unique within a recipe."""
         return self.name
 
     @property
     def tolerance(self) -> float | None:
-        """The largest difference of a logit that passes, as a share of the largest logit; None: any finite one."""
+        """The largest allowed difference of a logit, as a fraction of the largest logit; None allows any finite one."""
         return 1e-4
 
     def check(self, prospect: Prospect) -> None:
-        """Raise ``ModelError`` where such a model cannot be written, and say the way out; asked before a run, too."""
+        """Raise ``ModelError``, with advice, if the format cannot hold such a model; also called before a run."""
         return None
 
     @abstractmethod
@@ -96,17 +94,17 @@ class Exporter(Component):
         """Write the model.
 
         Args:
-            checkpoint: what to write; ``check`` has passed.
-            path: a file that is not there yet, or an empty folder: see ``suffix``.
+            checkpoint: the checkpoint to export; ``check`` has passed.
+            path: a file that does not exist yet, or an empty folder (see ``suffix``).
         """
 
     @abstractmethod
     def open(self, path: Path) -> AbstractContextManager[Runner]:
-        """Load what ``write`` wrote into the program that it is for.
+        """Load the output of ``write`` into the program that it is for.
 
         Args:
             path: the file or folder.
 
         Returns:
-            What runs it, for as long as the context lasts.
+            A context manager that yields the runner.
         """

@@ -1,4 +1,4 @@
-"""Write a folder as a whole or not at all."""
+"""Write a folder or a file as a whole, or not at all."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from flapkit.system.paths import to_path
 from flapkit.system.workdir import WorkDir, check_space, disk_error, open_workdir, sync
 
 PLAN = "plan.json"
-"""The file that holds a checkpoint's plan."""
+"""The file of a checkpoint's plan."""
 
 MARK = "flapkit.json"
-"""The file by which a folder is known to be flapkit's own, so that it may be overwritten."""
+"""The file that marks a folder as written by flapkit, so that it may be overwritten."""
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ``OutputError`` unless a folder can be written: checked before a run, so that no work is lost.
+    """Raise ``OutputError`` unless a folder can be written; called before a run, so that no work is lost.
 
     Args:
         path: the folder to write.
-        overwrite: it may replace a folder that flapkit wrote, or an empty one.
+        overwrite: allow replacing a folder that flapkit wrote, or an empty one.
     """
-    _check_reach(path)
+    _check_path(path)
     if path.exists() or path.is_symlink():
         if not path.is_dir() or path.is_symlink():
-            raise OutputError(f"output {path}: exists and is no folder; choose another")
+            raise OutputError(f"output {path}: exists and is not a folder; choose another path")
         if not overwrite:
-            raise OutputError(f"output {path}: exists already; choose another folder, or give --overwrite")
+            raise OutputError(f"output {path}: exists already; choose another folder, or use --overwrite")
         if not (path / MARK).is_file() and any(path.iterdir()):
-            raise OutputError(f"output {path}: was not written by flapkit (it holds no {MARK}); remove it yourself")
+            raise OutputError(f"output {path}: was not written by flapkit ({MARK} is missing); remove it yourself")
     _check_parent(path)
 
 
-def _check_reach(path: Path) -> None:
+def _check_path(path: Path) -> None:
     try:
         to_path(path)
     except InputError as error:
@@ -51,20 +51,20 @@ def _check_parent(path: Path) -> None:
     if not parent.is_dir():
         raise OutputError(f"output {path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"output {path}: {parent} cannot be written; choose another folder")
+        raise OutputError(f"output {path}: {parent} is not writable; choose another folder")
 
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = None, needed: int = 0) -> Iterator[Path]:
-    """Write a folder in the work folder beside it, and rename it when all is written.
+    """Write a folder in the work folder beside it, and rename it when it is complete.
 
-    Whatever stops the writing, the folder is then either as it was before or complete.
+    If writing is interrupted, the folder is either unchanged or complete.
 
     Args:
         path: the folder to write.
         overwrite: replace a folder that flapkit wrote.
-        work: the work folder, where it is held already.
-        needed: the bytes that will be written, as far as they are known: without room for them nothing is.
+        work: the work folder, if it is already open.
+        needed: bytes to be written, as far as known; checked against the free space first.
 
     Yields:
         The temporary folder to write to.
@@ -79,14 +79,14 @@ def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = No
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a file in the work folder beside it, and rename it when all is written.
+    """Write a file in the work folder beside it, and rename it when it is complete.
 
     Args:
         path: the file to write.
-        overwrite: replace a file.
+        overwrite: replace an existing file.
 
     Yields:
-        The temporary file to write, which is not there yet.
+        The path of the temporary file to write.
 
     Raises:
         OutputError: the file exists, cannot be written, another process writes it, or the disk is full.
@@ -108,7 +108,7 @@ def _new(
                 temporary = half / path.absolute().name
                 yield temporary
                 _sync(half)
-                _open_up(half)
+                _set_default_permissions(half)
                 work.put(temporary, path.absolute())
         except (OSError, SafetensorError) as error:
             raise disk_error(path, error, needed) from error
@@ -119,18 +119,18 @@ def check_output_file(path: Path, *, overwrite: bool = False) -> None:
 
     Args:
         path: the file to write.
-        overwrite: it may replace a file.
+        overwrite: allow replacing an existing file.
     """
-    _check_reach(path)
+    _check_path(path)
     if path.is_dir() or path.is_symlink():
-        raise OutputError(f"output {path}: exists and is no file; choose another")
+        raise OutputError(f"output {path}: exists and is not a file; choose another path")
     if path.exists() and not overwrite:
-        raise OutputError(f"output {path}: exists already; choose another file, or give --overwrite")
+        raise OutputError(f"output {path}: exists already; choose another file, or use --overwrite")
     _check_parent(path)
 
 
-def _open_up(folder: Path) -> None:
-    """Give the usual permissions: safetensors makes what only its owner can read."""
+def _set_default_permissions(folder: Path) -> None:
+    """Apply the umask's permissions: safetensors writes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in [*folder.rglob("*"), folder]:
@@ -138,6 +138,6 @@ def _open_up(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the system write everything to the disk, so that the rename cannot overtake it."""
+    """Flush everything to the disk, so that the rename does not come first."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

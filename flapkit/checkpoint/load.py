@@ -1,4 +1,4 @@
-"""Load models, configurations and tokenizers from a folder, the hub, or what flapkit brings along."""
+"""Load models, configurations and tokenizers from a folder, the hub, or the models bundled with flapkit."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from flapkit.system.paths import to_path, within
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 
 PARTS = ("*.safetensors", "*.json")
-"""What is fetched of a hub model whose weights are read one by one."""
+"""Files to download of a hub model whose weights are read one by one."""
 
 WEIGHTS = "model.safetensors"
-MOST_TOKENS = 10_000_000
-"""A tokenizer with larger numbers is damaged."""
+MAX_TOKEN_ID = 10_000_000
+"""A tokenizer with larger token ids is damaged."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -59,16 +59,16 @@ def load(
 
     Args:
         path: a folder, a Hugging Face hub id, or ``builtin:NAME``.
-        dtype: type of the weights; ``auto`` is the checkpoint's own.
+        dtype: data type of the weights; ``auto`` is that of the checkpoint.
         revision: branch, tag or commit of a hub model.
-        device_map: as transformers takes it.
+        device_map: passed to transformers.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
-            do not belong together.
+            do not fit each other.
     """
     source, stored = _source(path), {}
     config = load_config(path, revision=revision)
@@ -95,37 +95,37 @@ def load(
         ),
     )
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"model {path}: its weights lack {_shown(missing)}; the checkpoint is not whole")
+        raise ModelError(f"model {path}: the checkpoint is incomplete; missing weights: {_shorten(missing)}")
     if unexpected := sorted(info["unexpected_keys"]):
-        log.warning("model %s: it has no place for %s; left out", path, _shown(unexpected))
+        log.warning("model %s: ignored weights that the model does not have: %s", path, _shorten(unexpected))
     check_weights(path, model.named_parameters(), stored)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _shown(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedConfig:
-    """Load a model's configuration alone; no weights are read.
+    """Load a model's configuration, without reading weights.
 
     Args:
         path: a folder, a hub id, or ``builtin:NAME``.
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        ModelError: there is no such model, or its configuration cannot be read.
+        ModelError: the model does not exist, or its configuration cannot be read.
     """
     register()
     source = _source(path)
     plain, read = PreTrainedConfig.get_config_dict, AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
     try:
-        # Before anybody builds so many.
+        # Before a model with too many layers is built.
         check_depth(settings)
     except ModelError as error:
-        raise ModelError(f"model {path}: its config.json: {error}") from error
+        raise ModelError(f"model {path}: config.json: {error}") from error
     config: PreTrainedConfig = _call(
         path, lambda: read(str(source), revision=revision or "main", trust_remote_code=False)
     )
@@ -137,14 +137,14 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
 
 
 def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:
-    """Refuse a configuration that has transformers fetch code from the hub and run it."""
+    """Refuse a configuration that makes transformers download code from the hub and run it."""
     for part in (config, config.get_text_config()):
         for key in ("_attn_implementation", "_experts_implementation"):
             chosen = getattr(part, key, None)
             if chosen is not None and "/" in str(chosen):
                 raise ModelError(
-                    f"model {name}: its config.json names code on the hub ({key.strip('_')}: {chosen}), and code that "
-                    "comes with a model is not run; take the key away"
+                    f"model {name}: config.json names code on the hub ({key.strip('_')}: {chosen}); flapkit does not "
+                    "run code that comes with a model; remove the entry"
                 )
 
 
@@ -156,7 +156,7 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: the tokenizer does not exist, or cannot be read.
     """
     source = _source(path)
     tokenizer: PreTrainedTokenizerBase = _call(
@@ -164,34 +164,32 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
         lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False),
         what="tokenizer",
     )
-    _check_numbers(path, tokenizer)
+    _check_token_ids(path, tokenizer)
     _check_templates(path, tokenizer.chat_template)
     return tokenizer
 
 
-def _check_numbers(name: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse tokens of huge numbers: where a tokenizer is saved, memory is taken for every number below."""
+def _check_token_ids(name: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse huge token ids: saving a tokenizer takes memory for every smaller id."""
     vocabulary: dict[str, int] = _call(name, tokenizer.get_vocab, what="tokenizer")
     token = max(vocabulary, key=vocabulary.__getitem__, default=None)
-    if token is not None and vocabulary[token] >= MOST_TOKENS:
-        raise ModelError(
-            f"tokenizer {name}: {token!r} has the number {vocabulary[token]}, expected under {MOST_TOKENS}"
-        )
+    if token is not None and vocabulary[token] >= MAX_TOKEN_ID:
+        raise ModelError(f"tokenizer {name}: {token!r} has the id {vocabulary[token]}, expected under {MAX_TOKEN_ID}")
 
 
 def _check_templates(name: Path | str, templates: Any) -> None:
-    """Refuse chat templates that are no text, or whose names, by which they are saved as files, are none."""
+    """Refuse chat templates that are not text, or whose names cannot be file names."""
     if templates is None:
         return
     for key, template in templates.items() if isinstance(templates, dict) else [("default", templates)]:
         if not key.isidentifier():
-            raise ModelError(f"tokenizer {name}: a chat template is called {key!r}, which is no name")
+            raise ModelError(f"tokenizer {name}: {key!r} is not a valid name of a chat template")
         if not isinstance(template, str):
             raise ModelError(f"tokenizer {name}: a chat template is a {type(template).__name__}, expected text")
 
 
 def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
-    """Find a checkpoint's tensors, to read them one by one; tied ones come once.
+    """Open a checkpoint's tensors, to read them one by one; tied tensors appear once.
 
     Args:
         path: a folder, a hub id, or ``builtin:NAME``.
@@ -210,13 +208,13 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
 
 
 def _source(path: Path | str) -> Path | str:
-    """Resolve a model's name to a folder that is there, or to a hub id."""
+    """Resolve a model's name to an existing folder, or to a hub id."""
     name = str(path)
     if name.startswith(PREFIX):
         bundled = bundled_models()
         if name.removeprefix(PREFIX) not in bundled:
             known = [PREFIX + model for model in bundled]
-            raise ModelError(f"model {name}: flapkit brings no such model along{did_you_mean(name, known)}")
+            raise ModelError(f"model {name}: there is no such bundled model{did_you_mean(name, known)}")
         return bundled[name.removeprefix(PREFIX)]
     try:
         folder = to_path(path)
@@ -224,33 +222,33 @@ def _source(path: Path | str) -> Path | str:
         raise ModelError(f"model {name}: {error}") from error
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model {name}: the folder holds no config.json; name the folder that does")
+            raise ModelError(f"model {name}: the folder has no config.json; give the folder that has it")
         return folder
     if folder.exists():
-        raise ModelError(f"model {name}: this is a file; name the folder of a Hugging Face checkpoint")
+        raise ModelError(f"model {name}: this is a file; give the folder of a Hugging Face checkpoint")
     if isinstance(path, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name}: there is no such folder")
+        raise ModelError(f"model {name}: folder not found")
     return name
 
 
 def _check_files(name: Path | str, folder: Path) -> dict[str, str]:
-    """Find damaged files by their names before transformers stumbles over them; return the type of each tensor."""
+    """Check that the weight files are readable, and return the data type of each tensor."""
     types: dict[str, str] = {}
     for file in _weight_files(name, folder):
         if not file.is_file():
-            raise ModelError(f"model {name}: {file.name} is missing, though {INDEX} names it")
+            raise ModelError(f"model {name}: {file.name} is missing, but {INDEX} lists it")
         try:
             with safe_open(file, framework="pt") as tensors:
-                types |= {each: tensors.get_slice(each).get_dtype() for each in tensors.keys()}  # noqa: SIM118
+                types |= {param: tensors.get_slice(param).get_dtype() for param in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"model {name}: {file.name} is damaged or cut short ({error}); fetch or write it again"
+                f"model {name}: {file.name} is damaged or incomplete ({error}); download or write it again"
             ) from error
     return types
 
 
 def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> None:
-    """Find tensors, and a plan, that are not those of the configuration."""
+    """Check that tensors and plan fit the configuration."""
     check_shapes(name, config, _weight_files(name, folder))
     check_settings(name, config)
     if (folder / PLAN).is_file():
@@ -268,21 +266,21 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
             raise ModelError(f"model {name}: {INDEX} is damaged: {error}") from error
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
         raise ModelError(
-            f"model {name}: its weights are pickled, which can run any code; convert them to safetensors first"
+            f"model {name}: the weights are pickled, and loading them can run any code; convert them to safetensors"
         )
-    raise ModelError(f"model {name}: the folder holds no weights ({WEIGHTS} or {INDEX})")
+    raise ModelError(f"model {name}: the folder has no weights ({WEIGHTS} or {INDEX})")
 
 
 def _call(path: Path | str, loader: Callable[[], T], what: str = "model") -> T:
     try:
         return loader()
     except BaseException as error:
-        # What transformers raises on a damaged checkpoint can be anything.
+        # transformers can raise anything on a damaged checkpoint.
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
-            text = "it brings code of its own, and code that comes with a model is not run"
+            text = "it needs its own code, and flapkit does not run code that comes with a model"
         elif not isinstance(error, (OSError, ValueError)):
             text = f"{type(error).__name__}: {text}"
         raise ModelError(f"{what} {path}: cannot be loaded: {text}") from error

@@ -1,4 +1,4 @@
-"""Put a pruned checkpoint on the Hugging Face hub."""
+"""Upload a pruned checkpoint to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def push(
     message: str = "Upload a model that flapkit pruned",
     exports: bool = False,
 ) -> str:
-    """Upload a checkpoint's folder, as ``huggingface_hub`` is logged in.
+    """Upload a checkpoint's folder, with the login of ``huggingface_hub``.
 
     Args:
         checkpoint: a folder that flapkit wrote.
-        repo: the repository, ``owner/name``; made if it is not there.
-        private: make it a private one.
-        revision: branch to write to; the main one if not given.
-        message: the commit's.
+        repo: the repository, ``owner/name``; created if it does not exist.
+        private: create a private repository.
+        revision: branch to write to; by default ``main``.
+        message: the commit message.
         exports: upload the folder ``exports`` as well.
 
     Returns:
-        The commit's address.
+        The commit's URL.
 
     Raises:
-        ModelError: the folder is no checkpoint of flapkit's.
-        InputError: the repository's name is none, or nobody is logged in.
+        ModelError: flapkit did not write the folder.
+        InputError: the repository's name is invalid, or there is no login.
         RunError: the hub refuses, or cannot be reached.
     """
     folder = Path(checkpoint)
     if not (folder / MARK).is_file():
-        raise ModelError(f"{folder}: holds no {MARK}: flapkit did not write it")
+        raise ModelError(f"{folder}: {MARK} is missing; flapkit did not write this folder")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
             revision=revision,
@@ -54,7 +54,7 @@ def push(
     except HFValidationError as error:
         raise InputError(f"push {repo}: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise InputError(f"push {repo}: nobody is logged in; `hf auth login` first") from error
+        raise InputError(f"push {repo}: not logged in; run `hf auth login` first") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise RunError(f"push {repo}: {error}") from error
-    return str(done.commit_url)
+    return str(commit.commit_url)

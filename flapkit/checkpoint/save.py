@@ -1,4 +1,4 @@
-"""Save a pruned model: a folder that transformers loads, and that says what made it."""
+"""Save a pruned model as a folder that transformers loads, with the metadata of how it was made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flapkit.system.workdir import WorkDir
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
 TEXTS = ("result.json", "recipe.yaml")
-"""The files that a model card quotes."""
+"""The files that the model card quotes."""
 
 log = logging.getLogger(__name__)
 
@@ -41,39 +41,39 @@ def save(
     overwrite: bool = False,
     work: WorkDir | None = None,
 ) -> None:
-    """Save a pruned model as a folder, which appears when it is complete and not before.
+    """Save a pruned model as a folder, which appears only when it is complete.
 
-    It holds safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
+    It contains safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
     ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model) and
-    ``flapkit.json`` (versions, and the metadata given). Nothing in it is pickled.
+    ``flapkit.json`` (versions and metadata). Nothing is pickled.
 
     Args:
         model: a model that flapkit pruned.
         path: the folder to write.
-        plan: the plan that was carried out.
-        tokenizer: goes along, if given.
-        metadata: what made the model, for ``flapkit.json``; anything that JSON holds.
-        files: name -> content of more files for the folder; a name may lead into a folder below.
-        max_shard_size: weights beyond this size are split over several files.
-        weights: safetensors files that hold the model's weights already, and are linked into the folder, or moved
-            where the file system knows no links; the model itself then needs none.
+        plan: the plan that was applied.
+        tokenizer: saved with the model, if given.
+        metadata: how the model was made, for ``flapkit.json``; JSON data.
+        files: name -> content of additional files; a name may contain subfolders.
+        max_shard_size: maximum size of a weight file; larger models are split over several.
+        weights: safetensors files with the model's weights. They are hard-linked into the folder, or moved if the file
+            system has no hard links; the model itself may then be empty.
         overwrite: replace a folder that flapkit wrote.
-        work: the folder's work folder, where it is held already (``flapkit.system.workdir``).
+        work: the folder's work folder, if it is already open (``flapkit.system.workdir``).
 
     Raises:
-        ModelError: flapkit has no class to load models of this family by.
+        ModelError: flapkit has no classes to load such a model.
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
-        settle_generation_(model)
+        fix_generation_config_(model)
         if weights:
             _take_weights(model, weights, folder)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, folder)
-        (folder / classes.file).write_text(classes.code(model.config.flapkit["blocks"]), encoding="utf-8")
+        (folder / classes.file).write_text(classes.source, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -82,22 +82,22 @@ def save(
             path = within(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        made = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
-        made |= metadata or {}
-        (folder / MARK).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        record = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
+        record |= metadata or {}
+        (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def bytes_of(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's weights; tied ones count once."""
+    """Return the bytes of a model's weights; tied weights count once."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:
-    """Do what ``save_pretrained`` does, with weights that are written already."""
+    """Do what ``save_pretrained`` does, with weight files that exist already."""
     taken = [folder / file.name for file in weights]
     for file, place in zip(weights, taken, strict=True):
         try:
-            # If the folder is never finished, the file is still where it was.
+            # A link, so that the file stays in place if the folder is never finished.
             place.hardlink_to(file)
         except OSError:
             file.rename(place)
@@ -115,34 +115,34 @@ def _card(name: str, model: PreTrainedModel, metadata: Mapping[str, Any], files:
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:
-    """Return the classes that a pruned model is loaded by.
+    """Return the classes that load a pruned model.
 
     Raises:
-        ModelError: there are none, or the model was not pruned by flapkit.
+        ModelError: there are no such classes, or flapkit did not prune the model.
     """
     classes = pruned_classes(model.config.model_type)
     if classes is None or not isinstance(model.config, classes.config):
         raise ModelError(
-            f"this {type(model).__name__} does not say which of its layers differ: it was not pruned by flapkit, or by "
-            "an adapter whose sites come from no declaration; use its own save_pretrained"
+            f"the configuration of this {type(model).__name__} has no sizes per layer: flapkit did not prune it, or "
+            "the adapter has no declaration; use the model's own save_pretrained"
         )
     return classes
 
 
-def settle_generation_(model: PreTrainedModel) -> None:
-    """Turn sampling on where the generation settings need it: transformers refuses to save them otherwise."""
+def fix_generation_config_(model: PreTrainedModel) -> None:
+    """Set ``do_sample`` if the generation settings have sampling options; transformers does not save them otherwise."""
     settings = model.generation_config
     if settings is None:
         return
     try:
         settings.validate(strict=True)
     except ValueError:
-        log.warning("generation_config: sampling options without do_sample; do_sample is set, so that it can be saved")
+        log.warning("generation_config: do_sample is now set, since sampling options cannot be saved without it")
         settings.do_sample = True
 
 
 def _write_config(classes: PrunedClasses, folder: Path) -> None:
-    """Write the configuration again with what only a checkpoint says: its class, and where its code is."""
+    """Add the entries that only a checkpoint has to the configuration: its class and its modeling file."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"architectures": [classes.causal_lm.__name__], "auto_map": classes.auto_map}

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, each read when it is asked for, and tensors written whole or not at all."""
+"""Read a checkpoint's tensors on demand, and write safetensors files atomically."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from flapkit.model.soundness import check_finite
 from flapkit.system.workdir import disk_error
 
 INDEX = "model.safetensors.index.json"
-"""The file that says which of several files holds which tensor."""
+"""The file that maps tensors to weight files."""
 
 PARTIAL = ".partial"
-"""How a file is called that is not whole yet."""
+"""Suffix of an incomplete file."""
 
 
 class Weights(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, each read when it is asked for, and memory-mapped.
+    """A checkpoint's tensors by name, memory-mapped on demand.
 
     Args:
-        files: name of a tensor -> the safetensors file that holds it.
-        model: what the model is called whose weights they are: each is then checked to be finite as it is read.
+        files: name of a tensor -> its safetensors file.
+        model: the model's name for error messages; if given, every tensor is checked to be finite when it is read.
     """
 
     def __init__(self, files: Mapping[str, Path], model: str = "") -> None:
@@ -38,21 +38,21 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, files: Iterable[Path], model: str = "") -> Weights:
-        """Find the tensors of some safetensors files."""
+        """Open the tensors of some safetensors files."""
         return cls({name: file for file in files for name in _names(file)}, model)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read([name])[name]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read several tensors, mapping each file once; it stays mapped for as long as one of its tensors lives."""
-        of_file: dict[Path, list[str]] = {}
+        """Read several tensors, mapping each file once; it stays mapped while one of its tensors is in use."""
+        by_file: dict[Path, list[str]] = {}
         for name in names:
-            of_file.setdefault(self._files[name], []).append(name)
+            by_file.setdefault(self._files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for path, held in of_file.items():
+        for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in held}
+                tensors |= {name: file.get_tensor(name) for name in members}
         if self._model:
             for name, tensor in tensors.items():
                 check_finite(f"model {self._model}: {name}", tensor)
@@ -68,7 +68,7 @@ class Weights(Mapping[str, Tensor]):
         return name in self._files
 
     def index(self) -> str:
-        """Write which file holds which tensor, as ``model.safetensors.index.json`` says it."""
+        """Return the content of ``model.safetensors.index.json``."""
         size = sum(self[name].nbytes for name in self)
         names = {name: file.name for name, file in sorted(self._files.items())}
         return json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
@@ -80,18 +80,18 @@ def _names(file: Path) -> list[str]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read what a safetensors file says of itself."""
+    """Read a safetensors file's metadata."""
     with safe_open(file, framework="pt") as tensors:
         return dict(tensors.metadata() or {})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name beside its own, and rename it when all is on the disk.
+    """Write a safetensors file under a temporary name, and rename it when it is on the disk.
 
     Args:
-        path: the file to write; its folder is made.
-        tensors: by name; of any device.
-        metadata: what the file says of itself.
+        path: the file to write; its folder is created.
+        tensors: tensors by name, on any device.
+        metadata: the file's metadata.
 
     Raises:
         OutputError: the file cannot be written.
@@ -107,11 +107,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=PARTIAL, dir=path.parent)
     temporary = Path(name)
     try:
-        # As long as this process lives; ``remove_abandoned`` goes by it.
+        # Locked while this process lives: ``remove_abandoned`` removes unlocked files only.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, temporary, metadata=dict(metadata))
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, temporary, metadata=dict(metadata))
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -121,7 +121,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what ``write_tensors`` had half-written in a folder when its process died."""
+    """Remove incomplete files of ``write_tensors`` whose process has died."""
     for partial in folder.glob(f".*{PARTIAL}"):
         with suppress(OSError), partial.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +129,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by what stands before the last slash of their names."""
+    """Group tensors by the part of their names before the last slash."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         group, _, leaf = name.rpartition("/")

@@ -1,7 +1,16 @@
-"""What a pruned model is worth: perplexity."""
+"""Evaluation of models in memory: perplexity, zero-shot tasks, generated samples, and speed.
 
-from __future__ import annotations
+Nothing here loads models or reads recipes. Every result carries what is needed to compare it with another: the
+protocol, a hash of the text, the number of items.
 
-from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
-
-__all__ = ["Perplexity", "PerplexityValues", "cross_entropy"]
+- ``perplexity``: cross-entropy and perplexity as a torchmetrics metric.
+- ``protocol``: how a perplexity was measured; bits per byte.
+- ``batch_size``: choose a batch size, and halve it when memory runs out.
+- ``zero_shot``: load tasks, and arrange the scores of several models.
+- ``harness``: run lm-eval on a model.
+- ``local_tasks``: the seven tasks of FLAP's paper from local files.
+- ``scores``: the scores of a task.
+- ``significance``: McNemar's test of two models on the same items.
+- ``samples``: continue prompts.
+- ``speed``: latency, throughput, memory and multiply-accumulates.
+"""

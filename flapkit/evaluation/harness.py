@@ -1,4 +1,4 @@
-"""lm-eval around a model in memory. Imports lm-eval, which takes seconds: import this module where it is needed."""
+"""Run lm-eval on a model in memory. Importing lm-eval takes seconds: import this module only where it is used."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from flapkit.evaluation.scores import BatchSize, Score, TaskScores
 from flapkit.system.errors import DataError, RunError, did_you_mean
 
 FEW_SHOT_SEED = 1234
-"""Seed of lm-eval's drawing of solved examples; its own default."""
+"""Seed for drawing few-shot examples; lm-eval's default."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Harness:
-    """Tasks that are ready to be asked, as often as there are models.
+    """Loaded tasks, to score any number of models on.
 
     Args:
         tasks: name -> lm-eval's task.
         sources: name -> the local file of its rows, or lm-eval's own dataset.
-        limit: items of each task; None for all.
-        batch_size: requests at once; ``auto`` finds it.
+        limit: items per task; None for all.
+        batch_size: requests per batch, or ``auto``.
     """
 
     tasks: Mapping[str, Any]
@@ -50,10 +50,10 @@ class Harness:
     def load(
         cls, names: Sequence[str], local: Mapping[str, LocalTask], limit: int | None, batch_size: BatchSize
     ) -> Harness:
-        """Load tasks: those of ``local`` from their files, the others as lm-eval does.
+        """Load tasks: those of ``local`` from their files, the others through lm-eval.
 
         Raises:
-            DataError: a task is unknown, or its rows cannot be had.
+            DataError: a task is unknown, or its rows cannot be loaded.
         """
         tasks: dict[str, Any] = {}
         with _quiet():
@@ -69,7 +69,7 @@ class Harness:
 
     @property
     def items(self) -> int:
-        """How many items are asked in all."""
+        """Number of items of all tasks."""
         return sum(self._items(name) for name in self.tasks)
 
     def evaluate(
@@ -78,110 +78,114 @@ class Harness:
         tokenizer: PreTrainedTokenizerBase,
         advance: Callable[[int], None] = lambda _: None,
     ) -> dict[str, TaskScores]:
-        """Score a model on every task, one after another.
+        """Score a model on every task.
 
         Args:
-            model: where it is, in evaluation mode.
-            tokenizer: the model's.
-            advance: called with how many more items are done.
+            model: the model, on its device and in evaluation mode.
+            tokenizer: the model's tokenizer.
+            advance: called with the number of further items done.
 
         Raises:
             RunError: the model, or lm-eval, fails on a task.
         """
-        # A copy: lm-eval gives tokenizers a padding token, which a checkpoint must not inherit.
+        # A copy: lm-eval adds a padding token to the tokenizer, which must not be saved with a checkpoint.
         with _quiet():
-            harnessed = _Model(model, copy.deepcopy(tokenizer), self.batch_size)
-            return {name: self._score(name, harnessed, advance) for name in self.tasks}
+            wrapper = _Model(model, copy.deepcopy(tokenizer), self.batch_size)
+            return {name: self._score(name, wrapper, advance) for name in self.tasks}
 
     def _items(self, name: str) -> int:
         return min(len(self.tasks[name].eval_docs), self.limit or sys.maxsize)
 
     def _score(self, name: str, model: _Model, advance: Callable[[int], None]) -> TaskScores:
-        model.begin(_Share(self._items(name), advance))
+        model.begin(_ItemProgress(self._items(name), advance))
         try:
-            found: Any = evaluate(lm=model, task_dict={"tasks": {name: self.tasks[name]}}, limit=self.limit)
+            results: Any = evaluate(lm=model, task_dict={"tasks": {name: self.tasks[name]}}, limit=self.limit)
         except (ValueError, RuntimeError, AssertionError) as error:
             raise RunError(f"zero-shot task {name}: {error or type(error).__name__}") from error
         if model.truncated:
             log.warning(
-                "zero-shot: %s: %d requests are longer than the model's context of %d tokens and lose their beginning",
+                "zero-shot: %s: %d requests exceed the model's context of %d tokens; their beginning is cut off",
                 name,
                 model.truncated,
                 model.max_length,
             )
-        model.share.finish()
-        samples = found["samples"][name]
+        model.progress.finish()
+        samples = results["samples"][name]
         return TaskScores(
             source=self.sources[name],
             items=len({sample["doc_id"] for sample in samples}),
             sha256=_hash(samples),
-            few_shot=int(found["n-shot"][name]),
+            few_shot=int(results["n-shot"][name]),
             truncated=model.truncated,
-            scores=_scores(found["results"][name], samples),
+            scores=_scores(results["results"][name], samples),
         )
 
 
-class _Share:
-    """Tells how many items are done, by the requests that are answered: an item is a few, and some are answered as one.
+class _ItemProgress:
+    """Estimates the items done from the requests answered; an item has several requests, and some share a forward pass.
 
     Args:
         items: items of the task.
-        advance: called with how many more are done.
+        advance: called with the number of further items done.
     """
 
     def __init__(self, items: int, advance: Callable[[int], None]) -> None:
         self._items = items
         self._advance = advance
-        self._answered = self._told = 0
+        self._answered = self._reported = 0
         self.requests = 0
 
     def answered(self, requests: int) -> None:
-        """Take in that so many more requests are answered."""
+        """Count further requests as answered."""
         self._answered += requests
-        self._tell(self._items * min(self._answered, self.requests) // max(1, self.requests))
+        self._report(self._items * min(self._answered, self.requests) // max(1, self.requests))
 
     def finish(self) -> None:
-        """Tell of what is left."""
-        self._tell(self._items)
+        """Report the remaining items."""
+        self._report(self._items)
 
-    def _tell(self, done: int) -> None:
-        if done > self._told:
-            self._advance(done - self._told)
-            self._told = done
+    def _report(self, done: int) -> None:
+        if done > self._reported:
+            self._advance(done - self._reported)
+            self._reported = done
 
 
 class _Model(HFLM):  # type: ignore[misc, unused-ignore]
-    """lm-eval's own model class, with our batch size, and with a count of what does not fit the context."""
+    """lm-eval's model class with flapkit's batch size, and a count of requests longer than the context."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: BatchSize) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
-        self._asked = batch_size
-        self.begin(_Share(0, lambda _: None))
+        self._chosen_batch_size = batch_size
+        self.begin(_ItemProgress(0, lambda _: None))
         self.batch_size_per_gpu = self._first_size(self.max_length)
 
-    def begin(self, share: _Share) -> None:
-        """Begin a task."""
+    def begin(self, progress: _ItemProgress) -> None:
+        """Start a task."""
         self.truncated = 0
-        self.share = share
+        self.progress = progress
 
     def _first_size(self, longest: int) -> int:
-        return first_batch_size(self.model, longest, self.device) if self._asked == "auto" else self._asked
+        return (
+            first_batch_size(self.model, longest, self.device)
+            if self._chosen_batch_size == "auto"
+            else self._chosen_batch_size
+        )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Score continuations, without lm-eval's bar."""
+        """Score continuations, without lm-eval's progress bar."""
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, *args, **kwargs)
-        self.share.answered(len(inps))
+        self.progress.answered(len(inps))
         return logits
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
-        self.share.requests += len(requests)
+        self.progress.requests += len(requests)
         self.truncated += sum(length > self.max_length + 1 for length in lengths)
         score: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
 
@@ -194,11 +198,11 @@ class _Model(HFLM):  # type: ignore[misc, unused-ignore]
 
 
 def _official(names: Sequence[str]) -> dict[str, Any]:
-    """Load tasks of lm-eval's own, by name."""
+    """Load lm-eval's own tasks by name."""
     if not names:
         return {}
     manager = TaskManager()
-    # lm-eval would take a path for an unregistered name, and a task's file can run code.
+    # lm-eval would read an unknown name as a path, and a task's file can run code.
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise DataError(f"zero_shot.tasks: lm-eval has no task {unknown[0]!r}{_suggestion(unknown[0], manager)}")
@@ -206,14 +210,14 @@ def _official(names: Sequence[str]) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load(list(names))["tasks"]
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise DataError(
-            f"zero_shot.tasks: {', '.join(names)}: cannot be loaded: {str(error).splitlines()[0]}; where there is no "
-            "network, give the seven tasks of FLAP's paper as files in `data_dir`"
+            f"zero_shot.tasks: {', '.join(names)}: cannot be loaded: {str(error).splitlines()[0]}; without a network, "
+            "use the seven tasks of FLAP's paper from files in `data_dir`"
         ) from error
     return loaded
 
 
 def _suggestion(name: str, manager: Any) -> str:
-    # lm-eval knows thousands of tasks: the close one is said, the list is not.
+    # lm-eval has thousands of tasks: suggest the closest one only.
     return did_you_mean(name, manager.all_tasks).partition(" (known:")[0] + "; `lm-eval ls tasks` lists them all"
 
 
@@ -223,7 +227,7 @@ def _dataset_of(task: Any) -> str:
 
 
 def _scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-    """Read lm-eval's ``metric,filter`` and ``metric_stderr,filter`` keys; its usual filter is called ``none``."""
+    """Read lm-eval's ``metric,filter`` and ``metric_stderr,filter`` keys; the default filter is called ``none``."""
     scores = {}
     for key, value in results.items():
         metric, _, kind = key.partition(",")
@@ -240,7 +244,7 @@ def _scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
 
 
 def _hash(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Hash the texts that are scored and the right answers, in order."""
+    """Hash the scored texts and the correct answers, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps([sample["arguments"], sample["target"]], default=str).encode())
@@ -249,10 +253,10 @@ def _hash(samples: Sequence[Mapping[str, Any]]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's advice and bars to itself: it has no switch for the bar over a task's items."""
+    """Silence lm-eval's log and progress bars; it has no option for the bar over a task's items."""
     logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
     level = logger.level
-    plain: Callable[..., Any] = lambda rows, **_: rows  # noqa: E731 - it stands in for a class
+    plain: Callable[..., Any] = lambda rows, **_: rows  # noqa: E731 - it replaces a class
     logger.setLevel(logging.ERROR)
     setattr(lm_eval.api.task, "tqdm", plain)  # noqa: B010 - typed as a class
     try:

@@ -1,4 +1,4 @@
-"""The seven tasks of FLAP's paper from local files, for machines without a network."""
+"""Load the seven tasks of FLAP's paper from local files, for machines without a network."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from flapkit.system.errors import DataError, did_you_mean
 from flapkit.system.json_files import parse_json
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The tasks by lm-eval's names; each has a YAML file in ``tasks/`` that says how a row becomes a prompt."""
+"""The tasks by lm-eval's names; a YAML file in ``tasks/`` defines each task's prompt."""
 
 _FOLDER = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalTask:
-    """A task whose rows lie in a local file.
+    """A task with its rows in a local file.
 
     Args:
         name: lm-eval's name of the task.
-        path: a .jsonl file of its rows.
+        path: the .jsonl file of its rows.
     """
 
     name: str
     path: Path
 
     def config(self) -> dict[str, Any]:
-        """Return lm-eval's configuration of the task, rows included.
+        """Return lm-eval's configuration of the task, with the rows.
 
         Raises:
-            DataError: the file cannot be read, or a row is not as the task needs it.
+            DataError: the file cannot be read, or a row has the wrong form.
         """
         config: dict[str, Any] = yaml.safe_load((_FOLDER / f"{self.name}.yaml").read_text(encoding="utf-8"))
         rows = self.rows()
@@ -44,7 +44,7 @@ class LocalTask:
         """Read the rows.
 
         Raises:
-            DataError: the file cannot be read, or a row is not as the task needs it.
+            DataError: the file cannot be read, or a row has the wrong form.
         """
         try:
             lines = self.path.read_text(encoding="utf-8-sig").split("\n")
@@ -52,33 +52,33 @@ class LocalTask:
             raise DataError(f"{self.path}: cannot be read: {error}") from error
         rows = [_row(line, f"{self.path}:{number}", self.name) for number, line in enumerate(lines, 1) if line.strip()]
         if not rows:
-            raise DataError(f"{self.path}: there is no row in it")
+            raise DataError(f"{self.path}: the file has no rows")
         return rows
 
 
 def find_task(name: str, folder: Path) -> LocalTask:
-    """Find a task's file: the .jsonl whose name begins with the task's, whatever the underscores.
+    """Find a task's file: the .jsonl whose name starts with the task's name, ignoring underscores, hyphens and case.
 
     Raises:
         DataError: there is no such file, or more than one.
     """
     if not folder.is_dir():
-        raise DataError(f"zero_shot.data_dir: {folder}: there is no such folder")
+        raise DataError(f"zero_shot.data_dir: {folder}: folder not found")
     files = sorted(folder.glob("*.jsonl"))
-    found = [path for path in files if _plain(path.stem).startswith(_plain(name))]
-    if not found:
+    matching = [path for path in files if _normalised(path.stem).startswith(_normalised(name))]
+    if not matching:
         known = [path.name for path in files]
         raise DataError(
-            f"{folder}: no file for task {name!r}{did_you_mean(f'{name}.jsonl', known)}; call it {name}.jsonl, or "
-            "leave `data_dir` out to have lm-eval fetch the official rows"
+            f"{folder}: no file for task {name!r}{did_you_mean(f'{name}.jsonl', known)}; name it {name}.jsonl, or "
+            "omit `data_dir` to let lm-eval download the official rows"
         )
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder}: {names} all begin with {name!r}; keep one of them there")
-    return LocalTask(name, found[0])
+    if len(matching) > 1:
+        names = ", ".join(path.name for path in matching)
+        raise DataError(f"{folder}: {names} all start with {name!r}; keep only one of them")
+    return LocalTask(name, matching[0])
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
@@ -88,7 +88,7 @@ def _row(line: str, where: str, task: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
     text, options = ("continuation", "context_options") if task == "winogrande" else ("query", "choices")
-    expected = f"expected {{{text}: text, {options}: list of texts, gold: index of the right one}}"
+    expected = f"expected {{{text}: text, {options}: list of texts, gold: index of the correct one}}"
     if not isinstance(row, Mapping) or not isinstance(row.get(text), str) or not _are_texts(row.get(options)):
         raise DataError(f"{where}: {expected}")
     gold = row.get("gold")

@@ -1,4 +1,4 @@
-"""Perplexity: cross-entropy window by window, and its two means."""
+"""Perplexity: cross-entropy per window, and its mean over windows or over tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from flapkit.system.errors import RunError
 from flapkit.text.windows import UNSCORED
 
 CHUNK_ELEMENTS = 2**24
-"""Logits that are converted to float32 at once: 64 MiB."""
+"""Number of logits converted to float32 at once: 64 MiB."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the cross-entropy of each window's scored tokens, each predicted from the logits one place before it.
+    """Sum the cross-entropy of each window's scored tokens, predicted from the logits one position earlier.
 
     Args:
-        logits: [windows, tokens, vocabulary], any floating dtype; converted to float32 piece by piece.
-        labels: [windows, tokens]: the token itself where it is scored, else -100. The first is never scored.
+        logits: [windows, tokens, vocabulary], any floating dtype; converted to float32 in chunks.
+        labels: [windows, tokens]: the token if it is scored, else -100. The first token is never scored.
 
     Returns:
-        The sums in nats, float32 [windows], and how many tokens were scored, int64 [windows].
+        The sums in nats, float32 [windows], and the number of scored tokens, int64 [windows].
     """
     windows, tokens, vocabulary = logits.shape
     targets = torch.full_like(labels, UNSCORED)
@@ -38,7 +38,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PerplexityValues(NamedTuple):
-    """Perplexity by either mean of the cross-entropy; the two agree where all windows score as many tokens.
+    """Perplexity by both means of the cross-entropy; they are equal if all windows score the same number of tokens.
 
     Args:
         over_windows: exp of the mean over windows of each window's mean, float64 []: the released code's protocol.
@@ -54,7 +54,7 @@ class PerplexityValues(NamedTuple):
 class Perplexity(Metric):
     """Perplexity over windows and over tokens, summed in float64.
 
-    A loss that is not finite makes both values infinite or NaN; ``is_finite`` tells so at once.
+    A loss that is not finite makes both values infinite or NaN; ``is_finite`` returns this at any time.
     """
 
     full_state_update = False
@@ -75,11 +75,11 @@ class Perplexity(Metric):
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, targets: Tensor) -> None:
-        """Take in windows; one that scores no token counts for nothing.
+        """Add windows; those without scored tokens are ignored.
 
         Args:
-            nll: each window's summed cross-entropy in nats [windows].
-            targets: how many tokens each window scores [windows].
+            nll: summed cross-entropy of each window in nats [windows].
+            targets: number of scored tokens of each window [windows].
         """
         scored = targets > 0
         nll, targets = nll[scored].double(), targets[scored]
@@ -95,7 +95,7 @@ class Perplexity(Metric):
             RunError: no token was scored.
         """
         if not self.targets:
-            raise RunError("perplexity: no token was scored; the evaluation saw no text")
+            raise RunError("perplexity: no token was scored; check that the evaluation text is not empty")
         return PerplexityValues(
             over_windows=(self.window_means / self.windows).exp(),
             over_tokens=(self.nll / self.targets).exp(),
@@ -103,10 +103,10 @@ class Perplexity(Metric):
         )
 
     def is_finite(self) -> bool:
-        """Tell whether every loss that was taken in so far was finite."""
+        """Return whether all losses so far were finite."""
         return bool(torch.isfinite(self.nll))
 
     def check(self, name: str) -> None:
-        """Raise ``RunError``, which names the text, if a loss that was taken in was not finite."""
+        """Raise ``RunError``, naming the text, if a loss was not finite."""
         if not self.is_finite():
             raise RunError(f"perplexity of {name}: the loss is not finite")

@@ -1,4 +1,4 @@
-"""How a perplexity was measured: what has to agree before two numbers can be compared."""
+"""The protocol of a perplexity: what must be equal before two perplexities can be compared."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Protocol:
     """How the perplexity of a text was measured.
 
     Args:
-        length: tokens in a window.
-        stride: tokens from one window's beginning to the next's; None where windows do not overlap.
+        length: tokens per window.
+        stride: tokens from the start of one window to the next; None if windows do not overlap.
         mean: over ``windows`` (FLAP's released code) or over ``tokens`` (strided).
-        windows: how many were measured.
-        bos: whether the text begins with the tokenizer's start token; no window gets one of its own.
-        tokens: how many were scored.
-        bytes: UTF-8 bytes of the text that the scored tokens stand for; None where the tokenizer does not say.
+        windows: number of windows.
+        bos: whether the text starts with the tokenizer's BOS token; it is not added to every window.
+        tokens: number of scored tokens.
+        bytes: UTF-8 bytes of the scored text; None if the tokenizer gives no offsets.
         tokens_sha256: hash of the windows, [windows, length].
     """
 
@@ -43,14 +43,14 @@ class Protocol:
 def cut_text(
     text: Encoded, length: int, stride: int | None = None, limit: int | None = None, bos: int | None = None
 ) -> tuple[Windows, Protocol]:
-    """Cut a text into windows, and say how it is measured.
+    """Cut a text into windows, and describe the protocol.
 
     Args:
         text: the whole text.
-        length: tokens in a window.
-        stride: tokens from one window's beginning to the next's.
-        limit: windows at most.
-        bos: the tokenizer's start token, if it has one.
+        length: tokens per window.
+        stride: tokens from the start of one window to the next.
+        limit: maximum number of windows.
+        bos: the tokenizer's BOS token, if it has one.
 
     Raises:
         DataError: the text is shorter than a window.
@@ -74,19 +74,19 @@ def _scored_bytes(
 ) -> int | None:
     if sizes is None:
         return None
-    # Cut as the tokens were, so that each size lies where its token does.
+    # Cut like the tokens, so that sizes and tokens have the same positions.
     return int(cut_windows(sizes, length, stride, limit).input_ids[scored].sum())
 
 
 def perplexity(values: PerplexityValues, protocol: Protocol) -> float:
-    """Return the perplexity by the mean that the protocol names."""
+    """Return the perplexity by the protocol's mean."""
     return float(values.over_windows if protocol.mean == "windows" else values.over_tokens)
 
 
 def bits_per_byte(values: PerplexityValues, protocol: Protocol) -> float | None:
-    """Return the cross-entropy in bits for each byte of scored text, which other tokenizers' can be compared with.
+    """Return the cross-entropy in bits per byte of scored text, which is comparable between tokenizers.
 
-    None where the tokenizer does not say which text its tokens stand for, or where that text is empty.
+    None if the tokenizer gives no offsets, or the scored text is empty.
     """
     if not protocol.bytes:
         return None
@@ -95,13 +95,13 @@ def bits_per_byte(values: PerplexityValues, protocol: Protocol) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """Windows to measure the perplexity of, and how.
+    """A text to measure the perplexity of, with its protocol.
 
     Args:
         windows: the text.
         protocol: how it is measured.
-        batch_size: windows that go through the model at once; ``auto`` for as many as fit.
-        overlap: what it shares with the calibration text; None where there is no calibration.
+        batch_size: windows per batch; ``auto`` for as many as fit.
+        overlap: its overlap with the calibration text; None if there is no calibration.
     """
 
     windows: Windows
@@ -115,10 +115,10 @@ class MeasuredPerplexity:
     """A model's perplexity of one text.
 
     Args:
-        text: the text, and how it was measured.
-        perplexity: by the mean that the text's protocol names.
-        bits_per_byte: cross-entropy for each byte of scored text; None where the tokenizer does not say which bytes.
-        batch_size: windows that went through the model at once.
+        text: the text, with its protocol.
+        perplexity: perplexity by the protocol's mean.
+        bits_per_byte: cross-entropy in bits per byte of scored text; None if the tokenizer gives no offsets.
+        batch_size: windows per batch.
     """
 
     text: EvaluationText

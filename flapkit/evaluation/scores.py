@@ -14,9 +14,9 @@ class Score:
     """One metric of a task.
 
     Args:
-        value: as lm-eval aggregates it.
-        stderr: its standard error; None where lm-eval gives none.
-        items: the metric of each item, in the task's order; empty where an item's is no number.
+        value: lm-eval's aggregate.
+        stderr: its standard error; None if lm-eval gives none.
+        items: the metric of each item, in the task's order; empty if an item's value is not a number.
     """
 
     value: float
@@ -30,10 +30,10 @@ class TaskScores:
 
     Args:
         source: the local file of its rows, or lm-eval's own dataset.
-        items: questions that were asked.
-        sha256: hash of every text that was scored and of the right answers: equal where the questions are.
-        few_shot: solved examples in front of each question.
-        truncated: requests that lost their beginning since they are longer than the model's context.
+        items: number of items.
+        sha256: hash of all scored texts and correct answers; equal if the items are equal.
+        few_shot: number of few-shot examples.
+        truncated: number of requests longer than the model's context, whose beginning was cut off.
         scores: metric -> score.
     """
 

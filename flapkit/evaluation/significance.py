@@ -1,4 +1,4 @@
-"""Whether two models' answers to the same questions differ by more than chance."""
+"""Test whether the accuracies of two models on the same items differ by more than chance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Paired:
     """Two models on the same items.
 
     Args:
-        difference: the second model's accuracy less the first's.
+        difference: the second model's accuracy minus the first's.
         stderr: standard error of the difference of paired proportions.
-        only_first: items that only the first model has right.
-        only_second: items that only the second has right.
-        p_value: of McNemar's exact test, two-sided: how likely so uneven a split is if both are equally good.
+        only_first: items that only the first model answers correctly.
+        only_second: items that only the second model answers correctly.
+        p_value: of McNemar's exact test, two-sided.
     """
 
     difference: float
@@ -30,20 +30,20 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compare two models item by item.
 
     McNemar, "Note on the sampling error of the difference between correlated proportions" (1947), in its exact form:
-    the items that only one model has right are fair coin tosses if the models are equally good.
+    under the null hypothesis, an item that only one model answers correctly is equally likely to be either's.
 
     Args:
-        first: 1 for each item that the first model has right, else 0.
-        second: the same of the second model, in the same order.
+        first: 1 for each item that the first model answers correctly, else 0.
+        second: the same for the second model, in the same order.
 
     Raises:
-        ValueError: there is no item, or the models did not see the same ones.
+        ValueError: there are no items, or the numbers of items differ.
     """
     from scipy.stats import binomtest
 
     items = len(first)
     if not items or items != len(second):
-        raise ValueError(f"expected the same items of both models, found {items} and {len(second)}")
+        raise ValueError(f"expected the same items for both models, found {items} and {len(second)}")
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(b > a for a, b in zip(first, second, strict=True))
     uneven, difference = only_first + only_second, only_second - only_first

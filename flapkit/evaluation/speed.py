@@ -1,7 +1,7 @@
-"""How fast models are and what memory they take, measured side by side in one process.
+"""Measure the speed and the memory of several models in one process.
 
-A machine's speed drifts: it warms up, and others use it. Models are therefore timed in turns, A B A B, so that whatever
-slows one down slows the other as well, and medians are compared.
+A machine's speed drifts with temperature and load. Models are therefore timed in turns, A B A B, so that a slowdown
+affects all of them, and medians are compared.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is timed: a prompt goes in, and tokens come out one after another.
+    """The workload to time: prefill of a prompt, then generation token by token.
 
     Args:
-        batch_size: prompts at once.
-        prompt: tokens of a prompt.
-        tokens: tokens that are then generated, greedily, without stopping at an end token.
-        repetitions: how often each model is timed.
-        warm_up: turns before, which do not count.
-        seed: of the prompt, whose tokens are random.
+        batch_size: prompts per batch.
+        prompt: tokens per prompt.
+        tokens: tokens to generate, greedily, without stopping at an end token.
+        repetitions: number of timed turns per model.
+        warm_up: number of untimed turns before.
+        seed: seed of the prompt's random tokens.
     """
 
     batch_size: int = 1
@@ -51,13 +51,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure that was measured several times.
+    """A quantity that was measured several times.
 
     Args:
-        median: the middle value.
+        median: the median.
         low: the lower quartile.
         high: the upper quartile.
-        values: all of them, in the order of the turns.
+        values: all values, in the order of the turns.
     """
 
     median: float
@@ -67,7 +67,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Sum up values; at least one."""
+        """Summarise values; at least one."""
         low, middle, high = (
             statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
         )
@@ -76,18 +76,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A model's figures.
+    """A model's speed and size.
 
     Args:
-        params: all its parameters.
-        read_params: those that every token is multiplied by: all but an embedding that is only looked up.
+        params: number of parameters.
+        read_params: number of parameters used for every token: all but an untied input embedding.
         weights: bytes of all parameters.
-        peak: bytes at the peak: the weights, and the most that one turn takes beside them; None where the system does
-            not tell.
-        prefill_macs: multiply-accumulates of one prompt, attention over the whole square included.
-        decode_macs: the same of one more token after the prompt.
-        prefill: prompt tokens a second.
-        decode: generated tokens a second.
+        peak: peak memory in bytes: weights plus working memory of a turn; None if the system does not report it.
+        prefill_macs: multiply-accumulates of a batch of prompts, with full (not causal) attention.
+        decode_macs: multiply-accumulates of one more token after the prompts.
+        prefill: prompt tokens per second.
+        decode: generated tokens per second.
         first_token: seconds from the prompt to the first token.
     """
 
@@ -117,17 +116,17 @@ def measure_speed(
 
     Args:
         models: name -> model, in evaluation mode, all on one device.
-        workload: what is timed.
-        compiled: run the models through torch.compile; compiling is part of the warm-up.
+        workload: the workload to time.
+        compiled: compile the models with torch.compile; compilation is part of the warm-up.
         tick: called after each turn, ``turns`` times.
 
     Raises:
-        InputError: a model whose context does not hold the prompt and the tokens.
+        InputError: prompt and generated tokens exceed a model's context.
     """
     for name, model in models.items():
         _check(name, model, workload)
     prompts = {name: _prompt(model, workload) for name, model in models.items()}
-    # Counted and weighed before they are compiled: neither sees into compiled code.
+    # Before compilation: the counters do not see into compiled code.
     macs = {name: _macs(model, prompts[name]) for name, model in models.items()}
     peaks = {name: _peak(model, prompts[name], workload.tokens) for name, model in models.items()}
     runs: dict[str, Any] = {name: torch.compile(m, dynamic=True) if compiled else m for name, m in models.items()}
@@ -137,17 +136,17 @@ def measure_speed(
             seconds = _run(runs[name], prompts[name], workload.tokens)
             tick()
             if turn >= workload.warm_up:
-                _note(times[name], seconds, workload)
+                _add_times(times[name], seconds, workload)
     return {name: _speed(model, macs[name], peaks[name], times[name]) for name, model in models.items()}
 
 
 def turns(models: int, workload: Workload) -> int:
-    """Count the turns of so many models, those of the warm-up included."""
+    """Return the number of turns for a number of models, with the warm-up."""
     return models * (workload.warm_up + workload.repetitions)
 
 
 def read_params(model: PreTrainedModel) -> int:
-    """Count the parameters that every token is multiplied by: all but an embedding that is only looked up."""
+    """Count the parameters used for every token: all but an untied input embedding, which is only looked up."""
     table: Any = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is table
@@ -160,7 +159,8 @@ def _check(name: str, model: PreTrainedModel, workload: Workload) -> None:
     needed = workload.prompt + workload.tokens
     if context is not None and needed > context:
         raise InputError(
-            f"{name}: {workload.prompt} tokens of prompt and {workload.tokens} more do not fit its context of {context}"
+            f"{name}: {workload.prompt} prompt tokens and {workload.tokens} generated ones exceed its context of "
+            f"{context}"
         )
 
 
@@ -171,7 +171,7 @@ def _prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
 
 
 def _prefill(model: Any, prompt: Tensor) -> Any:
-    # As generation does: only the last token's logits are needed.
+    # Like generation: compute only the last token's logits.
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     return model(prompt, use_cache=True, **last)
 
@@ -181,15 +181,15 @@ def _step(model: Any, token: Tensor, cache: Any) -> Any:
 
 
 def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
-    """Run once, and return the seconds of the prompt, up to the first token, and of the other tokens."""
+    """Run once, and return the seconds of the prefill, until the first token, and of the generation."""
     clock = _CudaClock() if prompt.is_cuda else _Clock()
-    began = time.perf_counter()
+    start = time.perf_counter()
     clock.mark()
     out = _prefill(model, prompt)
     clock.mark()
     token = out.logits[:, -1:].argmax(dim=-1)
     token.tolist()
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     clock.mark()
     for _ in range(tokens):
         out = _step(model, token, out.past_key_values)
@@ -200,7 +200,7 @@ def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
 
 
 class _Clock:
-    """Seconds between marks, by the processor's clock."""
+    """Seconds between marks, by the system's clock."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
@@ -213,7 +213,7 @@ class _Clock:
 
 
 class _CudaClock:
-    """Seconds between marks, by the GPU's own events; work that was queued before is waited for."""
+    """Seconds between marks, by CUDA events; earlier work is finished first."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
@@ -229,7 +229,7 @@ class _CudaClock:
         return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-def _note(times: _Times, seconds: tuple[float, float, float], workload: Workload) -> None:
+def _add_times(times: _Times, seconds: tuple[float, float, float], workload: Workload) -> None:
     prefill, first, decode = seconds
     times.prefill.append(workload.batch_size * workload.prompt / prefill)
     times.decode.append(workload.batch_size * workload.tokens / decode)
@@ -255,9 +255,9 @@ def _weights(model: PreTrainedModel) -> int:
 
 
 def _macs(model: PreTrainedModel, prompt: Tensor) -> tuple[int, int]:
-    """Count the multiply-accumulates of a prompt, and of the token after it, over the whole batch."""
+    """Count the multiply-accumulates of a prompt, and of the next token, over the whole batch."""
     counts = []
-    # The plain attention is made of products that the counter knows on every device.
+    # The math backend consists of matrix products, which the counter supports on every device.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             out = _prefill(model, prompt)
@@ -269,8 +269,8 @@ def _macs(model: PreTrainedModel, prompt: Tensor) -> tuple[int, int]:
 
 
 def _peak(model: PreTrainedModel, prompt: Tensor, tokens: int) -> int | None:
-    """Return the weights' bytes and the most that a turn takes beside them; None where the system does not say."""
-    # Once before, so that what only the first turn takes, such as code from the disk, is not counted.
+    """Return the peak memory of a turn in bytes, with the weights; None if the system does not report it."""
+    # A first turn, so that one-time costs such as loading code are not counted.
     _run(model, prompt, 1)
     if prompt.is_cuda:
         torch.cuda.synchronize()
@@ -283,12 +283,12 @@ def _peak(model: PreTrainedModel, prompt: Tensor, tokens: int) -> int | None:
 
 
 def _resident_growth(run: Callable[[], object]) -> int | None:
-    """Return by how many bytes the process grew at most while something ran; Linux alone tells."""
+    """Return the peak growth of the process in bytes during a call; None if not on Linux."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not status.is_file() or not os.access(reset, os.W_OK):
         return None
     gc.collect()
-    # What was freed but kept for later would hide what the run takes of it.
+    # Return free memory to the system; otherwise the run could use it without growing the process.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -20,98 +20,98 @@ from flapkit.evaluation.scores import BatchSize, Score, TaskScores
 def load_harness(
     tasks: Sequence[str], *, data_dir: Path | None = None, limit: int | None = None, batch_size: BatchSize = "auto"
 ) -> Harness:
-    """Load tasks and their rows, so that what is wrong with them is known before any model is loaded.
+    """Load tasks and their rows, so that errors in them appear before any model is loaded.
 
     Args:
         tasks: lm-eval's names of tasks and groups.
-        data_dir: a folder with a file for each of the seven tasks of ``TASKS`` that is asked for; other tasks, or all
-            of them where there is no folder, come as lm-eval fetches them.
-        limit: items of each task, from the first; all if not given.
-        batch_size: requests at once; ``auto`` finds it.
+        data_dir: a folder with a file for each selected task of ``TASKS``; lm-eval downloads other tasks, or all of
+            them without a folder.
+        limit: items per task, from the first; by default all.
+        batch_size: requests per batch, or ``auto``.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be had.
+        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be loaded.
     """
     check_installed()
     local = {name: find_task(name, data_dir) for name in tasks if data_dir is not None and name in TASKS}
-    # lm-eval takes seconds to import; runs without zero-shot tasks do without.
+    # Imported here, since importing lm-eval takes seconds.
     from flapkit.evaluation.harness import Harness
 
     return Harness.load(tasks, local, limit, batch_size)
 
 
 def check_installed() -> None:
-    """Raise ``InputError``, which says what to install, where lm-eval is missing."""
+    """Raise ``InputError``, with the command to install it, if lm-eval is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError('zero-shot tasks need lm-eval; install it with: pip install "flapkit[zeroshot]"')
 
 
 def side_by_side(dense: Mapping[str, TaskScores], pruned: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Put the scores of the dense and of the pruned model side by side, with a paired test."""
-    return put_beside({"dense": dense, "pruned": pruned})
+    """Arrange the scores of the dense and the pruned model by task and metric, with a paired test."""
+    return by_task({"dense": dense, "pruned": pruned})
 
 
-def put_beside(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
-    """Put some models' scores beside each other, as in ``result.json``.
+def by_task(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
+    """Arrange the scores of several models by task and metric, as in ``result.json``.
 
     Args:
-        models: model -> task -> scores; the same tasks of every model.
+        models: model -> task -> scores; the same tasks for every model.
 
     Returns:
-        Task -> what was asked, and metric -> each model's ``value`` and ``stderr``, with ``paired`` where there are
-        two models and the metric is right or wrong for each item.
+        Task -> its description, and metric -> each model's ``value`` and ``stderr``; with ``paired`` if there are two
+        models and the metric is 0 or 1 for every item.
     """
     tasks = next(iter(models.values()))
     return {
-        name: describe(asked) | {"metrics": _metrics({model: found[name] for model, found in models.items()})}
-        for name, asked in tasks.items()
+        name: describe(first) | {"metrics": _metrics({model: scores[name] for model, scores in models.items()})}
+        for name, first in tasks.items()
     }
 
 
 def add_scores(known: Mapping[str, Any], stage: str, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Put one more model's scores beside those that are known.
+    """Add another model's scores to those of earlier models.
 
     Args:
-        known: as ``side_by_side`` gives them; may be empty.
-        stage: what the scores are called, for example ``recovered``.
+        known: output of ``side_by_side``; may be empty.
+        stage: the model's name in the output, for example ``recovered``.
         scores: task -> scores.
     """
-    found = {}
-    for name, each in scores.items():
+    extended = {}
+    for name, task in scores.items():
         metrics = known.get(name, {}).get("metrics", {})
         added = {
             metric: {**metrics.get(metric, {}), stage: {"value": score.value, "stderr": score.stderr}}
-            for metric, score in each.scores.items()
+            for metric, score in task.scores.items()
         }
-        found[name] = describe(each) | {"metrics": added}
-    return found
+        extended[name] = describe(task) | {"metrics": added}
+    return extended
 
 
 def describe(scores: TaskScores) -> dict[str, Any]:
-    """Say what was asked, without the scores."""
+    """Return a task's description: all fields but the scores."""
     return {name: value for name, value in asdict(scores).items() if name != "scores"}
 
 
 def mean_accuracy(scores: Mapping[str, TaskScores]) -> float | None:
-    """Return the mean over tasks of ``acc_norm``, or of ``acc`` where a task has no such: the tables' usual mean.
+    """Return the mean over tasks of ``acc_norm``, or of ``acc`` for tasks without it, as in published tables.
 
-    None where a task has neither.
+    None if a task has neither.
     """
-    found = [each.scores.get("acc_norm", each.scores.get("acc")) for each in scores.values()]
-    values = [score.value for score in found if score is not None]
-    return sum(values) / len(values) if values and len(values) == len(found) else None
+    accuracies = [task.scores.get("acc_norm", task.scores.get("acc")) for task in scores.values()]
+    values = [score.value for score in accuracies if score is not None]
+    return sum(values) / len(values) if values and len(values) == len(accuracies) else None
 
 
 def _metrics(models: Mapping[str, TaskScores]) -> dict[str, Any]:
     return {
-        name: _beside({model: found.scores[name] for model, found in models.items()})
+        name: _by_model({model: task.scores[name] for model, task in models.items()})
         for name in next(iter(models.values())).scores
     }
 
 
-def _beside(models: Mapping[str, Score]) -> dict[str, Any]:
-    found: dict[str, Any] = {model: {"value": each.value, "stderr": each.stderr} for model, each in models.items()}
-    items = [each.items for each in models.values()]
-    if len(items) == 2 and all(each and set(each) <= {0.0, 1.0} for each in items):
-        found["paired"] = asdict(compare(*items))
-    return found
+def _by_model(models: Mapping[str, Score]) -> dict[str, Any]:
+    entry: dict[str, Any] = {model: {"value": score.value, "stderr": score.stderr} for model, score in models.items()}
+    items = [score.items for score in models.values()]
+    if len(items) == 2 and all(values and set(values) <= {0.0, 1.0} for values in items):
+        entry["paired"] = asdict(compare(*items))
+    return entry

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from flapkit.execution.stream import LayerStream
-from flapkit.model.surgery import share
+from flapkit.model.surgery import copy_sharing_weights
 
 
 def shard(stream: LayerStream, prepare: Callable[[PreTrainedModel], object] | None = None) -> PreTrainedModel:
@@ -43,7 +43,7 @@ def shard(stream: LayerStream, prepare: Callable[[PreTrainedModel], object] | No
     Returns:
         The model; no weight of the checkpoint's is trained.
     """
-    model = share(stream.model, ()).requires_grad_(False)
+    model = copy_sharing_weights(stream.model, ()).requires_grad_(False)
     layers = list(model.get_submodule(stream.path).children())
     # Whatever wraps a module later, it is still the one that holds the weight.
     owners = [{name: _owner(layer, name) for name, _ in layer.named_parameters()} for layer in layers]

@@ -30,7 +30,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.model.surgery import carry_out_, share
+from flapkit.model.surgery import apply_plan_, copy_sharing_weights
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective
 from flapkit.pruning.method import Repairs
@@ -104,8 +104,8 @@ class WholeExecutor(Executor):
             )
 
         def objective(plan: PruningPlan) -> float:
-            tried = share(self.model, self.sites)
-            carry_out_(tried, self.sites, plan, repair(tried, statistics, plan).corrections)
+            tried = copy_sharing_weights(self.model, self.sites)
+            apply_plan_(tried, self.sites, plan, repair(tried, statistics, plan).corrections)
             return perplexity_of(tried, text)
 
         return objective
@@ -120,7 +120,7 @@ class WholeExecutor(Executor):
                 for part in split_by_memory(cut, repairing, self._memory):
                     make = partial(self._make, part, repairing, lambda *measured: record_of(repair(*measured)))
                     repairs = repairs.merged(repairs_of(self._keep(f"repair from {part[0].name}", make)))
-            carry_out_(self.model, self.sites, plan, repairs.corrections)
+            apply_plan_(self.model, self.sites, plan, repairs.corrections)
             return repairs
 
     def repair_in_sequence_(self, plan: PruningPlan, compensators: Sequence[Compensator]) -> Repairs:
@@ -134,7 +134,7 @@ class WholeExecutor(Executor):
             hidden = _hidden_in_memory
             for _, repaired in sweep(runner, self.sites, plan, compensators, batches, hidden, self._keep):
                 repairs = repairs.merged(repaired)
-            carry_out_(self.model, self.sites, plan, repairs.corrections)
+            apply_plan_(self.model, self.sites, plan, repairs.corrections)
             return repairs
 
     def observe(

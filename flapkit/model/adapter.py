@@ -1,4 +1,4 @@
-"""Where the prunable places of a model family are."""
+"""Architecture adapters: where the sites of a model family are."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from flapkit.model.site import Site
 
 
 class ArchitectureAdapter(Component):
-    """Where the prunable places of a model family are."""
+    """Knows where the sites of a model family are."""
 
     @classmethod
     @abstractmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Tell whether a model of this configuration can be described."""
+        """Return whether the adapter knows models of this configuration."""
 
     @abstractmethod
     def sites(self, config: PreTrainedConfig) -> tuple[Site, ...]:
-        """List the sites, in the model's order, from the configuration alone."""
+        """Return the sites in the model's order, from the configuration alone."""
 
     @property
     def title(self) -> str:
-        """What ``flapkit check`` calls it."""
+        """The adapter's name in the output of ``flapkit check``."""
         return self.name
 
     def confirm(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
-        """Raise ``ModelError`` where the sites turn out not to be those of the loaded model; asked before calibration.
+        """Check the sites against the loaded model; called before calibration.
 
         Args:
-            model: the dense model, which is left as it is.
+            model: the dense model; it is not changed.
             sites: its sites.
+
+        Raises:
+            ModelError: the sites do not fit the model.
         """
         return None
 
@@ -64,23 +67,23 @@ class FamilyAdapter(ArchitectureAdapter):
     unit: Annotated[
         Unit,
         Field(
-            description="What an attention unit is: a key/value head with its query heads (kv_group), or a query head "
-            "of which every key/value head keeps the same number (query_head). With one key/value head for all, it is "
-            "a query head wherever the family allows it."
+            description="The attention unit: a key/value head with its query heads (kv_group), or a single query head, "
+            "with the same number kept for every key/value head (query_head). Models with a single key/value head use "
+            "query heads wherever the family allows it."
         ),
     ] = "kv_group"
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Tell whether the configuration is the family's, dense or pruned already."""
+        """Return whether the configuration belongs to the family, dense or already pruned."""
         return config.model_type.removeprefix("flapkit_") in cls.family.model_types
 
     def family_of(self, config: PreTrainedConfig) -> Family:
-        """Return the declaration for a configuration; a subclass can choose among several."""
+        """Return the declaration for a configuration; a subclass may choose among several."""
         return self.family
 
     def sites(self, config: PreTrainedConfig) -> tuple[Site, ...]:
-        """List the sites, with sizes read off the tensors of a model that is never allocated.
+        """Return the sites; their sizes are read from a model on the meta device.
 
         Raises:
             ModelError: the declaration does not fit the model.
@@ -89,7 +92,7 @@ class FamilyAdapter(ArchitectureAdapter):
 
 
 def adapter_class(family: Family) -> type[FamilyAdapter]:
-    """Make the adapter class of a declaration, which recipes can name."""
+    """Make an adapter class from a declaration, so that recipes can name it."""
     about = family.about or f"Models of type {', '.join(family.model_types)}."
     members = {"name": family.name, "family": family, "__doc__": about, "__module__": __name__}
     made = type(f"{family.name.title().replace('_', '')}Adapter", (FamilyAdapter,), members)

@@ -1,4 +1,4 @@
-"""What all components share."""
+"""The base class of all components."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ class Component(ABC):
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
-    """What recipes call the component."""
+    """The component's name in recipes."""

@@ -1,4 +1,6 @@
-"""Declare an architecture as data: where the blocks of a decoder layer are, and how their tensors are laid out.
+"""Declarations: an architecture as data.
+
+A declaration names the prunable blocks of a decoder layer and the layout of their tensors.
 
 ```python
 Family(
@@ -12,9 +14,9 @@ Family(
 )
 ```
 
-A layout says what the rows of a parameter are: ``q`` query heads, ``k`` key/value heads, ``i`` channels of an MLP, each
-in order; ``q+k+k`` one part after another in one tensor; ``(q+k+k)`` the parts interleaved, for each key/value head its
-query heads, its key and its value. A bias follows its weight's rows.
+A layout describes the rows of a parameter: ``q`` query heads, ``k`` key/value heads or ``i`` MLP channels, in order.
+``q+k+k`` is a fused tensor with one part after another; ``(q+k+k)`` interleaves the parts: for each key/value head, its
+query heads, its key and its value. A bias has its weight's layout.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ Unit = Literal["kv_group", "query_head"]
 
 LAYOUT = re.compile(r"[qk](\+[qk])*|\([qk](\+[qk])*\)|i(\+i)*|\(i(\+i)*\)")
 NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I": 1}}
-"""Kind of a block -> what its expressions can name, with a value to try them on."""
+"""Kind of a block -> the names its expressions may use, each with a value for a trial evaluation."""
 
 
 EXPERT_MULTIPLE = 8
-"""Grouped matrix products take widths of whole 16 bytes; experts of other widths run one by one."""
+"""Grouped matrix products need rows of whole 16 bytes; experts of other widths run one by one."""
 
 LONGEST_EXPRESSION = 100
 
@@ -53,10 +55,10 @@ OPERATORS: Mapping[type, Callable[[int, int], int]] = {
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """Compute an expression of sizes and whole numbers with ``+``, ``*`` and ``//``.
+    """Evaluate an expression of sizes and whole numbers with ``+``, ``*`` and ``//``.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the expression is invalid.
     """
 
     def value(node: ast.AST) -> int:
@@ -66,14 +68,14 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             return sizes[node.id]
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
-        raise ValueError(f"{expression!r} is no expression of {', '.join(sizes)} with +, * and //")
+        raise ValueError(f"{expression!r} is not an expression of {', '.join(sizes)} with +, * and //")
 
     try:
         if len(expression) > LONGEST_EXPRESSION:
-            raise ValueError(f"{expression[:LONGEST_EXPRESSION]!r}… is too long an expression")
+            raise ValueError(f"expression is longer than {LONGEST_EXPRESSION} characters: {expression[:30]!r}…")
         return value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{expression!r} cannot be computed: {error}") from error
+        raise ValueError(f"{expression!r} cannot be evaluated: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,23 @@ class Block:
     """One prunable part of a decoder layer: its attention, its MLP, or its experts.
 
     Args:
-        kind: ``attention``, ``mlp``, or ``experts`` where the parameters of all experts are stacked in 3-D tensors.
-        path: the module, from the decoder layer; empty for the layer itself. A layer without it is skipped.
-        consumer: the linear whose input channels go, from ``path``; of experts the stacked parameter.
-        parameters: what else goes with a unit, from ``path``: a module (weight and bias) or a parameter -> its layout.
+        kind: ``attention``, ``mlp``, or ``experts`` (the parameters of all experts stacked in 3-D tensors).
+        path: the module, relative to the decoder layer; empty for the layer itself. Layers without it are skipped.
+        consumer: the linear whose input channels are removed, relative to ``path``; for experts, the stacked parameter.
+        parameters: the coupled tensors, relative to ``path``: a module (weight and bias) or a parameter -> its layout.
             A name that ends in ``?`` may be absent.
-        name: what the site is called in a layer; the kind if not given.
-        attributes: counts that the module keeps -> an expression of what is left: ``H`` query heads, ``K`` key/value
-            heads, ``D`` channels of a head, ``I`` channels, with ``+``, ``*`` and ``//``.
-        reads: names that the module's forward reads from the configuration -> an expression of what is left.
-        arguments: arguments of the module's forward -> the dimension that counts query heads, or batch times heads.
-        outputs: submodules whose outputs' features are picked by head, while their own rows stay -> ``q`` or ``k``: a
-            norm over a whole projection.
-        heads: the configuration's name for the number of query heads.
-        kv_heads: its name for the number of key/value heads, or that number; that of the query heads if it has none.
-        width: the configuration's name for the channels of an MLP, under which a pruned layer's are saved.
-        optional: a model may have it in none of its layers.
+        name: the site's name within a layer; ``kind`` by default.
+        attributes: size attributes of the module -> an expression of the sizes kept: ``H`` query heads, ``K`` key/value
+            heads, ``D`` channels per head, ``I`` MLP channels, with ``+``, ``*`` and ``//``.
+        reads: configuration entries that the module's forward reads -> an expression of the sizes kept.
+        arguments: arguments of the module's forward -> the dimension of size query heads, or batch times query heads.
+        outputs: submodules whose output features are selected by head while their own rows stay, such as a norm over a
+            whole projection -> ``q`` or ``k``.
+        heads: the configuration's entry for the number of query heads.
+        kv_heads: the configuration's entry for the number of key/value heads, or the number itself. Where the
+            configuration has no such entry, the number of query heads.
+        width: the configuration's entry for the MLP's width; a pruned layer's width is saved under it.
+        optional: a model may lack this block in all of its layers.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -116,17 +119,17 @@ class Block:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        """Fill in the name, and refuse layouts and expressions that say nothing.
+        """Fill in the name, and check layouts and expressions.
 
         Raises:
-            InputError: a layout or an expression that cannot be read, or does not suit the kind.
+            InputError: a layout or an expression is invalid, or does not suit the kind.
         """
         object.__setattr__(self, "name", self.name or self.kind)
         for name, layout in self.parameters.items():
             suits = ("i" in layout) == (self.kind != "attention")
             if not LAYOUT.fullmatch(layout) or not suits:
                 known = "q, k, q+k+k, (q+k+k)" if self.kind == "attention" else "i, i+i, (i+i)"
-                raise InputError(f"{self.name}: {name}: {layout!r} is no layout of {self.kind} (such as {known})")
+                raise InputError(f"{self.name}: {name}: {layout!r} is not a layout of {self.kind} (such as {known})")
         for name, expression in {**self.attributes, **self.reads}.items():
             try:
                 evaluate(expression, NAMES[self.kind])
@@ -135,15 +138,15 @@ class Block:
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """The declaration as a checkpoint's configuration holds it."""
+        """The declaration as stored in a checkpoint's configuration."""
         return dataclasses.asdict(self)
 
     def counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return the module's attributes where so much is left."""
+        """Return the module's size attributes for the given sizes."""
         return {name: evaluate(expression, sizes) for name, expression in self.attributes.items()}
 
     def readings(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return what the module's forward is to read from the configuration where so much is left."""
+        """Return the configuration entries that the module's forward reads, for the given sizes."""
         values: dict[str, Any] = {name: evaluate(expression, sizes) for name, expression in self.reads.items()}
         if self.kind == "experts" and sizes["I"] % EXPERT_MULTIPLE:
             values["_experts_implementation"] = "eager"
@@ -151,20 +154,20 @@ class Block:
 
     @property
     def takes_query_heads(self) -> bool:
-        """Tell whether forward can do with fewer query heads for each key/value head: it counts them, or has one."""
+        """Whether query heads can be removed one by one: forward counts them per key/value head, or has one KV head."""
         return isinstance(self.kv_heads, int) or any("//" in expression for expression in self.attributes.values())
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models whose decoder layers are built alike.
+    """A family of models with the same structure of decoder layers.
 
     Args:
-        name: what recipes call the adapter.
-        model_types: the configurations' ``model_type``, as in a checkpoint's config.json.
+        name: the adapter's name in recipes.
+        model_types: ``model_type`` of the configurations, as in a checkpoint's config.json.
         layers: full name of the list of decoder layers.
-        blocks: the prunable parts of a layer.
-        about: a sentence on what it is, for ``flapkit list``.
+        blocks: the prunable blocks of a layer.
+        about: a one-sentence description for ``flapkit list``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -180,18 +183,18 @@ _FAMILY = TypeAdapter(Family)
 
 
 def declaration_of(config: PreTrainedConfig) -> Family:
-    """Return the declaration that a pruned model's configuration holds.
+    """Return the declaration stored in a pruned model's configuration.
 
     Raises:
-        ModelError: it holds none: the model is dense.
+        ModelError: the configuration has no declaration: the model is dense.
     """
     declared = getattr(config, "flapkit", None)
     if declared is None:
         raise ModelError(
-            f"this configuration of type {config.model_type!r} declares no blocks: flapkit did not write it"
+            f"the configuration of type {config.model_type!r} has no flapkit declaration; flapkit did not write it"
         )
     dense = config.model_type.removeprefix("flapkit_")
     try:
         return _FAMILY.validate_python({**declared, "name": dense, "model_types": (dense,)})
     except (TypeError, ValueError, InputError) as error:
-        raise ModelError(f"what the configuration declares as its blocks is damaged: {error}") from error
+        raise ModelError(f"the flapkit declaration in the configuration is damaged: {error}") from error

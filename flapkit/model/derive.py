@@ -1,7 +1,7 @@
-"""`adapter: auto`: the declaration of a model that nobody declared, derived from a tiny random one of its class.
+"""``adapter: auto``: derive the declaration of an undeclared model from a tiny random model of its class.
 
-A derived declaration is used only after the law of ``flapkit.model.verify`` holds on tiny models, and once more on the
-model itself when it is loaded.
+A derived declaration is verified (``flapkit.model.verify``) on tiny models before use, and once more on the model
+itself after loading.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flapkit.model.declaration import Block, Family, declaration_of
 from flapkit.model.empty import check_causal, config_of, skeleton
 from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
-from flapkit.model.resize import find, heads_of
+from flapkit.model.resize import find_module, heads_of
 from flapkit.model.site import Site
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify, verify_loaded
@@ -40,43 +40,43 @@ SIZES = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
 }
-"""Sizes of the tiny model: every count that a module may keep is another number."""
+"""Sizes of the tiny model; they differ, so that a module's size attributes can be told apart."""
 
 BATCH = 3
-"""Sequences that show which arguments of forward count heads: no other size is a multiple of so many."""
+"""Batch size for finding arguments with a dimension of heads; no other size is a multiple of it."""
 
 
 @dataclass(frozen=True)
 class Auto(FamilyAdapter):
-    """By model type where a plugin declares it; else derived from a tiny model of the class, and proven before use."""
+    """Use the declaration of the model type if a plugin has one; else derive it from a tiny model, and verify it."""
 
     name = "auto"
     family: ClassVar[Family] = Family("auto", (), "", ())
 
     @property
     def title(self) -> str:
-        """Say where the declaration comes from."""
-        return "auto (derived and proven)"
+        """The adapter's name, with the origin of the declaration."""
+        return "auto (derived and verified)"
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Leave every declared model to its declaration."""
+        """Return False: declared models use their own adapters."""
         return False
 
     def family_of(self, config: PreTrainedConfig) -> Family:
-        """Derive the declaration, or read it where the model is pruned already."""
+        """Derive the declaration, or read it from the configuration of a pruned model."""
         return declaration_of(config) if getattr(config, "flapkit", None) else derive(config)
 
     def confirm(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
-        """Compare one layer's blocks of the loaded model, sliced and masked, on a few tokens."""
+        """Verify one layer of each block of the loaded model on a few tokens."""
         verify_loaded(model, sites)
 
 
 def derive(config: PreTrainedConfig) -> Family:
-    """Derive the declaration of a model's class and prove it; the same one is derived once.
+    """Derive and verify the declaration of a model's class; the result is cached.
 
     Raises:
-        ModelError: the model is no decoder-only transformer, or what was derived does not hold.
+        ModelError: the model is not a decoder-only transformer, or the derived declaration fails verification.
     """
     check_causal(config)
     of: Any = type(config)
@@ -91,40 +91,38 @@ def _derive(of: Any, text: str) -> Family:
         with torch.random.fork_rng(), torch.enable_grad():
             family = propose(tiny_of(config, attention="eager"))
             _check_attends(config, family)
-            for changes in _forms(config):
+            for changes in _variants(config):
                 model = tiny_of(config, **changes)
                 verify(model, sites_of(model, family))
     except (RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
-        raise _refusal(config, f"a tiny model cannot be examined: {type(error).__name__}: {error}", family) from error
+        raise _refusal(config, f"the tiny model fails: {type(error).__name__}: {error}", family) from error
     except ModelError as error:
         raise _refusal(config, str(error), family) from error
     return family
 
 
 def _refusal(config: PreTrainedConfig, reason: str, family: Family | None) -> ModelError:
-    said = f"models of type {config.model_type!r} are declared by no plugin, and `adapter: auto` cannot prune them: "
-    said += reason
+    text = f"no plugin declares models of type {config.model_type!r}, and `adapter: auto` cannot prune them: {reason}"
     if family is None or not family.blocks:
-        return ModelError(f"{said}; docs/auto.md says what can be derived, and how to declare the rest")
-    return ModelError(
-        f"{said}\nThis was derived; correct it, and name the file in the recipe's `plugins`:\n\n{as_yaml(family)}"
-    )
+        return ModelError(f"{text}; see docs/auto.md for what can be derived, and how to write a declaration")
+    advice = "Derived so far; correct it, save it, and list the file in the recipe's `plugins`:"
+    return ModelError(f"{text}\n{advice}\n\n{as_yaml(family)}")
 
 
 def as_yaml(family: Family) -> str:
-    """Write a declaration as the file that a recipe's ``plugins`` can name, less what is the default anyway."""
+    """Write a declaration as YAML for a recipe's ``plugins``, without default values."""
     blocks = []
     for block in family.blocks:
-        defaults = {each.name: each.default for each in dataclasses.fields(Block)} | {"name": block.kind}
-        said = {key: value for key, value in block.data.items() if value and value != defaults[key]}
-        blocks.append({**said, "path": block.path})
+        defaults = {field.name: field.default for field in dataclasses.fields(Block)} | {"name": block.kind}
+        values = {key: value for key, value in block.data.items() if value and value != defaults[key]}
+        blocks.append({**values, "path": block.path})
     data = {"name": family.name, "model_types": list(family.model_types), "layers": family.layers, "blocks": blocks}
     text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
     return text
 
 
 def tiny_of(config: PreTrainedConfig, attention: str | None = None, **changes: Any) -> PreTrainedModel:
-    """Build the tiny random model of a configuration's class and options that its declaration is derived from."""
+    """Build the tiny random model from which a configuration's declaration is derived."""
     values = config.to_dict()
     sizes = {key: value for key, value in SIZES.items() if values.get(config.attribute_map.get(key, key)) is not None}
     if values.get("kv_lora_rank"):
@@ -133,8 +131,8 @@ def tiny_of(config: PreTrainedConfig, attention: str | None = None, **changes: A
     return tiny_model(tiny_config(config, **{**sizes, **changes}), attention=attention)
 
 
-def _forms(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """List the forms to prove: with grouped heads, and as the model itself has them."""
+def _variants(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """List the variants to verify: with grouped-query attention, and with the model's own kind of heads."""
     yield {}
     kv_heads, heads = (getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))
     if kv_heads is not None and kv_heads in (1, heads) and not getattr(config, "kv_lora_rank", None):
@@ -142,51 +140,51 @@ def _forms(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def propose(model: PreTrainedModel) -> Family:
-    """Derive a declaration from a tiny model; nothing is proven yet.
+    """Derive a declaration from a tiny model, without verifying it.
 
     Raises:
-        ModelError: there are no decoder layers.
+        ModelError: the model has no list of decoder layers.
     """
     model_type = model.config.model_type
     path = _layers(model)
     layers: Any = model.get_submodule(path)
-    found: dict[tuple[str, str, str], Block] = {}
+    merged: dict[tuple[str, str, str], Block] = {}
     for index, module in enumerate(layers):
         layer = Layer(model, path, index, hasattr(model.config, "num_attention_heads"))
-        blocks = [block for consumer in layer.consumers() if (block := layer.block(consumer))]
-        for block in [*map(_rooted, blocks), *_experts(module)]:
+        candidates = [block for consumer in layer.consumers() if (block := layer.block(consumer))]
+        for block in [*map(_with_common_path, candidates), *_experts(module)]:
             key = (block.kind, block.path, block.consumer)
-            found[key] = _joined(found[key], block) if key in found else block
-    settled = [_settled(model, path, block) for block in _named(found.values())]
-    return Family(f"my_{model_type}", (model_type,), path, tuple(settled))
+            merged[key] = _merge(merged[key], block) if key in merged else block
+    blocks = [_complete_attention(model, path, block) for block in _with_names(merged.values())]
+    return Family(f"my_{model_type}", (model_type,), path, tuple(blocks))
 
 
 def _check_attends(config: PreTrainedConfig, family: Family) -> None:
-    """Raise ``ModelError`` unless an attention was found."""
+    """Raise ``ModelError`` unless the declaration has an attention block."""
     kinds = [block.kind for block in family.blocks]
     if "attention" in kinds:
         return
     if not any("attention" in type(module).__name__.lower() for module in skeleton(config).modules()):
-        raise ModelError("this is no transformer: no layer attends")
+        raise ModelError("the model has no attention layers")
     raise ModelError(
-        "nothing goes with the heads of its attention, alone and in a layout that flapkit knows; found: "
-        + (", ".join(kinds) or "no block")
+        "no parameter follows the attention heads in a layout that flapkit knows; derived blocks: "
+        + (", ".join(kinds) or "none")
     )
 
 
 def _layers(model: PreTrainedModel) -> str:
-    """Return the full name of the decoder's first list of modules that has as many as there are layers."""
+    """Return the full name of the list of decoder layers: the first list of the right length."""
     decoder = model.get_decoder()
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     count = model.config.num_hidden_layers
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return names[id(module)]
-    raise ModelError(f"its {type(decoder).__name__} has no list of {count} layers")
+    raise ModelError(f"{type(decoder).__name__} has no list of {count} layers")
 
 
-def _rooted(block: Block) -> Block:
-    """Move a block's path down to the module that holds everything it names, and settle what norms do."""
+def _with_common_path(block: Block) -> Block:
+    """Set a block's path to the innermost module that contains its consumer and parameters."""
     owners = [name.rpartition(".")[0].split(".") for name in (block.consumer, *block.parameters)]
     shared = []
     for parts in zip(*owners, strict=False):
@@ -199,7 +197,7 @@ def _rooted(block: Block) -> Block:
 
 
 def _experts(layer: nn.Module) -> Iterator[Block]:
-    """List the modules that stack the parameters of all experts: transformers' experts say how they are laid out."""
+    """Yield the blocks of stacked experts; transformers' experts modules carry flags for their layout."""
     for path, module in layer.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
             fused = "i+i" if getattr(module, "is_concatenated", True) else "(i+i)"
@@ -209,15 +207,15 @@ def _experts(layer: nn.Module) -> Iterator[Block]:
             yield Block("experts", path, "down_proj", parameters, width="moe_intermediate_size")
 
 
-def _joined(one: Block, other: Block) -> Block:
-    """Put two layers' findings about a block together: what only one has, may be absent."""
-    both = {name.removesuffix("?"): layout for each in (one, other) for name, layout in each.parameters.items()}
-    certain = one.parameters.keys() & other.parameters.keys()
-    return replace(one, parameters={name if name in certain else f"{name}?": layout for name, layout in both.items()})
+def _merge(one: Block, other: Block) -> Block:
+    """Merge the declarations of a block from two layers: a parameter of only one of them is optional."""
+    both = {name.removesuffix("?"): layout for block in (one, other) for name, layout in block.parameters.items()}
+    common = one.parameters.keys() & other.parameters.keys()
+    return replace(one, parameters={name if name in common else f"{name}?": layout for name, layout in both.items()})
 
 
-def _named(blocks: Any) -> Iterator[Block]:
-    """Give every block a name of its own, and every MLP a name for its width."""
+def _with_names(blocks: Any) -> Iterator[Block]:
+    """Give every block a unique name, and every MLP a unique configuration entry for its width."""
     taken: set[str] = set()
     for block in blocks:
         name = block.kind if block.kind not in taken else block.path.replace(".", "_")
@@ -226,12 +224,12 @@ def _named(blocks: Any) -> Iterator[Block]:
         yield replace(block, name=name, width=width)
 
 
-def _settled(model: PreTrainedModel, path: str, block: Block) -> Block:
-    """Add what is no tensor and has to follow the cut of an attention: counts, readings, arguments, whole norms."""
+def _complete_attention(model: PreTrainedModel, path: str, block: Block) -> Block:
+    """Add to an attention block what depends on its heads beside tensors: attributes, reads, arguments and outputs."""
     if block.kind != "attention":
         return block
     layers: Any = model.get_submodule(path)
-    module = next(found for layer in layers if (found := find(layer, block.data)) is not None)
+    module = next(module for layer in layers if (module := find_module(layer, block.data)) is not None)
     sizes = heads_of(model.config, block.data)
     consumer = module.get_submodule(block.consumer)
     sizes["D"] = (consumer.in_features if isinstance(consumer, nn.Linear) else consumer.nx) // sizes["H"]
@@ -247,7 +245,7 @@ def _settled(model: PreTrainedModel, path: str, block: Block) -> Block:
 
 
 def _whole_norms(module: nn.Module, block: Block) -> dict[str, Any]:
-    """List norms over a whole projection: their weights die with a unit, the projection's rows do not."""
+    """List norms over a whole projection: their weights go with a unit, but the projection's rows do not."""
     linears = [
         layout for name, layout in block.parameters.items() if isinstance(_part(module, name), (nn.Linear, Conv1D))
     ]
@@ -265,7 +263,7 @@ def _part(module: nn.Module, name: str) -> Any:
 
 
 def _attributes(module: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """List the counts that a module keeps: of groups, and those of heads that it reads outside its constructor."""
+    """Yield the module's size attributes: of groups, and of heads if a method other than the constructor reads them."""
     read = _names_read(module)
     for name, value in vars(module).items():
         if type(value) is not int:
@@ -283,13 +281,13 @@ def _attributes(module: nn.Module, sizes: Mapping[str, int]) -> Iterator[tuple[s
 
 
 def _names_read(module: nn.Module) -> set[str]:
-    """List the names that a module's methods, but for its constructor, read."""
-    methods = [inspect.unwrap(each) for each in vars(type(module)).values() if inspect.isfunction(each)]
-    return {name for each in methods if each.__name__ != "__init__" for name in each.__code__.co_names}
+    """Return the names that the module's methods read, without its constructor."""
+    methods = [inspect.unwrap(member) for member in vars(type(module)).values() if inspect.isfunction(member)]
+    return {name for method in methods if method.__name__ != "__init__" for name in method.__code__.co_names}
 
 
 def _reads(module: nn.Module, config: PreTrainedConfig) -> dict[str, str]:
-    """List the head counts that a module's forward reads from the configuration, and does not keep itself."""
+    """Return the numbers of heads that the module's forward reads from the configuration."""
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return {}
     counts = {"num_attention_heads": "H", "num_key_value_heads": "K"}
@@ -300,18 +298,18 @@ def _reads(module: nn.Module, config: PreTrainedConfig) -> dict[str, str]:
 @torch.no_grad()
 def _arguments(model: PreTrainedModel, module: nn.Module, heads: int) -> dict[str, int]:
     """Find the arguments of a module's forward with a dimension of heads, or of batch times heads."""
-    found: dict[str, int] = {}
+    head_dims: dict[str, int] = {}
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def inspect_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         for name, value in {**bound, **bound.get("kwargs", {})}.items():
             if isinstance(value, Tensor) and value.dim() > 2:
                 dims = [dim for dim, size in enumerate(value.shape[:2]) if size in (heads, BATCH * heads)]
-                found.update({name: dims[0]} if dims else {})
+                head_dims.update({name: dims[0]} if dims else {})
 
-    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    hook = module.register_forward_pre_hook(inspect_arguments, with_kwargs=True)
     try:
         model(input_ids=torch.full((BATCH, 11), 2), use_cache=False)
     finally:
         hook.remove()
-    return found
+    return head_dims

@@ -1,4 +1,4 @@
-"""Models without memory: what a configuration describes, on the meta device."""
+"""Empty models: a configuration's model on the meta device, with shapes but no memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flapkit.system.errors import ModelError
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-"""What configurations call the number of decoder layers."""
+"""Configuration entries for the number of decoder layers."""
 
 MOST_LAYERS = 1000
-"""A configuration of more decoder layers is a mistake, or wants to keep somebody waiting: all of them are built."""
+"""Upper limit of decoder layers: all of them are built, so a larger number, by mistake or malice, would take long."""
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a configuration's causal language model on the meta device: its shapes without its weights.
+    """Build a configuration's causal language model on the meta device.
 
     Raises:
-        ModelError: transformers can build none of it.
+        ModelError: transformers cannot build a model from the configuration.
     """
     try:
         with torch.device("meta"), no_init_weights():
@@ -33,32 +33,35 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
             # Without initialisation, tied weights would count twice.
             model.tie_weights()
     except Exception as error:
-        said = f"the configuration of type {config.model_type!r} describes no model"
-        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"transformers cannot build a model from the configuration of type {config.model_type!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return model
 
 
 def config_of(of: Any, values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Make a configuration of plain data.
+    """Make a configuration from plain data.
 
     Args:
-        of: its class.
-        values: what ``to_dict`` gave, perhaps without some of it.
+        of: the configuration's class.
+        values: the output of ``to_dict``, or part of it.
 
     Raises:
-        ModelError: the class does not take it.
+        ModelError: the class does not accept the data.
     """
     try:
         config: PreTrainedConfig = of.from_dict(dict(values))
     except Exception as error:
-        # Each class checks in its own way what it is given, or does not.
-        said = f"the configuration of type {of.model_type!r} is damaged"
-        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+        # Configuration classes validate in their own ways and may raise anything.
+        raise ModelError(
+            f"the configuration of type {of.model_type!r} is damaged: {type(error).__name__}: {error}"
+        ) from error
     return config
 
 
 def check_depth(settings: Any) -> None:
-    """Raise ``ModelError`` unless a configuration, as plain data, has a sensible number of layers, if it says one."""
+    """Raise ``ModelError`` if a configuration, as plain data, has an impossible number of layers."""
     if not isinstance(settings, Mapping):
         raise ModelError(f"expected an object, found a {type(settings).__name__}")
     for part in (settings, *(value for value in settings.values() if isinstance(value, Mapping))):
@@ -69,15 +72,15 @@ def check_depth(settings: Any) -> None:
 
 
 def check_causal(config: PreTrainedConfig) -> None:
-    """Raise ``ModelError`` unless a configuration is of a decoder-only language model that transformers has."""
+    """Raise ``ModelError`` unless a configuration is that of a decoder-only language model known to transformers."""
     if config.is_encoder_decoder:
         raise ModelError(f"models of type {config.model_type!r} are encoder-decoders; flapkit prunes decoder-only ones")
     if config.model_type.removeprefix("flapkit_") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"models of type {config.model_type!r} are no causal language models of transformers")
+        raise ModelError(f"transformers has no causal language model of type {config.model_type!r}")
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a configuration's causal language model without its memory; the same one is built once.
+    """Return a configuration's causal language model on the meta device; the result is cached.
 
     Raises:
         ModelError: transformers has no causal language model for it, or cannot build it.

@@ -1,4 +1,4 @@
-"""Lay out a model's sites as its declaration says."""
+"""Make a model's sites from its declaration."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flapkit.model.declaration import EXPERT_MULTIPLE, Block, Family, Unit
-from flapkit.model.resize import columns_of, count, find, heads_of, rows_of
+from flapkit.model.resize import columns_of, count_rows, find_module, heads_of, rows_of
 from flapkit.model.site import Coupling, Site
 from flapkit.system.errors import ModelError
 
 
 def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") -> tuple[Site, ...]:
-    """List a model's sites as a declaration says, in the model's order.
+    """Return the sites that a declaration gives for a model, in the model's order.
 
     Args:
-        model: a causal language model, with or without memory.
+        model: a causal language model; it may be on the meta device.
         family: its declaration.
-        unit: what an attention unit is.
+        unit: the attention unit.
 
     Raises:
-        ModelError: the declaration does not fit the model, and what does not.
+        ModelError: the declaration does not fit the model; the message says where.
     """
     try:
         layers = model.get_submodule(family.layers)
     except AttributeError as error:
-        raise ModelError(f"adapter {family.name!r}: this {type(model).__name__} has no {family.layers}") from error
+        raise ModelError(f"adapter {family.name!r}: {type(model).__name__} has no module {family.layers}") from error
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"adapter {family.name!r}: {family.layers} is a {type(layers).__name__}, not a list of layers")
-    found: list[Site] = []
+    sites: list[Site] = []
     used: set[int] = set()
     for index, layer in enumerate(layers):
         for number, block in enumerate(family.blocks):
-            module = find(layer, block.data)
+            module = find_module(layer, block.data)
             if module is not None:
                 used.add(number)
                 path = ".".join(part for part in (family.layers, str(index), block.path) if part)
-                found += _Place(model, module, block, path, index).sites(unit)
+                sites += _LayerBlock(model, module, block, path, index).sites(unit)
     for number, block in enumerate(family.blocks):
         if number not in used and not block.optional:
             where = ".".join(part for part in (block.path, block.consumer) if part)
-            raise ModelError(f"adapter {family.name!r}: no layer of {family.layers} has {where}, its {block.name}")
-    return tuple(found)
+            raise ModelError(f"adapter {family.name!r}: no layer of {family.layers} has {where} (block {block.name})")
+    return tuple(sites)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LayerBlock:
     """One block of one layer."""
 
     model: PreTrainedModel
@@ -90,11 +90,11 @@ class _Place:
         try:
             return self.module.get_parameter(parameter)
         except AttributeError as error:
-            raise ModelError(f"{self.path}: the adapter names {name}, which is not there") from error
+            raise ModelError(f"{self.path}: the module has no {name}, which the adapter declares") from error
 
     def _counts(self, channels: int) -> dict[str, int]:
         if not channels:
-            raise ModelError(f"layers.{self.layer}.{self.block.name}: {self.block.consumer} has no channel")
+            raise ModelError(f"layers.{self.layer}.{self.block.name}: {self.block.consumer} has no input channels")
         if self.block.kind != "attention":
             return {"I": channels}
         try:
@@ -102,16 +102,18 @@ class _Place:
         except AttributeError as error:
             raise ModelError(f"layers.{self.layer}.{self.block.name}: {error}") from error
         if not all(isinstance(heads, int) and heads > 0 for heads in counts.values()):
-            raise ModelError(f"layers.{self.layer}.{self.block.name}: the configuration counts {counts} heads")
+            raise ModelError(
+                f"layers.{self.layer}.{self.block.name}: the configuration has invalid numbers of heads: {counts}"
+            )
         if channels % counts["H"] or counts["H"] % counts["K"]:
             raise ModelError(
                 f"layers.{self.layer}.{self.block.name}: {channels} channels of {self.block.consumer}, "
-                f"{counts['H']} query heads and {counts['K']} key/value heads do not divide"
+                f"{counts['H']} query heads and {counts['K']} key/value heads are not divisible by each other"
             )
         return counts
 
     def _units(self, counts: dict[str, int], unit: Unit) -> tuple[int, int]:
-        """Return how many units there are, and how many equal runs they come in."""
+        """Return the number of units, and the number of equal runs they form."""
         if self.block.kind != "attention":
             return counts["I"], 1
         if counts["K"] == 1 and self.block.takes_query_heads:
@@ -120,8 +122,8 @@ class _Place:
             return counts["K"], 1
         if not self.block.takes_query_heads:
             raise ModelError(
-                f"unit: query_head: models of type {self.model.config.model_type!r} need all query heads of a "
-                "key/value head; use kv_group"
+                f"unit: query_head: models of type {self.model.config.model_type!r} cannot lose single query heads; "
+                "use kv_group"
             )
         return counts["H"], counts["K"]
 
@@ -133,24 +135,24 @@ class _Place:
                 for size in shape[1 if self.block.kind == "experts" else 0 :]:
                     numel *= size
                 where = f"{self.path}.{parameter}"
-                if not rows or rows % count(layout, counts):
-                    said = ", ".join(f"{key} {value}" for key, value in counts.items())
-                    raise ModelError(f"{where}: its {rows} rows cannot be laid out as {layout!r} with {said}")
-                yield from _parts(where, dim, numel // rows, layout, counts, units, rows // count(layout, counts))
+                if not rows or rows % count_rows(layout, counts):
+                    sizes = ", ".join(f"{key} {value}" for key, value in counts.items())
+                    raise ModelError(f"{where}: {rows} rows do not fit the layout {layout!r} with {sizes}")
+                yield from _parts(where, dim, numel // rows, layout, counts, units, rows // count_rows(layout, counts))
 
 
 def _parts(
     param: str, dim: int, numel: int, layout: str, counts: dict[str, int], units: int, rows: int
 ) -> Iterator[Coupling]:
-    """Say which rows go with a unit, for each part of a layout.
+    """Make one coupling for each part of a layout.
 
     Args:
         param: the parameter's full name.
-        dim: the dimension that counts its rows.
+        dim: the dimension of its rows.
         numel: parameters in a row.
         layout: its layout.
         counts: ``H`` and ``K``, or ``I``.
-        units: how many units there are.
+        units: number of units.
         rows: rows of one head, or of one channel.
     """
     totals = {"q": counts.get("H", 0), "k": counts.get("K", 0), "i": counts.get("I", 0)}

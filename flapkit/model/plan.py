@@ -1,4 +1,4 @@
-"""How much to remove, and what is kept."""
+"""Budgets and plans: how much to remove, and which units stay."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BudgetBase = Literal["blocks", "model", "attention", "mlp"]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much to remove, and of what, as an exact parameter count.
+    """How much to remove, and of what, as an exact number of parameters.
 
     Args:
-        ratio: fraction of ``base`` parameters to remove.
-        of: what the ratio counts: ``blocks`` (every prunable parameter), ``model`` (all parameters, embeddings and
-            head included), ``attention`` or ``mlp`` (those sites alone, and only they are pruned).
-        base: parameters that the ratio is of.
-        multiple_of: what the pruned widths are rounded to a multiple of, whatever searcher finds them.
+        ratio: fraction of ``base`` to remove.
+        of: what the ratio refers to: ``blocks`` (all prunable parameters), ``model`` (all parameters, with embeddings
+            and head), ``attention`` or ``mlp`` (only these sites, and only they are pruned).
+        base: number of parameters that the ratio refers to.
+        multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
     """
 
     ratio: float
@@ -42,14 +42,14 @@ class Budget:
         model_params: int = 0,
         multiple_of: int = 1,
     ) -> Budget:
-        """Count the base of a ratio over a model's sites.
+        """Make a budget from a ratio, counting its base over a model's sites.
 
         Args:
-            sites: every site of the model.
-            ratio: at least 0 and under 1.
-            of: what the ratio counts.
-            model_params: all parameters of the model; needed where ``of`` is ``model``.
-            multiple_of: what the pruned widths are rounded to a multiple of.
+            sites: all sites of the model.
+            ratio: at least 0 and below 1.
+            of: what the ratio refers to.
+            model_params: number of parameters of the model; needed if ``of`` is ``model``.
+            multiple_of: round pruned widths to a multiple of this.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -57,18 +57,20 @@ class Budget:
         if of not in get_args(BudgetBase):
             raise BudgetError(f"budget.of: unknown base {of!r}{did_you_mean(of, get_args(BudgetBase))}")
         if not (math.isfinite(ratio) and 0 <= ratio < 1):
-            raise BudgetError(f"budget.ratio: {ratio} is not a ratio; give the fraction to remove, from 0 to under 1")
+            raise BudgetError(
+                f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
+            )
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
         return cls(ratio, of, base, multiple_of)
 
     @property
     def params(self) -> int:
-        """Parameters to remove."""
+        """Number of parameters to remove."""
         return round(self.ratio * self.base)
 
 
 def prunable(sites: Iterable[Site], of: BudgetBase) -> tuple[Site, ...]:
-    """Select the sites that a budget's base lets a searcher prune."""
+    """Return the sites that a budget's base allows to be pruned."""
     return tuple(site for site in sites if of in ("blocks", "model") or site.kind == of)
 
 
@@ -77,7 +79,7 @@ class PruningPlan:
     """The units kept at each site.
 
     Args:
-        keep: site name -> kept units, ascending, as indices into the dense model.
+        keep: site name -> kept units, ascending, as indices into the dense model's units.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -87,22 +89,22 @@ class PruningPlan:
         known = {site.name: site for site in sites}
         for name, units in self.keep.items():
             if name not in known:
-                raise InputError(f"plan: there is no site {name!r} in this model{did_you_mean(name, known)}")
+                raise InputError(f"plan: the model has no site {name!r}{did_you_mean(name, known)}")
             if not units:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
             if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= known[name].units:
                 raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
             run = known[name].units // known[name].runs
             if len({sum(unit // run == index for unit in units) for index in range(known[name].runs)}) > 1:
-                raise InputError(f"plan: {name}: each {run} units in a row have to keep the same number")
+                raise InputError(f"plan: {name}: each run of {run} units must keep the same number of units")
         if missing := sorted(known.keys() - self.keep.keys()):
-            raise InputError(f"plan: it says nothing of {', '.join(missing)}")
+            raise InputError(f"plan: missing sites: {', '.join(missing)}")
         for together in groups(sites):
             if len({len(self.keep[site.name]) for site in together}) > 1:
-                raise InputError(f"plan: the experts of {together[0].group} have to keep the same number of units")
+                raise InputError(f"plan: the experts of {together[0].group} must keep the same number of units")
 
     def removed_units(self, site: Site) -> list[int]:
-        """List the units of a site that the plan removes, ascending."""
+        """Return the units of a site that the plan removes, ascending."""
         kept = set(self.keep[site.name])
         return [unit for unit in range(site.units) if unit not in kept]
 
@@ -111,16 +113,16 @@ class PruningPlan:
         return sum((site.units - len(self.keep[site.name])) * site.params_per_unit for site in sites)
 
     def to_json(self) -> str:
-        """Write the plan as JSON, one site a line."""
+        """Return the plan as JSON, one line per site."""
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(list(units))}" for name, units in self.keep.items())
         return f'{{\n  "keep": {{\n{lines}\n  }}\n}}\n'
 
     @classmethod
     def read(cls, path: Path) -> PruningPlan:
-        """Read a plan's file.
+        """Read a plan from a file.
 
         Raises:
-            InputError: it cannot be read, or is no plan.
+            InputError: the file cannot be read, or is not a plan.
         """
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """Read a plan; the inverse of ``to_json``.
+        """Read a plan from JSON; the inverse of ``to_json``.
 
         Raises:
             InputError: the text is not JSON, or not a plan.

@@ -1,7 +1,7 @@
-"""A transformers model whose decoder layers differ in heads and widths: the stock classes, with their tensors resized.
+"""Resize the decoder layers of a stock transformers model to the heads and widths of a pruned one.
 
-Part of flapkit; it lies in every checkpoint that flapkit writes, for ``trust_remote_code=True``. The configuration says
-what is resized: ``flapkit`` declares a layer's blocks, ``per_layer_config`` gives each layer's sizes.
+This file is part of flapkit. Every checkpoint that flapkit writes contains a copy, for ``trust_remote_code=True``. In
+the configuration, ``flapkit`` declares the blocks of a layer and ``per_layer_config`` gives the sizes of each layer.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ SIZES = {"q": "H", "k": "K", "i": "I"}
 
 
 class FlapkitConfig:
-    """What a pruned model's configuration adds: the dense sizes stand globally, a layer's own where they differ."""
+    """Mixin of a pruned model's configuration: dense sizes globally, pruned sizes in ``per_layer_config``."""
 
     flapkit: Any = None
 
     def validate_architecture(self) -> None:
-        """Leave the head counts to the tensors: nothing has to divide the hidden size."""
+        """Skip the check that the number of heads divides the hidden size: in a pruned layer it need not."""
 
     def validate_rope(self) -> None:
-        """Leave the rotary embedding as the dense model has it: a check would ask for the one head count there was."""
+        """Skip the check of the rotary embedding, which assumes one number of heads for all layers."""
 
 
 class Resized:
-    """A stock model whose layers are resized as its configuration says, once they are built."""
+    """Mixin of a stock model: build it dense, then resize its layers to the configuration's sizes."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         layers, blocks = config.to_dict().get("per_layer_config"), config.flapkit["blocks"]
-        # transformers builds a dense model around this very object, which its modules go on to hold.
+        # Build the dense model with this very object: its modules keep a reference to it.
         config.per_layer_config = None
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -43,13 +43,13 @@ class Resized:
         path = config.flapkit["layers"].removeprefix(f"{self.base_model_prefix}.")
         for layer, shape in zip(self.base_model.get_submodule(path), config.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):
-                if (module := find(layer, block)) is not None:
+                if (module := find_module(layer, block)) is not None:
                     resize_(module, block, heads, shape)
-        hold_heads_(self)
+        pin_rotary_heads_(self)
 
 
-def hold_heads_(model: Any) -> None:
-    """Let rotary embeddings go on reading the dense model's head count, by which they know the width of a head."""
+def pin_rotary_heads_(model: Any) -> None:
+    """Make rotary embeddings read the dense model's number of heads, from which they compute the size of a head."""
     config = model.config
     values, names = config.to_dict(), {block["heads"] for block in config.flapkit["blocks"]}
     heads = {name: values[key] for name in names if (key := config.attribute_map.get(name, name)) in values}
@@ -59,15 +59,15 @@ def hold_heads_(model: Any) -> None:
 
 
 def heads_of(config: Any, block: Any) -> dict[str, int]:
-    """Read an attention's heads; an MLP's width stands in its tensors alone."""
+    """Read an attention's numbers of heads from the configuration; the width of an MLP is read from its tensors."""
     if block["kind"] != "attention":
         return {}
     heads, name = getattr(config, block["heads"]), block["kv_heads"]
     return {"H": heads, "K": name if isinstance(name, int) else getattr(config, name, None) or heads}
 
 
-def find(layer: Any, block: Any) -> Any:
-    """Return a block's module, or None where this layer has no such block."""
+def find_module(layer: Any, block: Any) -> Any:
+    """Return a block's module, or None if this layer has no such block."""
     try:
         module = layer.get_submodule(block["path"])
         module.get_parameter(columns_of(module, block)[0])
@@ -77,7 +77,7 @@ def find(layer: Any, block: Any) -> Any:
 
 
 def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
-    """Cut the tensors of a freshly built block to a layer's sizes."""
+    """Resize the tensors of a newly built block to a layer's sizes."""
     consumer, dim = columns_of(module, block)
     channels = kept = module.get_parameter(consumer).shape[dim]
     if block["kind"] == "attention":
@@ -89,22 +89,22 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
     narrow_(module, consumer, dim, kept, channels)
     for name, layout in block["parameters"].items():
         for parameter, rows in rows_of(module, block, name):
-            narrow_(module, parameter, rows, count(layout, sizes), count(layout, dense))
+            narrow_(module, parameter, rows, count_rows(layout, sizes), count_rows(layout, dense))
     if getattr(shape, f"{block['name']}_out_bias"):
         add_bias_(module, block)
     counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
     heads = getattr(shape, "kept_heads", None) if block["arguments"] or block["outputs"] else None
-    settle_(module, block, counts, reads, dense, heads)
+    set_sizes_(module, block, counts, reads, dense, heads)
 
 
 def narrow_(module: Any, name: str, dim: int, part: int, whole: int) -> None:
-    """Keep the first entries of a dimension, so that what is not loaded is initialised as the stock model's."""
+    """Keep the first ``part`` of ``whole`` equal parts of a dimension, with the stock model's initial values."""
     old = module.get_parameter(name).data
     replace_(module, name, old.narrow(dim, 0, old.shape[dim] * part // whole).clone())
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:
-    """Return the name of the consumer's weight, and the dimension of it that counts the input channels."""
+    """Return the name of the consumer's weight, and the dimension of its input channels."""
     name = block["consumer"]
     if block["kind"] == "experts":
         return name, 1 if module.is_transposed else 2
@@ -112,26 +112,26 @@ def columns_of(module: Any, block: Any) -> tuple[str, int]:
 
 
 def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
-    """Return the parameters of a coupled name, and the dimension of each that counts its rows; a bias goes along."""
+    """Return the parameters of a coupled name, each with the dimension of its rows: weight and bias of a module."""
     path, optional = name.removesuffix("?"), name.endswith("?")
     owner, _, leaf = path.rpartition(".")
-    found = getattr(module.get_submodule(owner), leaf, None)
-    if found is None and optional:
+    target = getattr(module.get_submodule(owner), leaf, None)
+    if target is None and optional:
         return []
-    if isinstance(found, nn.Parameter):
+    if isinstance(target, nn.Parameter):
         stacked = block["kind"] == "experts"
-        return [(path, 2 if stacked and found.dim() == 3 and module.is_transposed else int(stacked))]
-    transposed, bias = isinstance(found, Conv1D), getattr(found, "bias", None)
+        return [(path, 2 if stacked and target.dim() == 3 and module.is_transposed else int(stacked))]
+    transposed, bias = isinstance(target, Conv1D), getattr(target, "bias", None)
     return [(f"{path}.weight", int(transposed)), *([(f"{path}.bias", 0)] if bias is not None else [])]
 
 
-def count(layout: str, sizes: dict[str, int]) -> int:
+def count_rows(layout: str, sizes: dict[str, int]) -> int:
     """Count the rows of a layout such as ``q+k+k``, in heads or in channels."""
     return sum(sizes[SIZES[part]] for part in layout.strip("()").split("+"))
 
 
 def replace_(module: Any, name: str, value: Tensor) -> None:
-    """Put a tensor in a parameter's place, and let a linear know its new size."""
+    """Replace a parameter by a tensor, and update the size attributes of a linear."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=getattr(owner, leaf).requires_grad))
@@ -142,7 +142,7 @@ def replace_(module: Any, name: str, value: Tensor) -> None:
 
 
 def add_bias_(module: Any, block: Any) -> None:
-    """Give a consumer a bias of zeros where its stock class has none; experts add theirs by their routing weights."""
+    """Give a consumer a bias of zeros if it has none; the biases of experts are weighted by the router."""
     name, dim = columns_of(module, block)
     weight = module.get_parameter(name)
     zeros = nn.Parameter(weight.data.select(dim, 0).clone().zero_(), requires_grad=weight.requires_grad)
@@ -154,8 +154,10 @@ def add_bias_(module: Any, block: Any) -> None:
         module.register_forward_hook(ExpertBias(f"{name}_bias"), with_kwargs=True)
 
 
-def settle_(module: Any, block: Any, counts: Any, reads: Any, dense: dict[str, int], heads: list[int] | None) -> None:
-    """Let all but the tensors follow: attributes, what forward reads of the configuration, the query heads left."""
+def set_sizes_(
+    module: Any, block: Any, counts: Any, reads: Any, dense: dict[str, int], heads: list[int] | None
+) -> None:
+    """Update all but the tensors: size attributes, configuration entries that forward reads, and kept query heads."""
     for name, value in (counts or {}).items():
         setattr(module, name, value)
     if reads:
@@ -165,7 +167,7 @@ def settle_(module: Any, block: Any, counts: Any, reads: Any, dense: dict[str, i
 
 
 class ConfigView:
-    """The model's own configuration, but for what differs in one layer; a copy would miss what is set later."""
+    """The model's configuration with some entries of one layer replaced; unlike a copy, it follows later changes."""
 
     def __init__(self, of: Any, values: dict[str, Any]) -> None:
         self.__dict__.update(values, of=of)
@@ -173,18 +175,18 @@ class ConfigView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        found = getattr(type(self.of), name, None)
-        return found.fget(self) if isinstance(found, property) and found.fget else getattr(self.of, name)
+        member = getattr(type(self.of), name, None)
+        return member.fget(self) if isinstance(member, property) and member.fget else getattr(self.of, name)
 
 
 class ExpertBias:
-    """Add every expert's output bias, weighted as the router weights the expert, whatever computes the experts."""
+    """Forward hook: add the experts' output biases, weighted by the router, whichever kernel computes the experts."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Follow ``forward(hidden_states, top_k_index, top_k_weights)`` of an experts module."""
+        """Run after ``forward(hidden_states, top_k_index, top_k_weights)`` of an experts module."""
         _, index, weights = (*args, *kwargs.values())
         bias = module.get_parameter(self.name)
         routed = weights.new_zeros(len(index), len(bias)).scatter_add(1, index, weights)
@@ -192,7 +194,7 @@ class ExpertBias:
 
 
 def keep_heads_(module: Any, block: Any, dense: dict[str, int], heads: list[int]) -> None:
-    """Tell a block which of the dense model's query heads are left; the hooks of an earlier cut go on with these."""
+    """Set the dense model's query heads that a block keeps; hooks of an earlier pruning are reused."""
     first, module.kept_heads = not hasattr(module, "kept_heads"), heads
     module.dense_heads = dense = dense if first else module.dense_heads
     names = list(signature(module.forward).parameters)
@@ -207,19 +209,19 @@ def keep_heads_(module: Any, block: Any, dense: dict[str, int], heads: list[int]
 
 
 class KeptArgument:
-    """Pick the kept heads of an argument whose dimension ``dim`` counts heads, or batch times heads."""
+    """Forward pre-hook: select the kept heads of an argument with dimension ``dim`` of heads, or batch times heads."""
 
     def __init__(self, total: int, name: str, dim: int, position: int) -> None:
         self.total, self.name, self.dim, self.position = total, name, dim, position
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
-        """Go before the module's forward."""
+        """Run before the module's forward."""
         if self.name in kwargs:
             return args, {**kwargs, self.name: self.pick(kwargs[self.name], module.kept_heads)}
         return tuple(self.pick(x, module.kept_heads) if i == self.position else x for i, x in enumerate(args)), kwargs
 
     def pick(self, tensor: Any, heads: list[int]) -> Any:
-        """Leave alone what is no tensor, or is the same for all heads."""
+        """Select the heads of a tensor; return anything else, and tensors shared by all heads, unchanged."""
         if not isinstance(tensor, Tensor) or tensor.shape[self.dim] % self.total:
             return tensor
         parts = tensor.unflatten(self.dim, (-1, self.total))
@@ -229,12 +231,12 @@ class KeptArgument:
 
 
 class KeptOutput:
-    """Pick the kept heads' features of a module's output [..., heads * features]."""
+    """Forward hook: select the kept heads' features of a module's output [..., heads * features]."""
 
     def __init__(self, total: int) -> None:
         self.total = total
 
     def __call__(self, module: Any, args: Any, output: Any) -> Any:
-        """Follow the module's forward."""
+        """Run after the module's forward."""
         index = torch.tensor(module.kept_heads, device=output.device)
         return output.unflatten(-1, (self.total, -1)).index_select(-2, index).flatten(-2)

@@ -1,4 +1,4 @@
-"""The prunable places of a model: what can be removed, and what goes with it."""
+"""Sites and couplings: what can be removed from a model, and what goes with it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Kind = Literal["attention", "mlp"]
 class Coupling:
     """A slice of a parameter that goes with a unit.
 
-    Unit ``u`` owns ``per_unit`` indices of dimension ``dim``. They begin at ``offset + u * per_unit``; where ``stride``
-    is given, every ``run`` units begin a stride further on. A fused parameter has several couplings, one for each of
-    its parts.
+    Unit ``u`` owns ``per_unit`` indices of dimension ``dim``, from ``offset + u * per_unit`` on. With a ``stride``,
+    units come in runs of ``run`` contiguous units, and the next run starts one stride later. A fused parameter has
+    several couplings, one for each of its parts.
 
     Args:
         param: the parameter's full name in the model.
         dim: the dimension that shrinks.
         per_unit: indices that one unit owns.
-        numel: parameters at one index: the product of the other dimensions; of one expert where there are several.
-        offset: where the first unit begins.
-        run: units that lie side by side.
-        stride: indices from one run of units to the next; 0 where all units lie side by side.
+        numel: parameters per index: the product of the other dimensions; for stacked experts, of one expert.
+        offset: first index of the first unit.
+        run: number of contiguous units.
+        stride: indices from one run of units to the next; 0 if all units are contiguous.
     """
 
     param: str
@@ -49,7 +49,7 @@ class Coupling:
         return self.offset + unit // self.run * self.stride + unit % self.run * self.per_unit
 
     def indices_of(self, units: Iterable[int]) -> Iterator[int]:
-        """List the indices that some units own, in the units' order."""
+        """Yield the indices of the given units, in the units' order."""
         for unit in units:
             yield from range(self.start(unit), self.start(unit) + self.per_unit)
 
@@ -58,28 +58,28 @@ class Coupling:
 class Site:
     """One prunable place: the attention or the MLP of one layer, or one expert of it.
 
-    Unit ``u`` is the channels ``u * channels_per_unit`` to ``(u + 1) * channels_per_unit`` of the consumer's input.
+    Unit ``u`` owns the channels ``u * channels_per_unit`` to ``(u + 1) * channels_per_unit`` of the consumer's input.
 
     Args:
-        name: unique, for example ``layers.0.attention``.
+        name: unique name, for example ``layers.0.attention``.
         layer: index of the decoder layer.
         kind: ``attention`` or ``mlp``; an expert is an MLP.
-        consumer: full name of the linear whose input channels go, for example ``model.layers.0.self_attn.o_proj``; of
-            an expert, the parameter that holds every expert's.
-        units: how many units there are.
+        consumer: full name of the linear whose input channels are removed, for example
+            ``model.layers.0.self_attn.o_proj``; for an expert, the parameter that stacks all experts.
+        units: number of units.
         channels_per_unit: input channels of the consumer that one unit owns.
         out_features: output features of the consumer.
-        couplings: what else goes with a unit.
+        couplings: slices of other parameters that go with a unit.
         dim: the dimension of the consumer's weight that counts its input channels.
-        expert: index of the expert in a stack of them.
-        group: sites of one group keep the same number of units: the experts of a layer are one tensor.
-        runs: the units come in this many equal runs, each of which keeps the same number: the query heads of each
+        expert: index of the expert in the stack; None for other sites.
+        group: name shared by sites that must keep the same number of units, such as the experts of a layer.
+        runs: number of equal runs of units, each of which must keep the same number of units: the query heads of each
             key/value head.
-        multiple: a kept number that is a multiple of this runs faster.
+        multiple: kernels are faster if the number of kept units is a multiple of this.
         heads: query heads of an attention site.
-        kv_heads: its key/value heads.
-        path: full name of the module that the block is.
-        block: the declaration that the site comes from, which says what else has to follow the cut.
+        kv_heads: key/value heads of an attention site.
+        path: full name of the block's module.
+        block: the declaration that the site comes from.
     """
 
     name: str
@@ -112,35 +112,35 @@ class Site:
 
     @property
     def bias(self) -> str:
-        """Full name that the consumer's bias has, or would have."""
+        """Full name of the consumer's bias, whether or not it exists."""
         return f"{self.consumer}.bias" if self.expert is None else f"{self.consumer}_bias"
 
     @property
     def params_per_unit(self) -> int:
-        """Parameters that removing one unit saves: the consumer's columns and every coupled slice."""
+        """Parameters removed with one unit: the consumer's columns and all coupled slices."""
         return self.channels_per_unit * self.out_features + sum(c.params_per_unit for c in self.couplings)
 
     @property
     def params(self) -> int:
-        """Parameters that removing all units would save."""
+        """Parameters of all units."""
         return self.units * self.params_per_unit
 
     def channels_of(self, units: Iterable[int]) -> list[int]:
-        """List the consumer's input channels that some units own, in the units' order."""
+        """Return the consumer's input channels of the given units, in the units' order."""
         width = self.channels_per_unit
         return [channel for unit in units for channel in range(unit * width, (unit + 1) * width)]
 
     def heads_of(self, units: Iterable[int]) -> list[int]:
-        """List the query heads that some units own, in the units' order."""
+        """Return the query heads of the given units, in the units' order."""
         per_unit = self.heads // self.units
         return [head for unit in units for head in range(unit * per_unit, (unit + 1) * per_unit)]
 
     def sizes(self, units: int) -> dict[str, int]:
-        """Return what an expression in a declaration can name, where so many units are kept.
+        """Return the sizes that a declaration's expressions use, for a number of kept units.
 
         Returns:
-            Of an attention site ``H`` query heads, ``K`` key/value heads and ``D`` channels of a head; of an MLP
-            ``I`` channels.
+            For attention, ``H`` query heads, ``K`` key/value heads and ``D`` channels per head; for an MLP, ``I``
+            channels.
         """
         if self.kind == "mlp":
             return {"I": units}
@@ -149,8 +149,8 @@ class Site:
 
 
 def groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """Gather the sites that keep the same number of units, in the model's order; most are alone."""
-    found: dict[str, list[Site]] = {}
+    """Group the sites that must keep the same number of units, in the model's order; most groups have one site."""
+    members: dict[str, list[Site]] = {}
     for site in sites:
-        found.setdefault(site.group or site.name, []).append(site)
-    return list(found.values())
+        members.setdefault(site.group or site.name, []).append(site)
+    return list(members.values())

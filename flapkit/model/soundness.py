@@ -1,4 +1,4 @@
-"""Models that flapkit cannot prune, found before any work: quantised ones, and weights that are not finite."""
+"""Refuse models that flapkit cannot prune, before any work: quantised weights, and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from transformers import PreTrainedConfig
 from flapkit.system.errors import ModelError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""The types that weights can be pruned in."""
+"""The data types that can be pruned."""
 
-FILED = ("F32", "F16", "BF16", "F64")
-"""The same in the words of safetensors."""
+STORED_FLOATS = ("F32", "F16", "BF16", "F64")
+"""The same types by their safetensors names."""
 
-ADVICE = "give the model in float32, float16 or bfloat16, and quantise what was pruned"
+ADVICE = "use the model in float32, float16 or bfloat16, and quantise it after pruning"
 
 
 def check_unquantised(name: Path | str, config: PreTrainedConfig) -> None:
-    """Raise ``ModelError`` if a configuration says that its model's weights are quantised.
+    """Raise ``ModelError`` if a configuration has quantisation settings.
 
     Args:
-        name: what the model is called.
+        name: the model's name.
         config: its configuration.
     """
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
-            if found := getattr(part, key, None):
-                raise ModelError(f"model {name}: its weights are quantised ({_method(found)}); {ADVICE}")
+            if settings := getattr(part, key, None):
+                raise ModelError(f"model {name}: its weights are quantised ({_method(settings)}); {ADVICE}")
 
 
-def _method(found: Any) -> str:
-    metadata = found if isinstance(found, Mapping) else vars(found) if hasattr(found, "__dict__") else {}
-    method = metadata.get("quant_method") or metadata.get("quant_type") or "by its config.json"
+def _method(settings: Any) -> str:
+    metadata = settings if isinstance(settings, Mapping) else vars(settings) if hasattr(settings, "__dict__") else {}
+    method = metadata.get("quant_method") or metadata.get("quant_type") or "according to its config.json"
     bits = metadata.get("bits") or next((bits for bits in (4, 8) if metadata.get(f"load_in_{bits}bit")), None)
     return f"{getattr(method, 'value', method)}, {bits} bits" if bits else str(getattr(method, "value", method))
 
 
-def check_plain(name: str, tensor: Tensor) -> None:
-    """Raise ``ModelError`` unless a weight is a plain tensor of floating-point numbers.
+def check_float_weight(name: str, tensor: Tensor) -> None:
+    """Raise ``ModelError`` unless a weight is an ordinary tensor of floating-point numbers.
 
     Args:
         name: the weight's full name.
@@ -52,42 +52,41 @@ def check_plain(name: str, tensor: Tensor) -> None:
     data = tensor.data
     if data.dtype not in FLOATS or type(data) not in (Tensor, DTensor):
         of = str(data.dtype).removeprefix("torch.") if data.dtype not in FLOATS else type(data).__name__
-        raise ModelError(f"{name}: is a quantised weight ({of}); {ADVICE}")
+        raise ModelError(f"{name} is quantised ({of}); {ADVICE}")
 
 
 def check_weights(
     name: Path | str, weights: Iterable[tuple[str, Tensor]], stored: Mapping[str, str] | None = None
 ) -> None:
-    """Raise ``ModelError``, which names the weight, if one is quantised or holds a number that is not finite.
+    """Raise ``ModelError`` if a weight is quantised or has values that are not finite.
 
-    Every weight counts, used or not: one that is not finite was damaged, and the next may be used.
+    All weights are checked, even those that pruning does not use: a value that is not finite is a sign of damage.
 
     Args:
-        name: what the model is called.
-        weights: by their names; those on the meta device are not looked at.
-        stored: name of a weight -> safetensors' word for the type that its file holds, from which it was converted.
+        name: the model's name.
+        weights: name and tensor of each weight; tensors on the meta device are skipped.
+        stored: name of a weight -> the safetensors data type in the file it was converted from.
     """
-    for each, weight in weights:
-        of = (stored or {}).get(each, FILED[0])
-        if of not in FILED:
-            raise ModelError(f"model {name}: {each} is stored as {of}, which is a quantised weight's type; {ADVICE}")
-        check_plain(f"model {name}: {each}", weight)
-        check_finite(f"model {name}: {each}", weight)
+    for param, weight in weights:
+        dtype = (stored or {}).get(param, STORED_FLOATS[0])
+        if dtype not in STORED_FLOATS:
+            raise ModelError(f"model {name}: {param} is quantised (stored as {dtype}); {ADVICE}")
+        check_float_weight(f"model {name}: {param}", weight)
+        check_finite(f"model {name}: {param}", weight)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ``ModelError`` if a tensor holds a number that is not finite.
+    """Raise ``ModelError`` if a tensor has values that are not finite.
 
     Args:
-        name: what it is called.
-        tensor: not looked at on the meta device, or where it holds integers.
+        name: the tensor's name.
+        tensor: skipped if it is on the meta device, or not of a floating-point type.
     """
     if tensor.is_meta or not tensor.numel() or tensor.dtype not in FLOATS:
         return
-    # One pass without a copy; what is no number comes through, and so does what is infinite.
+    # One pass without a copy: aminmax propagates NaN as well as infinity.
     if not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
         count = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
-            f"{name} holds {count:,} numbers of {tensor.numel():,} that are not finite (NaN or infinite); fetch or "
-            "convert it again"
+            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite; download or convert the model again"
         )

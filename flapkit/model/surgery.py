@@ -1,4 +1,4 @@
-"""The only edits of weights: slice units away, or mask them."""
+"""Edit a model's weights: slice units away, or mask them. No other module does."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flapkit.model.classes import describe_
+from flapkit.model.classes import set_pruned_config_
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import add_bias_, replace_, settle_
+from flapkit.model.resize import add_bias_, replace_, set_sizes_
 from flapkit.model.site import Site, groups
-from flapkit.model.soundness import ADVICE, check_plain
+from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise ``ModelError`` unless every consumer and coupled parameter of the sites is there, plain, large and free.
+    """Check the consumers and coupled parameters of the sites.
 
-    Plain is a tensor of floating-point numbers: no quantised one.
-    Free is a parameter that no other name shares: what is tied across layers, or to an embedding, would be cut twice.
+    Raises:
+        ModelError: a parameter is missing, quantised, too small, or tied to another one (it would be sliced twice).
     """
     params = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
@@ -38,36 +38,37 @@ def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
         needed += [(c.param, c.dim, c.start(site.units - 1) + c.per_unit) for c in site.couplings]
         for name, dim, length in needed:
             if name not in params:
-                raise ModelError(f"{site.name}: the adapter names {name}, which {_lacking(model, name)}")
-            check_plain(name, params[name])
+                raise ModelError(f"{site.name}: {_missing(model, name)}")
+            check_float_weight(name, params[name])
             if params[name].shape[dim] < length:
                 raise ModelError(
                     f"{site.name}: the adapter expects {length} entries in dimension {dim} of {name}, "
                     f"which has the shape {list(params[name].shape)}"
                 )
             if len(shared := names[id(params[name])]) > 1:
-                raise ModelError(f"{site.name}: {' and '.join(shared)} are one tensor; a shared one cannot be pruned")
+                raise ModelError(f"{site.name}: {' and '.join(shared)} are tied; tied parameters cannot be pruned")
 
 
-def _lacking(model: nn.Module, name: str) -> str:
-    """Say what lacks a parameter; a quantised linear often keeps its weight under other names."""
+def _missing(model: nn.Module, name: str) -> str:
+    """Describe what lacks a parameter; a quantised linear often stores its weight under other names."""
     path = name.rpartition(".")[0]
     try:
         owner = model.get_submodule(path)
     except AttributeError:
-        return f"this {type(model).__name__} has not"
-    held = [each for each, _ in itertools.chain(owner.named_buffers(), owner.named_parameters())]
-    has = f"its {type(owner).__name__} has not" + (f": it holds {', '.join(held)}" if held else "")
-    return f"{has}; is it quantised? {ADVICE}" if any("weight" in each for each in held) else has
+        return f"{type(model).__name__} has no parameter {name}, which the adapter declares"
+    params = [param for param, _ in itertools.chain(owner.named_buffers(), owner.named_parameters())]
+    text = f"{type(owner).__name__} has no parameter {name}, which the adapter declares"
+    text += f"; it has {', '.join(params)}" if params else ""
+    return f"{text}; is it quantised? {ADVICE}" if any("weight" in param for param in params) else text
 
 
 def consumer_of(model: nn.Module, site: Site) -> nn.Module:
-    """Return the module whose input channels a site prunes: a linear, or the module that holds all experts."""
+    """Return the module whose input channels a site prunes: a linear, or the module of all experts."""
     if site.expert is not None:
         return model.get_submodule(site.path)
     consumer = model.get_submodule(site.consumer)
     if not isinstance(consumer, (nn.Linear, Conv1D)):
-        raise ModelError(f"{site.name}: the consumer {site.consumer} is a {type(consumer).__name__}, not a linear")
+        raise ModelError(f"{site.name}: the consumer {site.consumer} is a {type(consumer).__name__}, not a Linear")
     return consumer
 
 
@@ -80,22 +81,22 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
 
 
 def bias_of(model: nn.Module, site: Site) -> Tensor | None:
-    """Return the bias of a site's consumer, [out_features], if it has one."""
+    """Return the bias of a site's consumer, [out_features], or None."""
     if not _has(model, site.bias):
         return None
     bias = model.get_parameter(site.bias)
     return bias if site.expert is None else bias[site.expert]
 
 
-def share(model: M, sites: Sequence[Site], own: Sequence[str] = ()) -> M:
-    """Copy a model but for its weights: slicing the copy leaves the original as it is, and takes little memory.
+def copy_sharing_weights(model: M, sites: Sequence[Site], own: Sequence[str] = ()) -> M:
+    """Copy a model that shares its weights with the original, so that slicing the copy takes little memory.
 
-    Training the copy, or masking it, would change the original too.
+    Slicing the copy does not change the original. Training or masking it would.
 
     Args:
         model: the dense model.
-        sites: its sites; of what slicing writes in place, the consumers' biases, the copy gets its own.
-        own: names of the sites of whose consumers' weights the copy gets its own as well, so that they can be masked.
+        sites: its sites; the copy has its own consumers' biases, which slicing writes in place.
+        own: names of sites for which the copy has its own consumers' weights, so that they can be masked.
     """
     written = {site.bias for site in sites} | {site.weight for site in sites if site.name in own}
     named = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -106,27 +107,27 @@ def share(model: M, sites: Sequence[Site], own: Sequence[str] = ()) -> M:
 def slice_(
     model: nn.Module, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction] | None = None
 ) -> None:
-    """Remove the units that a plan does not keep, in place: the tensors really shrink.
+    """Remove the units that a plan does not keep, in place: the tensors shrink.
 
     Args:
         model: the dense model.
         sites: its sites.
         plan: the units to keep.
-        corrections: site name -> what a compensator does to the consumer.
+        corrections: site name -> the consumer's correction.
     """
     plan.check(sites)
     for together in groups(sites):
         first, removed = together[0], {site.name: plan.removed_units(site) for site in together}
-        # What keeps all its units settles as well: forward cannot read a common count from the configuration any more.
-        _settle(model, first, plan.keep[first.name])
+        # Also for sites that keep all units: forward can no longer read one size for all layers from the configuration.
+        _set_sizes(model, first, plan.keep[first.name])
         if not removed[first.name]:
             continue
         channels = [site.channels_of(plan.keep[site.name]) for site in together]
         _keep(model, first.weight, first.dim, channels, stacked=first.expert is not None)
         _correct(model, together, corrections or {})
-        for (name, dim), gone in _coupled(first, removed[first.name]).items():
+        for (name, dim), removed_rows in _coupled(first, removed[first.name]).items():
             length = model.get_parameter(name).shape[dim]
-            indices = [_without(length, gone)]
+            indices = [_without(length, removed_rows)]
             if first.expert is not None:
                 indices = [_without(length, _coupled(site, removed[site.name])[name, dim]) for site in together]
             _keep(model, name, dim, indices, stacked=first.expert is not None)
@@ -136,13 +137,13 @@ def slice_(
 def mask_(
     model: nn.Module, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction] | None = None
 ) -> None:
-    """Zero what ``slice_`` would remove, in place: the same function at the dense model's shapes.
+    """Zero the units that ``slice_`` would remove, in place: the same function at the dense model's shapes.
 
     Args:
         model: the dense model.
         sites: its sites.
         plan: the units to keep.
-        corrections: site name -> what a compensator does to the consumer.
+        corrections: site name -> the consumer's correction.
     """
     plan.check(sites)
     for together in groups(sites):
@@ -157,7 +158,7 @@ def mask_(
 
 
 def _correct(model: nn.Module, together: Sequence[Site], corrections: Mapping[str, Correction]) -> None:
-    """Write the corrected weights of sites that are sliced already, and add the biases."""
+    """Write the corrected weights of sliced sites, and add the biases."""
     for site in together:
         correction = corrections.get(site.name, Correction())
         if correction.weight is not None:
@@ -193,7 +194,7 @@ def _make_bias(model: nn.Module, site: Site) -> None:
 
 
 def _coupled(site: Site, removed: Sequence[int]) -> dict[tuple[str, int], list[int]]:
-    """Gather the indices that go from each coupled parameter, which may have several parts."""
+    """Return (parameter, dimension) -> the indices to remove, over all parts of a fused parameter."""
     indices: dict[tuple[str, int], list[int]] = {}
     for coupling in site.couplings:
         indices.setdefault((coupling.param, coupling.dim), []).extend(coupling.indices_of(removed))
@@ -201,23 +202,23 @@ def _coupled(site: Site, removed: Sequence[int]) -> dict[tuple[str, int], list[i
 
 
 def _without(length: int, removed: Iterable[int]) -> list[int]:
-    gone = set(removed)
-    return [index for index in range(length) if index not in gone]
+    excluded = set(removed)
+    return [index for index in range(length) if index not in excluded]
 
 
 def _keep(model: nn.Module, name: str, dim: int, indices: Sequence[Sequence[int]], *, stacked: bool) -> None:
-    """Keep some indices of one dimension, in a stack those of each expert; the result shares no memory with the old."""
+    """Keep some indices of one dimension, in a new tensor; of stacked experts, a list of indices for each expert."""
     tensor = model.get_parameter(name).detach()
-    kept = [torch.tensor(each, device=tensor.device) for each in indices]
+    kept = [torch.tensor(index, device=tensor.device) for index in indices]
     if stacked:
-        experts = [expert.index_select(dim - 1, each) for expert, each in zip(tensor, kept, strict=True)]
+        experts = [expert.index_select(dim - 1, index) for expert, index in zip(tensor, kept, strict=True)]
         replace_(model, name, torch.stack(experts))
     else:
         replace_(model, name, tensor.index_select(dim, kept[0]))
 
 
-def _settle(model: nn.Module, site: Site, keep: Sequence[int]) -> None:
-    """Let what is no tensor follow the cut."""
+def _set_sizes(model: nn.Module, site: Site, keep: Sequence[int]) -> None:
+    """Update the module's size attributes, configuration entries and kept heads."""
     if site.block is None:
         return
     module, block, sizes = model.get_submodule(site.path), site.block, site.sizes(len(keep))
@@ -226,17 +227,17 @@ def _settle(model: nn.Module, site: Site, keep: Sequence[int]) -> None:
         before = getattr(module, "kept_heads", range(site.heads))
         heads = [before[head] for head in site.heads_of(keep)]
     dense = {"H": site.heads, "K": site.kv_heads}
-    settle_(module, block.data, block.counts(sizes), block.readings(sizes), dense, heads)
+    set_sizes_(module, block.data, block.counts(sizes), block.readings(sizes), dense, heads)
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What a compensator does to a consumer.
+    """A compensator's correction of a consumer.
 
     Args:
         weight: the new weight [out_features, kept channels], or None to keep the old columns.
-        bias: what is added to the output [out_features], or None for nothing.
-        note: what is worth knowing about this site, in a short sentence; it is logged and goes into the output.
+        bias: what to add to the output [out_features], or None.
+        note: a short remark on this site, which is logged and written to the output.
     """
 
     weight: Tensor | None = None
@@ -244,16 +245,16 @@ class Correction:
     note: str | None = None
 
 
-def carry_out_(
+def apply_plan_(
     model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction]
 ) -> None:
-    """Slice the model and give it the configuration of what it has become, in place.
+    """Slice the model and update its configuration, in place.
 
     Args:
         model: the dense model.
         sites: its sites.
         plan: the units to keep.
-        corrections: site name -> what a compensator does to the consumer.
+        corrections: site name -> the consumer's correction.
     """
     slice_(model, sites, plan, corrections)
-    describe_(model, sites)
+    set_pruned_config_(model, sites)

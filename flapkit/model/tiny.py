@@ -1,4 +1,4 @@
-"""Tiny random models of any class: what a declaration is proven on."""
+"""Tiny random models of any class, on which declarations are verified."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ SIZES: Mapping[str, Any] = {
     "v_head_dim": 6,
     "query_pre_attn_scalar": 8,
 }
-"""Size of a tiny model, by the configurations' names; a class takes those that it has."""
+"""Sizes of a tiny model by configuration entry; a configuration class uses the entries that it has."""
 
 LAYERS = {"lfm2": ["conv", "full_attention"]}
-"""Model type -> kinds of layers, where the class's own default leaves out what makes it a hybrid."""
+"""Model type -> layer types, for hybrids whose default configuration lacks one of them."""
 
 UNSET = ("n_inner", "num_experts_per_tok")
-"""Sizes that a class may leave open, and that a tiny model needs."""
+"""Sizes that may be None in a default configuration, but not in a tiny model's."""
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
 def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
-    """Make a configuration of the same class and kind with sizes that a test can afford.
+    """Make a tiny configuration of a class.
 
     Args:
-        of: a model type, or a configuration, whose options that are no sizes are kept.
-        changes: what shall be otherwise.
+        of: a model type, or a configuration, whose entries other than sizes are kept.
+        changes: entries to set.
 
     Raises:
         ModelError: transformers does not know the model type.
@@ -100,31 +100,31 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
 
 
 def _layer_types(types: list[str]) -> list[str]:
-    """Keep one layer of each type, and two at least."""
-    kept = list(dict.fromkeys(types))
-    return kept if len(kept) > 1 else kept * 2
+    """Return one layer of each type, and at least two layers."""
+    distinct = list(dict.fromkeys(types))
+    return distinct if len(distinct) > 1 else distinct * 2
 
 
 def tiny_model(
     config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
 ) -> PreTrainedModel:
-    """Build a random model in which everything matters: no bias is zero, no norm is one, and logits spread.
+    """Build a random model in which every parameter affects the logits: biases are not zero, norms are not one.
 
     Args:
-        config: its configuration, small.
-        dtype: type of its weights.
-        seed: of the weights.
-        attention: the attention implementation; transformers' choice if not given.
+        config: a small configuration.
+        dtype: data type of the weights.
+        seed: seed of the weights.
+        attention: the attention implementation; transformers' default if None.
 
     Raises:
-        ModelError: transformers has no causal language model for it, or cannot build it.
+        ModelError: transformers has no causal language model for the configuration, or cannot build it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
         except ValueError as error:
-            raise ModelError(f"models of type {config.model_type!r} cannot be built: {error}") from error
+            raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {error}") from error
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.endswith("sinks"):
                 nn.init.normal_(parameter, std=0.5)
@@ -132,5 +132,5 @@ def tiny_model(
                 nn.init.normal_(parameter, std=0.2)
             else:
                 parameter.data.add_(0.3 * torch.randn_like(parameter))
-    made: PreTrainedModel = model.to(dtype=dtype).eval()
-    return made
+    tiny: PreTrainedModel = model.to(dtype=dtype).eval()
+    return tiny

@@ -1,7 +1,7 @@
-"""Prove a declaration: a sliced model computes what the masked dense model computes.
+"""Verify a declaration: a sliced model must compute the same as the masked dense model.
 
-A declaration that is wrong seldom raises: what it forgets is cut at the wrong end, or changes a norm. So it is believed
-only after the numbers agree on a tiny random model of the same class.
+A wrong declaration seldom raises an error: a parameter that it misses is sliced in the wrong place, or a norm changes.
+So the two models' logits are compared, on a tiny random model of the same class.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
-from flapkit.model.surgery import carry_out_, check_sites, mask_, share, slice_
+from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
 from flapkit.system.errors import ModelError
 
 TOLERANCE = 1e-5
-"""Largest error that float32 explains, as a fraction of the largest logit."""
+"""Largest error due to float32, as a fraction of the largest logit."""
 
-MOVED = 1e-3
-"""How far masking has to move the logits, as the same fraction, for the comparison to mean anything."""
+MIN_EFFECT = 1e-3
+"""Smallest effect of masking on the logits, as the same fraction, for the comparison to be meaningful."""
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -32,64 +32,71 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What the comparison of a sliced with a masked model gave.
+class Verification:
+    """The result of comparing a sliced with a masked model.
 
     Args:
         error: largest difference of a logit, as a fraction of the largest logit.
-        moved: how far masking itself moved the logits, as the same fraction.
+        effect: the effect of masking on the logits, as the same fraction.
         implementations: the attention implementations that were compared.
     """
 
     error: float
-    moved: float
+    effect: float
     implementations: tuple[str, ...]
 
 
-def verify(model: PreTrainedModel, sites: Sequence[Site], *, tolerance: float = TOLERANCE, seed: int = 0) -> Proof:
-    """Slice and mask copies of a model by a random plan, and compare them in every way that a model is run.
+def verify(
+    model: PreTrainedModel, sites: Sequence[Site], *, tolerance: float = TOLERANCE, seed: int = 0
+) -> Verification:
+    """Slice and mask copies of a model by a random plan, and compare their logits.
 
-    Two sequences, one of them padded on the left; whole, and with a cached step; by each attention implementation that
-    the model has.
+    The input is two sequences, one of them padded on the left; as a whole, and with a step from the KV cache; with each
+    attention implementation of the model.
 
     Args:
-        model: a model in float32; it is left as it is.
+        model: a model in float32; it is not changed.
         sites: its sites.
         tolerance: largest error, as a fraction of the largest logit.
-        seed: of the plan and the tokens.
+        seed: seed of the plan and the tokens.
 
     Raises:
-        ModelError: a site that is not exact, with what nothing in the declaration cuts.
+        ModelError: a site is not exact; the message lists parameters that the declaration misses.
     """
     check_sites(model, sites)
     plan = random_plan(sites, seed)
     masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
     mask_(masked, sites, plan)
-    carry_out_(sliced, sites, plan, {})
+    apply_plan_(sliced, sites, plan, {})
     removed = model.num_parameters() - sliced.num_parameters()
     if removed != plan.removed_params(sites):
-        raise ModelError(f"the cut removes {removed} parameters, and the sites say {plan.removed_params(sites)}")
-    error = moved = 0.0
-    found = []
+        raise ModelError(
+            f"slicing removes {removed} parameters, but the sites count {plan.removed_params(sites)} for these units"
+        )
+    error = effect = 0.0
+    implementations = []
     current = model.config._attn_implementation
     for name in dict.fromkeys((current, *IMPLEMENTATIONS)):
-        if name != current and not all(_set_attention(each, name) for each in (model, masked, sliced)):
+        if name != current and not all(_set_attention(variant, name) for variant in (model, masked, sliced)):
             continue
-        found.append(name)
+        implementations.append(name)
         expected = logits_of(masked, seed)
-        differs = compare(sliced, expected, seed)
-        if differs is None or not differs <= tolerance:
-            raise ModelError(_blame(model, sites, plan, seed))
-        error = max(error, differs)
-        moved = max(moved, float((expected - logits_of(model, seed)).abs().max() / expected.abs().max()))
+        difference = compare(sliced, expected, seed)
+        if difference is None or not difference <= tolerance:
+            raise ModelError(_diagnose(model, sites, plan, seed))
+        error = max(error, difference)
+        effect = max(effect, float((expected - logits_of(model, seed)).abs().max() / expected.abs().max()))
     _set_attention(model, current)
-    if not moved > MOVED:
-        raise ModelError(f"masking moved the logits by {moved:.1e} of the largest alone: those are not the consumers")
-    return Proof(error, moved, tuple(found))
+    if not effect > MIN_EFFECT:
+        raise ModelError(
+            f"masking the consumers' inputs changes the logits by only {effect:.1e} of the largest: the declaration "
+            "names the wrong consumers"
+        )
+    return Verification(error, effect, tuple(implementations))
 
 
 def compare(sliced: PreTrainedModel, expected: Tensor, seed: int = 0) -> float | None:
-    """Return how far a model's logits are from others, as a fraction of the largest, or None if it does not run."""
+    """Return the largest error of a model's logits, as a fraction of the largest logit; None if it does not run."""
     try:
         return float((logits_of(sliced, seed) - expected).abs().max() / expected.abs().max())
     except (RuntimeError, ValueError, IndexError) as error:
@@ -98,7 +105,7 @@ def compare(sliced: PreTrainedModel, expected: Tensor, seed: int = 0) -> float |
 
 
 def random_plan(sites: Sequence[Site], seed: int = 0) -> PruningPlan:
-    """Keep some units of every site, a different number in each layer, as the sites' groups and runs ask."""
+    """Keep random units of every site, a different number in each layer, consistent with groups and runs."""
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for together in groups(sites):
@@ -112,10 +119,10 @@ def random_plan(sites: Sequence[Site], seed: int = 0) -> PruningPlan:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Run two sequences, the second padded on the left, whole and by a cached step.
+    """Run two sequences, the second padded on the left, as a whole and with a step from the KV cache.
 
     Returns:
-        Logits of the tokens that are no padding, [all tokens, vocabulary].
+        Logits of all tokens but padding, [tokens, vocabulary].
     """
     embeddings = next(model.get_input_embeddings().parameters())
     tokens = torch.randint(2, len(embeddings), (2, 10), generator=torch.Generator().manual_seed(seed))
@@ -134,7 +141,7 @@ def logits_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> bool:
-    """Choose an attention implementation, where the model has it."""
+    """Set the attention implementation; return whether the model has it."""
     if name == "sdpa" and not model._supports_sdpa:
         return False
     try:
@@ -144,43 +151,43 @@ def _set_attention(model: PreTrainedModel, name: str) -> bool:
     return bool(model.config._attn_implementation == name)
 
 
-def _blame(model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, seed: int) -> str:
-    """Find the first sites that are not exact by themselves, and what of their module nothing cuts."""
+def _diagnose(model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, seed: int) -> str:
+    """Name the first sites that are not exact when pruned alone, and parameters that the declaration may miss."""
     for together in groups(sites):
         alone = {site.name: tuple(range(site.units)) for site in sites}
         alone |= {site.name: plan.keep[site.name] for site in together}
         masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
         mask_(masked, sites, PruningPlan(alone))
-        carry_out_(sliced, sites, PruningPlan(alone), {})
+        apply_plan_(sliced, sites, PruningPlan(alone), {})
         error = compare(sliced, logits_of(masked, seed), seed)
         if error is None or not error <= TOLERANCE:
-            said = "does not run" if error is None else f"is off by {error:.1e} of the largest logit"
-            left = uncut(model, together[0])
-            hint = f"; nothing in the declaration cuts {', '.join(left[:6])}" if left else ""
-            return f"{together[0].name}: the model {said} when its units are removed{hint}"
-    return "the model is not exact when several sites are pruned, though each is by itself"
+            problem = "does not run" if error is None else f"has an error of {error:.1e} of the largest logit"
+            names = undeclared(model, together[0])
+            hint = f"; the declaration does not name {', '.join(names[:6])}" if names else ""
+            return f"{together[0].name}: the sliced model {problem}{hint}"
+    return "the sliced model is exact with one site pruned, but not with several"
 
 
-def uncut(model: PreTrainedModel, site: Site) -> list[str]:
-    """List the parameters of a site's module that neither are its consumer's nor go with its units."""
-    cut = {site.weight, site.bias, *(coupling.param for coupling in site.couplings)}
+def undeclared(model: PreTrainedModel, site: Site) -> list[str]:
+    """List the parameters of a site's module that are neither its consumer's nor coupled to its units."""
+    declared = {site.weight, site.bias, *(coupling.param for coupling in site.couplings)}
     names = [name for name, _ in model.named_parameters() if name.startswith(f"{site.path}.")]
-    return [name for name in names if name not in cut]
+    return [name for name in names if name not in declared]
 
 
-def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) -> Proof:
-    """Slice and mask one layer's share of each block of a loaded model, and compare them on a few tokens.
+def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) -> Verification:
+    """Slice and mask one layer of each block of a loaded model, and compare the logits on a few tokens.
 
-    This proves that the declaration fits this very model at its real sizes: the tiny models of ``verify`` have others.
-    It does not prove every layer; of a model in half precision it proves that the difference is no more than rounding.
+    Unlike ``verify``, this checks the very model to be pruned, at its real sizes. It does not check every layer. For a
+    model in half precision it checks that the difference is no more than rounding.
 
     Args:
-        model: the model, in any type; it is left as it is.
+        model: the model, in any data type; it is not changed.
         sites: its sites.
-        seed: of the plan and the tokens.
+        seed: seed of the plan and the tokens.
 
     Raises:
-        ModelError: the declaration does not hold for the model.
+        ModelError: the declaration does not fit the model.
     """
     check_sites(model, sites)
     chosen: dict[str, Sequence[Site]] = {}
@@ -189,20 +196,21 @@ def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) 
         chosen.setdefault(first.block.name if first.block else first.kind, together)
     some = random_plan([site for together in chosen.values() for site in together], seed)
     plan = PruningPlan({site.name: some.keep.get(site.name, tuple(range(site.units))) for site in sites})
-    masked, sliced = share(model, sites, own=tuple(some.keep)), share(model, sites)
+    masked = copy_sharing_weights(model, sites, own=tuple(some.keep))
+    sliced = copy_sharing_weights(model, sites)
     mask_(masked, sites, plan)
     slice_(sliced, sites, plan)
     dense, expected = logits_of(model, seed), logits_of(masked, seed)
-    moved = float((expected - dense).abs().mean() / expected.abs().mean())
-    where = f"the declaration does not hold for this model: sliced in {', '.join(some.keep)}"
+    effect = float((expected - dense).abs().mean() / expected.abs().mean())
+    where = f"the declaration does not fit this model: sliced in {', '.join(some.keep)}"
     try:
         error = float((logits_of(sliced, seed) - expected).abs().mean() / expected.abs().mean())
     except (RuntimeError, ValueError, IndexError) as problem:
         raise ModelError(f"{where}, it does not run: {problem}") from problem
-    allowed = TOLERANCE if model.dtype == torch.float32 else moved / 4
-    if not error <= allowed or not moved > 0:
+    allowed = TOLERANCE if model.dtype == torch.float32 else effect / 4
+    if not error <= allowed or not effect > 0:
         raise ModelError(
-            f"{where}, its logits are off by {error:.1e} of their mean size from those of the masked model; "
-            f"{allowed:.1e} is allowed, where masking moves them by {moved:.1e}"
+            f"{where}, its logits differ from the masked model's by {error:.1e} of their mean absolute value "
+            f"(allowed: {allowed:.1e}; effect of masking: {effect:.1e})"
         )
-    return Proof(error, moved, (model.config._attn_implementation,))
+    return Verification(error, effect, (model.config._attn_implementation,))

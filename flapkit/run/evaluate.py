@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flapkit.checkpoint.load import load_config, load_tokenizer
-from flapkit.evaluation.zero_shot import put_beside
+from flapkit.evaluation.zero_shot import by_task
 from flapkit.execution.runtime import Runtime
 from flapkit.model.soundness import check_unquantised
 from flapkit.recipe import LoadedRecipe
@@ -78,4 +78,4 @@ def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtim
         model = load_model(recipe.of_model(path), runtime)
         measured[role] = runtime.evaluate(model, texts, f"evaluate {role}")
         answers[role] = ask(model, tokenizer, tasks, runtime, f"zero-shot {role}")
-    return Evaluation(checkpoint, against, put_texts_beside(measured), put_beside(answers))
+    return Evaluation(checkpoint, against, put_texts_beside(measured), by_task(answers))

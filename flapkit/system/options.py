@@ -36,7 +36,7 @@ def _find(path: Path, info: ValidationInfo) -> Path:
     """Make a path absolute, and check that the file is there."""
     path = _reach(path, (info.context or {}).get("folder")).absolute()
     if not path.is_file():
-        raise PydanticCustomError("file", "there is no such file: {path}", {"path": str(path)})
+        raise PydanticCustomError("file", "file not found: {path}", {"path": str(path)})
     return path
 
 

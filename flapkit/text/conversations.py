@@ -1,4 +1,4 @@
-"""Conversations as calibration text: their two common forms, and how they become text."""
+"""Conversations as calibration text: read the two common formats."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ ROLES: Mapping[str, str] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-"""What datasets call a speaker -> the role."""
+"""A dataset's name of a speaker -> the role."""
 
 
 def is_conversation(value: Any) -> bool:
-    """Tell whether a field holds messages rather than text."""
+    """Return whether a field is a list of messages rather than text."""
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
 def normalise(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, str]]:
-    """Bring ``messages`` (role, content) and ShareGPT's ``conversations`` (from, value) into one form.
+    """Convert ``messages`` (role, content) or ShareGPT's ``conversations`` (from, value) to one format.
 
-    Other keys of a message are a dataset's own notes, and no part of the conversation.
+    Other keys of a message are ignored.
 
     Args:
         messages: the messages of one row.
-        where: how an error names the row.
+        where: the row's name in error messages.
 
     Returns:
         The same messages with the keys ``role`` and ``content``.
 
     Raises:
-        DataError: a message of another form, or an unknown speaker.
+        DataError: a message has another format, or an unknown speaker.
     """
     conversation = []
     for number, message in enumerate(messages):
@@ -49,7 +49,7 @@ def normalise(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[st
         )
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise DataError(
-                f"{where}: message {number}: expected the texts `role` and `content`, or `from` and `value`; "
+                f"{where}: message {number}: expected text in `role` and `content`, or in `from` and `value`; "
                 f"found the keys {', '.join(map(str, message)) or 'none'}"
             )
         if speaker not in ROLES:

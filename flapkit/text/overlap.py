@@ -1,4 +1,4 @@
-"""How much of an evaluation text was in the calibration text."""
+"""Overlap: how much of an evaluation text is also in the calibration text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from flapkit.text.windows import UNSCORED, Windows
 
 NGRAM = 32
-"""Tokens in a row that count as the same text; a licence's or an idiom's few words do not."""
+"""Length in tokens of a sequence that counts as shared; common phrases are shorter."""
 
 NOTEWORTHY = 0.01
-"""The share of scored tokens from which an overlap is worth a warning."""
+"""Fraction of scored tokens above which an overlap causes a warning."""
 
 _MULTIPLIER = 0x2545F4914F6CDD1D
 _CHUNK = 2**22
@@ -21,12 +21,12 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What an evaluation text shares with the calibration windows.
+    """Overlap of an evaluation text with the calibration windows.
 
     Args:
-        ngram: tokens in a row that count as shared.
-        tokens: scored tokens that lie in such a row.
-        share: the same as a fraction of all scored tokens.
+        ngram: length in tokens of the sequences that were compared.
+        tokens: scored tokens that are part of a shared sequence.
+        share: the same, as a fraction of all scored tokens.
     """
 
     ngram: int
@@ -35,36 +35,37 @@ class Overlap:
 
 
 def find_overlap(calibration: Tensor, evaluation: Windows, ngram: int | None = None) -> Overlap:
-    """Find the scored tokens that lie in a row of tokens which calibration saw too.
+    """Count the scored tokens that are part of an n-gram which is also in the calibration windows.
 
-    Rows are found by a hash and compared token by token, so that nothing is counted that is not the same.
+    N-grams are looked up by a hash and then compared token by token, so that the count is exact.
 
     Args:
         calibration: tokens [windows, tokens], int64.
-        evaluation: what is measured.
-        ngram: tokens in a row; by default ``NGRAM``, or half a window where that is less.
+        evaluation: the evaluation windows.
+        ngram: tokens per n-gram; by default ``NGRAM``, or half a window if that is less.
 
     Returns:
         The overlap, with the ``ngram`` that was used.
     """
     tokens = evaluation.input_ids
     shortest = min(calibration.shape[1], tokens.shape[1])
-    # Rows as long as a window would be found only where both texts were cut at the same places.
+    # N-grams as long as a window would match only if both texts were cut at the same positions.
     ngram = min(NGRAM, max(1, shortest // 2)) if ngram is None else min(ngram, shortest)
     known, order = _hashes(calibration, ngram).flatten().sort()
-    found = _hashes(tokens, ngram)
-    place = torch.searchsorted(known, found.flatten()).clamp_(max=len(known) - 1)
-    candidates = (known[place] == found.flatten()).nonzero().squeeze(1)
-    alike = [_same(calibration, order[place[part]], tokens, part, ngram) for part in candidates.split(_CHUNK // ngram)]
-    starts = torch.zeros_like(found, dtype=torch.bool).flatten()
-    starts[candidates] = torch.cat(alike) if alike else torch.zeros(0, dtype=torch.bool)
+    hashes = _hashes(tokens, ngram)
+    nearest = torch.searchsorted(known, hashes.flatten()).clamp_(max=len(known) - 1)
+    candidates = (known[nearest] == hashes.flatten()).nonzero().squeeze(1)
+    parts = candidates.split(_CHUNK // ngram)
+    equal = [_equal(calibration, order[nearest[part]], tokens, part, ngram) for part in parts]
+    starts = torch.zeros_like(hashes, dtype=torch.bool).flatten()
+    starts[candidates] = torch.cat(equal) if equal else torch.zeros(0, dtype=torch.bool)
     scored = evaluation.labels != UNSCORED
-    shared = int((_covered(starts.view_as(found), tokens.shape[1]) & scored).sum())
+    shared = int((_covered(starts.view_as(hashes), tokens.shape[1]) & scored).sum())
     return Overlap(ngram, shared, shared / max(1, int(scored.sum())))
 
 
 def _hashes(tokens: Tensor, ngram: int) -> Tensor:
-    """Hash every row of ``ngram`` tokens: [windows, tokens] -> int64 [windows, tokens - ngram + 1], modulo 2^64."""
+    """Hash every n-gram: [windows, tokens] -> int64 [windows, tokens - ngram + 1], modulo 2^64."""
     places = tokens.shape[1] - ngram + 1
     hashes = torch.zeros_like(tokens[:, :places])
     for offset in range(ngram):
@@ -72,19 +73,19 @@ def _hashes(tokens: Tensor, ngram: int) -> Tensor:
     return hashes
 
 
-def _same(calibration: Tensor, known: Tensor, tokens: Tensor, found: Tensor, ngram: int) -> Tensor:
-    """Compare rows token by token; both are given by their flat places, [rows]."""
-    return (_rows(calibration, known, ngram) == _rows(tokens, found, ngram)).all(dim=1)
+def _equal(calibration: Tensor, first: Tensor, tokens: Tensor, second: Tensor, ngram: int) -> Tensor:
+    """Compare n-grams token by token, given their flat positions in both texts, [n-grams]."""
+    return (_ngrams(calibration, first, ngram) == _ngrams(tokens, second, ngram)).all(dim=1)
 
 
-def _rows(tokens: Tensor, places: Tensor, ngram: int) -> Tensor:
-    """Read rows, [rows, ngram]."""
-    rows: Tensor = tokens.unfold(1, ngram, 1)
-    return rows[places // rows.shape[1], places % rows.shape[1]]
+def _ngrams(tokens: Tensor, positions: Tensor, ngram: int) -> Tensor:
+    """Read n-grams, [n-grams, ngram]."""
+    ngrams: Tensor = tokens.unfold(1, ngram, 1)
+    return ngrams[positions // ngrams.shape[1], positions % ngrams.shape[1]]
 
 
 def _covered(starts: Tensor, length: int) -> Tensor:
-    """Mark every token of the rows that begin where ``starts`` is true: [windows, length]."""
+    """Mark every token of the n-grams that start where ``starts`` is true: [windows, length]."""
     ngram = length - starts.shape[1] + 1
     steps = torch.zeros(len(starts), length + 1, dtype=torch.int32)
     steps[:, : starts.shape[1]] += starts.int()

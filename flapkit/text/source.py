@@ -1,4 +1,4 @@
-"""Where text comes from: named datasets, hub ids, local files and folders, all as lists of documents."""
+"""Read documents from named datasets, the Hugging Face hub, local files and folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Purpose = Literal["calibration", "evaluation"]
 Render = Callable[[Conversation], str]
 
 TEXT_FIELDS = ("text", "conversations", "messages")
-"""The fields that are looked for, in this order, where a recipe names none."""
+"""The fields to look for, in this order, if a recipe names none."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_SEPARATOR = "\n\n"
@@ -29,27 +29,27 @@ DEFAULT_SPLITS: Mapping[Purpose, tuple[str, ...]] = {
     "calibration": ("train",),
     "evaluation": ("test", "validation", "heldout"),
 }
-"""The splits of a hub dataset that are looked for, in this order, where a recipe names none."""
+"""The splits of a hub dataset to look for, in this order, if a recipe names none."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedDataset:
-    """A dataset that recipes call by a short name.
+    """A dataset with a short name for recipes.
 
     Args:
         description: one line for ``flapkit list datasets``.
-        calibration_split: the split that statistics are measured on.
-        evaluation_split: the split that perplexity is measured on.
-        splits: every split there is.
-        calibration_separator: what stands between documents that windows are drawn from; None where a window lies
+        calibration_split: the split to calibrate on.
+        evaluation_split: the split to measure perplexity on.
+        splits: all splits.
+        calibration_separator: text between documents when calibration windows are drawn; None to draw each window
             within one document.
-        evaluation_separator: what stands between documents that are cut into windows.
-        evaluation_documents: how many documents, from the first, are evaluated; None for all.
-        hub: hub id, or None where the text is on this machine.
+        evaluation_separator: text between documents when evaluation windows are cut.
+        evaluation_documents: number of documents to evaluate, from the first; None for all.
+        hub: hub id, or None if the text is on this machine.
         subset: configuration on the hub.
         revision: branch on the hub.
-        field: the field of the text.
-        files: split -> file on the hub, where one shard is enough.
+        field: the field with the text.
+        files: split -> file on the hub, if one shard is enough.
     """
 
     description: str
@@ -66,7 +66,7 @@ class NamedDataset:
     files: Mapping[str, str] | None = None
 
 
-# Splits, separators and amounts are those of FLAP's released code, so that its published numbers can be compared.
+# Splits, separators and amounts are those of FLAP's released code, for comparison with its published numbers.
 DATASETS: Mapping[str, NamedDataset] = {
     "wikitext2": NamedDataset(
         description="WikiText-2, raw: Wikipedia articles, from the Hugging Face hub",
@@ -82,7 +82,7 @@ DATASETS: Mapping[str, NamedDataset] = {
         evaluation_split="validation",
         calibration_separator=" ",
         hub="ptb-text-only/ptb_text_only",
-        # The main branch is a loading script, which `datasets` has run no more since its version 4.
+        # The main branch is a loading script, which `datasets` no longer runs since version 4.
         revision="refs/convert/parquet",
         field="sentence",
     ),
@@ -136,7 +136,7 @@ class TextSource(Section):
     field: TextField = None
 
     def check(self) -> None:
-        """Raise ``DataError`` for what can be known to be wrong without a network and without reading any text."""
+        """Raise ``DataError`` for errors that can be found without a network and without reading text."""
         named = DATASETS.get(self.dataset)
         if named:
             self._check_named(named)
@@ -144,17 +144,17 @@ class TextSource(Section):
             self._local_files()
 
     def separator(self, purpose: Purpose) -> str | None:
-        """Return what stands between documents; None where each window is to lie within one document."""
+        """Return the text between documents; None to draw each window within one document."""
         named = DATASETS.get(self.dataset)
         if named is None:
             return DEFAULT_SEPARATOR
         return named.calibration_separator if purpose == "calibration" else named.evaluation_separator
 
     def shares_text(self, evaluation: TextSource) -> bool:
-        """Tell whether text for calibration or training is also evaluated, as far as names and paths tell.
+        """Return whether this calibration or training text is also evaluated, judging by names and paths.
 
         Args:
-            evaluation: where the text of an evaluation comes from.
+            evaluation: the source of the evaluation text.
         """
         own, other = (source._path() if source.dataset not in DATASETS else None for source in (self, evaluation))
         if own is not None and other is not None:
@@ -171,21 +171,21 @@ class TextSource(Section):
         """Read the documents.
 
         Args:
-            purpose: chooses the split where none is given.
-            render: turns a conversation into text; None where nothing can.
+            purpose: selects the default split.
+            render: renders a conversation as text; None if the model has no format for conversations.
 
         Raises:
-            DataError: the data cannot be found or read, or holds no text.
+            DataError: the data cannot be found or read, or has no text.
         """
         self.check()
         documents = [self._document(value, where, render) for value, where in self._values(purpose)]
         if not any(document.strip() for document in documents):
-            amount = f"all {len(documents)} documents are empty" if documents else "there is no row"
-            raise DataError(f"{self.dataset}: it holds no text: {amount}")
+            amount = f"all {len(documents)} documents are empty" if documents else "it has no rows"
+            raise DataError(f"{self.dataset}: no text: {amount}")
         return documents
 
     def _values(self, purpose: Purpose) -> Iterator[tuple[Any, str]]:
-        """Read the chosen field of every row, each with how an error names the row."""
+        """Yield the selected field of every row, and the row's name for error messages."""
         named = DATASETS.get(self.dataset)
         if named and named.hub is None:
             for number, text in enumerate(stdlib_documents(self.split or _split(named, purpose))):
@@ -202,14 +202,14 @@ class TextSource(Section):
 
     def _check_named(self, named: NamedDataset) -> None:
         if self.subset is not None:
-            raise DataError(f"{self.dataset}: it has no subsets; leave `subset` out, or name the hub dataset itself")
+            raise DataError(f"{self.dataset}: it has no subsets; omit `subset`, or give the hub id instead of the name")
         if self.split is not None and self.split not in named.splits:
             raise DataError(f"{self.dataset}: unknown split {self.split!r}{did_you_mean(self.split, named.splits)}")
         if self.field is not None and self.field != named.field and named.hub is None:
             raise DataError(f"{self.dataset}: no field {self.field!r}{did_you_mean(self.field, [named.field])}")
 
     def _path(self) -> Path | None:
-        """Return the local path that is meant, or None where it is a hub id."""
+        """Return the local path, or None for a hub id."""
         path = self._reach()
         if path.exists():
             return path
@@ -217,10 +217,10 @@ class TextSource(Section):
         if "/" not in self.dataset and close and path.suffix not in SUFFIXES:
             raise DataError(
                 f"unknown dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}; "
-                "write a hub id as owner/name, and a local file or folder as a path that exists"
+                "write a hub id as owner/name, or give the path of an existing file or folder"
             )
         if self.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES or self.dataset.count("/") > 1:
-            raise DataError(f"{path}: there is no such file or folder{did_you_mean(self.dataset, DATASETS)}")
+            raise DataError(f"{path}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
         return None
 
     def _reach(self) -> Path:
@@ -233,22 +233,22 @@ class TextSource(Section):
         root = self._reach()
         for option in ("subset", "split"):
             if (value := getattr(self, option)) is not None:
-                raise DataError(f"{root}: local files have no {option} {value!r}; leave `{option}` out")
+                raise DataError(f"{root}: local files have no {option} {value!r}; omit `{option}`")
         if root.is_dir():
             inside = (path for path in sorted(root.rglob("*")) if path.is_file())
             paths = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(root).parts)]
         else:
             paths = [root]
         if not paths:
-            raise DataError(f"{root}: the folder holds no {', '.join(SUFFIXES)} file")
+            raise DataError(f"{root}: the folder has no {', '.join(SUFFIXES)} files")
         for path in paths:
             if path.suffix not in SUFFIXES:
-                where = f"; move it out of {root}, or name single files" if path != root else ""
+                where = f"; move it out of {root}, or give a single file" if path != root else ""
                 raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file{where}")
         return paths
 
     def _file_values(self, path: Path) -> Iterator[tuple[Any, str]]:
-        """Read a local file: one row for a .txt, one a line for a .jsonl, the table's for a .parquet."""
+        """Read a local file: a .txt is one row, a .jsonl has one row per line, a .parquet the rows of its table."""
         try:
             if path.suffix == ".txt":
                 self._field({"text"}, str(path))
@@ -275,7 +275,7 @@ class TextSource(Section):
     def _hub_values(self, hub: NamedDataset, split: str, amount: int | None = None) -> Iterator[tuple[Any, str]]:
         import datasets
 
-        # One file of a split is not the split that the hub's own records describe.
+        # A single file of a split does not match the sizes and checksums that the hub records.
         files = {"data_files": {split: hub.files[split]}, "verification_mode": "no_checks"} if hub.files else {}
         try:
             rows = datasets.load_dataset(hub.hub, hub.subset, split=split, revision=hub.revision, **files)
@@ -300,14 +300,14 @@ class TextSource(Section):
 
     def _hub_error(self, error: Exception) -> DataError:
         if isinstance(error, ConnectionError):
-            what = "" if self.dataset in DATASETS else "it is no local file or folder, "
+            what = "" if self.dataset in DATASETS else "not a local file or folder, and "
             return DataError(
-                f"{self.dataset}: {what}the Hugging Face hub cannot be reached, and its cache does not hold it: "
-                f"{error}; use `stdlib` or local files where there is no network"
+                f"{self.dataset}: {what}the Hugging Face hub cannot be reached, and the dataset is not in its cache: "
+                f"{error}; without a network, use `stdlib` or local files"
             )
         if isinstance(error, FileNotFoundError):
             return DataError(f"unknown dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}: {error}")
-        # The messages of `datasets` list the subsets and the splits there are.
+        # The messages of `datasets` list the available subsets and splits.
         return DataError(f"{self.dataset}: cannot be loaded from the hub: {type(error).__name__}: {error}")
 
     def _field(self, fields: Collection[str], where: str, default: str | None = None) -> str:
@@ -316,8 +316,8 @@ class TextSource(Section):
         chosen = self.field or default or next((name for name in TEXT_FIELDS if name in fields), None)
         if chosen is None:
             raise DataError(
-                f"{where}: none of its fields ({', '.join(fields)}) is called {', '.join(TEXT_FIELDS)}; "
-                "set `field` to the one that holds the text"
+                f"{where}: none of the fields ({', '.join(fields)}) is one of {', '.join(TEXT_FIELDS)}; "
+                "set `field` to the field with the text"
             )
         return chosen
 
@@ -332,9 +332,9 @@ class TextSource(Section):
         conversation = normalise(value, where)
         if render is None:
             raise DataError(
-                f"{where}: it is a conversation, and nothing says how this model's conversations are written; choose "
-                "an adapter that renders them (for example `adapter: vicuna`), or a model whose tokenizer has a chat "
-                "template, or a field of plain text"
+                f"{where}: this is a conversation, but the model has no format for conversations; use an adapter that "
+                "has one (for example `adapter: vicuna`), a model whose tokenizer has a chat template, or a field of "
+                "plain text"
             )
         try:
             return render(conversation)
@@ -365,7 +365,7 @@ _STDLIB_HELD_OUT_ONE_IN = 10
 def stdlib_modules() -> dict[str, list[Path]]:
     """Map each top-level module of Python's standard library to its source files, in a fixed order.
 
-    Tests, generated tables (``encodings``, ``pydoc_data``, ``_sysconfigdata*``) and installed packages are left out.
+    Tests, generated tables (``encodings``, ``pydoc_data``, ``_sysconfigdata*``) and installed packages are excluded.
     """
     root = Path(sysconfig.get_path("stdlib"))
     modules: dict[str, list[Path]] = {}
@@ -378,7 +378,7 @@ def stdlib_modules() -> dict[str, list[Path]]:
 
 
 def is_held_out(module: str) -> bool:
-    """Tell whether a standard-library module belongs to the held-out split: one in ten, by a hash of its name."""
+    """Return whether a standard-library module is in the held-out split: one in ten, by a hash of its name."""
     return zlib.crc32(module.encode()) % _STDLIB_HELD_OUT_ONE_IN == 0
 
 
@@ -386,7 +386,7 @@ def stdlib_documents(split: str) -> list[str]:
     """Read the sources of Python's standard library.
 
     Args:
-        split: ``train``, or ``heldout`` (the modules that no training or calibration text comes from).
+        split: ``train``, or ``heldout`` (modules not used for training or calibration).
 
     Returns:
         One document per source file.

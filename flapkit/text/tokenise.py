@@ -1,4 +1,4 @@
-"""Tokenise a long text in pieces, to the same tokens: a tokenizer takes 150 times the memory of what it is given."""
+"""Tokenise long text in chunks, with the same result: a tokenizer needs 150 times the memory of its input."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flapkit.system.errors import DataError, is_panic
 
-PIECE = 2**17
-"""Characters of a piece."""
+CHUNK = 2**17
+"""Characters per chunk."""
 
 OVERLAP = 2**12
-"""Characters that a piece begins before the end of the one before it."""
+"""Characters by which a chunk overlaps the previous one."""
 
-AGREED = 64
-"""Tokens in which two pieces have to agree before the text is cut between them."""
+MIN_AGREEMENT = 64
+"""Number of consecutive equal tokens in the overlap at which two chunks are joined."""
 
 log = logging.getLogger(__name__)
 
@@ -27,58 +27,59 @@ Ints = NDArray[np.int64]
 
 
 class Tokens(NamedTuple):
-    """Tokens and where they stand.
+    """Tokens with their positions in the text.
 
     Args:
         ids: int64 [tokens].
-        places: first character, and the one after the last, of each, int64 [tokens, 2].
+        offsets: start and end of each token in characters, int64 [tokens, 2].
     """
 
     ids: Ints
-    places: Ints
+    offsets: Ints
 
     def part(self, first: int, end: int | None = None) -> Tokens:
-        """Return some of the tokens."""
-        return Tokens(self.ids[first:end], self.places[first:end])
+        """Return a slice of the tokens."""
+        return Tokens(self.ids[first:end], self.offsets[first:end])
 
 
 def encode_in_chunks(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> Tokens:
-    """Tokenise a text as if it were done at once.
+    """Tokenise a text in chunks, with the same result as in one call.
 
-    Pieces overlap, and are joined where both have the same tokens at the same places for a while: what stands so far
-    from a piece's end does not depend on it. Where two pieces never agree, the text is tokenised at once.
+    Chunks overlap, and are joined where both have the same tokens at the same offsets for some length: tokens so far
+    from a chunk's end do not depend on it. If two chunks do not agree, the whole text is tokenised in one call.
 
     Args:
-        tokenizer: a fast one, which knows where its tokens stand.
-        text: of any length.
-        add_special_tokens: put the tokenizer's own tokens at the ends of the text.
+        tokenizer: a fast tokenizer, which returns offsets.
+        text: text of any length.
+        add_special_tokens: add the tokenizer's special tokens at the ends of the text.
     """
-    starts = range(0, max(len(text), 1), PIECE)
+    starts = range(0, max(len(text), 1), CHUNK)
     joined: list[Tokens] = []
     for start in starts:
         first = max(0, start - OVERLAP)
-        found = _encode(tokenizer, text[first : start + PIECE], first, add_special_tokens)
-        piece = _without_added(found, start > 0, start < starts[-1])
-        seam = _seam(joined[-1], piece, start - OVERLAP // 2) if joined else (None, 0)
+        encoded = _encode(tokenizer, text[first : start + CHUNK], first, add_special_tokens)
+        chunk = _strip_special(encoded, at_start=start > 0, at_end=start < starts[-1])
+        seam = _seam(joined[-1], chunk, start - OVERLAP // 2) if joined else (None, 0)
         if seam is None:
-            log.info("the tokenizer does not come to the same tokens in pieces; the text is tokenised at once")
+            log.info("chunks of the text give different tokens; tokenising the whole text in one call")
             return _encode(tokenizer, text, 0, add_special_tokens)[0]
         if joined:
             joined[-1] = joined[-1].part(0, seam[0])
-        joined.append(piece.part(seam[1]))
-    return Tokens(np.concatenate([each.ids for each in joined]), np.concatenate([each.places for each in joined]))
+        joined.append(chunk.part(seam[1]))
+    ids, offsets = [chunk.ids for chunk in joined], [chunk.offsets for chunk in joined]
+    return Tokens(np.concatenate(ids), np.concatenate(offsets))
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
     """Call a tokenizer.
 
     Args:
-        tokenizer: the model's.
-        text: of any length; that it is longer than the model's context is no surprise.
-        options: as transformers takes them.
+        tokenizer: the model's tokenizer.
+        text: text of any length; there is no warning if it exceeds the model's context.
+        options: passed to the tokenizer.
 
     Returns:
-        What the tokenizer returns.
+        The tokenizer's output.
 
     Raises:
         DataError: the tokenizer fails.
@@ -86,16 +87,17 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> A
     try:
         return tokenizer(text, verbose=False, **options)
     except BaseException as error:
-        # A tokenizer is what somebody wrote, for a library that can raise anything on what it does not expect.
+        # tokenizers can raise anything, panics included, on a damaged tokenizer.json.
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        said = f"{type(error).__name__}: {error}"
-        raise DataError(f"the tokenizer fails ({said}); fetch the model's tokenizer again") from error
+        raise DataError(
+            f"the tokenizer fails ({type(error).__name__}: {error}); download the model's tokenizer again"
+        ) from error
 
 
 def _encode(tokenizer: Any, text: str, first: int, add_special_tokens: bool) -> tuple[Tokens, Sequence[int]]:
-    """Tokenise a piece; return its tokens, and which of them the tokenizer put at the ends."""
-    found = tokenise(
+    """Tokenise a chunk that starts at character ``first``; return its tokens, and the mask of special tokens."""
+    encoded = tokenise(
         tokenizer,
         text,
         add_special_tokens=add_special_tokens,
@@ -103,30 +105,30 @@ def _encode(tokenizer: Any, text: str, first: int, add_special_tokens: bool) -> 
         return_special_tokens_mask=True,
         return_attention_mask=False,
     )
-    places = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return Tokens(np.asarray(found["input_ids"], dtype=np.int64), places + first), found["special_tokens_mask"]
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return Tokens(np.asarray(encoded["input_ids"], dtype=np.int64), offsets + first), encoded["special_tokens_mask"]
 
 
-def _without_added(found: tuple[Tokens, Sequence[int]], before: bool, behind: bool) -> Tokens:
-    """Leave out what the tokenizer put before, and behind, a piece that does not begin, or end, the text."""
-    tokens, added = found
-    first, end = 0, len(added)
-    while before and first < end and added[first]:
+def _strip_special(encoded: tuple[Tokens, Sequence[int]], *, at_start: bool, at_end: bool) -> Tokens:
+    """Remove the special tokens at the ends of a chunk that are not ends of the text."""
+    tokens, special = encoded
+    first, end = 0, len(special)
+    while at_start and first < end and special[first]:
         first += 1
-    while behind and end > first and added[end - 1]:
+    while at_end and end > first and special[end - 1]:
         end -= 1
     return tokens.part(first, end)
 
 
-def _seam(before: Tokens, behind: Tokens, middle: int) -> tuple[int, int] | None:
-    """Find where two pieces agree, from the middle of their overlap on.
+def _seam(left: Tokens, right: Tokens, middle: int) -> tuple[int, int] | None:
+    """Find where two chunks agree, starting in the middle of their overlap.
 
     Returns:
-        The number of tokens to keep of the piece before, and to leave out of the one behind.
+        The number of tokens to keep of the left chunk, and to skip of the right one.
     """
-    for mine in range(int(np.searchsorted(before.places[:, 0], middle)), len(before.ids) - AGREED):
-        theirs = int(np.searchsorted(behind.places[:, 0], before.places[mine, 0]))
-        ours, others = before.part(mine, mine + AGREED), behind.part(theirs, theirs + AGREED)
-        if np.array_equal(ours.ids, others.ids) and np.array_equal(ours.places, others.places):
-            return mine, theirs
+    for kept in range(int(np.searchsorted(left.offsets[:, 0], middle)), len(left.ids) - MIN_AGREEMENT):
+        skipped = int(np.searchsorted(right.offsets[:, 0], left.offsets[kept, 0]))
+        ours, theirs = left.part(kept, kept + MIN_AGREEMENT), right.part(skipped, skipped + MIN_AGREEMENT)
+        if np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.offsets, theirs.offsets):
+            return kept, skipped
     return None

@@ -1,4 +1,4 @@
-"""Windows of tokens: drawn for calibration, cut for evaluation."""
+"""Windows of tokens: drawn at random for calibration, cut in order for evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flapkit.system.errors import DataError
 from flapkit.text.tokenise import Ints, encode_in_chunks, tokenise
 
 UNSCORED = -100
-"""The label of a token that is context only."""
+"""The label of a token that is not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Windows:
 
     Args:
         input_ids: [windows, length], int64.
-        attention_mask: [windows, length], int64: 0 where a last, shorter window is padded, else 1.
-        labels: [windows, length], int64: the token itself where it is scored, else -100.
+        attention_mask: [windows, length], int64: 0 for the padding of a shorter last window, else 1.
+        labels: [windows, length], int64: the token if it is scored, else -100.
     """
 
     input_ids: Tensor
@@ -40,16 +40,16 @@ class Windows:
 def encode(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], separator: str, vocab_size: int | None = None
 ) -> Tensor:
-    """Join documents and turn them into tokens, with the tokenizer's special tokens at the ends of the whole.
+    """Join documents and tokenise them, with the tokenizer's special tokens at the ends of the whole text.
 
-    The text is tokenised as a whole, as the released code does, since tokens may span a separator. Conversations
-    that begin with the tokenizer's start token are complete: they are joined with nothing between.
+    Documents are joined first, as in FLAP's released code, since tokens may span a separator. Conversations that start
+    with the tokenizer's BOS token are complete, and are joined without a separator.
 
     Args:
         tokenizer: the model's tokenizer.
-        documents: at least one.
-        separator: what stands between documents.
-        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+        documents: at least one document.
+        separator: text between documents.
+        vocab_size: size of the model's vocabulary, to check the tokens against.
 
     Returns:
         [tokens], int64.
@@ -66,8 +66,8 @@ class Encoded:
 
     Args:
         tokens: [tokens], int64.
-        sizes: the UTF-8 bytes of text that each token stands for, int64 [tokens]; they add up to the text's. None
-            where the tokenizer does not say.
+        sizes: UTF-8 bytes of text for each token, int64 [tokens]; their sum is that of the text. None if the tokenizer
+            gives no offsets.
     """
 
     tokens: Tensor
@@ -82,14 +82,14 @@ def encode_measured(
     *,
     measure: bool = True,
 ) -> Encoded:
-    """Do as ``encode`` does, and measure the text that each token stands for.
+    """Like ``encode``, and compute the bytes of text for each token.
 
     Args:
         tokenizer: the model's tokenizer.
-        documents: at least one.
-        separator: what stands between documents.
-        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
-        measure: false to leave the sizes out.
+        documents: at least one document.
+        separator: text between documents.
+        vocab_size: size of the model's vocabulary, to check the tokens against.
+        measure: False to skip the sizes.
 
     Raises:
         DataError: the tokenizer does not fit the model.
@@ -98,47 +98,46 @@ def encode_measured(
     complete = bool(start) and all(document.startswith(start) for document in documents)
     text = ("" if complete else separator).join(documents)
     if tokenizer.is_fast:
-        pieces = encode_in_chunks(tokenizer, text, add_special_tokens=not complete)
-        tokens, sizes = torch.from_numpy(pieces.ids), _sizes(text, pieces.places) if measure else None
+        encoded = encode_in_chunks(tokenizer, text, add_special_tokens=not complete)
+        tokens, sizes = torch.from_numpy(encoded.ids), _sizes(text, encoded.offsets) if measure else None
     else:
-        found = tokenise(tokenizer, text, add_special_tokens=not complete)
-        tokens, sizes = torch.tensor(found["input_ids"]), None
+        tokens, sizes = torch.tensor(tokenise(tokenizer, text, add_special_tokens=not complete)["input_ids"]), None
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
     return Encoded(tokens, sizes)
 
 
-def _sizes(text: str, places: Ints) -> Tensor:
-    """Share a text's bytes among its tokens: each has what lies between the end of those before it and its own.
+def _sizes(text: str, offsets: Ints) -> Tensor:
+    """Distribute a text's bytes over its tokens: each gets the bytes from the end of the previous token to its own end.
 
-    What a tokenizer skips belongs to the token after it, and a character that several tokens spell to the first.
+    Skipped text counts for the next token, and a character split over several tokens counts for the first.
     """
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     widths = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)
-    ends = np.maximum.accumulate(places[:, 1])
+    ends = np.maximum.accumulate(offsets[:, 1])
     return torch.from_numpy(np.diff(np.concatenate([[0], np.cumsum(widths)])[ends], prepend=0).astype(np.int64))
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ``DataError`` if a token is outside a model's vocabulary: the tokenizer is another model's."""
+    """Raise ``DataError`` if a token is outside the model's vocabulary: the tokenizer belongs to another model."""
     if tokens.numel() == 0:
         return
     largest = int(tokens.max())
     if largest >= vocab_size or int(tokens.min()) < 0:
-        found = largest if largest >= vocab_size else int(tokens.min())
+        token = largest if largest >= vocab_size else int(tokens.min())
         raise DataError(
-            f"the tokenizer does not fit the model: it gives token {found}, but the model's vocabulary is "
+            f"the tokenizer does not fit the model: it gives token {token}, but the model's vocabulary is "
             f"0 to {vocab_size - 1}; use the tokenizer that the model was trained with"
         )
 
 
 def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
-    """Draw windows at random places, as FLAP's released code does.
+    """Draw windows at random positions, as FLAP's released code does.
 
     Args:
         tokens: [tokens], int64.
         samples: windows to draw; they may overlap.
-        length: tokens in a window.
+        length: tokens per window.
         seed: seed of Python's generator.
 
     Returns:
@@ -157,15 +156,15 @@ def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tens
 def sample_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
 ) -> Tensor:
-    """Draw windows that each lie within one document, as FLAP's released code does from C4.
+    """Draw windows within single documents, as FLAP's released code does from C4.
 
-    A document is drawn until one is longer than a window, then a place in it; only what is drawn is tokenised.
+    Documents are drawn until one is longer than a window, then a position in it; only drawn documents are tokenised.
 
     Args:
         tokenizer: the model's tokenizer.
-        documents: at least one.
+        documents: at least one document.
         samples: windows to draw.
-        length: tokens in a window.
+        length: tokens per window.
         seed: seed of Python's generator.
 
     Returns:
@@ -206,12 +205,12 @@ def draw_windows(
 
     Args:
         tokenizer: the model's tokenizer.
-        documents: at least one.
-        separator: what stands between documents; None to draw each window within one document.
+        documents: at least one document.
+        separator: text between documents; None to draw each window within one document.
         samples: windows to draw.
-        length: tokens in a window.
+        length: tokens per window.
         seed: seed of Python's generator.
-        vocab_size: the model's vocabulary, if the tokens are to be checked against it.
+        vocab_size: size of the model's vocabulary, to check the tokens against.
 
     Returns:
         [samples, length], int64.
@@ -230,23 +229,23 @@ def draw_windows(
 def cut_windows(tokens: Tensor, length: int, stride: int | None = None, limit: int | None = None) -> Windows:
     """Cut a text into windows to evaluate.
 
-    Without a stride the windows do not overlap, each scores all its tokens but the first, and an incomplete last one
-    is dropped: the protocol of FLAP's released code. With a stride every token but the text's first is scored once,
-    with the earlier tokens of its window as context; the last window ends with the text. With a stride of a whole
-    window there is no overlap, and the first token of a window has nothing to be predicted from: it is not scored.
+    Without a stride, windows do not overlap, all tokens but the first of each window are scored, and an incomplete last
+    window is dropped: the protocol of FLAP's released code. With a stride, every token but the text's first is scored
+    once, with the earlier tokens of its window as context, and the last window ends with the text. If the stride is a
+    whole window, there is no overlap, and the first token of each window is not scored.
 
     Args:
         tokens: [tokens], int64.
-        length: tokens in a window, at least 2.
-        stride: tokens from one window's beginning to the next's, from 1 to ``length``.
-        limit: windows at most, from the beginning of the text.
+        length: tokens per window, at least 2.
+        stride: tokens from the start of one window to the next, from 1 to ``length``.
+        limit: maximum number of windows, from the beginning of the text.
 
     Raises:
-        DataError: the text is shorter than a window, or a length, stride or limit that makes no windows.
+        DataError: the text is shorter than a window, or the length, stride or limit is out of range.
     """
     if length < 2 or (stride is not None and not 1 <= stride <= length) or (limit is not None and limit < 1):
         raise DataError(
-            f"evaluation: windows of length {length}, stride {stride}, limit {limit} cannot be cut; "
+            f"evaluation: length {length}, stride {stride} or limit {limit} is out of range; "
             "the length is at least 2, the stride from 1 to the length, the limit at least 1"
         )
     if len(tokens) < length:
@@ -265,7 +264,7 @@ def _strided(tokens: Tensor, length: int, stride: int, limit: int | None) -> Win
     padded = torch.cat([tokens, tokens.new_zeros(padding)])
     inputs = padded.unfold(0, length, stride)[:count].contiguous()
     mask = torch.ones_like(inputs)
-    # Later windows score only what the one before did not hold.
+    # Later windows score only tokens that are not in the previous window.
     labels = _unscored(inputs, max(1, length - stride))
     labels[0] = _unscored(inputs[:1], 1)[0]
     if padding:
@@ -280,10 +279,10 @@ def _unscored(inputs: Tensor, context: int) -> Tensor:
     return labels
 
 
-def _too_little(purpose: str, found: int, needed: int, length: int, what: str = "text") -> DataError:
+def _too_little(purpose: str, tokens: int, needed: int, length: int, what: str = "text") -> DataError:
     return DataError(
-        f"{purpose}: the {what} has {found} tokens, but {needed} are needed for windows of {length}; "
-        "give more text or a smaller length"
+        f"{purpose}: the {what} has {tokens} tokens, but {needed} are needed for windows of {length}; "
+        "use more text or a smaller length"
     )
 
 

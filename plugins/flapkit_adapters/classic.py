@@ -1,4 +1,4 @@
-"""Families from before LLaMA and beside it: fused projections, plain MLPs, ALiBi."""
+"""Families with a structure other than LLaMA's: fused projections, plain MLPs, ALiBi."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CLASSIC = (
             ),
             MLP,
         ),
-        "Command R, with a norm of its own for each head in the larger one.",
+        "Command R, with a norm per head in the larger model.",
     ),
     Family(
         "opt",

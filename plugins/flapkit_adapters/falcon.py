@@ -20,7 +20,7 @@ ATTENTION = Block(
 """Falcon 40B and 180B: several key/value heads, each with its query heads."""
 
 ONE_KV_HEAD = replace(ATTENTION, parameters={"query_key_value": "q+k+k"}, kv_heads=1)
-"""Falcon 7B: one key/value head, so that query heads go one by one."""
+"""Falcon 7B: one key/value head, so that single query heads can be removed."""
 
 ALL_HEADS = replace(ATTENTION, kv_heads="num_attention_heads")
 """Falcon RW: as many key/value heads as query heads."""
@@ -34,7 +34,7 @@ class Falcon(FamilyAdapter):
     family = Family("falcon", ("falcon",), "transformer.h", (ATTENTION, MLP))
 
     def family_of(self, config: PreTrainedConfig) -> Family:
-        """Choose the layout that the configuration's flags say."""
+        """Choose the layout by the configuration's flags."""
         attention = ATTENTION if config.new_decoder_architecture else ONE_KV_HEAD if config.multi_query else ALL_HEADS
         if config.alibi:
             attention = replace(attention, arguments={"alibi": 1, "attention_mask": 1})

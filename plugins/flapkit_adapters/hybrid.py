@@ -1,4 +1,4 @@
-"""Hybrids: only some of the layers attend, and only their attention has heads to remove."""
+"""Hybrids: models in which only some of the layers have attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA, and the families that are built as it is."""
+"""LLaMA, and families with the same structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MLP = Block("mlp", "mlp", "down_proj", {"gate_proj": "i", "up_proj": "i"})
 
 @dataclass(frozen=True)
 class Llama(FamilyAdapter):
-    """LLaMA 1 to 3, and everything of model type llama."""
+    """LLaMA 1 to 3, and all models of type llama."""
 
     name = "llama"
     family = Family("llama", ("llama",), "model.layers", (ATTENTION, MLP))
@@ -27,7 +27,7 @@ class Llama(FamilyAdapter):
 LIKE_LLAMA = tuple(
     Family(model_type, (model_type,), "model.layers", (ATTENTION, MLP), about)
     for model_type, about in {
-        "mistral": "Mistral 7B and its kind.",
+        "mistral": "Mistral 7B and its relatives.",
         "qwen2": "Qwen 1.5, 2 and 2.5, with biases on q, k and v.",
         "qwen3": "Qwen 3, with a norm for each head.",
         "gemma": "Gemma; the 2B model has one key/value head.",
@@ -40,4 +40,4 @@ LIKE_LLAMA = tuple(
         "helium": "Helium.",
     }.items()
 )
-"""The same declaration serves them all: what differs (norms, windows, multipliers, biases) concerns no head alone."""
+"""One declaration fits them all: their differences (norms, windows, multipliers, biases) do not affect single heads."""

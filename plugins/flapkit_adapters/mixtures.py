@@ -1,4 +1,4 @@
-"""Mixtures of experts: the experts of a layer are stacked in 3-D parameters, and keep the same width."""
+"""Mixtures of experts: the experts of a layer are stacked in 3-D parameters and have the same width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATENT = Block(
     attributes={"num_heads": "H"},
     kv_heads="num_attention_heads",
 )
-"""Multi-head latent attention: keys and values come from one latent vector, which no head owns. The cache stays."""
+"""Multi-head latent attention: all heads share one latent vector, so the KV cache keeps its size."""
 
 DENSE_MLP = replace(MLP, optional=True)
 SHARED = Block(
@@ -41,7 +41,7 @@ MIXTURES = (
             EXPERTS,
             replace(SHARED, path="mlp.shared_expert", name="shared_expert", width="shared_expert_intermediate_size"),
         ),
-        "Qwen 1.5 and 2 with experts, and the expert that all tokens share.",
+        "Qwen 1.5 and 2 with experts and a shared expert.",
     ),
     Family("qwen3_moe", ("qwen3_moe",), "model.layers", (ATTENTION, DENSE_MLP, EXPERTS), "Qwen 3 with experts."),
     Family(

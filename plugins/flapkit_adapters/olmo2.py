@@ -1,4 +1,4 @@
-"""Families whose norm goes over the whole projection of all heads."""
+"""Families with a norm over the whole projection of all heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flapkit.interfaces import Family
 from flapkit_adapters.llama import ATTENTION, MLP
 
 WHOLE_NORM = replace(ATTENTION, parameters={"v_proj": "k"}, outputs={"q_norm": "q", "k_norm": "k"})
-"""The rows of q and k stay, since the norm counts them all; what it returns is picked by head. v and o are cut."""
+"""q and k keep all rows, since the norm averages over them; heads are selected from its output. v and o are sliced."""
 
 OLMO2 = tuple(
     Family(model_type, (model_type,), "model.layers", (WHOLE_NORM, MLP), about)

@@ -1,4 +1,4 @@
-"""Vicuna: a LLaMA that is talked to."""
+"""Vicuna: LLaMA trained on conversations."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 SPEAKERS: Mapping[str, tuple[str, str]] = {"user": ("USER", " "), "assistant": ("ASSISTANT", "</s>")}
-"""Role -> the speaker's name in the prompt, and what ends a message of theirs."""
+"""Role -> the speaker's name in the prompt, and the end of a message."""
 
 
 @dataclass(frozen=True)
 class Vicuna(Llama):
     """Vicuna: LLaMA's sites, and calibration conversations in its v1.1 prompt format.
 
-    A Vicuna's configuration is a plain LLaMA's, so the one mark that a checkpoint has is its name: the hub
-    repository's, or the name of the folder it was loaded from, has to contain "vicuna". The folders above it do not
-    count, nor does the repository's owner. A Vicuna of another name is chosen with ``adapter: vicuna``.
+    Vicuna's configuration is LLaMA's, so a checkpoint is recognised by its name only: the name of the hub repository
+    (without its owner), or of the folder itself, must contain "vicuna". For other names, set ``adapter: vicuna``.
     """
 
     name = "vicuna"
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Tell whether the configuration is a LLaMA's whose checkpoint is called Vicuna."""
+        """Return whether it is a LLaMA configuration and the checkpoint's name contains "vicuna"."""
         return super().supports(config) and "vicuna" in _checkpoint_name(str(config.name_or_path or "")).lower()
 
     def render(self, conversation: Sequence[Mapping[str, str]]) -> str:
         """Render messages as ``SYSTEM USER: ... ASSISTANT: ...</s>USER: ...`` (FastChat's vicuna_v1.1).
 
-        A system message at the beginning takes the place of Vicuna's own. A message without content is the open turn
-        that a generation would begin from: the speaker's name and a colon.
+        A system message at the beginning replaces Vicuna's own. A message without content is an open turn, from which
+        generation starts: the speaker's name and a colon.
 
         Args:
             conversation: messages with ``role`` and ``content``.
@@ -53,14 +52,14 @@ class Vicuna(Llama):
         text = f"{system} "
         for message in messages:
             if message["role"] not in SPEAKERS:
-                raise DataError(f"Vicuna's format has no {message['role']} message but at the beginning")
+                raise DataError(f"Vicuna's format allows a {message['role']} message only at the beginning")
             speaker, end = SPEAKERS[message["role"]]
             text += f"{speaker}: {message['content']}{end}" if message["content"] else f"{speaker}:"
         return text
 
 
 def _checkpoint_name(path: str) -> str:
-    """Return the name of a hub repository, of a local folder, or of the repository that a cached snapshot is of."""
+    """Return the name of a hub repository, a local folder, or the repository of a cached snapshot."""
     parts = PurePath(path.replace("\\", "/")).parts
     cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
     return next(iter(cached or parts[-1:]), "")

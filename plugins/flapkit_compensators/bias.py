@@ -1,4 +1,4 @@
-"""Bias compensation, FLAP's own repair."""
+"""Bias compensation, FLAP's repair."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flapkit.interfaces import Compensator, Correction, Moments, Site, SiteStati
 
 @dataclass(frozen=True)
 class Bias(Compensator):
-    """Add what the removed channels contribute on average: b' = b + W_:R m_R.
+    """Add the removed channels' mean output to the bias: b' = b + W_:R m_R.
 
     FLAP (arXiv 2312.11983), equation 4. Exact for a channel that is constant.
     """
@@ -22,7 +22,7 @@ class Bias(Compensator):
     statistics = (Moments,)
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
-        """Return the removed channels' mean output [out_features]; the kept columns stay."""
+        """Return the removed channels' mean output [out_features]; the kept columns do not change."""
         removed = stats[Moments].mean.clone()
         removed[site.channels_of(keep)] = 0
         return Correction(bias=torch.cat([rows @ removed for rows in float64_rows(weight)]))

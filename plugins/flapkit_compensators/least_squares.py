@@ -1,4 +1,4 @@
-"""Least squares: the kept channels take over what they can of the removed ones."""
+"""Least squares: fit the removed channels' output by the kept channels."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from flapkit.interfaces import (
 )
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""What ``ridge: auto`` chooses from, as parts of the kept channels' mean variance."""
+"""The candidates of ``ridge: auto``, as fractions of the kept channels' mean variance."""
 
 
 @dataclass(frozen=True)
 class LeastSquares(Compensator):
     """Fit the removed channels' output by the kept channels, and fold the fit into the consumer.
 
-    With C the covariance of the inputs, m their mean, S what is kept and R what is removed:
+    With C the covariance of the inputs, m their mean, S the kept and R the removed channels:
     A = C_RS (C_SS + λI)^-1, W' = W_S + W_R A, b' = b + W_R (m_R - A m_S). This minimises E|Wx - W'x_S - b'|² plus a
     ridge on W' - W_S, so that it is never worse than ``bias`` (A = 0) on the calibration text. Without the intercept C
     is E[xx'] and m is 0: no bias is added.
 
-    ``ridge: auto`` fits three quarters of the calibration windows with each of a few ridges, takes for every site the
-    one that is best on the other quarter, and fits all windows with it. A site where none is better there than ``bias``
-    (without intercept: than no repair) gets that instead, and says so.
+    ``ridge: auto`` fits three quarters of the calibration windows with several ridges, chooses for every site the best
+    one on the remaining quarter, and fits all windows with it. If none is better than ``bias`` (without the intercept:
+    than no repair) on these windows, the site gets that instead, with a note.
     """
 
     name = "least_squares"
 
-    intercept: Annotated[bool, Field(description="Add a bias; without it the checkpoint needs none.")] = True
+    intercept: Annotated[bool, Field(description="Add a bias to the consumers.")] = True
     ridge: Annotated[
         Annotated[float, Field(ge=0)] | Literal["auto"],
         Field(
-            description="Pull towards the old weight, as a part of the kept channels' mean variance; `auto` chooses it "
-            "for every site on held-out calibration windows, and falls back to `bias` where that is better."
+            description="Penalty on changes of the weight, as a fraction of the kept channels' mean variance; `auto` "
+            "chooses it for every site on held-out calibration windows, and uses `bias` where that is better."
         ),
     ] = "auto"
 
     @property
     def adds_bias(self) -> bool:
-        """Without the intercept it adds none."""
+        """Whether the intercept is on."""
         return self.intercept
 
     def measures(self) -> tuple[type[Statistic], ...]:
-        """List what must be measured: held-out windows only where the ridge is to be chosen."""
+        """Return the statistics to measure: of held-out windows only for ``ridge: auto``."""
         return (Gram, HeldOutGram) if self.ridge == "auto" else (Gram,)
 
     def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
@@ -67,7 +67,7 @@ class LeastSquares(Compensator):
         return (TargetGram, HeldOutTargetGram) if self.ridge == "auto" else (TargetGram,)
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
-        """Return the new columns [out_features, kept channels] and, with an intercept, what is added to the output."""
+        """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
         everything, judge = self._spreads(stats)
         kept = torch.tensor(site.channels_of(keep), device=weight.device)
         dense = weight.to(everything.squares)
@@ -76,8 +76,8 @@ class LeastSquares(Compensator):
             return self._correction(text, text.fit(dense, kept, self.ridge), kept)
         if judge is None or not judge.tokens:
             raise CalibrationError(
-                "compensator.ridge: auto judges on held-out calibration windows, one in four, and there is none; "
-                "give at least four windows, or a ridge such as 0.01"
+                "compensator.ridge: auto needs held-out calibration windows, one in four, and there are none; "
+                "use at least four windows, or a ridge such as 0.01"
             )
         fitted = _Text.of(everything.without(judge), dense, intercept=self.intercept)
         held_out = _Text.of(judge, dense, intercept=self.intercept)
@@ -87,8 +87,8 @@ class LeastSquares(Compensator):
         if errors[best] < floor:
             return self._correction(text, text.fit(dense, kept, best), kept)
         note = (
-            f"{'bias' if self.intercept else 'no repair'}, since least squares does no better on held-out text "
-            f"(mean square error {errors[best]:.4g} against {floor:.4g})"
+            f"{'bias' if self.intercept else 'no repair'}, since least squares is not better on held-out text "
+            f"(mean squared error {errors[best]:.4g}, compared with {floor:.4g})"
         )
         return replace(self._correction(text, dense[:, kept], kept), weight=None, note=note)
 
@@ -140,24 +140,24 @@ class _Text(NamedTuple):
         return cls(products[x, x], mean[x], products[t, x], mean[t], products[t, t].diagonal().sum())
 
     def fit(self, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
-        """Return the columns [out_features, kept channels] that come closest to the targets."""
+        """Return the columns [out_features, kept channels] that fit the targets best."""
         products = self.products[kept][:, kept]
         gap = self.wanted[:, kept] - dense[:, kept] @ products
         return dense[:, kept] + torch.cholesky_solve(gap.mT, _factor(products, ridge)).mT
 
     def offset(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """Return what has to be added to the output [out_features] so that its mean is the targets'."""
+        """Return the offset [out_features] that makes the output's mean that of the targets."""
         return self.target - weight @ self.mean[kept]
 
     def error(self, fitted: _Text, weight: Tensor, kept: Tensor) -> float:
-        """Return E|t - weight x - offset|² on this text, for columns and an offset that were fitted on another."""
+        """Return E|t - weight x - offset|² on this text, for columns and an offset fitted on another text."""
         explained = weight @ self.products[kept][:, kept] - 2 * self.wanted[:, kept]
         shift = self.offset(weight, kept) - fitted.offset(weight, kept)
         return float(self.power + (explained * weight).sum() + shift.square().sum())
 
 
 def _factor(products: Tensor, ridge: float) -> Tensor:
-    """Factorise products plus a ridge; the ridge grows where a matrix of low rank needs it."""
+    """Factorise products plus a ridge; increase the ridge until the factorisation succeeds."""
     scale = products.diagonal().mean() or products.new_ones(())
     ridge = max(ridge, torch.finfo(products.dtype).eps * len(products))
     factor: Tensor

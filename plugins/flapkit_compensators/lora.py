@@ -1,4 +1,4 @@
-"""LoRA recovery: low-rank updates of the pruned linears, trained by peft."""
+"""LoRA recovery: train low-rank updates of the pruned linears with peft."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINEARS = (nn.Linear, Conv1D)
 class Lora(Training, Compensator):
     """Train low-rank updates of the pruned linears: W' = W + (alpha / rank) B A.
 
-    LoRA (arXiv 2106.09685), equation 3. B begins at zero, so that training begins at the pruned model.
+    LoRA (arXiv 2106.09685), equation 3. B is initialised to zero, so that training starts from the pruned model.
     """
 
     name = "lora"
@@ -36,8 +36,8 @@ class Lora(Training, Compensator):
     targets: Annotated[
         Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)],
         Field(
-            description="Linears to train, as full names or their last parts, such as `q_proj`; `auto`: the linears, "
-            "and the stacked experts, of every pruned place."
+            description="Linears to train, as full names or their last parts, such as `q_proj`; `auto`: the linears "
+            "and the stacked experts of all pruned sites."
         ),
     ] = "auto"
     merge: Annotated[
@@ -59,9 +59,9 @@ class Lora(Training, Compensator):
         else:
             names, stacks = named_linears(model, self.targets), []
         if not names and not stacks:
-            raise ModelError(f"lora: no pruned part of this {type(model).__name__} is a linear; name `targets`")
+            raise ModelError(f"lora: no pruned site of this {type(model).__name__} is a linear; set `targets`")
         if stacks and self.dropout:
-            raise RecipeError("lora: dropout: updates of stacked experts have none; set it to 0, or name `targets`")
+            raise RecipeError("lora: dropout: not supported for stacked experts; set it to 0, or set `targets`")
         conv = bool(names) and all(isinstance(model.get_submodule(name), Conv1D) for name in names)
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -72,7 +72,7 @@ class Lora(Training, Compensator):
             target_parameters=stacks or None,
             fan_in_fan_out=conv,
         )
-        # A model without memory stays without: its parameters are only counted.
+        # A model on the meta device stays there: its parameters are only counted.
         place = torch.device("meta") if model.device.type == "meta" else nullcontext()
         with warnings.catch_warnings(), place:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -80,11 +80,11 @@ class Lora(Training, Compensator):
 
 
 class Adapter:
-    """peft's wrapper of a model that trains low-rank updates.
+    """A model with trainable low-rank updates, wrapped by peft.
 
     Args:
         wrapper: a ``peft.PeftModel``.
-        trained: the parameters that were not frozen before, which peft freezes.
+        trained: the parameters that were trainable before peft froze them.
     """
 
     def __init__(self, wrapper: Any, trained: Sequence[nn.Parameter]) -> None:
@@ -97,7 +97,7 @@ class Adapter:
         self._thaw_()
 
     def remove_(self) -> None:
-        """Take the updates out."""
+        """Remove the updates."""
         self._wrapper.unload()
         self._thaw_()
 
@@ -108,7 +108,7 @@ class Adapter:
     def files(self) -> Mapping[str, bytes]:
         """Return the adapter as peft saves it."""
         with tempfile.TemporaryDirectory() as folder:
-            # Otherwise peft asks the hub whether the model that the adapter names has another vocabulary.
+            # Otherwise peft queries the hub for the base model's vocabulary.
             self._wrapper.save_pretrained(folder, save_embedding_layers=False)
             return {
                 f"adapter/{path.name}": path.read_bytes()
@@ -118,9 +118,9 @@ class Adapter:
 
 
 def linears_of_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """List the linears that pruning cut: every site's consumer, and the linears that are coupled to it.
+    """List the pruned linears: every site's consumer, and the linears coupled to it.
 
-    Coupled parameters that are no linear's, such as a norm's, are left out.
+    Coupled parameters of other modules, such as norms, are skipped.
     """
     modules = dict(model.named_modules())
     params = [name for site in sites for name in (site.weight, *(coupling.param for coupling in site.couplings))]
@@ -129,29 +129,29 @@ def linears_of_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
 
 
 def stacks_of_sites(sites: Sequence[Site]) -> list[str]:
-    """List the parameters that hold the weights of several experts, and that pruning cut."""
+    """List the pruned parameters that stack the weights of several experts."""
     experts = [site for site in sites if site.expert is not None]
     params = [name for site in experts for name in (site.weight, *(coupling.param for coupling in site.couplings))]
     return [name for name in dict.fromkeys(params) if not name.endswith("bias")]
 
 
 def named_linears(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """List the linears that have one of some names, or end with it.
+    """List the linears whose full names, or their last parts, are among the targets.
 
-    A head that shares its weight with the embeddings is none of them: an update of it would be one of both.
+    A head tied to the embeddings is skipped: an update would change both.
 
     Raises:
-        RecipeError: a target that is no linear's.
+        RecipeError: a target matches no linear.
     """
     tied = model.get_input_embeddings().weight
     linears = [
         name for name, module in model.named_modules() if isinstance(module, LINEARS) and module.weight is not tied
     ]
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for target in targets:
         matching = [name for name in linears if name == target or name.endswith(f".{target}")]
         if not matching:
             known = {name.rpartition(".")[2] for name in linears}
-            raise RecipeError(f"lora: targets: no linear is called {target!r}{did_you_mean(target, known)}")
-        found.update(dict.fromkeys(matching))
-    return list(found)
+            raise RecipeError(f"lora: targets: there is no linear {target!r}{did_you_mean(target, known)}")
+        names.update(dict.fromkeys(matching))
+    return list(names)

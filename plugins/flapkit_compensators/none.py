@@ -1,4 +1,4 @@
-"""No compensation: the floor that any compensator must beat."""
+"""No compensation: the baseline for all compensators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NoCompensation(Compensator):
 
     @property
     def adds_bias(self) -> bool:
-        """It adds nothing."""
+        """Always False."""
         return False
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:

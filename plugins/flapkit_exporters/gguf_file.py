@@ -1,4 +1,4 @@
-"""GGUF: the pruned model for llama.cpp, layer by layer of its own size."""
+"""GGUF: a pruned model for llama.cpp, with layers of different sizes."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ NAMES = {
 """transformers' modules -> GGUF's tensors; those of a layer go without its prefix."""
 
 CONTEXT = 512
-"""Tokens that llama.cpp has room for when an export is compared."""
+"""llama.cpp's context length in tokens when an export is verified."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GGUF(Exporter):
-    """A GGUF file for llama.cpp, whose architecture `deci` takes layers of different sizes.
+    """A GGUF file for llama.cpp, in its architecture `deci`, which supports layers of different sizes.
 
     Args:
-        type: type of the matrices; norms and biases stay in F32.
-        pad_to: zeros widen each layer's attention output and MLP to a multiple of this, which computes the same:
-            llama.cpp's quantised types work on rows of 32 (Q8_0, Q4_0) or 256 (K) values.
+        type: data type of the matrices; norms and biases stay in F32.
+        pad_to: pad each layer's attention output and MLP with zeros to a multiple of this; the result is the same.
+            llama.cpp's quantised types need rows of a multiple of 32 (Q8_0, Q4_0) or 256 (K) values.
         pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
     """
 
@@ -74,49 +74,54 @@ class GGUF(Exporter):
     suffix = ".gguf"
     extra = "gguf"
 
-    type: Annotated[Type, Field(description="Type of the matrices; norms and biases stay in F32.")] = "F16"
+    type: Annotated[Type, Field(description="Data type of the matrices; norms and biases stay in F32.")] = "F16"
     pad_to: Annotated[
-        Count, Field(ge=1, description="Zeros widen attention outputs and MLPs to a multiple of this; 32 or 256 help.")
+        Count,
+        Field(
+            ge=1,
+            description="Pad attention outputs and MLPs with zeros to a multiple of this; use 32 or 256 for quantised "
+            "types.",
+        ),
     ] = 1
     pre: Annotated[
-        str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; found if not given.")
+        str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; detected by default.")
     ] = None
 
     @property
     def packages(self) -> Sequence[str]:
-        """llama-cpp-python quantises, and runs what was written."""
+        """gguf; and llama-cpp-python to quantise, or to verify the export."""
         return ["gguf", "llama_cpp"] if self.verify or self.type not in UNQUANTISED else ["gguf"]
 
     @property
     def label(self) -> str:
-        """One file a type."""
+        """The name with the data type: one file per type."""
         return f"{self.name}-{self.type}"
 
     @property
     def tolerance(self) -> float | None:
-        """What rounding weights and activations to 24, 11 or 8 bits may move; quantised types are told, not judged."""
+        """The effect of rounding to 24, 11 or 8 bits; for quantised types the difference is reported only."""
         return {"F32": 1e-4, "F16": 2e-2, "BF16": 8e-2}.get(self.type)
 
     def check(self, prospect: Prospect) -> None:
-        """Refuse families that llama.cpp has no architecture with layers of different sizes for."""
+        """Refuse models that llama.cpp's `deci` architecture cannot run."""
         config = prospect.config
         if prospect.family not in FAMILIES:
             raise ModelError(
                 f"export gguf: llama.cpp has no architecture with layers of different sizes for "
-                f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); where all layers are alike, export to "
-                "hf-stock, and convert that by llama.cpp's convert_hf_to_gguf.py"
+                f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); if all layers have the same size, export "
+                "to hf-stock and convert the result with llama.cpp's convert_hf_to_gguf.py"
             )
         if config.hidden_act not in ("silu", "swish"):
-            raise ModelError(f"export gguf: llama.cpp's `deci` has the activation silu alone, not {config.hidden_act}")
+            raise ModelError(f"export gguf: llama.cpp's `deci` supports silu only, not {config.hidden_act}")
         window = getattr(config, "sliding_window", None)
         if window and getattr(config, "use_sliding_window", True):
             raise ModelError(
                 f"export gguf: llama.cpp's `deci` has no sliding window (here {window} tokens); set sliding_window to "
-                "null in config.json and keep texts shorter than it"
+                "null in config.json and use texts shorter than the window"
             )
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Write the file; quantised types by way of F32."""
+        """Write the file; quantised types are converted from F32."""
         self._warn(checkpoint.prospect.sites)
         if self.type in UNQUANTISED:
             self._write(checkpoint, path, self.type)
@@ -183,27 +188,27 @@ class GGUF(Exporter):
         writer.add_tensor(f"{prefix}{NAMES[module]}.{leaf}", gguf.quantize(values, kind), raw_dtype=kind)
 
     def _warn(self, sites: Sequence[Site]) -> None:
-        """Say which rows llama.cpp cannot quantise as asked, and what that costs."""
+        """Warn about rows that llama.cpp cannot quantise to the chosen type."""
         block = 1 if self.type in UNQUANTISED else 256 if "_K" in self.type else 32
         for kind, what in (("mlp", "MLP widths"), ("attention", "attention outputs (heads times head size)")):
-            found = [
+            widths = [
                 site.channels // old * rounded_up(site, self.pad_to)[name]
                 for site in sites
                 for name, old in [next(iter(sizes_of(site).items()))]
                 if site.kind == kind
             ]
-            odd = [width for width in found if width % block]
+            odd = [width for width in widths if width % block]
             unquantised = sum(1 for width in odd if width % 32)
             if odd:
                 log.warning(
-                    "export gguf: %d of %d %s are no multiple of %d: llama.cpp writes %d of these consumers in F16 and "
-                    "the others in another type than %s; prune with budget.multiple_of, or give pad_to",
-                    len(odd), len(found), what, block, unquantised, self.type,
+                    "export gguf: %d of %d %s are not multiples of %d: llama.cpp writes %d of these consumers in F16 "
+                    "and the others in another type than %s; prune with budget.multiple_of, or set pad_to",
+                    len(odd), len(widths), what, block, unquantised, self.type,
                 )  # fmt: skip
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:
-        """Load it in llama.cpp, with a cache in float32."""
+        """Load the file in llama.cpp, with a float32 KV cache."""
         llama_cpp = load_llama_cpp()
         model = llama_cpp.Llama(
             str(path),
@@ -228,13 +233,13 @@ class GGUF(Exporter):
 
 
 def _rotary_pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Turn the halves of each head's rows, which transformers rotates against each other, into llama.cpp's pairs."""
+    """Reorder each head's rows from transformers' rotary halves to llama.cpp's rotary pairs."""
     pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     return pairs
 
 
 def _quantise(source: Path, path: Path, type_: str) -> None:
-    """Let llama.cpp quantise a file."""
+    """Quantise a file with llama.cpp."""
     llama_cpp = load_llama_cpp()
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type_}")

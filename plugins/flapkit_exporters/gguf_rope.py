@@ -1,4 +1,4 @@
-"""Rotary embeddings of every kind that llama.cpp can compute, as GGUF has them."""
+"""Rotary embeddings in GGUF, of all kinds that llama.cpp can compute."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STATIC = ("default", "linear", "llama3", "yarn")
 
 
 def add_rope(writer: Any, config: PreTrainedConfig, width: int) -> None:
-    """Write what rotates a head's channels, computed by transformers' own functions.
+    """Write the rotary embedding's parameters, computed by transformers' functions.
 
-    llama.cpp divides each frequency by a factor of its own, and scales what it has rotated; with these two, any kind
-    whose frequencies stay the same is exact.
+    llama.cpp divides each frequency by a given factor, and scales the rotated values. This is exact for all kinds with
+    constant frequencies.
 
     Args:
         writer: a ``gguf.GGUFWriter``.
@@ -26,7 +26,7 @@ def add_rope(writer: Any, config: PreTrainedConfig, width: int) -> None:
         width: channels of a head.
 
     Raises:
-        ModelError: a kind of rotary embedding that llama.cpp has not.
+        ModelError: llama.cpp does not support this kind of rotary embedding.
     """
     import gguf
 
@@ -35,7 +35,7 @@ def add_rope(writer: Any, config: PreTrainedConfig, width: int) -> None:
     plain = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     writer.add_rope_freq_base(base)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("export gguf: llama.cpp's `deci` rotates whole heads; this model rotates a part of each")
+        raise ModelError("export gguf: llama.cpp's `deci` rotates whole heads; this model rotates part of each head")
     if kind == "default":
         return
     if kind in STATIC:

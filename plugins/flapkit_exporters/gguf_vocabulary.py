@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF has it."""
+"""Tokenizers in GGUF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = {
     rf"{_CONTRACTIONS}\p{{N}}{_REST}": "qwen2",
     rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}{_TEKKEN_REST}": "tekken",
 }
-"""The regular expression that splits text before BPE -> llama.cpp's name of it."""
+"""Regular expression of a pre-tokenizer -> llama.cpp's name of it."""
 
 SAMPLES = (
     "Once upon a time, there was a little girl named Lily.",
@@ -31,7 +31,7 @@ SAMPLES = (
     "Ünïcödé, 你好, привет 🙂",
     "def f(x):\n    return {'a': x ** 2}\n",
 )
-"""Texts that both tokenizers are tried on."""
+"""Texts for comparing both tokenizers."""
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +41,25 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size:
 
     Args:
         writer: a ``gguf.GGUFWriter``.
-        tokenizer: the model's, or None to write a file that takes token numbers alone.
-        size: rows of the embedding; those that the tokenizer does not use become unused tokens.
+        tokenizer: the model's tokenizer, or None for a file that takes token ids only.
+        size: rows of the embedding; rows that the tokenizer does not use become unused tokens.
         pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
 
     Raises:
         ModelError: llama.cpp has no such tokenizer.
     """
     if tokenizer is None:
-        log.warning("export gguf: the checkpoint has no tokenizer; the file takes token numbers, no text")
+        log.warning("export gguf: the checkpoint has no tokenizer; the file takes token ids only")
         writer.add_tokenizer_model("no_vocab")
         return
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError("export gguf: the tokenizer has no tokenizer.json; save it as a fast one first")
+        raise ModelError("export gguf: the tokenizer has no tokenizer.json; save it as a fast tokenizer first")
     data = json.loads(backend.to_str())
     model = data["model"]
     if model["type"] != "BPE":
         raise ModelError(
-            f"export gguf: tokenizers of type {model['type']} are not written; SentencePiece BPE and BPE are"
+            f"export gguf: tokenizers of type {model['type']} are not supported, only SentencePiece BPE and BPE"
         )
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     if model["byte_fallback"]:
@@ -115,7 +115,7 @@ def _add_special(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _prefixes_space(data: Any) -> bool:
-    """Tell whether a text's first word is read as if a space stood before it."""
+    """Return whether the tokenizer adds a space before the text."""
     parts = [*_parts(data["normalizer"], "normalizers"), *_parts(data["pre_tokenizer"], "pretokenizers")]
     return any(
         part["type"] == "Prepend" or (part["type"] == "Metaspace" and part["prepend_scheme"] != "never")
@@ -124,7 +124,7 @@ def _prefixes_space(data: Any) -> bool:
 
 
 def _pre_of(data: Any) -> str:
-    """Find llama.cpp's name of how a byte-level BPE tokenizer splits text."""
+    """Return llama.cpp's name of a byte-level BPE tokenizer's pre-tokenizer."""
     parts = _parts(data["pre_tokenizer"], "pretokenizers")
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
@@ -134,26 +134,26 @@ def _pre_of(data: Any) -> str:
     if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") in SPLITS:
         return SPLITS[parts[0]["pattern"]["Regex"]]
     raise ModelError(
-        "export gguf: llama.cpp's name of this tokenizer's pre-tokenizer is not known; give it as the option `pre` "
-        f"(the tokenizer splits by {kinds}; llama.cpp's convert_hf_to_gguf.py lists the names)"
+        f"export gguf: unknown pre-tokenizer {kinds}; set the option `pre` to llama.cpp's name of it (see the list in "
+        "llama.cpp's convert_hf_to_gguf.py)"
     )
 
 
 def _parts(step: Any, name: str) -> list[Any]:
-    """List a step of a tokenizer, or the steps of a sequence."""
+    """Return the steps of a tokenizer's sequence, or its single step."""
     if step is None:
         return []
     return list(step[name]) if step["type"] == "Sequence" else [step]
 
 
 def compare_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn where llama.cpp reads a text as other tokens than the tokenizer does."""
+    """Warn if llama.cpp tokenises a sample text differently from the tokenizer."""
     model = load_llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
     try:
         for text in SAMPLES:
             expected = tokenise(tokenizer, text)["input_ids"]
-            found = model.tokenize(text.encode(), add_bos=True, special=False)
-            if list(found) != list(expected):
-                log.warning("export gguf: llama.cpp reads %r as %s, the tokenizer as %s", text, found, expected)
+            tokens = model.tokenize(text.encode(), add_bos=True, special=False)
+            if list(tokens) != list(expected):
+                log.warning("export gguf: llama.cpp tokenises %r as %s, the tokenizer as %s", text, tokens, expected)
     finally:
         model.close()

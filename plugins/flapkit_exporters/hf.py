@@ -1,4 +1,4 @@
-"""Hugging Face: the pruned checkpoint itself, in a type of one's choice."""
+"""Hugging Face: the pruned checkpoint in another data type."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flapkit.interfaces import EXPORTS, Checkpoint, DType, Exporter, Runner, loa
 
 @dataclass(frozen=True)
 class HuggingFace(Exporter):
-    """transformers' own form, layer by layer of its own size, with its code for `trust_remote_code=True`.
+    """transformers' format, with layers of different sizes and the modeling file for `trust_remote_code=True`.
 
     Args:
-        dtype: type of the weights.
-        max_shard_size: weights beyond this size are split over several files.
+        dtype: data type of the weights.
+        max_shard_size: maximum size of a weight file; larger models are split over several.
     """
 
     name = "hf"
 
-    dtype: Annotated[DType, Field(description="Type of the weights; `auto` is the checkpoint's own.")] = "auto"
-    max_shard_size: Annotated[str, Field(description="Weights beyond this size go into several files.")] = "5GB"
+    dtype: Annotated[DType, Field(description="Data type of the weights; `auto` is that of the checkpoint.")] = "auto"
+    max_shard_size: Annotated[str, Field(description="Maximum size of a weight file.")] = "5GB"
 
     @property
     def tolerance(self) -> float:
-        """Rounding the weights to 8 or 11 bits moves the logits; keeping them moves nothing."""
+        """The effect of rounding the weights to 11 or 8 bits; none if the data type is kept."""
         return {"auto": 1e-6, "float32": 1e-6, "float16": 1e-2, "bfloat16": 5e-2}[self.dtype]
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Write the checkpoint again, with all that lies beside its weights."""
+        """Write the weights in the data type, and copy all other files."""
         model = load(checkpoint.folder, self.dtype)
         model.save_pretrained(path, max_shard_size=self.max_shard_size)
         copy_beside(checkpoint.folder, path)
@@ -46,7 +46,7 @@ class HuggingFace(Exporter):
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:
-        """Load it through transformers."""
+        """Load the folder with transformers."""
         model = load(path, "float32")
 
         def run(tokens: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ class HuggingFace(Exporter):
 
 
 def copy_beside(source: Path, path: Path, *but: str) -> None:
-    """Copy what lies beside a checkpoint's weights: tokenizer, plan, recipe, model card.
+    """Copy a checkpoint's files other than weights: tokenizer, plan, recipe, model card.
 
     Args:
         source: the checkpoint.
         path: the folder to copy to.
-        but: patterns of names to leave out.
+        but: patterns of file names to skip.
     """
     ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", EXPORTS, *but)
     shutil.copytree(source, path, ignore=ignored, dirs_exist_ok=True)

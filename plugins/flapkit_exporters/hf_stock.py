@@ -1,4 +1,4 @@
-"""Hugging Face's stock classes: a pruned model whose layers are alike loads with no custom code anywhere."""
+"""Hugging Face's stock classes: a pruned model with layers of equal size loads without custom code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from flapkit.interfaces import (
-    ADDED,
+    PRUNED_KEYS,
     Checkpoint,
     DType,
     Exporter,
@@ -35,7 +35,7 @@ LIKE_LLAMA = ("llama", "mistral", "qwen2", "seed_oss")
 """Families that compute what LLaMA's and Seed-OSS's classes compute, so that these can hold their weights."""
 
 FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
-"""Names under which configurations can ask for biases."""
+"""Configuration entries that add biases."""
 
 Form = Literal["auto", "own", "llama", "seed_oss"]
 Shapes = dict[str, tuple[int, ...]]
@@ -43,12 +43,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class HuggingFaceStock(Exporter):
-    """transformers' stock classes, for models whose layers are alike: no custom code, no `trust_remote_code`.
+    """transformers' stock classes, for models with layers of equal size: no custom code, no `trust_remote_code`.
 
     Args:
-        form: the classes: the family's own, LLaMA's, or Seed-OSS's, which have a bias wherever pruning puts one.
-        pad: zeros widen every layer to the widest, which computes the same.
-        dtype: type of the weights.
+        form: the classes: the family's own, LLaMA's, or Seed-OSS's, which have biases where compensators add them.
+        pad: pad every layer with zeros to the widest one; the result is the same.
+        dtype: data type of the weights.
     """
 
     name = "hf-stock"
@@ -56,32 +56,32 @@ class HuggingFaceStock(Exporter):
     form: Annotated[
         Form,
         Field(
-            description="Whose classes: the family's `own`, `llama`'s (where the heads divide the hidden size) or "
-            "`seed_oss`'s (any number of heads); `auto` takes the first that fits."
+            description="The classes: the family's `own`, `llama` (the heads must divide the hidden size) or "
+            "`seed_oss` (any number of heads); `auto` uses the first that fits."
         ),
     ] = "auto"
-    pad: Annotated[bool, Field(description="Widen every layer to the widest by zeros; it computes the same.")] = False
-    dtype: Annotated[DType, Field(description="Type of the weights; `auto` is the checkpoint's own.")] = "auto"
+    pad: Annotated[bool, Field(description="Pad every layer with zeros to the widest one.")] = False
+    dtype: Annotated[DType, Field(description="Data type of the weights; `auto` is that of the checkpoint.")] = "auto"
 
     @property
     def tolerance(self) -> float:
-        """Zeros and another class's order of operations cost next to nothing; fewer bits cost what they do."""
+        """The effect of rounding the weights; padding and another order of operations have almost none."""
         return max(1e-5, HuggingFace(dtype=self.dtype).tolerance)
 
     def check(self, prospect: Prospect) -> None:
-        """Refuse layers that differ, and families whose stock classes cannot hold the heads or the biases."""
+        """Refuse layers of different sizes, and sizes or biases that the stock classes do not support."""
         dense = not hasattr(prospect.config, "flapkit")
         if not prospect.uniform and not self.pad:
             raise ModelError(
-                "export hf-stock: stock classes have one size for all layers, and these differ; choose a searcher that "
-                "prunes all layers alike (ul_*), or give pad: true"
+                "export hf-stock: stock classes need layers of equal size, and these differ; choose a searcher that "
+                "prunes all layers equally (ul_*), or set pad: true"
             )
-        # Before a run the sizes are not known: one unit less everywhere stands for any.
+        # The sizes are unknown before a run: check with one unit less at every site.
         sizes = {site.name: one_less(site) for site in prospect.sites} if dense else widest(prospect.sites)
         self._config(prospect, sizes)
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Fill the stock model with the pruned weights, and save it."""
+        """Load the pruned weights into the stock model, and save it."""
         prospect = checkpoint.prospect
         sizes = widest(prospect.sites)
         config = self._config(prospect, sizes)
@@ -99,15 +99,15 @@ class HuggingFaceStock(Exporter):
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:
-        """Load it through transformers, which knows nothing of flapkit's classes here."""
+        """Load the folder with transformers' stock classes."""
         with HuggingFace().open(path) as run:
             yield run
 
     def _config(self, prospect: Prospect, sizes: Mapping[str, Sizes]) -> PreTrainedConfig:
-        """Find the configuration of a stock model that holds the weights.
+        """Find the configuration of a stock model that the weights fit.
 
         Raises:
-            ModelError: there is none, with the way out.
+            ModelError: there is none; the message says what to do.
         """
         wanted, biases = _shapes(prospect, sizes)
         keys = _keys(prospect.sites, sizes)
@@ -117,16 +117,16 @@ class HuggingFaceStock(Exporter):
                 return config
         if any(_holds(config, wanted) for config in candidates):
             raise ModelError(
-                f"export hf-stock: the stock classes of {prospect.family!r} hold no bias where pruning puts one; "
-                "repair by {name: least_squares, intercept: false}, or by none, or export to hf"
+                f"export hf-stock: the stock classes of {prospect.family!r} lack the biases that the compensator adds; "
+                "use the compensator {name: least_squares, intercept: false} or none, or export to hf"
             )
         raise ModelError(
-            f"export hf-stock: the stock classes of {prospect.family!r} take no such numbers of heads or channels "
-            f"({', '.join(f'{name} {size}' for name, size in keys.items())}); prune mlp alone, or export to hf"
+            f"export hf-stock: the stock classes of {prospect.family!r} do not support these numbers of heads or "
+            f"channels ({', '.join(f'{name} {size}' for name, size in keys.items())}); prune only mlp, or export to hf"
         )
 
     def _candidates(self, prospect: Prospect, keys: Mapping[str, int]) -> Iterator[PreTrainedConfig]:
-        config = {key: value for key, value in prospect.config.to_dict().items() if key not in ADDED}
+        config = {key: value for key, value in prospect.config.to_dict().items() if key not in PRUNED_KEYS}
         forms = [prospect.family] if self.form in ("auto", "own") else []
         slides = config.get("sliding_window") and config.get("use_sliding_window", True)
         if prospect.family in LIKE_LLAMA and not slides:
@@ -134,21 +134,21 @@ class HuggingFaceStock(Exporter):
         for form in dict.fromkeys(forms):
             stock = AutoConfig.for_model(form)
             flags = [flag for flag in FLAGS if hasattr(stock, flag)]
-            # Some work the width of a head out themselves, and would refuse to be told.
-            given = {
+            # Some classes compute the head size themselves, and do not accept it.
+            accepted = {
                 key: size for key, size in keys.items() if not isinstance(getattr(type(stock), key, None), property)
             }
             for count in range(len(flags) + 1):
                 for chosen in itertools.combinations(flags, count):
                     try:
-                        yield AutoConfig.for_model(form, **{**config, **given, **dict.fromkeys(chosen, True)})
+                        yield AutoConfig.for_model(form, **{**config, **accepted, **dict.fromkeys(chosen, True)})
                     except (StrictDataclassError, ValueError):
-                        # Such as heads that do not divide the hidden size: not a form for this model.
+                        # For example, heads that do not divide the hidden size.
                         continue
 
 
 def _keys(sites: tuple[Site, ...], sizes: Mapping[str, Sizes]) -> dict[str, int]:
-    """Return what a configuration says of the layers' sizes, by the configuration's own names."""
+    """Return the configuration entries for the layers' sizes."""
     keys: dict[str, int] = {}
     for site in sites:
         block: Any = site.block
@@ -163,7 +163,7 @@ def _keys(sites: tuple[Site, ...], sizes: Mapping[str, Sizes]) -> dict[str, int]
 
 
 def _shapes(prospect: Prospect, sizes: Mapping[str, Sizes]) -> tuple[Shapes, Shapes]:
-    """Return the shapes of a pruned model's parameters, and apart from them those of the consumers' biases."""
+    """Return the shapes of a pruned model's parameters, and separately those of the consumers' biases."""
     shapes = {name: list(old.shape) for name, old in skeleton(prospect.config).named_parameters()}
     for (param, dim), (_, length) in lengths(prospect, sizes).items():
         shapes[param][dim] = length
@@ -176,11 +176,11 @@ def _shapes(prospect: Prospect, sizes: Mapping[str, Sizes]) -> tuple[Shapes, Sha
 
 
 def _holds(config: PreTrainedConfig, wanted: Shapes) -> bool:
-    """Tell whether a stock model has these parameters, and beside them nothing but biases."""
+    """Return whether a stock model has these parameters, and no others but biases."""
     try:
-        found = {name: tuple(old.shape) for name, old in skeleton(config).named_parameters()}
+        shapes = {name: tuple(old.shape) for name, old in skeleton(config).named_parameters()}
     except (ModelError, ValueError, RuntimeError):
-        # The stock class cannot even be built with such sizes.
+        # The stock class cannot be built with these sizes.
         return False
-    added = [name for name in found if name not in wanted]
-    return all(found.get(name) == shape for name, shape in wanted.items()) and all(n.endswith("bias") for n in added)
+    added = [name for name in shapes if name not in wanted]
+    return all(shapes.get(name) == shape for name, shape in wanted.items()) and all(n.endswith("bias") for n in added)

@@ -1,4 +1,4 @@
-"""llama.cpp's own messages, which would fill the terminal, go to logging."""
+"""Redirect llama.cpp's messages from the terminal to logging."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ log = logging.getLogger(__name__)
 
 @cache
 def load_llama_cpp() -> Any:
-    """Import llama_cpp, and let it tell its messages to logging at the level DEBUG."""
+    """Import llama_cpp, and redirect its messages to logging at level DEBUG."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
-    def tell(level: int, text: bytes, data: Any) -> None:
+    def log_message(level: int, text: bytes, data: Any) -> None:
         log.debug("%s", text.decode(errors="replace").rstrip())
 
-    llama_cpp.llama_log_set(tell, None)
-    # llama.cpp holds no reference of Python's to its callback.
-    setattr(llama_cpp, "flapkit_log_callback", tell)  # noqa: B010
+    llama_cpp.llama_log_set(log_message, None)
+    # Keep a reference: llama.cpp does not.
+    setattr(llama_cpp, "flapkit_log_callback", log_message)  # noqa: B010
     return llama_cpp

@@ -21,14 +21,14 @@ MODEL = "model.onnx"
 
 @dataclass(frozen=True)
 class ONNX(Exporter):
-    """An ONNX model from tokens to logits: any batch and length, no cache, float32; a folder with the tokenizer."""
+    """A folder with the tokenizer and an ONNX model from tokens to logits: any batch and length, no cache, float32."""
 
     name = "onnx"
     extra = "onnx"
 
     @property
     def packages(self) -> Sequence[str]:
-        """The runtime too, where it is to run what was written."""
+        """Onnx and onnxscript; and onnxruntime to verify the export."""
         return ["onnx", "onnxscript", "onnxruntime"] if self.verify else ["onnx", "onnxscript"]
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -36,7 +36,7 @@ class ONNX(Exporter):
         model = traceable(checkpoint.folder)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         with torch.no_grad(), warnings.catch_warnings():
-            # torch's own use of its deprecated functions.
+            # torch uses deprecated functions of its own.
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             torch.onnx.export(
@@ -54,7 +54,7 @@ class ONNX(Exporter):
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:
-        """Load it in onnxruntime, on the CPU."""
+        """Load the model in onnxruntime, on the CPU."""
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path / MODEL, providers=["CPUExecutionProvider"])

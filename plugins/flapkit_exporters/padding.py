@@ -1,4 +1,4 @@
-"""Other sizes of a model's layers, and the zeros that widen its tensors to them without changing what they compute."""
+"""Pad a model's tensors with zeros to larger sizes, without changing the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flapkit.interfaces import ModelError, Prospect, Site, count, rows_of, skeleton
+from flapkit.interfaces import ModelError, Prospect, Site, count_rows, rows_of, skeleton
 
 Sizes = Mapping[str, int]
 """``H`` query heads and ``K`` key/value heads of an attention, or ``I`` channels of an MLP."""
@@ -21,7 +21,7 @@ def sizes_of(site: Site) -> Sizes:
 
 
 def rounded_up(site: Site, multiple_of: int) -> Sizes:
-    """Return the next sizes whose channels are a multiple of a number; attentions grow by key/value heads."""
+    """Return the next larger sizes with a multiple of some number of channels; attention grows by key/value heads."""
     if site.kind == "mlp":
         return {"I": math.ceil(site.units / multiple_of) * multiple_of}
     group = site.heads // site.kv_heads
@@ -31,7 +31,7 @@ def rounded_up(site: Site, multiple_of: int) -> Sizes:
 
 
 def one_less(site: Site) -> Sizes:
-    """Return the sizes without a unit: any that a plan may leave, as far as a class's form goes."""
+    """Return the sizes with one unit less, as an example of a pruned site."""
     if site.kind == "mlp":
         return {"I": max(1, site.units - 1)}
     if site.kv_heads == 1:
@@ -40,7 +40,7 @@ def one_less(site: Site) -> Sizes:
 
 
 def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
-    """Return sizes that all layers can be widened to, by the sites' names.
+    """Return sizes to which all layers can be padded: site name -> sizes.
 
     Raises:
         ModelError: the layers keep different numbers of query heads for a key/value head.
@@ -54,14 +54,14 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
         wanted = roles[_role(site)]
         if wanted.get("K", 1) > 1 and site.heads * wanted["K"] != wanted["H"] * site.kv_heads:
             raise ModelError(
-                f"{site.name}: {site.heads} query heads for {site.kv_heads} key/value heads cannot be widened to "
-                f"{wanted['H']} for {wanted['K']} by zeros; prune whole key/value groups (unit: kv_group)"
+                f"{site.name}: {site.heads} query heads with {site.kv_heads} key/value heads cannot be padded to "
+                f"{wanted['H']} with {wanted['K']}; prune whole key/value groups (unit: kv_group)"
             )
     return {site.name: roles[_role(site)] for site in sites}
 
 
 def lengths(prospect: Prospect, sizes: Mapping[str, Sizes]) -> dict[tuple[str, int], tuple[str, int]]:
-    """Return how long the dimensions of a model's parameters become with other sizes.
+    """Return the new lengths of the parameters' dimensions for other sizes.
 
     Args:
         prospect: the model.
@@ -71,24 +71,27 @@ def lengths(prospect: Prospect, sizes: Mapping[str, Sizes]) -> dict[tuple[str, i
         (parameter, dimension) -> (layout, length) of every dimension that the sizes determine.
     """
     return {
-        (param, dim): (layout, length * count(layout, dict(sizes[site.name])) // count(layout, dict(sizes_of(site))))
+        (param, dim): (
+            layout,
+            length * count_rows(layout, dict(sizes[site.name])) // count_rows(layout, dict(sizes_of(site))),
+        )
         for site in prospect.sites
         for param, dim, layout, length in _parts(prospect, site)
     }
 
 
 def padder(prospect: Prospect, sizes: Mapping[str, Sizes]) -> Callable[[str, Tensor], Tensor]:
-    """Return what widens a model's tensors by zeros, which compute nothing: they meet zeros in the consumer.
+    """Return a function that pads a model's tensors with zeros; the consumer's padded columns are zero, too.
 
     Args:
         prospect: the model.
         sizes: site name -> its new sizes, none smaller.
 
     Returns:
-        A function from a tensor's name and value to the widened tensor.
+        A function from a tensor's name and value to the padded tensor.
 
     Raises:
-        ModelError: a tensor that would have to grow holds several parts.
+        ModelError: a fused tensor would have to grow.
     """
     wanted = lengths(prospect, sizes)
 
@@ -98,7 +101,7 @@ def padder(prospect: Prospect, sizes: Mapping[str, Sizes]) -> Callable[[str, Ten
             if new == length:
                 continue
             if len(layout) > 1:
-                raise ModelError(f"{name}: zeros cannot be added to a tensor of several parts ({layout})")
+                raise ModelError(f"{name}: cannot pad a fused tensor (layout {layout})")
             zeros = tensor.new_zeros([*tensor.shape[:dim], new - length, *tensor.shape[dim + 1 :]])
             tensor = torch.cat([tensor, zeros], dim)
         return tensor
@@ -107,12 +110,12 @@ def padder(prospect: Prospect, sizes: Mapping[str, Sizes]) -> Callable[[str, Ten
 
 
 def _role(site: Site) -> str:
-    """Return what a site is within its layer, such as ``attention``; all experts are one."""
+    """Return the name of a site's block, such as ``attention``; all experts have the same."""
     return site.block.name if site.block else site.kind
 
 
 def _parts(prospect: Prospect, site: Site) -> Iterator[tuple[str, int, str, int]]:
-    """List a site's parameters: name, dimension that counts its rows or columns, layout, length of that dimension."""
+    """Yield a site's parameters: name, dimension of its units, layout, length of that dimension."""
     block: Any = site.block
     module = skeleton(prospect.config).get_submodule(site.path)
     yield site.weight, site.dim, "q" if site.kind == "attention" else "i", site.channels

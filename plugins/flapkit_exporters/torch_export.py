@@ -1,4 +1,4 @@
-"""torch.export: the pruned model as a graph, without transformers."""
+"""torch.export: the pruned model as a graph that runs without transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flapkit.interfaces import Checkpoint, Exporter, Runner, load
 
 
 class Logits(nn.Module):
-    """A language model as a function from tokens to logits, without cache.
+    """A language model as a function from tokens to logits, without KV cache.
 
     Args:
         model: a transformers causal language model.
@@ -31,7 +31,7 @@ class Logits(nn.Module):
 
 
 def traceable(folder: Path) -> Logits:
-    """Load a checkpoint in float32 so that it can be traced: experts without loops over what the router chose."""
+    """Load a checkpoint in float32 for tracing: experts run as batched products, not as a data-dependent loop."""
     model = load(folder, "float32")
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")
@@ -46,7 +46,7 @@ class TorchExport(Exporter):
     suffix = ".pt2"
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Trace the model with a free batch and length, and save the program."""
+        """Trace the model with dynamic batch size and length, and save the program."""
         model = traceable(checkpoint.folder)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         shapes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}

@@ -1,4 +1,4 @@
-"""Sums over the calibration text of products with the loss's gradient."""
+"""Statistics: products with the loss's gradient, summed over the calibration text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flapkit.interfaces import GradientStatistic, Site
 class GradientProducts(GradientStatistic):
     """Sum over tokens of the outer products of the loss's gradient at the consumer's output with another vector.
 
-    A batch's products are taken in float32, or the other vector's type where that is wider, and added up in float64.
-    Subclasses say which vector it is.
+    Products of a batch are computed in float32, or in the other vector's data type if that is wider, and summed in
+    float64. Subclasses define the other vector.
 
     Args:
-        channels: channels of the consumer.
-        out_features: of its output.
+        channels: input channels of the consumer.
+        out_features: output features of the consumer.
     """
 
     _products: Tensor
@@ -39,11 +39,11 @@ class GradientProducts(GradientStatistic):
     @staticmethod
     @abstractmethod
     def partner(x: Tensor, gradient: Tensor) -> Tensor:
-        """Return the vectors [tokens, width] that gradients are multiplied with.
+        """Return the vectors [tokens, width] to multiply the gradients with.
 
         Args:
             x: the consumer's inputs [tokens, channels].
-            gradient: the loss's, at its output [tokens, out_features].
+            gradient: the loss's gradient at the consumer's output [tokens, out_features].
         """
 
     def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
@@ -59,5 +59,5 @@ class GradientProducts(GradientStatistic):
         return self._products
 
     def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite."""
+        """Return whether all sums so far are finite."""
         return bool(torch.isfinite(self._products).all())

@@ -1,4 +1,4 @@
-"""KFAC: the second-order change of the loss when a unit goes and least squares lets the others take its place."""
+"""KFAC: the second-order change of the loss when a unit is removed and least squares repairs the rest."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class OutputGradient(GradientProducts):
 
 @dataclass(frozen=True)
 class KFAC(ImportanceMetric):
-    """What ``obs`` loses, weighed by how the loss minds it: ½ tr(G W_u [(C^-1)_uu]^-1 W_u').
+    """The error of ``obs``, weighted by the curvature of the loss: ½ tr(G W_u [(C^-1)_uu]^-1 W_u').
 
-    G are the products of the loss's gradients at the consumer's output, summed over the calibration text: the
+    G is the sum over the calibration text of the outer products of the loss's gradients at the consumer's output: the
     Kronecker-factored curvature of the loss, as in LLM Surgeon (van der Ouderaa et al., arXiv 2312.17244). The scores
-    are nats of the calibration text, and compare from layer to layer as they are: they go with the searcher
-    ``per_parameter`` and the compensator ``least_squares``. Needs a backward pass of calibration.
+    are in nats over the calibration text and comparable between layers: use the searcher ``per_parameter`` and the
+    compensator ``least_squares``. Needs a backward pass of calibration.
     """
 
     name = "kfac"
@@ -37,6 +37,6 @@ class KFAC(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        columns, lost = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
-        minded = stats[OutputGradient].compute().to(columns) @ columns.transpose(1, 2)
-        return (minded * lost.transpose(1, 2)).sum(dim=(1, 2)).view(site.units, 1) / 2
+        columns, residual = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
+        weighted = stats[OutputGradient].compute().to(columns) @ columns.transpose(1, 2)
+        return (weighted * residual.transpose(1, 2)).sum(dim=(1, 2)).view(site.units, 1) / 2

@@ -1,4 +1,4 @@
-"""OBS: what a unit contributes that the others cannot take over."""
+"""OBS: the output of a unit that the other units cannot reproduce."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from flapkit.interfaces import Gram, ImportanceMetric, Site, SiteStatistics
 
-Ridge = Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a part of its mean.")]
+Ridge = Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a fraction of its mean.")]
 
 
 @dataclass(frozen=True)
 class OBS(ImportanceMetric):
-    """Mean square of what is lost when a unit is removed and least squares lets the others take its place.
+    """Mean squared error of the output when a unit is removed and least squares repairs the rest.
 
     tr(W_u [(C^-1)_uu]^-1 W_u'), with C the covariance of all channels: the optimal brain surgeon's saliency (Hassibi
-    and Stork, 1993) of a group of columns, as used by SparseGPT (arXiv 2301.00774) for single weights. It goes with
-    the compensator ``least_squares``.
+    and Stork, 1993) of a group of columns, as used by SparseGPT (arXiv 2301.00774) for single weights. Use it with the
+    compensator ``least_squares``.
     """
 
     name = "obs"
@@ -30,18 +30,18 @@ class OBS(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        columns, lost = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
-        return (columns * lost).sum(dim=(1, 2)).view(site.units, 1)
+        columns, residual = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
+        return (columns * residual).sum(dim=(1, 2)).view(site.units, 1)
 
 
 def unexplained(site: Site, covariance: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the columns of every unit, and what of its spread the other units do not explain goes through them.
+    """Return every unit's columns, and their product with the unit's covariance given the other units.
 
     Args:
-        site: the place.
-        covariance: of its channels [channels, channels]; changed in place.
-        weight: the consumer's [out_features, channels].
-        ridge: added to the covariance's diagonal, as a part of its mean.
+        site: the site.
+        covariance: covariance of its channels [channels, channels]; changed in place.
+        weight: the consumer's weight [out_features, channels].
+        ridge: added to the covariance's diagonal, as a fraction of its mean.
 
     Returns:
         W_u' and [(C^-1)_uu]^-1 W_u', both [units, channels_per_unit, out_features].

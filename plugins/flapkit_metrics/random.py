@@ -1,4 +1,4 @@
-"""Random scores: the floor that any metric must beat."""
+"""Random scores: the baseline for all metrics."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics
 
 @dataclass(frozen=True)
 class Random(ImportanceMetric):
-    """Scores drawn evenly from [0, 1), for whole units. Needs no calibration.
+    """Scores drawn uniformly from [0, 1), for whole units. Needs no calibration.
 
-    They depend on the seed and on the site's name alone: neither on the other sites, nor on the device.
+    They depend only on the seed and the site's name, not on the other sites or the device.
     """
 
     name = "random"
 
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the drawing.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the scores.")] = 0
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
-        # The CPU's generator looks at the seed's lower 32 bits alone.
+        # The CPU's generator uses only the lower 32 bits of the seed.
         seed = zlib.crc32(f"{self.seed} {site.name}".encode())
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(site.units, 1, generator=generator, dtype=torch.float64)

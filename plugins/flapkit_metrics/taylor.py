@@ -13,9 +13,9 @@ from flapkit_metrics.gradients import GradientProducts
 
 
 class WeightGradient(GradientProducts):
-    """Gradient of the summed loss in the consumer's weight, dL/dW = sum_t g_t x_t' [out_features, channels].
+    """Gradient of the summed loss with respect to the consumer's weight, dL/dW = sum_t g_t x_t'.
 
-    As large as the weight in float64.
+    Shape [out_features, channels], float64.
     """
 
     @staticmethod
@@ -26,20 +26,20 @@ class WeightGradient(GradientProducts):
 
 @dataclass(frozen=True)
 class Taylor(ImportanceMetric):
-    """First-order change of the loss L when the consumer's weights W go: sum_i |W_ij · dL/dW_ij|.
+    """First-order change of the loss L when the consumer's weights W are removed: sum_i |W_ij · dL/dW_ij|.
 
     LLM-Pruner (arXiv 2305.11627), equation 3, its ``param_first`` without the second-order term; the form ``vector``
     is |sum_i W_ij · dL/dW_ij|, its ``vectorize``, for a whole column (equation 2). L is the cross-entropy of the next
-    token summed over the calibration text, so that gradients of different windows may cancel, as they do there.
+    token summed over the calibration text, so gradients of different windows may cancel, as in LLM-Pruner.
 
-    LLM-Pruner sums such terms over all matrices of a group: the rows of q, k, v or of gate and up as well as the
-    consumer's columns. Here the consumer's columns stand for the group, as in every metric of FLAP's: they are what
-    every family has, and what the calibration hooks see. Little is lost by it. A column's ``vector`` is
-    |sum_t x_tj · dL/dx_tj|, the first-order change when the channel itself goes, and since a channel is linear in its
-    up row, and a head in its values, those rows' sums give the same number once more.
+    LLM-Pruner sums these terms over all matrices of a group: the rows of q, k, v or of gate and up, and the consumer's
+    columns. Here only the consumer's columns count, as in FLAP's metrics: every family has them, and the calibration
+    hooks see them. The difference is small. A column's ``vector`` is |sum_t x_tj · dL/dx_tj|, the first-order change
+    when the channel is removed; since a channel is linear in its up row, and a head in its values, the sums of those
+    rows give the same number again.
 
-    The scores are a few orders of magnitude apart between layers; a searcher standardises them. Needs a backward pass
-    of calibration, and a float64 copy of every consumer's weight.
+    The scores of different layers differ by orders of magnitude; searchers standardise them. Needs a backward pass of
+    calibration, and a float64 copy of every consumer's weight.
     """
 
     name = "taylor"
@@ -47,7 +47,7 @@ class Taylor(ImportanceMetric):
 
     form: Annotated[
         Literal["element", "vector"],
-        Field(description="Absolute values are taken of each weight's term, or of the column's sum."),
+        Field(description="Take the absolute value of each weight's term, or of the column's sum."),
     ] = "element"
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trace: what a whole unit contributes beyond its mean."""
+"""Trace: the variance of a whole unit's output."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics, UnitGram
 
 @dataclass(frozen=True)
 class Trace(ImportanceMetric):
-    """Mean square of what is lost when a unit is replaced by its mean: tr(W_u C_uu W_u').
+    """Mean squared error of the output when a unit is replaced by its mean: tr(W_u C_uu W_u').
 
     C_uu is the covariance of the unit's channels. For an MLP, whose units are single channels, this is ``wifv``; a
-    head's score differs from the sum of its channels' ``wifv`` by how they move together.
+    head's score differs from the sum of its channels' ``wifv`` by their covariances.
     """
 
     name = "trace"

@@ -14,7 +14,7 @@ class WIFN(ImportanceMetric):
     """Mean absolute weight of a column, times the channel's root mean square: mean_i |W_ij| · sqrt(E[x_j²]).
 
     Wanda's score (arXiv 2306.11695, equation 1) averaged over a column, in the ablation of FLAP (arXiv 2312.11983,
-    section 4.4). What counts is the size of the input, not how far a constant could take its place.
+    section 4.4). It measures the size of the input, not its variance around a constant.
     """
 
     name = "wifn"

@@ -1,4 +1,4 @@
-"""WIFV: weighted input-feature variance, FLAP's own metric."""
+"""WIFV: weighted input-feature variance, FLAP's metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flapkit.interfaces import ImportanceMetric, Moments, Site, SiteStatistics, 
 class WIFV(ImportanceMetric):
     """Variance of a channel, times the squared norm of its column: Var(x_j) · ||W_:j||².
 
-    What is lost when a channel is replaced by its mean (FLAP, arXiv 2312.11983, equation 5).
+    The mean squared error of the output when a channel is replaced by its mean (FLAP, arXiv 2312.11983, equation 5).
     """
 
     name = "wifv"

@@ -1,4 +1,4 @@
-"""AL-AM: all layers and all modules ranked together, FLAP's own structure search."""
+"""AL-AM: all layers and all modules ranked together, FLAP's structure search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ALAM(StructureSearcher):
     multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Remove the units of the lowest standardised score until the budget is met."""
+        """Remove the units with the lowest standardised scores until the budget is met."""
         raised = raise_attention(sites, scores, self.attention_power)
         ranking = {name: standardise(values).mean(dim=1) for name, values in raised.items()}
         return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)

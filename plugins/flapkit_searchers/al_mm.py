@@ -1,4 +1,4 @@
-"""AL-MM: the heads of all layers ranked together, and the neurons, with a number of heads between them."""
+"""AL-MM: heads of all layers ranked together, and neurons likewise; a number of heads splits the budget."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ALMM(StructureSearcher):
         float | None,
         Field(
             ge=0,
-            description="Heads to remove from a layer, as a mean over the layers; under grouped-query attention these "
-            "are KV heads with their query heads. By default as many as the budget's ratio takes.",
+            description="Heads to remove per layer, on average; under grouped-query attention these "
+            "are KV heads with their query heads. By default as many as the budget's ratio allows.",
         ),
     ] = None
     min_units: MinUnits = 1
@@ -58,7 +58,7 @@ class ALMM(StructureSearcher):
         keep = remove_units(attention, ranking, heads, self.min_units)
         left = budget.params - keep.removed_params(attention)
         if left < 0:
-            raise BudgetError(f"al_mm: {heads} heads are more than the whole budget of {budget.params:,} parameters")
+            raise BudgetError(f"al_mm: {heads} heads exceed the budget of {budget.params:,} parameters; set fewer")
         neurons = remove_lowest(mlp, ranking, left, self.min_units, self.multiple_of)
         kept = {**keep.keep, **neurons.keep}
         return PruningPlan({site.name: kept[site.name] for site in sites})

@@ -1,4 +1,4 @@
-"""Optuna: ratios of single sites, found by trying them out."""
+"""Optuna: search the ratios of all sites by trials."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Ratios = Mapping[str, float]
-"""Site name -> the share of its units to remove, before all are scaled alike to meet the budget."""
+"""Site name -> the fraction of its units to remove, before all are scaled to the budget."""
 
 
 @dataclass(frozen=True)
 class Optuna(TrialSearcher):
-    """Try the ratios of all sites out, starting from those of AL-AM, and keep the best: Optuna's TPE sampler.
+    """Search the ratios of all sites by trials, starting from those of AL-AM, with Optuna's TPE sampler.
 
-    Within a site the lowest scores go first, as in ``al_am``. Each trial prunes a copy, repairs it by the recipe's
-    compensators, and measures its perplexity on the held-out calibration windows; each meets the budget exactly.
+    Within a site the lowest scores go first, as in ``al_am``. Each trial prunes a copy, repairs it with the
+    recipe's compensators, and measures its perplexity on held-out calibration windows; each plan meets the budget.
     Optuna (Akiba et al., KDD 2019); TPE (Bergstra et al., NIPS 2011). Needs the extra ``flapkit[optuna]``.
     """
 
     name = "optuna"
 
-    trials: Annotated[Count, Field(ge=1, description="Plans to try; the first is AL-AM's own.")] = 50
+    trials: Annotated[Count, Field(ge=1, description="Number of plans to try; the first is that of AL-AM.")] = 50
     objective: Annotated[
-        Literal["perplexity"], Field(description="What is minimised: perplexity on held-out calibration windows.")
+        Literal["perplexity"],
+        Field(description="What to minimise: perplexity on held-out calibration windows."),
     ] = "perplexity"
     spread: Annotated[
-        float, Field(gt=0, le=1, description="How far a site's ratio may go from AL-AM's, up or down.")
+        float, Field(gt=0, le=1, description="Maximum difference between a site's ratio and AL-AM's.")
     ] = 0.3
     storage: Annotated[
         str | None,
-        Field(description="Optuna's storage, such as `sqlite:///trials.db`; a run that was stopped carries on there."),
+        Field(description="Optuna's storage, such as `sqlite:///trials.db`; an interrupted search resumes from it."),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the sampler.")] = 0
     min_units: MinUnits = 1
@@ -65,7 +66,7 @@ class Optuna(TrialSearcher):
     multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Return AL-AM's plan, from which the trials start."""
+        """Return AL-AM's plan, the start of the trials."""
         return ALAM(self.min_units, self.attention_power, self.multiple_of).search(sites, scores, budget)
 
     def search_by_trials(
@@ -77,7 +78,7 @@ class Optuna(TrialSearcher):
         ranks = self._ranks(sites, scores)
 
         def plan_of(chosen: Ratios) -> PruningPlan:
-            # A site of twice the ratio has lost twice the share of its units, wherever the budget ends.
+            # A site with twice the ratio loses twice the fraction of its units, whatever the budget.
             ranking = {name: rank / max(chosen[name], 1e-9) for name, rank in ranks.items()}
             return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)
 
@@ -89,7 +90,7 @@ class Optuna(TrialSearcher):
             perplexity = objective(plan_of(chosen))
             return perplexity if math.isfinite(perplexity) else math.inf
 
-        # What the start is worth tells studies of other compensators, models and text apart.
+        # The start's perplexity distinguishes studies with other compensators, models or text.
         study = self._study(_digest(self, scores, budget, objective(start)))
         if not _finished(study):
             study.enqueue_trial(ratios)
@@ -99,7 +100,7 @@ class Optuna(TrialSearcher):
         return plan_of(study.best_params)
 
     def _ranks(self, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rank each site's units [units]: the share of the site that goes with a unit and all that are lower."""
+        """Rank each site's units [units]: the fraction of the site's units with the same or a lower score."""
         raised = raise_attention(sites, scores, self.attention_power)
         ranks = {}
         for name, values in raised.items():
@@ -119,7 +120,7 @@ class Optuna(TrialSearcher):
             study = optuna.create_study(storage=self.storage, study_name=f"flapkit {digest}", load_if_exists=True)
         except Exception as error:
             raise InputError(f"searcher.storage {self.storage}: {type(error).__name__}: {error}") from error
-        # Trials that are carried on would otherwise draw once more what the first ones drew.
+        # Otherwise resumed trials would repeat the first draws.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + _finished(study))
         return study
 
@@ -129,7 +130,7 @@ def _finished(study: Study) -> int:
 
 
 def _digest(searcher: Optuna, scores: Mapping[str, Tensor], budget: Budget, start: float) -> str:
-    """Name a study by all that its trials depend on."""
+    """Hash everything that the trials depend on, to name the study."""
     options = (searcher.spread, searcher.min_units, searcher.attention_power, searcher.multiple_of)
     digest = hashlib.sha256(f"{budget} {options} {start:.5g}".encode())
     for name, values in scores.items():

@@ -1,4 +1,4 @@
-"""Rank by what a parameter is worth, as the scores say, without standardising them."""
+"""Rank by score per parameter, without standardising the scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flapkit_searchers.options import MinUnits, MultipleOf
 
 @dataclass(frozen=True)
 class PerParameter(StructureSearcher):
-    """Rank the units of all layers by their score for each parameter that goes with them.
+    """Rank the units of all layers by their score per removed parameter.
 
-    For scores that compare from layer to layer as they are, in nats of the loss: those of ``kfac``. Others, such as
-    ``wifv``, do not: standardise them with ``al_am``.
+    For scores that are comparable between layers, such as those of ``kfac`` in nats of the loss. Others, such as those
+    of ``wifv``, are not: use ``al_am``, which standardises them.
     """
 
     name = "per_parameter"
@@ -25,6 +25,6 @@ class PerParameter(StructureSearcher):
     multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Remove the units of the lowest score for a parameter until the budget is met."""
+        """Remove the units with the lowest score per parameter until the budget is met."""
         ranking = {site.name: scores[site.name].sum(dim=1) / site.params_per_unit for site in sites}
         return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)

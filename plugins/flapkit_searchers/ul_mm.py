@@ -1,4 +1,4 @@
-"""UL-MM: the same ratio in every layer, with a number of heads between the modules."""
+"""UL-MM: the same ratio in every layer, split between attention and MLP by a number of heads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ULMM(StructureSearcher):
         Field(
             ge=0,
             description="Heads to remove from every layer; under grouped-query attention these are KV heads with "
-            "their query heads. By default as many whole ones as the layer's ratio takes.",
+            "their query heads. By default as many whole heads as the layer's ratio allows.",
         ),
     ] = None
     min_units: MinUnits = 1
@@ -48,7 +48,7 @@ class ULMM(StructureSearcher):
 
     @property
     def uniform(self) -> bool:
-        """Tell whether all layers stay alike."""
+        """Whether all layers keep the same sizes."""
         return True
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
@@ -71,5 +71,5 @@ class ULMM(StructureSearcher):
         kept = remove_units(attention, sums, heads, self.min_units)
         left = round(ratio * sum(site.params for site in (*attention, *mlp))) - kept.removed_params(attention)
         if left < 0:
-            raise BudgetError(f"ul_mm: {heads} heads are more than the budget takes of layer {attention[0].layer}")
+            raise BudgetError(f"ul_mm: {heads} heads exceed the budget of layer {attention[0].layer}; set fewer")
         return {**kept.keep, **remove_lowest(mlp, sums, left, self.min_units, self.multiple_of).keep}

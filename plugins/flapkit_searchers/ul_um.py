@@ -27,8 +27,8 @@ from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
 class ULUM(StructureSearcher):
     """Remove the same ratio of every site, the lowest sums of raw scores first.
 
-    FLAP (arXiv 2312.11983), section 4.4. No site loses more than its ratio: where that is no whole number of heads,
-    it is rounded down, and the model keeps a little more than asked for; ``ul_mm`` takes the rest from the MLPs.
+    FLAP (arXiv 2312.11983), section 4.4. No site loses more than its ratio: it is rounded down to whole heads, so that
+    the model keeps slightly more than the budget says; ``ul_mm`` removes the rest from the MLPs.
     """
 
     name = "ul_um"
@@ -36,8 +36,8 @@ class ULUM(StructureSearcher):
     profile: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...],
         Field(
-            description="Ratios by hand, one a layer, in order; all are scaled alike to meet the budget, and 0 leaves "
-            "a layer whole. Empty for the same ratio in every layer."
+            description="One ratio per layer, in order; scaled to meet the budget; 0 leaves a layer whole; "
+            "empty for the same ratio in every layer."
         ),
     ] = ()
     min_units: MinUnits = 1
@@ -46,11 +46,11 @@ class ULUM(StructureSearcher):
 
     @property
     def uniform(self) -> bool:
-        """Tell whether all layers stay alike."""
+        """Whether all layers keep the same sizes."""
         return not self.profile
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Remove each site's own share of the budget."""
+        """Remove each site's share of the budget."""
         ratios = layer_ratios(sites, budget, self.profile)
         raised = raise_attention(sites, scores, self.attention_power)
         keep: dict[str, tuple[int, ...]] = {}

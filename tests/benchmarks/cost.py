@@ -36,7 +36,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget
 from flapkit.model.site import Site
-from flapkit.model.surgery import share
+from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.method import Method
 
@@ -108,7 +108,7 @@ def share_of_pruning(windows: int = 8, paper: int = 1024, layers: int = 2) -> No
     turns = []
     for _ in range(3):
         calibrating, found = timed(measured, model, sites, text)
-        executor = WholeExecutor(share(model, sites), sites, text, statistics=found)
+        executor = WholeExecutor(copy_sharing_weights(model, sites), sites, text, statistics=found)
         turns.append((calibrating, timed(prune_, executor, METHOD, budget)[0]))
     calibrating, pruning = (statistics.median(each) for each in zip(*turns, strict=True))
     whole = calibrating * paper / windows

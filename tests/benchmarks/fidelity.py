@@ -33,7 +33,7 @@ import flapkit
 from flapkit.evaluation.perplexity import cross_entropy
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
-from flapkit.model.surgery import carry_out_, consumer_of, slice_
+from flapkit.model.surgery import apply_plan_, consumer_of, slice_
 from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method, find_corrections, find_plan, score_sites
 from flapkit.pruning.ranking import raise_attention, standardise
@@ -102,7 +102,7 @@ class Bench:
         """Carry out a plan on a copy of the model, and measure it."""
         model = copy.deepcopy(self.dense)
         corrections = find_corrections(model, self.sites, self.statistics, case.method.compensators, plan)
-        carry_out_(model, self.sites, plan, corrections)
+        apply_plan_(model, self.sites, plan, corrections)
         return perplexity(model, self.evaluation)
 
     def as_released(self, case: Case, statistics: Any = None) -> PruningPlan:

@@ -40,4 +40,4 @@ def test_a_forgotten_parameter_is_named(yaml):
     (said,) = re.findall(r"```\n(layers\.0\.mlp: .*?)\n```", PAGE)
     with pytest.raises(ModelError) as caught:
         check_adapter(load_family(yaml), forms=["as it is"], laws=["sliced is masked"])
-    assert said.replace("cuts mlp", "cuts model.layers.0.mlp") in str(caught.value)
+    assert said.replace("name mlp", "name model.layers.0.mlp") in str(caught.value)

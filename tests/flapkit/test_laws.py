@@ -10,7 +10,7 @@ from conftest import FORMS, make_llama
 
 import flapkit
 from flapkit.model.plan import Budget, PruningPlan
-from flapkit.model.surgery import carry_out_, mask_, slice_
+from flapkit.model.surgery import apply_plan_, mask_, slice_
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
 from flapkit.pruning.method import find_corrections, find_plan, score_sites
@@ -33,7 +33,7 @@ def test_sliced_is_masked(llama, tokens, probe):
     sites, plan, corrections = planned(llama, tokens)
     masked = copy.deepcopy(llama)
     mask_(masked, sites, plan, corrections)
-    carry_out_(llama, sites, plan, corrections)
+    apply_plan_(llama, sites, plan, corrections)
     torch.testing.assert_close(llama(probe).logits, masked(probe).logits, atol=1e-5, rtol=0)
     prefix = llama(probe[:, :8], use_cache=True)
     rest = llama(probe[:, 8:], past_key_values=prefix.past_key_values)
@@ -145,7 +145,7 @@ def test_every_rope_type(tokens, probe, tmp_path, rope):
     sites, plan, corrections = planned(model, tokens)
     masked = copy.deepcopy(model)
     mask_(masked, sites, plan, corrections)
-    carry_out_(model, sites, plan, corrections)
+    apply_plan_(model, sites, plan, corrections)
     expected = masked(probe).logits
     torch.testing.assert_close(model(probe).logits, expected, atol=1e-5, rtol=0)
     flapkit.save(model, tmp_path / "pruned", plan)
@@ -178,12 +178,12 @@ def test_trains_after_slicing(llama, tokens):
 
 def test_pruning_a_copy_that_shares_weights_leaves_the_model_as_it_is(llama, tokens, probe):
     """Also its biases, to which the compensator adds; and the copy is what a whole copy would be."""
-    from flapkit.model.surgery import share
+    from flapkit.model.surgery import copy_sharing_weights
 
     sites = flapkit.sites(llama)
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     logits = llama(probe).logits
-    whole, shared = copy.deepcopy(llama), share(llama, sites)
+    whole, shared = copy.deepcopy(llama), copy_sharing_weights(llama, sites)
     storage = {tensor.data_ptr() for tensor in llama.parameters()}
     assert all(parameter.data_ptr() in storage for parameter in shared.parameters() if parameter.dim() > 1)
     assert flapkit.prune_(shared, tokens, ratio=0.4) == flapkit.prune_(whole, tokens, ratio=0.4)

@@ -47,7 +47,7 @@ def test_weights_whose_header_was_changed(dense):
 def test_weights_that_are_none(dense, first):
     content = (dense / WEIGHTS).read_bytes()
     for rest in (b"", content[8:], b"[" * 100_000):
-        with put_back(dense / WEIGHTS, first + rest), pytest.raises(ModelError, match="damaged or cut short"):
+        with put_back(dense / WEIGHTS, first + rest), pytest.raises(ModelError, match="damaged or incomplete"):
             flapkit.load(dense)
 
 
@@ -125,5 +125,5 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(dense, change):
     changed = json.dumps({**json.loads(config.read_text()), **change})
     with put_back(dense / "trap.py", trap), put_back(config, changed):
         for reader in (load_config, flapkit.load):
-            with pytest.raises(ModelError, match="code that comes with a model is not run"):
+            with pytest.raises(ModelError, match="does not run code that comes with a model"):
                 reader(dense)

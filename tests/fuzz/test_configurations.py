@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import flapkit
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.load import load_config
-from flapkit.checkpoint.save import settle_generation_
+from flapkit.checkpoint.save import fix_generation_config_
 from flapkit.model.classes import dense_config
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
@@ -139,7 +139,7 @@ def test_what_a_pruned_model_s_modules_are_told_is_what_its_sizes_are(pruned, co
     changed["per_layer_config"]["0"]["attention_counts"] = counts
     with (
         put_back(path, json.dumps(changed)),
-        pytest.raises(ModelError, match=r"its sizes make that \{'num_key_value_groups': 2\}|describes no model"),
+        pytest.raises(ModelError, match=r"its sizes imply \{'num_key_value_groups': 2\}|cannot build a model"),
     ):
         flapkit.load(pruned)
 
@@ -149,7 +149,7 @@ def test_no_memory_is_taken_for_a_configuration_that_is_not_the_weights_own(dens
     path = dense / "config.json"
     with (
         put_back(path, json.dumps({**json.loads(path.read_text()), key: 10**6})),
-        pytest.raises(ModelError, match="describes a model of"),
+        pytest.raises(ModelError, match="but the files contain"),
     ):
         flapkit.load(dense)
 
@@ -180,7 +180,7 @@ def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
     with put_back(path, json.dumps(data.draw(tampered(SETTINGS)))):
         model = judge(dense)
         if model is not None:
-            settle_generation_(model)
+            fix_generation_config_(model)
             model.generation_config.save_pretrained(tmp_path_factory.getbasetemp() / "settings")
 
 

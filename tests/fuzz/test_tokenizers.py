@@ -104,7 +104,7 @@ def test_tokens_of_huge_numbers_are_refused(folder):
     model = {"type": "WordLevel", "vocab": {**VOCABULARY, "a": 10**9}, "unk_token": "<s>"}
     with (
         put_back(folder / "tokenizer.json", json.dumps({**BASE, "model": model})),
-        pytest.raises(ModelError, match="'a' has the number 1000000000, expected under"),
+        pytest.raises(ModelError, match="'a' has the id 1000000000, expected under"),
     ):
         load_tokenizer(folder)
 

@@ -17,7 +17,7 @@ from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
-from flapkit.model.surgery import share
+from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
 from flapkit.run.captured import capture_warnings
@@ -214,7 +214,7 @@ def _carry_out(
     with capture_warnings() as warnings:
         try:
             runtime.place_(dense.model)
-            model = share(dense.model, dense.target.sites)
+            model = copy_sharing_weights(dense.model, dense.target.sites)
             budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
             recipe = task.point.recipe
             executor = _executor(model, task, dense, runtime, cache, statistics)

@@ -22,13 +22,13 @@ def test_a_tensor_of_the_wrong_shape(pruned_folder):
     name = "model.layers.1.mlp.down_proj.weight"
     weights[name] = weights[name][:, 1:].contiguous()
     save_file(weights, pruned_folder / "model.safetensors", {"format": "pt"})
-    refused(pruned_folder, rf"{name} in model\.safetensors has the shape .*; its config\.json says")
+    refused(pruned_folder, rf"{name} in model\.safetensors has the shape .*, but config\.json implies")
 
 
 def test_a_tensor_without_a_place(pruned_folder):
     weights = load_file(pruned_folder / "model.safetensors")
     save_file({**weights, "model.extra": torch.zeros(1)}, pruned_folder / "model.safetensors", {"format": "pt"})
-    refused(pruned_folder, r"holds model\.extra, for which the model has no place")
+    refused(pruned_folder, r"contains model\.extra, which the model does not have")
 
 
 def test_a_missing_shard(tokens, tmp_path):
@@ -44,8 +44,8 @@ def test_a_missing_shard(tokens, tmp_path):
     [
         (lambda keep: keep["layers.0.mlp"].pop(), "keeps .* units at layers.0.mlp"),
         (lambda keep: keep["layers.0.mlp"].__setitem__(0, keep["layers.0.mlp"][1]), "layers.0.mlp"),
-        (lambda keep: keep.__setitem__("layers.9.mlp", [0]), "speaks of layers.9.mlp"),
-        (lambda keep: keep.__setitem__("nonsense", [0]), "speaks of nonsense"),
+        (lambda keep: keep.__setitem__("layers.9.mlp", [0]), "names the site layers.9.mlp"),
+        (lambda keep: keep.__setitem__("nonsense", [0]), "names the site nonsense"),
         (lambda keep: keep.__setitem__("layers.0.mlp", []), "keeps 0 units"),
         (lambda keep: keep.__setitem__("layers.0.mlp", "all"), "expected a list of whole numbers"),
     ],

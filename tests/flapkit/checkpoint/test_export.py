@@ -72,7 +72,7 @@ def test_an_output_that_exists(pruned_folder, tmp_path):
         export(pruned_folder, Echo(), tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "mine"
     export(pruned_folder, Echo(), tmp_path / "out.txt", overwrite=True)
-    with pytest.raises(OutputError, match="is no file"):
+    with pytest.raises(OutputError, match="is not a file"):
         export(pruned_folder, Echo(), pruned_folder, overwrite=True)
 
 
@@ -85,13 +85,13 @@ def test_two_exports_of_one_name():
     model = make_llama()
     prospect = prospect_of(model.config, Registry.load().adapter_for(model.config))
     check_exports([Echo()], prospect)
-    with pytest.raises(InputError, match="echo is asked for twice"):
+    with pytest.raises(InputError, match="echo is listed twice"):
         check_exports([Echo(), Echo(error=1)], prospect)
 
 
 def test_a_missing_shard(pruned_folder, tmp_path):
     (pruned_folder / "model.safetensors").unlink()
-    with pytest.raises(FlapkitError, match="holds no weights"):
+    with pytest.raises(FlapkitError, match="has no weights"):
         export(pruned_folder, Registry.load().create("exporter", "hf"), tmp_path / "out")
     assert left(tmp_path) == ["pruned"]
 

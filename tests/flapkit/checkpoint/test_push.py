@@ -47,7 +47,7 @@ def test_uploads_the_folder(pruned_folder, monkeypatch):
 
 
 def test_a_folder_of_another(tmp_path):
-    with pytest.raises(ModelError, match=r"holds no flapkit\.json"):
+    with pytest.raises(ModelError, match=r"flapkit\.json is missing"):
         flapkit.push(tmp_path, "owner/name")
 
 
@@ -55,7 +55,7 @@ def test_a_folder_of_another(tmp_path):
     ("error", "raised", "message"),
     [
         (HFValidationError("a name"), InputError, "a name"),
-        (LocalTokenNotFoundError("token"), InputError, "nobody is logged in"),
+        (LocalTokenNotFoundError("token"), InputError, "not logged in"),
         (OfflineModeIsEnabled("offline"), RunError, "offline"),
         (Refused("403"), RunError, "403"),
     ],

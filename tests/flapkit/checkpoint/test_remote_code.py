@@ -50,6 +50,6 @@ def test_the_code_is_short_and_imports_little(tmp_path):
     plan = flapkit.prune_(model, torch.arange(2, 66).view(8, 8), ratio=0.4)
     flapkit.save(model, tmp_path / "pruned", plan)
     lines = (tmp_path / "pruned" / "modeling_flapkit_llama.py").read_text().splitlines()
-    assert len(lines) < 200
+    assert len(lines) < 300
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
     assert imported == {"__future__", "huggingface_hub", "inspect", "torch", "transformers", "typing"}

@@ -85,9 +85,9 @@ def corrupt(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_weights, "the folder holds no weights"),
-        (truncated, "model.safetensors is damaged or cut short"),
-        (corrupt, "model.safetensors is damaged or cut short"),
+        (without_weights, "the folder has no weights"),
+        (truncated, "model.safetensors is damaged or incomplete"),
+        (corrupt, "model.safetensors is damaged or incomplete"),
     ],
 )
 def test_models(refused, home, damage, message):

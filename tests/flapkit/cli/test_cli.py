@@ -108,7 +108,7 @@ def test_usage_error(command):
         ({"budget": {"ratio": -0.5}}, "is not a ratio"),
         ({"budget": {"ratio": float("nan")}}, "ratio"),
         ({"budget": {"ratio": 0.99}}, "the largest ratio of blocks"),
-        ({"model": {"path": "./nowhere"}}, "there is no such folder"),
+        ({"model": {"path": "./nowhere"}}, "folder not found"),
         ({"calibration": {"dataset": "text.txt", "length": 100000}}, "calibration"),
         ({"calibration": {"dataset": "text.tx"}}, "text.tx"),
         ({"trainer": {"accelerator": "cuda"}}, "trainer"),
@@ -165,7 +165,7 @@ def test_a_saved_plan_beside_the_recipe(command, home):
 def test_a_plan_that_is_not_there(command, home):
     code, _, err = command("run", write_recipe(home, searcher={"name": "plan", "path": "mine.json"}))
     assert code == 2
-    assert f"searcher.path: there is no such file: {home / 'mine.json'}" in err
+    assert f"searcher.path: file not found: {home / 'mine.json'}" in err
 
 
 def test_a_clash(command, home):
@@ -193,12 +193,12 @@ def test_an_architecture_that_nobody_declared(command, home):
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "stablelm")
     code, out, err = command("check", write_recipe(home, model={"path": "./stablelm"}, adapter="auto"))
     assert code == 0, err
-    assert "auto (derived and proven): 64 sites (attention, mlp)" in " ".join(out.split())
+    assert "auto (derived and verified): 64 sites (attention, mlp)" in " ".join(out.split())
     MambaConfig().save_pretrained(home / "mamba")
     code, _, err = command("check", write_recipe(home, model={"path": "./mamba"}))
     assert code == 2
-    assert "models of type 'mamba' are declared by no plugin" in err
-    assert "this is no transformer" in err
+    assert "no plugin declares models of type 'mamba'" in err
+    assert "the model has no attention layers" in err
 
 
 def test_the_declaration_that_was_derived_is_recorded(command, home):
@@ -221,7 +221,7 @@ def test_an_adapter_that_does_not_fit(command, home):
     MambaConfig().save_pretrained(home / "mamba")
     code, _, err = command("check", write_recipe(home, model={"path": "./mamba"}, adapter="llama"))
     assert code == 2
-    assert "adapter 'llama': this MambaForCausalLM has no model.layers" in err
+    assert "adapter 'llama': MambaForCausalLM has no module model.layers" in err
 
 
 def test_ctrl_c_in_calibration(command, home, monkeypatch):

@@ -39,7 +39,7 @@ def test_bad_input(command, pruned_folder, tmp_path, arguments, message):
 def test_a_folder_that_is_no_checkpoint(command, tmp_path):
     code, _, err = command("export", tmp_path, "--to", "hf", "--output", "out")
     assert code == 2
-    assert "holds no config.json" in err
+    assert "has no config.json" in err
 
 
 def test_a_recipe_exports(command, tmp_path):
@@ -51,7 +51,7 @@ def test_a_recipe_exports(command, tmp_path):
     assert "exporter" not in (tmp_path / "out" / "recipe.yaml").read_text()
     code, _, err = command("run", "recipe.yaml", "--set", "export=[hf, {name: hf, dtype: bfloat16}]", "--overwrite")
     assert code == 2
-    assert "asked for twice" in err
+    assert "listed twice" in err
     code, _, err = command("check", "recipe.yaml", "--set", "export=[hf, hg]", "--overwrite")
     assert code == 2
     assert "export.1: unknown exporter 'hg'" in err

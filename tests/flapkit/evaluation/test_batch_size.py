@@ -44,5 +44,5 @@ def test_where_nothing_fits() -> None:
     def evaluate(sizes: Mapping[str, int]) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    with pytest.raises(RunError, match="does not hold one window"):
+    with pytest.raises(RunError, match="a single window does not fit"):
         halving({"text": 8}, evaluate)

@@ -35,14 +35,14 @@ def test_a_missing_file(tmp_path: Path) -> None:
     write(tmp_path / "piqua.jsonl", ROW)
     with pytest.raises(DataError, match=r"no file for task 'piqa'; did you mean 'piqua.jsonl'"):
         find_task("piqa", tmp_path)
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="folder not found"):
         find_task("piqa", tmp_path / "none")
 
 
 def test_two_files(tmp_path: Path) -> None:
     write(tmp_path / "piqa.jsonl", ROW)
     write(tmp_path / "piqa_2.jsonl", ROW)
-    with pytest.raises(DataError, match=r"piqa.jsonl, piqa_2.jsonl all begin with 'piqa'"):
+    with pytest.raises(DataError, match=r"piqa.jsonl, piqa_2.jsonl all start with 'piqa'"):
         find_task("piqa", tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         LocalTask("piqa", tmp_path / "a.jsonl").rows()
     (tmp_path / "a.jsonl").write_text("\n\n", encoding="utf-8")
-    with pytest.raises(DataError, match="there is no row"):
+    with pytest.raises(DataError, match="the file has no rows"):
         LocalTask("piqa", tmp_path / "a.jsonl").rows()
 
 

@@ -57,7 +57,7 @@ def test_the_peak_holds_the_weights() -> None:
 
 
 def test_a_context_that_is_too_short() -> None:
-    with pytest.raises(InputError, match=r"model: 60 tokens of prompt and 5 more do not fit its context of 64"):
+    with pytest.raises(InputError, match=r"model: 60 prompt tokens and 5 generated ones exceed its context of 64"):
         measure_speed({"model": make_llama()}, Workload(prompt=60, tokens=5))
 
 

@@ -77,7 +77,7 @@ def test_auto_leaves_declared_models_to_their_declaration():
     assert registry.resolve("auto", config) == registry.create("adapter", "llama")
     asked = registry.resolve(Auto(unit="query_head"), config)
     assert asked == registry.create("adapter", "llama", {"unit": "query_head"})
-    assert registry.resolve(None, tiny_config("stablelm")).title == "auto (derived and proven)"
+    assert registry.resolve(None, tiny_config("stablelm")).title == "auto (derived and verified)"
 
 
 def test_what_was_derived_can_be_declared(tmp_path):
@@ -90,9 +90,9 @@ def test_what_was_derived_can_be_declared(tmp_path):
     ("config", "message"),
     [
         (T5Config(), "'t5' are encoder-decoders"),
-        (ViTConfig(), "'vit' are no causal language models"),
-        (MambaConfig(), "this is no transformer: no layer attends"),
-        (tiny_config("codegen"), "nothing goes with the heads of its attention(.|\n)*model_types: \\[codegen\\]"),
+        (ViTConfig(), "no causal language model of type 'vit'"),
+        (MambaConfig(), "the model has no attention layers"),
+        (tiny_config("codegen"), "no parameter follows the attention heads(.|\n)*model_types: \\[codegen\\]"),
     ],
 )
 def test_what_is_refused(config, message):
@@ -109,7 +109,7 @@ def test_a_declaration_that_does_not_hold_is_refused_with_what_was_derived(monke
 def test_layers_that_share_a_tensor():
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ModelError, match="are one tensor; a shared one cannot be pruned"):
+    with pytest.raises(ModelError, match="are tied; tied parameters cannot be pruned"):
         flapkit.prune_(model, torch.randint(0, 96, (8, 8)), adapter=Auto())
 
 
@@ -126,7 +126,11 @@ def test_the_loaded_model_is_compared_and_left_as_it_is(dtype):
 @pytest.mark.parametrize(
     ("added", "outputs", "message"),
     [
-        ({"q_proj": "q", "k_proj": "k", "q_norm": "q", "k_norm": "k"}, {}, "its logits are off by"),
+        (
+            {"q_proj": "q", "k_proj": "k", "q_norm": "q", "k_norm": "k"},
+            {},
+            "its logits differ from the masked model's",
+        ),
         ({"q_proj": "q"}, {}, "it does not run"),
     ],
 )

@@ -11,7 +11,7 @@ import flapkit
 from flapkit.execution.stream import HiddenStates, LayerRunner
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import groups
-from flapkit.model.surgery import mask_, share
+from flapkit.model.surgery import copy_sharing_weights, mask_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.method import Repairs
 from flapkit.pruning.sequential import LayerRepair, adds_outputs, copy_layer
@@ -48,7 +48,7 @@ def test_the_first_site_sees_the_dense_model(llama, tokens):
 def test_a_target_makes_the_hidden_state_the_dense_one(llama, tokens, monkeypatch):
     """Whatever was done to the earlier sites: with the target as its output, the layer gives the dense hidden state."""
     sites, runner, batch = flapkit.sites(llama), LayerRunner(llama, "model.layers"), {"input_ids": tokens}
-    masked = share(llama, sites, own=[site.name for site in sites])
+    masked = copy_sharing_weights(llama, sites, own=[site.name for site in sites])
     mask_(masked, sites[:2], PruningPlan({site.name: (0, 1) for site in sites[:2]}))
     first = LayerRunner(masked, "model.layers").step(0, batch)
     before = (runner.step(0, batch), first)

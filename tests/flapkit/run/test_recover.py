@@ -123,9 +123,9 @@ def test_figures_of_other_text_are_measured_anew(home, done):
         ("compensator.1.dataset=test.txt", "the recovery would train on test.txt, and `evaluate` measures"),
         ("compensator.1.validation={dataset: test.txt}", "the recovery would validate on test.txt, and `evaluate`"),
         ("compensator.1.length=5000", "but 5001 are needed for windows of 5000"),
-        ("compensator.1.targets=[q_prj]", "lora: targets: no linear is called 'q_prj'; did you mean 'q_proj'?"),
+        ("compensator.1.targets=[q_prj]", "lora: targets: there is no linear 'q_prj'; did you mean 'q_proj'?"),
         ("compensator.1.steps=0", "compensator.1.steps: expected at least 1, got 0"),
-        ("compensator.1.dataset=nowhere.txt", "nowhere.txt: there is no such file or folder"),
+        ("compensator.1.dataset=nowhere.txt", "nowhere.txt: file or folder not found"),
         ("compensator=[lora, lora]", "compensators 'lora' and 'lora' train the same model; keep one of them"),
     ],
 )
@@ -140,7 +140,7 @@ def test_bad_input_is_known_before_anything_is_run(command, home, override, expe
     ("override", "expected"),
     [
         ("compensator=bias", "no compensator of it trains; for example --set 'compensator=[bias, lora]'"),
-        ("compensator.1.targets=[q_prj]", "lora: targets: no linear is called 'q_prj'; did you mean 'q_proj'?"),
+        ("compensator.1.targets=[q_prj]", "lora: targets: there is no linear 'q_prj'; did you mean 'q_proj'?"),
     ],
 )
 def test_bad_input_with_a_checkpoint(command, home, done, override, expected):

@@ -51,9 +51,9 @@ def test_both_forms_become_one() -> None:
         ({"from": "bing", "value": "x"}, "unknown speaker 'bing'"),
         ({"role": "user"}, "found the keys role"),
         ({"role": "user", "value": "x"}, "found the keys role, value"),
-        ({"role": "user", "content": None}, "expected the texts `role` and `content`, or `from` and `value`"),
-        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "expected the texts"),
-        ({"role": 1, "content": "x"}, "expected the texts"),
+        ({"role": "user", "content": None}, "expected text in `role` and `content`, or in `from` and `value`"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "expected text in"),
+        ({"role": 1, "content": "x"}, "expected text in"),
         ({}, "found the keys none"),
     ],
 )

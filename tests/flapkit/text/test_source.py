@@ -131,7 +131,7 @@ def test_an_empty_conversation_is_an_empty_document(tmp_path: Path) -> None:
 
 def test_a_conversation_that_nothing_renders(tmp_path: Path) -> None:
     message = fails(jsonl(tmp_path / "a.jsonl", {"messages": CHAT}))
-    assert "a.jsonl:1: it is a conversation" in message
+    assert "a.jsonl:1: this is a conversation" in message
     assert "adapter: vicuna" in message
 
 
@@ -146,9 +146,9 @@ def test_a_conversation_that_the_renderer_refuses_is_named(tmp_path: Path) -> No
 def test_a_missing_field_lists_the_fields(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "x", "body": "y"}, {"body": "y"})
     assert "a.jsonl:1: no field 'txt'; did you mean 'text'? (known: body, text)" in fails(path, field="txt")
-    assert "a.jsonl:2: none of its fields (body)" in fails(path)
+    assert "a.jsonl:2: none of the fields (body)" in fails(path)
     table = parquet(tmp_path / "a.parquet", {"body": ["x"], "id": [1]})
-    assert "none of its fields (body, id) is called text, conversations, messages; set `field`" in fails(table)
+    assert "none of the fields (body, id) is one of text, conversations, messages; set `field`" in fails(table)
     assert "no field 'nody'; did you mean 'body'?" in fails(table, field="nody")
     assert "no field 'body' (known: text)" in fails(write(tmp_path / "a.txt", "x"), field="body")
 
@@ -162,10 +162,8 @@ def test_a_field_that_is_no_text(tmp_path: Path, value: Any, found: str) -> None
 
 
 def test_empty_text(tmp_path: Path) -> None:
-    assert "it holds no text: all 2 documents are empty" in fails(
-        jsonl(tmp_path / "a.jsonl", {"text": ""}, {"text": " \n"})
-    )
-    assert "it holds no text: there is no row" in fails(write(tmp_path / "b.jsonl", ""))
+    assert "no text: all 2 documents are empty" in fails(jsonl(tmp_path / "a.jsonl", {"text": ""}, {"text": " \n"}))
+    assert "no text: it has no rows" in fails(write(tmp_path / "b.jsonl", ""))
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -181,17 +179,17 @@ def test_other_files(tmp_path: Path) -> None:
     message = fails(str(tmp_path))
     assert "a.csv: not a .txt, .jsonl, .parquet file; move it out of" in message
     (tmp_path / "empty").mkdir()
-    assert "the folder holds no .txt, .jsonl, .parquet file" in fails(str(tmp_path / "empty"))
+    assert "the folder has no .txt, .jsonl, .parquet files" in fails(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("missing", ["./calibration", "/nowhere/at/all", "text.jsonl", "data/more/text", "~/no such"])
 def test_a_missing_file(missing: str) -> None:
-    assert "there is no such file or folder" in fails(missing)
+    assert "file or folder not found" in fails(missing)
 
 
 def test_local_files_have_no_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "x")
-    assert "local files have no split 'train'; leave `split` out" in fails(path, split="train")
+    assert "local files have no split 'train'; omit `split`" in fails(path, split="train")
     assert "local files have no subset 'en'" in fails(path, subset="en")
 
 
@@ -283,7 +281,7 @@ def test_evaluation_never_falls_back_to_the_training_split(hub: Hub) -> None:
 def test_a_hub_chat(hub: Hub) -> None:
     hub.add("me/chat", train=[{"id": "1", "messages": CHAT}])
     assert load_documents("me/chat", render=render) == ["user:hi|assistant:hello"]
-    assert "me/chat: row 0 of train: it is a conversation" in fails("me/chat")
+    assert "me/chat: row 0 of train: this is a conversation" in fails("me/chat")
     assert "me/chat: no field 'message'; did you mean 'messages'?" in fails("me/chat", field="message")
 
 

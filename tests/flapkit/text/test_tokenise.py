@@ -1,4 +1,4 @@
-"""A text in pieces gives the tokens, and their places, of the whole."""
+"""Chunks of a text give the tokens, and their offsets, of the whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokenizer(request) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def short(monkeypatch):
-    for name, value in (("PIECE", 128), ("OVERLAP", 64), ("AGREED", 8)):
+    for name, value in (("CHUNK", 128), ("OVERLAP", 64), ("MIN_AGREEMENT", 8)):
         monkeypatch.setattr(pieces, name, value)
 
 
@@ -52,7 +52,7 @@ def test_pieces_are_the_whole(tokenizer, short, special):
         ids, places = whole(tokenizer, text, special)
         assert np.array_equal(found.ids, ids)
         added = ids <= 2 if special else np.zeros(len(ids), dtype=bool)
-        assert np.array_equal(found.places[~added], places[~added])
+        assert np.array_equal(found.offsets[~added], places[~added])
 
     check()
 
@@ -76,4 +76,4 @@ def test_pieces_that_never_agree(short, caplog):
     text = "b" + "a" * 1000
     found = pieces.encode_in_chunks(tokenizer, text, add_special_tokens=False)
     assert found.ids.tolist() == tokenizer(text)["input_ids"]
-    assert "tokenised at once" in caplog.text
+    assert "in one call" in caplog.text

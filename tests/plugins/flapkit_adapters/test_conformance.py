@@ -25,7 +25,7 @@ def test_sliced_is_masked(name):
         for config in configs:
             proof = verify(tiny_model(config), adapter.sites(config))
             assert proof.error <= 1e-5
-            assert proof.moved > 0.1
+            assert proof.effect > 0.1
 
 
 @pytest.mark.slow

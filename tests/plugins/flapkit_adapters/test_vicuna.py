@@ -37,7 +37,7 @@ def test_a_system_message_takes_the_place_of_vicunas() -> None:
 
 
 def test_a_system_message_in_the_middle() -> None:
-    with pytest.raises(DataError, match="no system message but at the beginning"):
+    with pytest.raises(DataError, match="a system message only at the beginning"):
         Vicuna().render([say("user", "a"), say("system", "b")])
 
 

@@ -15,7 +15,7 @@ from planted import measured, site_of
 import flapkit
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import carry_out_
+from flapkit.model.surgery import apply_plan_
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
 from flapkit.pruning.method import find_corrections
@@ -160,7 +160,7 @@ def test_what_the_kept_channels_say_costs_nothing(llama, tokens, probe, intercep
     compensator = LeastSquares(intercept=intercept, ridge=0.0)
     statistics = measure(llama, sites, compensator.measures(), [{"input_ids": tokens}])
     plan = PruningPlan({site.name: tuple(range(4, site.units)) for site in sites})
-    carry_out_(llama, sites, plan, find_corrections(llama, sites, statistics, [compensator], plan))
+    apply_plan_(llama, sites, plan, find_corrections(llama, sites, statistics, [compensator], plan))
     torch.testing.assert_close(llama(probe).logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -95,13 +95,13 @@ def test_named_targets():
 @pytest.mark.parametrize("target", ["v_prj", "model.norm", "lm_head"])
 def test_an_unknown_target(target):
     model = make_llama(tie_word_embeddings=True)
-    with pytest.raises(RecipeError, match=f"no linear is called '{target}'.*known: down_proj"):
+    with pytest.raises(RecipeError, match=f"there is no linear '{target}'.*known: down_proj"):
         attach(model, flapkit.sites(model), targets=[target])
 
 
 def test_nothing_to_train():
     norm = Site("norm", 0, "mlp", "model.norm", 8, 4, 32, (Coupling("model.norm.weight", 0, 4),))
-    with pytest.raises(ModelError, match="no pruned part of this LlamaForCausalLM is a linear"):
+    with pytest.raises(ModelError, match="no pruned site of this LlamaForCausalLM is a linear"):
         attach(make_llama(), [norm])
 
 
@@ -120,7 +120,7 @@ def test_stacked_experts(probe):
     model = MixtralForCausalLM(config).eval()
     path = "model.layers.0.mlp.experts"
     sites = [stacked(f"expert {i}", f"{path}.down_proj", f"{path}.gate_up_proj", expert=i, dim=2) for i in range(4)]
-    with pytest.raises(RecipeError, match="dropout: updates of stacked experts have none"):
+    with pytest.raises(RecipeError, match="dropout: not supported for stacked experts"):
         attach(model, sites, dropout=0.1)
     with torch.no_grad():
         trainable = attach(model, sites)

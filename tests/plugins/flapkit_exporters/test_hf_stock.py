@@ -20,7 +20,7 @@ from flapkit.checkpoint.exporter import Prospect
 from flapkit.model.adapter import adapter_class
 from flapkit.model.declaration import Block, Family
 from flapkit.model.plan import PruningPlan
-from flapkit.model.surgery import Correction, carry_out_
+from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.registry import Registry
 from flapkit.system.errors import ModelError
 
@@ -35,7 +35,7 @@ def uniform(model, folder, heads, bias=True):
     lost = {"attention": heads, "mlp": 7}
     plan = PruningPlan({site.name: tuple(range(lost[site.kind], site.units)) for site in sites})
     corrections = {site.name: Correction(bias=torch.ones(site.out_features)) for site in sites} if bias else {}
-    carry_out_(model, sites, plan, corrections)
+    apply_plan_(model, sites, plan, corrections)
     flapkit.save(model, folder, plan)
     return folder
 
@@ -71,7 +71,7 @@ def test_a_type_and_a_form(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model) is SeedOssForCausalLM
     assert model.dtype == torch.bfloat16
-    with pytest.raises(ModelError, match="no such numbers of heads"):
+    with pytest.raises(ModelError, match="do not support these numbers of heads"):
         export(uniform(make_llama(), tmp_path / "odd", heads=1), stock(form="llama"), tmp_path / "out2")
 
 
@@ -91,11 +91,11 @@ def declared(model_type):
     ("config", "biases", "message"),
     [
         (MistralConfig(sliding_window=None, num_hidden_layers=1), {"attention", "mlp"}, ""),
-        (MistralConfig(sliding_window=64, num_hidden_layers=1), {"attention", "mlp"}, "hold no bias"),
+        (MistralConfig(sliding_window=64, num_hidden_layers=1), {"attention", "mlp"}, "lack the biases"),
         (MistralConfig(sliding_window=64, num_hidden_layers=1), set(), ""),
         (Qwen3Config(num_hidden_layers=1), {"attention"}, ""),
         (Qwen3Config(num_hidden_layers=1), {"attention", "mlp"}, "intercept: false"),
-        (OPTConfig(num_hidden_layers=1), {"attention", "mlp"}, "no such numbers of heads"),
+        (OPTConfig(num_hidden_layers=1), {"attention", "mlp"}, "do not support these numbers of heads"),
     ],
 )
 def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, message):

@@ -132,9 +132,9 @@ def test_a_profile_by_hand():
         ("ul_um", {"profile": (0.0, 0.0, 1.0)}, 0.5, "blocks", "takes 150% of layer 2"),
         ("ul_um", {"min_units": 6}, 0.5, "blocks", "layers.0.attention, but with every site at its floor"),
         ("ul_mm", {"heads": 8}, 0.5, "blocks", "8 units are to go from layers.0.attention, but .* only 7 can"),
-        ("ul_mm", {"heads": 7}, 0.2, "blocks", "7 heads are more than the budget takes of layer 0"),
+        ("ul_mm", {"heads": 7}, 0.2, "blocks", "7 heads exceed the budget of layer 0"),
         ("ul_mm", {"heads": 0}, 0.9, "blocks", "parameters are to go from layers.0.mlp"),
-        ("al_mm", {"heads": 7}, 0.2, "blocks", "21 heads are more than the whole budget"),
+        ("al_mm", {"heads": 7}, 0.2, "blocks", "21 heads exceed the budget"),
         ("al_mm", {}, 0.2, "mlp", "budget.of: mlp leaves no attention to prune"),
         ("ul_mm", {}, 0.2, "attention", "budget.of: attention leaves no MLP to prune"),
     ],
@@ -187,7 +187,7 @@ def test_a_plan_by_hand(tmp_path):
         ({"layers.1.mpl": [0]}, 0.1, "blocks", "did you mean 'layers.1.mlp'"),
         ({"layers.1.mlp": [0, 50]}, 0.3, "blocks", "ascending, from 0 to 49"),
         ({"layers.1.mlp": []}, 0.3, "blocks", "keeps no unit"),
-        ({"layers.1.mlp": [0]}, 0.3, "attention", "budget.of: attention prunes these alone"),
+        ({"layers.1.mlp": [0]}, 0.3, "attention", "budget.of: attention prunes these sites only"),
         ({"layers.1.mlp": "all"}, 0.3, "blocks", "a list of whole numbers"),
         (None, 0.3, "blocks", "mine.json: plan: not JSON"),
     ],
@@ -200,7 +200,7 @@ def test_plans_that_do_not_fit(tmp_path, keep, ratio, of, message):
 
 
 def test_a_plan_that_is_not_there(tmp_path):
-    with pytest.raises(PluginError, match="there is no such file"):
+    with pytest.raises(PluginError, match="file not found"):
         make("plan", path=str(tmp_path / "nothing.json"))
 
 
