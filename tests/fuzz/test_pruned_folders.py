@@ -23,7 +23,7 @@ from flapkit.checkpoint.card import CARD, licence_of, model_card
 from flapkit.evaluation.zero_shot import add_scores
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import carry_out_
-from flapkit.recipe import LoadedRecipe, load_recipe
+from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.run.origin import Origin, plan_of
 from flapkit.run.recover import RecoveryRecord, _files, _metadata
 from flapkit.system.errors import InputError

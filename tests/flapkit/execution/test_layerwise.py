@@ -13,7 +13,7 @@ from flapkit.checkpoint.load import open_weights
 from flapkit.checkpoint.weights import write_tensors
 from flapkit.execution.resume import write_record
 from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.system.errors import OutputError, RecipeError
 

@@ -10,7 +10,7 @@ import yaml
 from executions import RECIPE, TEXT, assert_same, prune, save_dense
 from torch import distributed
 
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.evaluate import evaluate_checkpoint
 from flapkit.system.errors import RecipeError
 
