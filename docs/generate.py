@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from flapkit.cli import app
-from flapkit.recipe import Recipe
+from flapkit.recipe.schema import Recipe
 
 HERE = Path(__file__).parent
 

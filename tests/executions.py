@@ -8,7 +8,7 @@ from conftest import make_llama, write_recipe
 
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.checkpoint.load import open_weights
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 
 TEXT = "".join(f"def f{n}(model):\n    return model * {n}\n" for n in range(80))

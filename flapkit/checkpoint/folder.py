@@ -104,7 +104,7 @@ def _new(
         allowed()
         check_space(path, needed)
         try:
-            with work.half_written() as half:
+            with work.partial() as half:
                 temporary = half / path.absolute().name
                 yield temporary
                 _sync(half)

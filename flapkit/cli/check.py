@@ -14,7 +14,8 @@ def check(
     recipe: RecipeArgument, overrides: Overrides = None, overwrite: Overwrite = False, force: Force = False
 ) -> None:
     """Check a recipe, and say what it will do and need, without running it."""
-    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.recipe.files import find_recipe
+    from flapkit.recipe.load import load_recipe
     from flapkit.run.check import check as check_recipe
     from flapkit.run.estimate import memory_limit
 

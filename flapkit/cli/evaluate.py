@@ -35,7 +35,8 @@ def evaluate(
     output: OutputFile = None,
 ) -> None:
     """Measure perplexity and zero-shot tasks of a checkpoint, without pruning."""
-    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.recipe.files import find_recipe
+    from flapkit.recipe.load import load_recipe
     from flapkit.run.evaluate import evaluate_checkpoint
     from flapkit.system.progress import Progress
 

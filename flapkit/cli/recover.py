@@ -29,7 +29,8 @@ def recover(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
 ) -> None:
     """Train a pruned checkpoint as a recipe's compensator says, and write another one."""
-    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.recipe.files import find_recipe
+    from flapkit.recipe.load import load_recipe
     from flapkit.run.recover import recover as recover_checkpoint
     from flapkit.system.progress import Progress
 

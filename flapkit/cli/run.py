@@ -32,7 +32,8 @@ def run(
 ) -> None:
     """Prune a model as a recipe says."""
     from flapkit.execution.cache import cache_folder
-    from flapkit.recipe import find_recipe, load_recipe
+    from flapkit.recipe.files import find_recipe
+    from flapkit.recipe.load import load_recipe
     from flapkit.run.pipeline import run as run_recipe
     from flapkit.system.progress import Progress
 

@@ -11,7 +11,7 @@ from flapkit.cli.app import app
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, with every installed plugin's options."""
-    from flapkit.recipe import recipe_schema
+    from flapkit.recipe.json_schema import recipe_schema
     from flapkit.registry import Registry
 
     sys.stdout.write(json.dumps(recipe_schema(Registry.load()), indent=2) + "\n")

@@ -1,41 +1,16 @@
-"""Recipes: the YAML file that says what a run does."""
+"""Recipes: the YAML file that describes a run, and how it is read, checked and written.
 
-from __future__ import annotations
+A recipe is read as a tree that keeps positions, overridden from the command line, checked against its schema, and its
+components are built; all problems are reported together, each with file, line and column.
 
-from flapkit.recipe.dump import dump_recipe
-from flapkit.recipe.files import find_recipe, shipped_recipes
-from flapkit.recipe.json_schema import recipe_schema
-from flapkit.recipe.load import LoadedRecipe, load_recipe
-from flapkit.recipe.schema import (
-    BudgetSection,
-    Calibration,
-    ComponentSpec,
-    Evaluate,
-    Model,
-    Perplexity,
-    Recipe,
-    ReportSection,
-    Samples,
-    TrainerSection,
-    ZeroShot,
-)
-
-__all__ = [
-    "BudgetSection",
-    "Calibration",
-    "ComponentSpec",
-    "Evaluate",
-    "LoadedRecipe",
-    "Model",
-    "Perplexity",
-    "Recipe",
-    "ReportSection",
-    "Samples",
-    "TrainerSection",
-    "ZeroShot",
-    "dump_recipe",
-    "find_recipe",
-    "load_recipe",
-    "recipe_schema",
-    "shipped_recipes",
-]
+Modules:
+    declaration: read an architecture's declaration from a YAML file
+    dump: write a recipe as YAML
+    files: find recipes, the user's and those shipped with flapkit
+    json_schema: the JSON schema of recipes
+    load: `load_recipe`, from a file to a `LoadedRecipe` with its components
+    nodes: YAML as a tree with positions
+    overrides: `--set key=value`
+    schema: the sections and keys of a recipe
+    validation: check a tree against types, with readable problems
+"""

@@ -15,7 +15,7 @@ from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import odd_widths
-from flapkit.recipe import LoadedRecipe
+from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
@@ -84,7 +84,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     # Last: it takes memory for every unit.
     plan = _check_floors(recipe, target, budget)
     return Checked(
-        target, params, budget, needs, runtime.per_machine, odd_widths(target.sites, plan), WorkDir(output).pieces()
+        target, params, budget, needs, runtime.per_machine, odd_widths(target.sites, plan), WorkDir(output).records()
     )
 
 

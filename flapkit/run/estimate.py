@@ -25,7 +25,8 @@ from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens
-from flapkit.recipe import LoadedRecipe, Perplexity, Recipe
+from flapkit.recipe.load import LoadedRecipe
+from flapkit.recipe.schema import Perplexity, Recipe
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError

@@ -11,7 +11,7 @@ from flapkit.checkpoint.load import load_config, load_tokenizer
 from flapkit.evaluation.zero_shot import by_task
 from flapkit.execution.runtime import Runtime
 from flapkit.model.soundness import check_unquantised
-from flapkit.recipe import LoadedRecipe
+from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.executors import load_model, open_runtime
 from flapkit.run.record import put_texts_beside
 from flapkit.run.tasks import ask, load_tasks

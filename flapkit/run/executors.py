@@ -22,7 +22,8 @@ from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrialSearcher
-from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection
+from flapkit.recipe.load import LoadedRecipe
+from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.target import Target, find_target
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import broadcast_from_rank0

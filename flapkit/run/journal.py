@@ -14,7 +14,7 @@ from flapkit.execution.lightning.loggers import LoggerName, build_loggers
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.pruning.site_errors import SiteError
-from flapkit.recipe import Recipe
+from flapkit.recipe.schema import Recipe
 from flapkit.run.report.view import short
 
 FOLDER = "pruning"

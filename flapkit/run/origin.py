@@ -13,8 +13,8 @@ from typing_extensions import TypedDict
 
 from flapkit.checkpoint.folder import MARK, PLAN
 from flapkit.model.plan import PruningPlan
-from flapkit.recipe import Recipe
 from flapkit.recipe.files import read_settings
+from flapkit.recipe.schema import Recipe
 from flapkit.run.report.document import RECORD, read_made, read_record, read_result
 from flapkit.run.report.record import ReportRecord
 from flapkit.system.errors import InputError, ModelError

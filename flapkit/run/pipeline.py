@@ -26,7 +26,9 @@ from flapkit.execution.runtime import Runtime
 from flapkit.model.plan import Budget
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.rounding import warn_of_odd
-from flapkit.recipe import LoadedRecipe, Recipe, TrainerSection, dump_recipe
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.load import LoadedRecipe
+from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.captured import capture_warnings
 from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
@@ -148,7 +150,7 @@ def run(
         open_log(asked.trainer.logger, asked) as journal,
         lost_processes(),
     ):
-        if resume and not work.pieces():
+        if resume and not work.records():
             log.info("no stopped run has left anything to go on with: begins at the beginning")
         context = RunContext(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:

@@ -16,7 +16,8 @@ from flapkit.model.derive import Auto
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError
-from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
 from flapkit.run.report.page import render_run

@@ -27,7 +27,8 @@ from flapkit.model.empty import build_empty
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
-from flapkit.recipe import LoadedRecipe, dump_recipe
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.origin import RECIPE, RESULT, Origin

@@ -14,7 +14,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.model.site import Site
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError, Trace
-from flapkit.recipe import ReportSection, Samples
+from flapkit.recipe.schema import ReportSection, Samples
 from flapkit.run.report.record import SampleRecord
 from flapkit.run.text import RunText
 from flapkit.system.progress import Progress

@@ -13,7 +13,7 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import prunable
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
-from flapkit.recipe import LoadedRecipe
+from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
 
 

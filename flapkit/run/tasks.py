@@ -12,7 +12,7 @@ from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import check_installed, load_harness
 from flapkit.execution.runtime import Runtime
-from flapkit.recipe import ZeroShot
+from flapkit.recipe.schema import ZeroShot
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness

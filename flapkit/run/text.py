@@ -15,7 +15,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
-from flapkit.recipe import Calibration, Perplexity, Recipe
+from flapkit.recipe.schema import Calibration, Perplexity, Recipe
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.text.conversations import Conversation

@@ -1,14 +1,14 @@
 """The errors that flapkit raises.
 
 FlapkitError
-├── InputError            what was asked for cannot be done as asked; exit code 2
+├── InputError            the input is wrong; exit code 2
 │   ├── RecipeError       a recipe, or an option given on the command line
 │   ├── PluginError       a plugin or a component
 │   ├── ModelError        a model folder, a checkpoint or an architecture
 │   ├── DataError         a dataset, its fields, or too little text
-│   ├── BudgetError       a ratio that is no ratio, or that the floors do not allow
-│   └── OutputError       an output folder that exists or cannot be written
-└── RunError              the work began and failed; exit code 1
+│   ├── BudgetError       an invalid ratio, or one that the minimum widths do not allow
+│   └── OutputError       an output that exists or cannot be written
+└── RunError              the run started and failed; exit code 1
     └── CalibrationError  activations that are not finite, or too few of them
 """
 
@@ -26,7 +26,7 @@ class FlapkitError(Exception):
 
 
 class InputError(FlapkitError):
-    """What was asked for cannot be done as asked."""
+    """The input is wrong: a recipe, an option, a file or a model."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class RecipeError(InputError):
     """A recipe, or an option on the command line, is wrong.
 
     Args:
-        problems: everything that is wrong, each a sentence that begins with its place.
+        problems: every problem, one sentence each, which starts with its position.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -44,7 +44,7 @@ class RecipeError(InputError):
 
 
 class PluginError(InputError):
-    """A plugin cannot be loaded, or a component does not keep its interface's promise."""
+    """A plugin cannot be loaded, or a component breaks the contract of its interface."""
 
 
 class ModelError(InputError):
@@ -64,25 +64,28 @@ class OutputError(InputError):
 
 
 class RunError(FlapkitError):
-    """The work began and failed."""
+    """The run started and failed."""
 
 
 class CalibrationError(RunError):
-    """Calibration met activations that are not finite, or too few of them."""
+    """Calibration found activations that are not finite, or too few of them."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Tell whether an error is a panic of a library's Rust code, which is no ``Exception`` and cannot be imported."""
+    """Return whether an error is a panic in a library's Rust code.
+
+    Its class derives from ``BaseException`` and cannot be imported.
+    """
     return type(error).__name__ == "PanicException"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant, if any is near."""
+    """Return the known name closest to ``name``, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant, and list them all: the tail of an error message."""
+    """Write the end of an error message: the closest known name, and the list of all."""
     names = sorted(known)
     close = closest(name, names)
     hint = f"; did you mean {close!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: whatever is wrong with it is one kind of error."""
+"""Read JSON of unknown origin; every defect raises the same kind of error."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from typing import Any
 from flapkit.system.errors import InputError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_DEEPEST = 100
+_MAX_DEPTH = 100
 
 
 def parse_json(text: str) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: it is none, nested too deep, or holds a repeated key, a number too long or text that is none.
+        ValueError: the text is not JSON, is nested too deep, or holds a repeated key, too long a number or half of a
+            surrogate pair.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
         if _SURROGATE.search(text):
-            # Half of a pair is no character: nothing can print it, and no tokenizer takes it.
-            json.dumps(found, ensure_ascii=False).encode()
+            # Half of a surrogate pair is not a character: it can be neither printed nor tokenised.
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-    if text.count("[") + text.count("{") > _DEEPEST and _depth(found) > _DEEPEST:
-        raise ValueError(f"nested over {_DEEPEST} levels deep")
-    return found
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(value) > _MAX_DEPTH:
+        raise ValueError(f"nested over {_MAX_DEPTH} levels deep")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"repeated key {next(name for name in names if names.count(name) > 1)!r}")
-    return found
+    return entries
 
 
 def _depth(value: Any) -> int:
-    """Count the levels of objects and lists, without recursion."""
+    """Count the nested levels of objects and lists, without recursion."""
     depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, (dict, list))]:
+    while level := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return depth
 
 
@@ -53,14 +54,14 @@ def read_object(path: Path, raises: type[InputError] = InputError) -> dict[str, 
 
     Args:
         path: the file.
-        raises: what is raised otherwise.
+        raises: the error that is raised if the file cannot be read.
     """
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise raises(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise raises(f"{path}: is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise raises(f"{path}: is damaged: expected an object, found a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise raises(f"{path}: is damaged: expected an object, found a {type(value).__name__}")
+    return value

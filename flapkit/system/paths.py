@@ -1,4 +1,4 @@
-"""Paths that somebody else wrote: into a recipe, on the command line, or into a checkpoint."""
+"""Check paths of unknown origin: from a recipe, the command line or a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from flapkit.system.errors import InputError
 
 
 def to_path(text: Path | str, folder: Path | None = None) -> Path:
-    """Turn what somebody wrote into a path, ``~`` expanded; there need be nothing at it.
+    """Turn text into a path, with ``~`` expanded; the path need not exist.
 
     Args:
         text: the path.
-        folder: what a relative one is relative to; the current directory if not given.
+        folder: the base of a relative path; the current directory if not given.
 
     Raises:
-        InputError: the system can have nothing there: a NUL, a name that is too long, an unknown user, a folder that
-            may not be entered.
+        InputError: the system cannot reach the path: a NUL, too long a name, an unknown user, or a folder without
+            permission.
     """
     try:
         path = (folder or Path()) / Path(text).expanduser()
@@ -25,7 +25,7 @@ def to_path(text: Path | str, folder: Path | None = None) -> Path:
         return path
     except (OSError, ValueError, RuntimeError) as error:
         shown = ascii(str(text) if len(str(text)) <= 60 else f"{str(text)[:60]}…")
-        raise InputError(f"no such path can be reached: {shown}: {_reason(error)}") from error
+        raise InputError(f"path {shown} cannot be used: {_reason(error)}") from error
     return path
 
 
@@ -38,12 +38,12 @@ def within(folder: Path, name: str) -> Path:
 
     Args:
         folder: the folder.
-        name: what somebody else calls the file, as a relative path.
+        name: the file's relative path, of unknown origin.
 
     Raises:
-        InputError: the name leads out of the folder, or is none.
+        InputError: the name is empty or leads out of the folder.
     """
-    ways = (PurePosixPath(name), PureWindowsPath(name))
-    if "\0" in name or not ways[0].parts or any(way.anchor or ".." in way.parts for way in ways):
-        raise InputError(f"{name!r} is no name of a file in {folder}: it has to stay inside")
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    if "\0" in name or not paths[0].parts or any(path.anchor or ".." in path.parts for path in paths):
+        raise InputError(f"{name!r} is not a file name inside {folder}; use a relative path without '..'")
     return folder / name

@@ -1,6 +1,6 @@
-"""The processes of a run, where there are several: which one this is, and what they agree on.
+"""The processes of a distributed run: rank, broadcast, and the loss of a process.
 
-Every process does the same, each with its share of the windows; the first alone writes and prints.
+Every process runs the same code on its share of the windows; only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-"""Where torchrun, SLURM, Lightning's own launcher and a user say which process this is, before all have met."""
+"""Where torchrun, SLURM, Lightning's own launcher and users give the rank, before the process group exists."""
 
 STARTED_VARIABLES = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_STEP_ID": "SLURM_STEP_NUM_TASKS"}
-"""What torchrun and srun set -> where they say how many processes they started."""
+"""A variable that torchrun or srun sets -> the variable with the number of processes that it started."""
 
 
 def rank() -> int:
-    """Return this process's number among those of the run, from 0."""
+    """Return the rank of this process, counted from 0."""
     distributed = _distributed()
     if distributed is not None:
         return int(distributed.get_rank())
@@ -32,29 +32,29 @@ def rank() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Tell whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
-def check_started(asked: int) -> None:
-    """Raise ``RecipeError`` where torchrun or srun started another number of processes than the recipe asks for.
+def check_started(expected: int) -> None:
+    """Raise ``RecipeError`` unless torchrun or srun started as many processes as the recipe uses.
 
-    Each would do the whole work, and all but one of them for nothing.
+    Otherwise each process would do the whole work.
 
     Args:
-        asked: processes that the recipe's ``trainer`` asks for, on all machines together.
+        expected: processes of the recipe's ``trainer``, on all machines together.
     """
     for mark, name in STARTED_VARIABLES.items():
         started = int(os.environ.get(name, 1)) if mark in os.environ else 1
-        if started not in (1, asked):
+        if started not in (1, expected):
             raise RecipeError(
-                f"trainer: {started} processes were started, and devices x num_nodes is {asked}; "
-                "set trainer.devices to the processes of one machine, and trainer.num_nodes to the machines"
+                f"trainer: {started} processes were started, but devices x num_nodes is {expected}; "
+                "set trainer.devices to the processes per machine, and trainer.num_nodes to the number of machines"
             )
 
 
 def window_share() -> dict[str, int] | None:
-    """Return this process's share of the windows as torch's distributed samplers take it; None for all of them."""
+    """Return this process's share of the windows as arguments of torch's distributed samplers; None for all windows."""
     distributed = _distributed()
     if distributed is None or distributed.get_world_size() == 1:
         return None
@@ -62,75 +62,73 @@ def window_share() -> dict[str, int] | None:
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """Do something in the first process alone; every process waits for it, and gets what it returned.
+    """Call a function on rank 0 only, and return its result in every process.
 
     Args:
-        work: is called in the first process; what it returns is sent to the others.
+        work: the function; its result is sent to the other processes.
 
     Raises:
         FlapkitError: what ``work`` raised, in every process.
-        RunError: another process is gone.
+        RunError: another process exited.
     """
     distributed = _distributed()
     if distributed is None:
         return work()
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if distributed.get_rank() == 0:
         try:
-            found[0] = work()
+            outcome[0] = work()
         except FlapkitError as error:
-            found[1] = error
+            outcome[1] = error
     with lost_processes():
-        distributed.broadcast_object_list(found)
-    value, failed = found
-    if failed is not None:
-        raise failed
+        distributed.broadcast_object_list(outcome)
+    value, failure = outcome
+    if failure is not None:
+        raise failure
     return value  # type: ignore[no-any-return]
 
 
-def keep_common(mine: Mapping[K, T | None]) -> dict[K, T]:
-    """Keep what every process has: what one of them lacks, all have to make anew.
+def keep_common(local: Mapping[K, T | None]) -> dict[K, T]:
+    """Keep the entries that every process has; what one process lacks, all must compute again.
 
     Args:
-        mine: by the same names, in the same order, in every process; None for what this process lacks.
+        local: the entries of this process, None for a missing one; the same names in the same order in every process.
     """
     distributed = _distributed()
-    has = [[value is not None for value in mine.values()]]
+    present = [[value is not None for value in local.values()]]
     if distributed is not None:
-        has = [[] for _ in range(distributed.get_world_size())]
+        present = [[] for _ in range(distributed.get_world_size())]
         with lost_processes():
-            distributed.all_gather_object(has, [value is not None for value in mine.values()])
-    everywhere = map(all, zip(*has, strict=True))
-    pairs = zip(mine.items(), everywhere, strict=True)
-    return {name: value for (name, value), kept in pairs if kept and value is not None}
+            distributed.all_gather_object(present, [value is not None for value in local.values()])
+    everywhere = map(all, zip(*present, strict=True))
+    pairs = zip(local.items(), everywhere, strict=True)
+    return {name: value for (name, value), common in pairs if common and value is not None}
 
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Say in plain words that another process is gone, where this one waited for it.
+    """Turn torch's errors about a lost process into ``RunError``.
 
     Raises:
-        RunError: in place of what torch raises then.
+        RunError: another process exited while this one waited for it.
     """
     try:
         yield
     except RuntimeError as error:
-        if not _tells_of_loss(error):
+        if not _is_lost_process(error):
             raise
-        raise RunError(
-            "another process of this run has ended: by the error that it told of, or killed, as for want of memory"
-        ) from error
+        raise RunError("another process exited, by its own error or killed (perhaps out of memory)") from error
 
 
-def _tells_of_loss(error: RuntimeError) -> bool:
+def _is_lost_process(error: RuntimeError) -> bool:
     distributed = _distributed()
-    # gloo has no error of its own.
+    # gloo has no error class of its own.
     return distributed is not None and (isinstance(error, distributed.DistError) or "gloo/transport" in str(error))
 
 
 def _distributed() -> Any:
-    """Return ``torch.distributed`` where the processes of this run have met, or None."""
-    # Looked up, not imported: the command line asks before it needs torch, which takes seconds to import.
+    """Return ``torch.distributed`` if the process group exists, else None."""
+    # Looked up, not imported: the command line asks for the rank before it imports torch, which takes seconds.
     distributed = sys.modules.get("torch.distributed")
-    met = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed if met else None
+    initialised = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if initialised else None

@@ -1,4 +1,4 @@
-"""How far a run is: stages tell of themselves, and whoever listens shows it.
+"""Progress of a run: stages send events, listeners show them.
 
 ```python
 progress = Progress(print)
@@ -21,15 +21,15 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a stage.
+    """An event of a stage.
 
     Args:
-        kind: ``started``, ``progress``, ``finished``, or ``stopped`` where an exception left the stage.
+        kind: ``started``, ``progress``, ``finished``, or ``stopped`` if an exception ended the stage.
         stage: the stage's name.
-        done: how much of the stage's work is done.
-        total: how much work there is; None where nobody can tell.
+        done: finished work, in ``unit``.
+        total: all work, in ``unit``; None if unknown.
         unit: what the work is counted in, for example ``windows``.
-        seconds: wall time since the stage's beginning.
+        seconds: wall time since the stage started.
     """
 
     kind: Literal["started", "progress", "finished", "stopped"]
@@ -41,52 +41,52 @@ class Event:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest will take at the speed so far; None where nobody can tell."""
+        """Seconds that the rest will take at the speed so far; None if unknown."""
         if not self.total or not self.done:
             return None
         return self.seconds * max(self.total - self.done, 0) / self.done
 
 
 Listener = Callable[[Event], None]
-"""Shows events; called in the thread that works, so it must be quick."""
+"""Shows events; called in the working thread, so it must be quick."""
 
 
 class Stage:
-    """A stage at work; made by ``Progress.stage``."""
+    """A running stage; made by ``Progress.stage``."""
 
-    def __init__(self, tell: Listener, name: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
-        self._tell = tell
+    def __init__(self, emit: Listener, name: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
+        self._emit = emit
         self._clock = clock
-        self._began = clock()
+        self._start = clock()
         self.name = name
         self.total = total
         self.unit = unit
         self.done = 0
 
     def advance(self, amount: int = 1) -> None:
-        """Say that so much more work is done."""
+        """Add finished work, in the stage's unit."""
         self.done += amount
-        self.tell("progress")
+        self.emit("progress")
 
-    def tell(self, kind: Literal["started", "progress", "finished", "stopped"]) -> None:
-        """Tell the listeners what happened."""
-        self._tell(Event(kind, self.name, self.done, self.total, self.unit, self.seconds))
+    def emit(self, kind: Literal["started", "progress", "finished", "stopped"]) -> None:
+        """Send an event to the listeners."""
+        self._emit(Event(kind, self.name, self.done, self.total, self.unit, self.seconds))
 
     @property
     def seconds(self) -> float:
-        """Wall time since the beginning."""
-        return round(self._clock() - self._began, 3)
+        """Wall time since the stage started."""
+        return round(self._clock() - self._start, 3)
 
 
 class Progress:
-    """Where the stages of one run report to.
+    """The stages of one run, and the listeners that show them.
 
     Args:
-        listeners: what shows the events; none for silence.
+        listeners: show the events; none for silence.
         clock: returns the time in seconds.
 
     Attributes:
-        seconds: stage -> wall time, of those that finished; stages of one name add up.
+        seconds: stage -> wall time of the finished stages; stages of the same name add up.
     """
 
     def __init__(self, *listeners: Listener, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -94,36 +94,36 @@ class Progress:
         self._clock = clock
         self.seconds: dict[str, float] = {}
 
-    def tell(self, event: Event) -> None:
-        """Pass an event on to every listener."""
+    def emit(self, event: Event) -> None:
+        """Pass an event to every listener."""
         for listener in self._listeners:
             listener(event)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
-        """Time a piece of work and tell of it; stages may be nested.
+        """Time a stage and send its events; stages may be nested.
 
         Args:
-            name: what the work is called, for example ``calibrate``.
-            total: how much work there is, in ``unit``; None where nobody can tell.
+            name: the stage's name, for example ``calibrate``.
+            total: all work, in ``unit``; None if unknown.
             unit: what the work is counted in.
 
         Yields:
-            The stage: call its ``advance`` as the work goes on.
+            The stage; call its ``advance`` as work finishes.
         """
-        stage = Stage(self.tell, name, total, unit, self._clock)
-        stage.tell("started")
+        stage = Stage(self.emit, name, total, unit, self._clock)
+        stage.emit("started")
         try:
             yield stage
         except BaseException:
-            stage.tell("stopped")
+            stage.emit("stopped")
             raise
         self.seconds[name] = round(self.seconds.get(name, 0.0) + stage.seconds, 3)
-        stage.tell("finished")
+        stage.emit("finished")
 
 
 def duration(seconds: float) -> str:
-    """Write a time as a person says it: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    """Write a duration for people: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,8 @@
-"""The work folder of an output: it stands beside the output while that is not complete, and one process holds it.
+"""The work folder of an output: it exists beside the output until that is complete, and one process locks it.
 
-For an output ``NAME`` it is called ``.NAME.work``. In it are a lock, what is half-written, and what a run that was
-stopped has finished: another run goes on with that if it is told to (``resume``), and removes it if it is told to begin
-anew (``overwrite``); nothing of it is lost without that. The folder goes away when the output is complete.
+For an output ``NAME`` it is called ``.NAME.work``. It holds a lock, partial files, and the records that an interrupted
+run finished. With ``resume`` the next run uses these records; with ``overwrite`` it removes them and starts afresh;
+with neither it stops with an error. The folder is removed when the output is complete.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from flapkit.system.errors import OutputError
 from flapkit.system.json_files import read_object
 from flapkit.system.processes import is_rank_zero
 
-LOCK, ASKED = "lock", "asked.json"
-HALF, REPLACED = "half", "replaced"
-"""What is half-written; and the old output, for the moment in which the new one takes its place."""
+LOCK, SETTINGS = "lock", "settings.json"
+PARTIAL, REPLACED = "partial", "replaced"
+"""The folder of partial files; and the folder of the old output while the new one replaces it."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""How file systems say that they know no locks."""
+"""Error numbers of file systems without locks."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""How the system says that there is no room: on the disk, in the user's quota, in a file."""
+"""Error numbers for no space: on the disk, in the user's quota, in one file."""
 
 RENAME_EXCHANGE = 2
-"""The flag of Linux's renameat2 by which two paths change places."""
+"""The flag of Linux's renameat2 that swaps two paths."""
 
 log = logging.getLogger(__name__)
 
 
 class WorkDir:
-    """The work folder of an output, held by this process, or by the first of those that share the work.
+    """The work folder of an output, locked by this process, or by rank 0 of a distributed run.
 
     Args:
-        output: the file or folder that is to be written.
-        resumed: what a stopped run has finished is gone on with.
+        output: the file or folder to write.
+        resumed: use the records of an interrupted run.
     """
 
     def __init__(self, output: Path, *, resumed: bool = False) -> None:
@@ -56,64 +56,64 @@ class WorkDir:
         self.resumed = resumed
 
     def path(self, name: str) -> Path:
-        """Return where a finished piece of the work is, or is to be put; it stays until the output is complete."""
+        """Return the path of a record; it stays until the output is complete."""
         return self.folder / name
 
-    def claim(self, found: Mapping[str, Any]) -> None:
-        """Note what the work turned out to depend on beside what was asked; for a run that goes on, check it.
+    def claim(self, inputs: Mapping[str, Any]) -> None:
+        """Save what the work depends on beside its settings, such as hashes; a resumed run compares it.
 
         Args:
-            found: by name, as JSON holds it.
+            inputs: JSON values by name.
 
         Raises:
-            OutputError: a stopped run had found something else.
+            OutputError: the interrupted run had other inputs.
         """
         if is_rank_zero():
-            self.note("found", dict(found))
+            self.save_identity("inputs", dict(inputs))
 
-    def note(self, kind: str, now: dict[str, Any]) -> None:
-        """Note what the work depends on, and compare it with what a stopped run has noted, if pieces of it are left."""
-        mark = self.folder / ASKED
-        noted = read_object(mark, OutputError) if mark.is_file() else {}
-        changes = differences(noted[kind], now) if kind in noted and self.pieces() else ()
+    def save_identity(self, key: str, value: dict[str, Any]) -> None:
+        """Save what the work depends on, and compare it with what an interrupted run saved, if records are left."""
+        path = self.folder / SETTINGS
+        saved = read_object(path, OutputError) if path.is_file() else {}
+        changes = differences(saved[key], value) if key in saved and self.records() else ()
         if changes:
             raise OutputError(
-                f"output {self.output}: the run that was stopped was another: {'; '.join(changes)}. "
-                "Ask for the same again, or begin anew with --overwrite, or choose another output"
+                f"output {self.output}: the interrupted run used a different recipe: {'; '.join(changes)}. "
+                "Use the same recipe, or start afresh with --overwrite, or choose another output"
             )
-        _write(mark, json.dumps({**noted, kind: now}, indent=2))
+        _write(path, json.dumps({**saved, key: value}, indent=2))
 
-    def pieces(self) -> list[str]:
-        """List what is finished; whatever has a name with a dot in front is not."""
+    def records(self) -> list[str]:
+        """List the finished records; a name that starts with a dot is a partial file."""
         names = (path.name for path in self.folder.iterdir()) if self.folder.is_dir() else ()
-        return sorted(name for name in names if name not in (LOCK, ASKED, HALF, REPLACED) and name[0] != ".")
+        return sorted(name for name in names if name not in (LOCK, SETTINGS, PARTIAL, REPLACED) and name[0] != ".")
 
     @contextmanager
-    def half_written(self) -> Iterator[Path]:
-        """Make a folder for what is half-written; nothing in it outlives the context."""
-        half = self.folder / HALF
-        _remove(half)
-        half.mkdir()
+    def partial(self) -> Iterator[Path]:
+        """Make a folder for partial files; it is removed when the context ends."""
+        folder = self.folder / PARTIAL
+        _remove(folder)
+        folder.mkdir()
         try:
-            yield half
+            yield folder
         finally:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, finished: Path, path: Path) -> None:
-        """Rename what was half-written to its place; the output that was there before is whole until then.
+        """Move a finished file or folder to its path; until then an old output at that path stays complete.
 
-        Where the system can, there is no moment without an output.
+        Where the system supports it, the two are swapped, so that there is an output at every moment.
 
         Args:
             finished: a file or folder.
-            path: its place; only the output itself may be there already as a folder.
+            path: its destination; of existing folders, only the output itself is allowed.
         """
         if path.is_dir() and exchange(finished, path):
             sync(path.parent)
-            # That is the old output now.
+            # `finished` is the old output now.
             _remove(finished)
         elif path.is_dir():
-            # Killed between the two renames, the old output is here, and the next to open the work puts it back.
+            # If the process is killed between the two renames, the next one that opens the work folder restores this.
             replaced = self.folder / REPLACED / path.name
             replaced.parent.mkdir()
             path.rename(replaced)
@@ -129,13 +129,13 @@ class WorkDir:
             sync(path.parent)
 
     def finish(self) -> None:
-        """Remove all pieces: the output is complete."""
-        for name in self.pieces() if is_rank_zero() else ():
+        """Remove all records: the output is complete."""
+        for name in self.records() if is_rank_zero() else ():
             _remove(self.folder / name)
 
 
 def work_folder(output: Path) -> Path:
-    """Return the work folder of an output, the same however the output's path is spelt."""
+    """Return the work folder of an output, the same for every spelling of the output's path."""
     output = output.expanduser().resolve()
     return output.with_name(f".{output.name}.work")
 
@@ -143,30 +143,31 @@ def work_folder(output: Path) -> Path:
 @contextmanager
 def open_workdir(
     output: Path,
-    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
     check: Callable[[], None] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Iterator[WorkDir]:
-    """Hold the work folder of an output while it is made. Of several processes, the first alone holds and tidies it.
+    """Lock the work folder of an output while it is written; of several processes, only rank 0 locks and cleans it.
 
-    An old output that a kill has left aside is put back, and what is half-written is removed.
+    An old output that a killed process moved aside is restored, and partial files are removed.
 
     Args:
-        output: the file or folder that is to be written.
-        asked: what the work is to be, as JSON holds it; what was finished for something else is not gone on with.
-        check: raises if the output may not be written; called when an old one is in its place, and nothing is removed.
-        resume: go on with what a stopped run has finished.
-        overwrite: without ``resume``: remove it.
+        output: the file or folder to write.
+        settings: what defines the work, as JSON values; records made with other settings are not resumed.
+        check: raises if the output may not be written; called after an old one is restored and before anything is
+            removed.
+        resume: use the records of an interrupted run.
+        overwrite: without ``resume``: remove them.
 
     Raises:
-        OutputError: another process holds the folder; it cannot be made; or it holds finished work, and neither
-            ``resume`` nor ``overwrite`` says what is to become of it, or it was finished for something else.
+        OutputError: another process holds the folder; the folder cannot be made; or it holds records, and neither
+            ``resume`` nor ``overwrite`` is given, or they were made with other settings.
     """
     work = WorkDir(output.expanduser().resolve(), resumed=resume)
     for path in (output.expanduser(), work.folder):
-        # Whatever a link leads to is somebody else's, and what is half-written would be removed there.
+        # The target of a link belongs to somebody else, and cleaning would remove files there.
         if path.is_symlink():
             raise OutputError(f"output {output}: {path} is a link; remove it, or choose another output")
     if not is_rank_zero():
@@ -176,24 +177,24 @@ def open_workdir(
         return
     with _locked(work):
         try:
-            _tidy(work)
-            _refuse_leftovers(work, overwrite=overwrite)
+            _clean(work)
+            _refuse_records(work, overwrite=overwrite)
             if check:
                 check()
-            _settle(work, dict(asked or {}))
+            _resume_or_remove(work, dict(settings or {}))
         except OSError as error:
             raise disk_error(output, error) from error
         try:
             yield work
         except BaseException:
-            if work.pieces():
-                log.warning("what is finished is in %s; --resume goes on with it", work.folder)
+            if work.records():
+                log.warning("finished work is in %s; --resume continues from it", work.folder)
             raise
 
 
 @contextmanager
 def _locked(work: WorkDir) -> Iterator[None]:
-    """Lock the work folder; the system takes the lock away from a process that dies."""
+    """Lock the work folder; the system releases the lock of a process that dies."""
     made = [folder for folder in work.folder.parents if not folder.exists()]
     try:
         file = _lock(work)
@@ -202,8 +203,8 @@ def _locked(work: WorkDir) -> Iterator[None]:
     try:
         yield
     finally:
-        if not work.pieces():
-            _dissolve(work, made)
+        if not work.records():
+            _remove_folder(work, made)
         file.close()
 
 
@@ -211,7 +212,7 @@ def _lock(work: WorkDir) -> IO[str]:
     path = work.folder / LOCK
     while True:
         work.folder.mkdir(parents=True, exist_ok=True)
-        # The one who held the lock may remove the folder at any of these moments: then there is a new one to make.
+        # The process that held the lock may remove the folder at any of these moments: then make a new one.
         try:
             file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
@@ -222,12 +223,12 @@ def _lock(work: WorkDir) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise OutputError(f"output {work.output}: {holder} is writing it, and holds {path}") from None
+            raise OutputError(f"output {work.output}: {holder} is writing it and holds the lock {path}") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
-            log.warning("%s: the file system knows no locks; take care that nobody else writes the output", path)
+            log.warning("%s: the file system has no locks; make sure that no other process writes this output", path)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -236,61 +237,61 @@ def _lock(work: WorkDir) -> IO[str]:
         file.close()
 
 
-def _dissolve(work: WorkDir, made: Sequence[Path]) -> None:
-    """Remove the folder, the lock last, and those above it that were made for it and hold nothing else.
+def _remove_folder(work: WorkDir, made: Sequence[Path]) -> None:
+    """Remove the work folder, its lock last, and the parents that were made for it, if they are empty.
 
-    If somebody else takes a folder meanwhile, it is theirs.
+    A folder that another process uses by now is not empty, and stays.
     """
-    for path in (work.folder / ASKED, *work.folder.glob(".*"), work.folder / LOCK):
+    for path in (work.folder / SETTINGS, *work.folder.glob(".*"), work.folder / LOCK):
         _remove(path)
     with suppress(OSError):
         for folder in (work.folder, *made):
             folder.rmdir()
 
 
-def _tidy(work: WorkDir) -> None:
-    """Put back the old output if a kill has left it aside, and remove what is half-written."""
+def _clean(work: WorkDir) -> None:
+    """Restore the old output if a killed process moved it aside, and remove partial files."""
     replaced = work.folder / REPLACED / work.output.name
     if replaced.exists() and not work.output.exists():
         replaced.rename(work.output)
         sync(work.output.parent)
-        log.warning("%s: a stopped run had set it aside; it is put back", work.output)
-    for path in (work.folder / REPLACED, work.folder / HALF, *work.folder.glob(".*")):
+        log.warning("%s: restored; an interrupted run had moved it aside", work.output)
+    for path in (work.folder / REPLACED, work.folder / PARTIAL, *work.folder.glob(".*")):
         _remove(path)
 
 
-def _refuse_leftovers(work: WorkDir, *, overwrite: bool) -> None:
-    if work.pieces() and not work.resumed and not overwrite:
+def _refuse_records(work: WorkDir, *, overwrite: bool) -> None:
+    if work.records() and not work.resumed and not overwrite:
         raise OutputError(
-            f"output {work.output}: a run that was stopped has left its work in {work.folder} "
-            f"({', '.join(work.pieces())}); --resume goes on with it, --overwrite removes it and begins anew"
+            f"output {work.output}: an interrupted run left finished work in {work.folder} "
+            f"({', '.join(work.records())}); continue from it with --resume, or remove it with --overwrite"
         )
 
 
-def _settle(work: WorkDir, asked: dict[str, Any]) -> None:
-    """Go on with the pieces that are there, or remove them, and note what the work is to be."""
-    pieces = ", ".join(work.pieces())
-    if pieces and not work.resumed:
+def _resume_or_remove(work: WorkDir, settings: dict[str, Any]) -> None:
+    """Keep the records that are there, or remove them, and save the settings of the work."""
+    records = ", ".join(work.records())
+    if records and not work.resumed:
         work.finish()
-        log.warning("%s: what a stopped run had finished is removed: %s", work.folder, pieces)
-    if not work.pieces():
-        _remove(work.folder / ASKED)
-    work.note("asked", asked)
-    if pieces and work.resumed:
-        log.info("going on with what a stopped run has left: %s", pieces)
+        log.warning("%s: removed the finished work of an interrupted run: %s", work.folder, records)
+    if not work.records():
+        _remove(work.folder / SETTINGS)
+    work.save_identity("settings", settings)
+    if records and work.resumed:
+        log.info("resuming from the finished work of an interrupted run: %s", records)
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Say by dotted keys how what was asked for differs from what is asked for now."""
+    """List by dotted key how two JSON values differ: ``budget.ratio: 0.2 then, 0.3 now``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = dict.fromkeys([*before, *now])
-        deeper = (differences(before.get(each), now.get(each), f"{key}.{each}".lstrip(".")) for each in keys)
-        return [line for lines in deeper for line in lines]
+        nested = (differences(before.get(name), now.get(name), f"{key}.{name}".lstrip(".")) for name in keys)
+        return [line for lines in nested for line in lines]
     return [] if before == now else [f"{key}: {json.dumps(before)} then, {json.dumps(now)} now"]
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; one that is there is replaced.
+    """Write a file atomically; an existing file is replaced.
 
     Raises:
         OutputError: it cannot be written.
@@ -303,7 +304,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def _write(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    # A link that somebody left there would be followed.
+    # A link at this path would be followed.
     partial.unlink(missing_ok=True)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -315,7 +316,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -324,58 +325,57 @@ def sync(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; tell whether that was done.
+    """Swap two folders in one step; return whether that worked.
 
-    Linux can, on most local file systems (renameat2(2), RENAME_EXCHANGE). Nothing else is told of: whatever keeps the
-    system from it, the renames that are tried instead meet it as well.
+    Linux supports it on most local file systems (renameat2(2), RENAME_EXCHANGE). The reason of a failure is not
+    reported: the caller then renames, and a real obstacle fails there too.
 
     Args:
-        one: absolute, as the other.
-        other: on the same file system.
+        one: an absolute path.
+        other: an absolute path on the same file system.
     """
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     return renameat2 is not None and renameat2(0, bytes(one), 0, bytes(other), RENAME_EXCHANGE) == 0
 
 
 def disk_error(path: Path, error: Exception, needed: int = 0) -> OutputError:
-    """Say why an output cannot be written: where there is no room, how much is free, and how much was needed."""
+    """Make the error for an output that cannot be written; on a full disk, with the free and the needed space."""
     if getattr(error, "errno", None) in FULL or any(f"os error {code}" in str(error) for code in FULL):
-        wanted = f", {_megabytes(needed)} are needed" if needed else ""
+        required = f", {_megabytes(needed)} needed" if needed else ""
         return OutputError(
-            f"output {path}: the disk is full ({error}): {_megabytes(free_space(path))} are free{wanted}; "
-            "nothing of it was written"
+            f"output {path}: the disk is full ({error}): {_megabytes(free_space(path))} free{required}; "
+            "nothing was written"
         )
     return OutputError(f"output {path}: cannot be written: {error}")
 
 
 @contextmanager
 def damaged_as_output_error(path: Path) -> Iterator[None]:
-    """Read what a stopped run has left in a file; what shows that it is damaged is one error that names it.
+    """Turn the errors of reading a record into one ``OutputError`` that names the file.
 
     Raises:
-        OutputError: something else was in the file than was written.
+        OutputError: the file is damaged.
     """
     try:
         yield
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise OutputError(
-            f"{path}: what a stopped run has left there is damaged ({error}); remove it, and --resume makes it anew; "
-            "or begin anew with --overwrite"
+            f"{path}: this file of an interrupted run is damaged ({error}); remove it and --resume, "
+            "or start afresh with --overwrite"
         ) from error
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise ``OutputError`` unless a disk has room for an output; what it replaces stays until it is whole.
+    """Raise ``OutputError`` unless the disk has room for an output beside the one that it replaces.
 
     Args:
         path: the output.
-        needed: its bytes.
+        needed: its size in bytes.
     """
     free = free_space(path)
     if needed > free:
         raise OutputError(
-            f"output {path}: {_megabytes(needed)} are needed, and {_megabytes(free)} are free on its disk; "
-            "nothing of it was written"
+            f"output {path}: the disk has {_megabytes(free)} free, {_megabytes(needed)} needed; nothing was written"
         )
 
 
@@ -384,7 +384,7 @@ def _megabytes(size: int) -> str:
 
 
 def free_space(path: Path) -> int:
-    """Return the bytes that are free where a path is, or will be."""
+    """Return the free bytes on the disk of a path, which need not exist."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
 
 

@@ -21,7 +21,7 @@ from flapkit.model.classes import dense_config
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
-from flapkit.recipe import LoadedRecipe, load_recipe
+from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.registry import Registry
 from flapkit.run.check import check as check_recipe
 from flapkit.system.errors import ModelError

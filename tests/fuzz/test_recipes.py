@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sweeps import SWEEP
 
-from flapkit.recipe import LoadedRecipe, dump_recipe, load_recipe
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.registry import Registry
 from flapkit.run.sweep.load import load_sweep
 from flapkit.system.errors import FlapkitError, RecipeError

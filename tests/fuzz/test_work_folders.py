@@ -103,15 +103,15 @@ def test_figures_that_were_damaged(work, content):
 
 @cases(300)
 @given(
-    tampered({"asked": ASKED, "found": {"texts": {"a": "b"}}}).map(json.dumps)
-    | DAMAGE.map(lambda damage: damaged(json.dumps({"asked": ASKED}).encode(), damage))
+    tampered({"settings": ASKED, "inputs": {"texts": {"a": "b"}}}).map(json.dumps)
+    | DAMAGE.map(lambda damage: damaged(json.dumps({"settings": ASKED}).encode(), damage))
 )
 def test_what_was_asked_that_was_damaged(tmp_path_factory, content):
     output = tmp_path_factory.getbasetemp() / "asked" / "out"
     work = WorkDir(output)
     work.folder.mkdir(parents=True, exist_ok=True)
     work.path("piece.safetensors").touch()
-    work.path("asked.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    work.path("settings.json").write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def go_on() -> bool:
         with open_workdir(output, ASKED, resume=True) as resumed:

@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from flapkit.model.plan import Budget
-from flapkit.recipe import find_recipe, load_recipe, shipped_recipes
+from flapkit.recipe.files import find_recipe, shipped_recipes
+from flapkit.recipe.load import load_recipe
 
 
 def llama(

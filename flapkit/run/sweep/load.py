@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flapkit.recipe import LoadedRecipe, find_recipe
-from flapkit.recipe.files import read
-from flapkit.recipe.load import build_recipe, component_names, load_plugins, read_tree
+from flapkit.recipe.files import find_recipe, read
+from flapkit.recipe.load import LoadedRecipe, build_recipe, component_names, load_plugins, read_tree
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position, put
 from flapkit.recipe.validation import check

@@ -90,7 +90,7 @@ def is_whole(folder, before):
 def test_the_room_is_looked_for_before_anything_is_written(old_and_new, monkeypatch):
     folder, before, save = old_and_new
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
-    with pytest.raises(OutputError, match=r"2\.5 MB are needed, and 2\.0 MB are free on its disk; nothing of it was"):
+    with pytest.raises(OutputError, match=r"the disk has 2\.0 MB free, 2\.5 MB needed; nothing was written"):
         save()
     assert is_whole(folder, before)
 
@@ -100,7 +100,7 @@ def test_no_room_in_the_middle_of_the_weights(old_and_new):
     folder, before, save = old_and_new
     with (
         largest_file(1_000_000),
-        pytest.raises(OutputError, match=r"the disk is full \(.*\): .* MB are free, 2\.5 MB are needed"),
+        pytest.raises(OutputError, match=r"the disk is full \(.*\): .* MB free, 2\.5 MB needed"),
     ):
         save()
     assert is_whole(folder, before)

@@ -16,7 +16,7 @@ from flapkit.checkpoint import weights
 from flapkit.checkpoint.load import load_config, open_weights
 from flapkit.execution import layerwise as module
 from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.system.errors import OutputError, RecipeError
 

@@ -19,7 +19,7 @@ from flapkit.model.surgery import Correction
 from flapkit.pruning.collector import run_batch
 from flapkit.pruning.method import Repairs
 from flapkit.pruning.sequential import LayerRepair
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.system.errors import OutputError
 from flapkit.system.workdir import open_workdir
@@ -134,7 +134,7 @@ def test_a_damaged_file_is_named_and_made_anew_once_it_is_removed(home, stopped)
     files = sorted((home / ".out.work").glob("*.safetensors"))
     content = files[0].read_bytes()
     files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(OutputError, match=f"{files[0].name}: what a stopped run has left there is damaged"):
+    with pytest.raises(OutputError, match=f"{files[0].name}: this file of an interrupted run is damaged"):
         run(recipe, resume=True)
     files[0].unlink()
     run(recipe, resume=True)
@@ -192,7 +192,7 @@ def test_figures_round_trip(tmp_path):
             assert kept.figures("tasks", dict[str, TaskScores], lambda: {"boolq": asked}) == {"boolq": asked}
         assert kept.figures("tasks", dict[str, TaskScores], dict) == {"boolq": asked}
         assert kept.figures("none", list[str], list) == []
-        assert work.pieces() == ["tasks.json"]
+        assert work.records() == ["tasks.json"]
         work.finish()
 
 
@@ -217,7 +217,7 @@ def test_check_tells_what_a_stopped_run_has_left(home, command):
     code, _, err = command("run", "recipe.yaml")
     assert (code, "(perplexity.json); --resume goes on with it, --overwrite removes" in err) == (2, True)
     code, _, err = command("run", "recipe.yaml", "--resume", "--set", "budget.ratio=0.4")
-    assert (code, "was another: budget.ratio: 0.3 then, 0.4 now" in err) == (2, True)
+    assert (code, "used a different recipe: budget.ratio: 0.3 then, 0.4 now" in err) == (2, True)
     assert command("run", "recipe.yaml", "--resume")[0] == 0
 
 
@@ -225,6 +225,6 @@ def test_a_text_that_changed_meanwhile(home):
     recipe = load_recipe("recipe.yaml", PASSES)
     counted_run(recipe, 15)
     (home / "text.txt").write_text((home / "text.txt").read_text().replace("model", "other"))
-    with pytest.raises(OutputError, match=r"was another: text\.calibration:"):
+    with pytest.raises(OutputError, match=r"used a different recipe: text\.calibration:"):
         run(recipe, resume=True)
     run(recipe, overwrite=True)

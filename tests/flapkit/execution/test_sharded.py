@@ -9,7 +9,7 @@ import pytest
 from executions import TEXT, assert_same, load_changed, prune, save_dense
 from torch import distributed
 
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.evaluate import evaluate_checkpoint
 from flapkit.system.errors import RecipeError
 

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flapkit.recipe import ComponentSpec, Recipe, dump_recipe, load_recipe
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.recipe.nodes import LARGEST_INTEGER, Position, parse
+from flapkit.recipe.schema import ComponentSpec, Recipe
 
 PLUGIN = """\
 from dataclasses import dataclass

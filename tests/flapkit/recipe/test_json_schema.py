@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flapkit.recipe import recipe_schema
+from flapkit.recipe.json_schema import recipe_schema
 from flapkit.registry import Registry
 from flapkit.system.errors import PluginError
 

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 import flapkit
-from flapkit.recipe import ComponentSpec, LoadedRecipe, dump_recipe, find_recipe, load_recipe, shipped_recipes
+from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.files import find_recipe, shipped_recipes
+from flapkit.recipe.load import LoadedRecipe, load_recipe
+from flapkit.recipe.schema import ComponentSpec
 from flapkit.system.errors import InputError, RecipeError
 
 GOOD = """\

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.recipe import LoadedRecipe, load_recipe
+from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.system.errors import RecipeError
 
 TEXT = """\

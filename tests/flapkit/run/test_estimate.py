@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flapkit.execution.runtime import Runtime
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import run_batch
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run import estimate
 from flapkit.run.estimate import calibration_flops, check_fits, empty_model, estimate_needs, memory_limit
 from flapkit.run.target import find_target

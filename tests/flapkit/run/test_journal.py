@@ -7,7 +7,7 @@ import csv
 import pytest
 from conftest import write_recipe
 
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run.check import check
 from flapkit.run.pipeline import run
 from flapkit.system.errors import RecipeError

@@ -18,7 +18,7 @@ from conftest import write_recipe
 
 import flapkit
 from flapkit.execution.lightning.callbacks import Recover
-from flapkit.recipe import load_recipe
+from flapkit.recipe.load import load_recipe
 from flapkit.run import pipeline
 from flapkit.run.pipeline import run
 from flapkit.run.recover import recover

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flapkit.recipe import Perplexity
+from flapkit.recipe.schema import Perplexity
 from flapkit.run.text import name_evaluations
 
 

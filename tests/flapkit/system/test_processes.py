@@ -32,7 +32,7 @@ TWO = {
 LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "length": 32, "lr": 1e-3}
 LORA |= {"batch_size": 4, "validation_windows": 8}
 RECOVERY = {**TWO, "compensator": ["bias", LORA]}
-LOST = "error: another process of this run has ended"
+LOST = "error: another process exited"
 FAULTY = """
 import hashlib, os, signal, time
 from dataclasses import dataclass
@@ -193,7 +193,7 @@ def test_as_many_processes_as_the_recipe_asks_for(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_started(2)
-    with pytest.raises(RecipeError, match="2 processes were started, and devices x num_nodes is 1"):
+    with pytest.raises(RecipeError, match="2 processes were started, but devices x num_nodes is 1"):
         check_started(1)
 
 
@@ -499,5 +499,5 @@ def test_torchrun_with_another_number_of_processes(home):
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
     code, _, err = end(flapkit(home, alone(TWO), "mismatched", launcher=launcher))
     assert code != 0
-    assert err.count("2 processes were started, and devices x num_nodes is 1") == 1
+    assert err.count("2 processes were started, but devices x num_nodes is 1") == 1
     assert not (home / "mismatched").exists()

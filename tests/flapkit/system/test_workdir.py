@@ -100,11 +100,11 @@ def test_nothing_is_left_of_a_run_that_finished_nothing(tmp_path):
 
 def test_what_was_finished_is_neither_lost_nor_taken_unasked(tmp_path, caplog):
     stopped(tmp_path / "out", {"budget": {"ratio": 0.2}})
-    assert "what is finished is in" in caplog.text
-    with pytest.raises(OutputError, match=r"\(statistics\); --resume goes on with it, --overwrite removes"):
+    assert "finished work is in" in caplog.text
+    with pytest.raises(OutputError, match=r"\(statistics\); continue from it with --resume, or remove"):
         stopped(tmp_path / "out")
     with open_workdir(tmp_path / "out", {"budget": {"ratio": 0.2}}, resume=True) as work:
-        assert work.pieces() == ["statistics"]
+        assert work.records() == ["statistics"]
         work.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -112,8 +112,8 @@ def test_what_was_finished_is_neither_lost_nor_taken_unasked(tmp_path, caplog):
 def test_begun_anew(tmp_path, caplog):
     stopped(tmp_path / "out")
     with open_workdir(tmp_path / "out", overwrite=True) as work:
-        assert work.pieces() == []
-    assert "what a stopped run had finished is removed: statistics" in caplog.text
+        assert work.records() == []
+    assert "removed the finished work of an interrupted run: statistics" in caplog.text
 
 
 def test_nothing_is_removed_where_the_output_may_not_be_written(tmp_path):
@@ -122,13 +122,13 @@ def test_nothing_is_removed_where_the_output_may_not_be_written(tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("years")
     with pytest.raises(OutputError, match="was not written by flapkit"), new_folder(tmp_path / "out", overwrite=True):
         pass
-    assert WorkDir(tmp_path / "out").pieces() == ["statistics"]
+    assert WorkDir(tmp_path / "out").records() == ["statistics"]
 
 
 def test_another_run_does_not_go_on_with_it(tmp_path):
     stopped(tmp_path / "out", {"budget": {"ratio": 0.2, "of": "blocks"}, "metric": "wifv"})
     asked = {"budget": {"ratio": 0.3, "of": "blocks"}, "metric": "wifv", "searcher": "al_am"}
-    message = r"was another: budget.ratio: 0.2 then, 0.3 now; searcher: null then, \"al_am\" now"
+    message = r"used a different recipe: budget.ratio: 0.2 then, 0.3 now; searcher: null then, \"al_am\" now"
     with pytest.raises(OutputError, match=message), open_workdir(tmp_path / "out", asked, resume=True):
         pass
     with open_workdir(tmp_path / "out", {"metric": "wifv", "budget": {"of": "blocks", "ratio": 0.2}}, resume=True):
@@ -145,7 +145,7 @@ def test_text_or_weights_that_changed_meanwhile(tmp_path):
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
             work("one", resume)
-    with pytest.raises(OutputError, match='was another: text: "one" then, "other" now'):
+    with pytest.raises(OutputError, match='used a different recipe: text: "one" then, "other" now'):
         work("other", True)
 
 
@@ -175,11 +175,11 @@ def test_an_output_that_was_set_aside_is_put_back(tmp_path, caplog):
     out = old_output(tmp_path)
     work = WorkDir(out)
     (work.folder / "replaced").mkdir(parents=True)
-    (work.folder / "half" / "out").mkdir(parents=True)
+    (work.folder / "partial" / "out").mkdir(parents=True)
     out.rename(work.folder / "replaced" / "out")
     with open_workdir(out):
         assert (out / MARK).read_text() == "old"
-    assert "it is put back" in caplog.text
+    assert "restored; an interrupted run had moved it aside" in caplog.text
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -201,7 +201,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(fcntl, "flock", refuse)
     with open_workdir(tmp_path / "out") as work:
         assert work.folder.is_dir()
-    assert "the file system knows no locks" in caplog.text
+    assert "the file system has no locks" in caplog.text
 
 
 def test_other_ranks_only_use_it(tmp_path, monkeypatch):
