@@ -104,11 +104,11 @@ def _new(
         allowed()
         check_space(path, needed)
         try:
-            with work.partial() as half:
-                temporary = half / path.absolute().name
+            with work.partial() as folder:
+                temporary = folder / path.absolute().name
                 yield temporary
-                _sync(half)
-                _set_default_permissions(half)
+                _sync(folder)
+                _set_default_permissions(folder)
                 work.put(temporary, path.absolute())
         except (OSError, SafetensorError) as error:
             raise disk_error(path, error, needed) from error

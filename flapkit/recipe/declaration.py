@@ -15,7 +15,7 @@ def load_family(path: Path) -> Family:
     """Read a declaration; its keys are the fields of ``flapkit.model.declaration.Family``.
 
     Raises:
-        PluginError: everything that is wrong with the file, each with its line and column.
+        PluginError: all problems of the file, each with line and column.
     """
     try:
         root, problems = parse(read(path), lambda line, column: Position(str(path), line, column))

@@ -1,4 +1,4 @@
-"""Write a recipe as YAML that is read again as it was."""
+"""Write a recipe as YAML that loads to an equal recipe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LINE_BREAKS = frozenset("\x85\u2028\u2029")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.2 would take for a number, and writes no anchors."""
+    """Quotes text that YAML 1.2 would read as a number, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write repeated values out."""
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Escape Unicode's line breaks, which outside double quotes would be read as spaces."""
+        """Escape Unicode line breaks, which YAML reads as spaces outside double quotes."""
         style = '"' if _LINE_BREAKS.intersection(text) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
@@ -38,7 +38,7 @@ def dump_recipe(recipe: LoadedRecipe | Recipe) -> str:
     """Write a recipe with every default.
 
     Args:
-        recipe: a loaded recipe, whose components' options are written out as well, or a bare one.
+        recipe: a loaded recipe, whose components' options are written too, or its schema object alone.
 
     Returns:
         YAML that loads to an equal recipe.

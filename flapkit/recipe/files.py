@@ -1,4 +1,4 @@
-"""Where recipes lie: files of the user's, and those that come with flapkit."""
+"""Find and read recipe files: the user's, and those shipped with flapkit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Map the names of the recipes that come with flapkit to their files, sorted by name."""
+    """Map the names of the shipped recipes to their files, sorted by name."""
     return _shipped("*.yaml")
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """Map the names of the sweeps that come with flapkit to their files, sorted by name."""
+    """Map the names of the shipped sweeps to their files, sorted by name."""
     return _shipped("sweeps/*.yaml")
 
 
@@ -33,22 +33,22 @@ def _shipped(pattern: str) -> dict[str, Path]:
 
 
 def find_sweep(name_or_path: Path | str) -> Path:
-    """Find a sweep: a file, or one of those that come with flapkit by its name.
+    """Find a sweep: a file, or a shipped sweep by name.
 
     Raises:
-        RecipeError: there is neither such a file nor such a name.
+        RecipeError: there is no such file or name.
     """
     return _find(name_or_path, shipped_sweeps(), "sweep")
 
 
 def find_recipe(name_or_path: Path | str) -> Path:
-    """Find a recipe: a file, or one of those that come with flapkit by its name.
+    """Find a recipe: a file, or a shipped recipe by name.
 
     Args:
         name_or_path: for example ``./mine.yaml`` or ``llama-7b-flap20``.
 
     Raises:
-        RecipeError: there is neither such a file nor such a name.
+        RecipeError: there is no such file or name.
     """
     return _find(name_or_path, shipped_recipes(), "recipe")
 
@@ -59,9 +59,9 @@ def _find(name_or_path: Path | str, shipped: Mapping[str, Path], what: str) -> P
         return path
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
-    wrong = "that is a folder" if path.is_dir() else f"there is neither such a file nor a {what} of this name"
+    problem = "is a folder" if path.is_dir() else f"no such file, and no shipped {what} of this name"
     name = path.stem if path.suffix in _SUFFIXES else path.name
-    raise RecipeError(f"{name_or_path}: {wrong}{did_you_mean(name, shipped)}")
+    raise RecipeError(f"{name_or_path}: {problem}{did_you_mean(name, shipped)}")
 
 
 def read(path: Path) -> str:
@@ -83,10 +83,10 @@ def read(path: Path) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read a recipe that a run has left, as plain data; nothing of it is checked but its form.
+    """Read a recipe that a run wrote, as plain data, without checking its keys.
 
     Raises:
-        RecipeError: the file cannot be read, or is no YAML that a recipe may be.
+        RecipeError: the file cannot be read, or is not the YAML of a recipe.
     """
     root, problems = parse(read(path), lambda line, column: Position(str(path), line, column))
     if problems or root is None or not isinstance(root.value, dict):

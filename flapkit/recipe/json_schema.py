@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for editors and for the documentation."""
+"""The JSON schema of recipes, for editors and the documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema(registry: Registry) -> dict[str, Any]:
-    """Describe recipes as JSON schema (draft 2020-12), with the options of every component that is known.
+    """Describe recipes as JSON schema (draft 2020-12), with the options of every known component.
 
     Args:
         registry: the components.
@@ -22,7 +22,9 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     Raises:
         PluginError: a component has an option that JSON cannot express.
     """
-    components = {(kind, name): found for kind in COMPONENT_KINDS for name, found in registry.names(kind).items()}
+    components = {
+        (kind, name): component for kind in COMPONENT_KINDS for name, component in registry.names(kind).items()
+    }
     types: dict[Any, type[Any]] = {"recipe": Recipe, **components}
     inputs: list[tuple[Any, Any, pydantic.TypeAdapter[Any]]] = [
         (key, "validation", pydantic.TypeAdapter(of)) for key, of in types.items()
@@ -45,14 +47,14 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _add_name(options: dict[str, Any], name: str) -> None:
-    """Make a component's section of its options, in place."""
-    named = {"const": name, "type": "string", "description": "What the component is called."}
+    """Add the component's name to the schema of its options, in place."""
+    named = {"const": name, "type": "string", "description": "Name of the component."}
     options["properties"] = {"name": named, **options.get("properties", {})}
     options["required"] = ["name", *options.get("required", [])]
 
 
 def _component(field: dict[str, Any], kind: str, references: dict[str, str]) -> dict[str, Any]:
-    """Describe a component's key: a name, or a section with that component's options, or a list where it may be one."""
+    """Describe a component's key: a name, a section with that component's options, or, where allowed, a list."""
     branches: list[dict[str, Any]] = [{"enum": sorted(references)}]
     branches += [{"$ref": f"#/$defs/{reference}"} for reference in references.values()]
     declared = Recipe.model_fields[KEYS[kind]]

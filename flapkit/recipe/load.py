@@ -1,4 +1,4 @@
-"""Load a recipe: read it, override it, check it, and build its components, with all problems said at once."""
+"""Load a recipe: read it, override it, check it and build its components; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from flapkit.system.paths import to_path
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe that is known to be right, and what it asks for.
+    """A valid recipe and its components.
 
     Args:
-        recipe: the resolved recipe: every option of its components written out, plugin files as absolute paths.
+        recipe: the resolved recipe: every option of its components is set, plugin files are absolute paths.
         path: the recipe's file.
         registry: the installed components, and those of the recipe's own plugin files.
         metric: the importance metric.
         searcher: the structure searcher.
         compensators: the compensators; at most one corrects, and at most one recovers.
-        adapter: the architecture adapter, or None to find it from the model's configuration.
+        adapter: the architecture adapter, or None to choose it by the model's configuration.
         exporters: the exporters.
     """
 
@@ -62,10 +62,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
 
     Args:
         path: the YAML file.
-        overrides: ``key.path=value`` strings, which replace what the file says, the last one last.
+        overrides: ``key.path=value`` strings, which replace values of the file, in this order.
 
     Raises:
-        RecipeError: everything that is wrong with the recipe, one problem a line.
+        RecipeError: all problems of the recipe, one a line.
         PluginError: an installed plugin cannot be loaded.
     """
     path = Path(path)
@@ -73,9 +73,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     registry, plugin_problems = load_plugins(root, path)
     loaded = build_recipe(root, path, registry, complete=not plugin_problems)
     if problems or plugin_problems or isinstance(loaded, list):
-        broken = {(problem.position, problem.key) for problem in problems}
-        found = [*plugin_problems, *(loaded if isinstance(loaded, list) else [])]
-        problems += [problem for problem in found if (problem.position, problem.key) not in broken]
+        reported = {(problem.position, problem.key) for problem in problems}
+        further = [*plugin_problems, *(loaded if isinstance(loaded, list) else [])]
+        problems += [problem for problem in further if (problem.position, problem.key) not in reported]
         raise _error(problems, overrides)
     return loaded
 
@@ -87,10 +87,10 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
         root: the recipe.
         path: its file.
         registry: the known components.
-        complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
+        complete: false if a plugin file failed to load: an unknown name may belong to that plugin.
 
     Returns:
-        The recipe, or everything that is wrong with it; where a plugin file failed that may be nothing more.
+        The recipe, or its problems; the list may be empty if a plugin file failed.
     """
     components, problems = _components(root, registry, path.parent, complete=complete)
     problems += _combination(root, components["compensator"])
@@ -98,9 +98,9 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
     if problems or not complete or isinstance(recipe, list):
         return [*problems, *(recipe if isinstance(recipe, list) else [])]
     several = {kind: tuple(components.pop(kind)) for kind in SEVERAL}
-    single = {kind: found[0] for kind, found in components.items() if found}
+    single = {kind: built[0] for kind, built in components.items() if built}
     specs: dict[str, Any] = {kind: _spec(component) for kind, component in single.items()}
-    specs |= {KEYS[kind]: tuple(_spec(component) for component in found) for kind, found in several.items()}
+    specs |= {KEYS[kind]: tuple(_spec(component) for component in built) for kind, built in several.items()}
     plugins = tuple(str(_plugin_path(entry, path)) for entry in recipe.plugins)
     resolved = recipe.model_copy(update={**specs, "plugins": plugins})
     return LoadedRecipe(
@@ -117,7 +117,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Node, list[Pro
     """Read a recipe's file and apply the overrides.
 
     Raises:
-        RecipeError: there is no tree to speak of.
+        RecipeError: the file holds no section of keys.
     """
     source = str(path)
     root, problems = parse(read(path), lambda line, column: Position(source, line, column))
@@ -135,12 +135,12 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Node, list[Pro
 
 
 def component_names() -> dict[str, str | None]:
-    """Map the keys whose section can be written as a plain name to the name that holds where nothing is written."""
+    """Map each key whose section can be written as a plain name to its default name."""
     return {key: next(iter(_default_names(kind)), None) for kind, key in KEYS.items()}
 
 
 def _error(problems: Sequence[Problem], overrides: Sequence[str]) -> RecipeError:
-    """Put problems in the file's order, those of the command line last and in its order."""
+    """Sort problems by their position in the file; those of the command line come last, in its order."""
     sources = {str(override_position(text)): index for index, text in enumerate(overrides, start=1)}
 
     def place(problem: Problem) -> tuple[int, int, int]:
@@ -177,11 +177,11 @@ def _components(
     Args:
         root: the recipe.
         registry: the known components.
-        folder: what options' files are relative to, where no file says the option.
-        complete: false where a plugin file failed: a name that resembles no known one may be that plugin's.
+        folder: base of relative paths in options that no file sets.
+        complete: false if a plugin file failed to load: an unknown name may belong to that plugin.
 
     Returns:
-        Kind -> its components, as many as are named and right; and what is wrong.
+        Kind -> its valid components; and the problems of the others.
     """
     components: dict[str, list[Any]] = {kind: [] for kind in COMPONENT_KINDS}
     problems: list[Problem] = []
@@ -196,7 +196,7 @@ def _components(
 
 
 def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
-    """List what the recipe says of a kind of component, each with its dotted key; the default where it says nothing."""
+    """List a recipe's components of a kind, with their dotted keys; the default if the recipe names none."""
     key = KEYS[kind]
     node = root.child(key)
     if node is None:
@@ -207,7 +207,7 @@ def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
 
 
 def _component(kind: str, key: str, node: Node, registry: Registry, folder: Path, *, complete: bool) -> Any:
-    """Build one component; or list what is wrong with it, which is nothing where the schema says it."""
+    """Build one component, or list its problems; the list is empty where the schema reports them."""
     name = node.child("name") if isinstance(node.value, dict) else node
     if name is None or not isinstance(name.value, str):
         return []
@@ -221,7 +221,7 @@ def _component(kind: str, key: str, node: Node, registry: Registry, folder: Path
 
 
 def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Problem]:
-    """Say what is wrong with compensators that are each right."""
+    """List the problems of a combination of valid compensators."""
     node = root.child("compensator") or root
     try:
         corrector_of(compensators)
@@ -244,6 +244,6 @@ def _default_names(kind: str) -> list[str]:
 
 
 def _spec(component: Component) -> ComponentSpec:
-    """Name a component with every option written out."""
+    """Return a component's name with all its options."""
     options: Mapping[str, Any] = adapter_of(type(component)).dump_python(component, mode="json")
     return ComponentSpec(name=component.name, **options)

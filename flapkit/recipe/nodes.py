@@ -1,7 +1,7 @@
-"""YAML as a tree in which every value and every key knows where it stands.
+"""YAML as a tree in which every value and key has its position.
 
-Scalars are read by the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``on`` are text. What a recipe has no
-use for is refused: repeated keys, anchors and aliases, merge keys, tags, several documents.
+Scalars follow the core schema of YAML 1.2: ``1e-4`` is a number, ``no`` and ``on`` are text. Repeated keys, anchors,
+aliases, merge keys, tags and several documents are rejected.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ INTEGER = re.compile(r"[-+]?[0-9]{1,100}|0o[0-7]{1,100}|0x[0-9a-fA-F]{1,100}")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
-_DEEPEST = 20
+_MAX_DEPTH = 20
 LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in a recipe.
+    """A position in a recipe.
 
     Args:
         source: the file as the user named it, or the ``--set`` option.
-        line: counted from 1, or 0 where there are no lines to count.
+        line: counted from 1; 0 for an option.
         column: counted from 1, in characters.
     """
 
@@ -44,11 +44,11 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a recipe.
+    """A problem of a recipe.
 
     Args:
-        position: where.
-        key: the dotted key, or nothing where the text as a whole is meant.
+        position: where it is.
+        key: the dotted key; empty for the document as a whole.
         what: what is wrong, and what to do.
     """
 
@@ -62,12 +62,12 @@ class Problem:
 
 @dataclass(slots=True)
 class Node:
-    """A value and where it stands.
+    """A value and its position.
 
     Args:
-        value: a scalar, a list of nodes, or the nodes by key.
-        position: where the value begins.
-        key_position: where its key begins; the value's own place in a list.
+        value: a scalar, a list of nodes, or nodes by key.
+        position: the start of the value.
+        key_position: the start of its key; in a list, the start of the value.
     """
 
     value: Scalar | list[Node] | dict[str, Node]
@@ -96,10 +96,10 @@ def parse(text: str, locate: Callable[[int, int], Position]) -> tuple[Node | Non
 
     Args:
         text: the document.
-        locate: makes a position of a line and a column, both counted from 1.
+        locate: makes a position from a line and a column, both counted from 1.
 
     Returns:
-        The tree, or None where there is none to speak of; and what is wrong with the form of the document.
+        The tree, or None if the text is empty or not YAML; and the problems of the document's form.
     """
     reader = _Reader(text, locate)
     try:
@@ -111,8 +111,8 @@ def parse(text: str, locate: Callable[[int, int], Position]) -> tuple[Node | Non
         ]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        begun = f"(begun at {_at(error.context_mark, locate)})" if error.context_mark else None
-        what = " ".join(part for part in (error.context, begun, error.problem) if part)
+        start = f"(which starts at {_at(error.context_mark, locate)})" if error.context_mark else None
+        what = " ".join(part for part in (error.context, start, error.problem) if part)
         return None, [Problem(_at(mark, locate), "", f"not YAML: {what}")]
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         return None, [Problem(locate(1, 1), "", f"not YAML: {error}")]
@@ -123,7 +123,7 @@ def _at(mark: Any, locate: Callable[[int, int], Position]) -> Position:
 
 
 class _Reader:
-    """Builds the tree from YAML's events, and gathers what a recipe may not hold."""
+    """Builds the tree from YAML's events, and collects the problems."""
 
     def __init__(self, text: str, locate: Callable[[int, int], Position]) -> None:
         self.problems: list[Problem] = []
@@ -138,7 +138,7 @@ class _Reader:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents == 2:
-                    self._refuse(event, "", "a second document begins here; a recipe is one document")
+                    self._refuse(event, "", "a second document starts here; a recipe is one document")
             elif not isinstance(event, (yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentEndEvent)):
                 node = self._node(event, "", 0)
                 root = root or node
@@ -148,14 +148,14 @@ class _Reader:
         position = self._position(event)
         node = Node(None, position, position)
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(event, key, f"aliases such as *{event.anchor} are not read; write the value out")
+            self._refuse(event, key, f"aliases such as *{event.anchor} are not supported; write the value out")
             return node
         if event.anchor is not None:
-            self._refuse(event, key, f"anchors such as &{event.anchor} are not read; take it away")
+            self._refuse(event, key, f"anchors such as &{event.anchor} are not supported; remove it")
         if event.tag is not None:
-            self._refuse(event, key, f"tags such as {event.tag} are not read; take it away")
-        if depth > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"nested over {_DEEPEST} levels deep", problem_mark=event.start_mark)
+            self._refuse(event, key, f"tags such as {event.tag} are not supported; remove it")
+        if depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested over {_MAX_DEPTH} levels deep", problem_mark=event.start_mark)
         if isinstance(event, yaml.MappingStartEvent):
             node.value = self._mapping(key, depth)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -175,9 +175,9 @@ class _Reader:
             if name is None:
                 self._refuse(event, parent, "a key must be a name")
             elif name == "<<":
-                self._refuse(event, parent, "merge keys (<<) are not read; write the values out")
+                self._refuse(event, parent, "merge keys (<<) are not supported; write the values out")
             elif name in entries:
-                self._refuse(event, key, f"repeated key; it stands already at {entries[name].key_position}")
+                self._refuse(event, key, f"repeated key; first used at {entries[name].key_position}")
             else:
                 entries[name] = node
         return entries
@@ -195,7 +195,7 @@ class _Reader:
             return None
         value = resolve(text) if event.style is None else text
         if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-            self._refuse(event, key, f"a whole number beyond {LARGEST_INTEGER} is not read")
+            self._refuse(event, key, f"whole numbers beyond {LARGEST_INTEGER} are not supported")
             return None
         return value
 

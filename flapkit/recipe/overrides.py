@@ -9,20 +9,20 @@ from flapkit.system.errors import did_you_mean
 
 
 def override_position(text: str) -> Position:
-    """Name an override as the place of what it sets."""
+    """Return the position of values that an override sets."""
     return Position(f"--set {text}")
 
 
 def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Problem]:
-    """Set one key of a recipe's tree, in place; sections on the way to it are made where they are missing.
+    """Set one key of a recipe's tree, in place; missing parent sections are created.
 
     Args:
         root: the recipe.
         text: ``key.path=value``; a part of the path is a key, or an index into a list. The value is YAML.
-        names: the keys whose section can be written as a plain name -> the name that holds where nothing is written.
+        names: each key whose section can be written as a plain name -> its default name.
 
     Returns:
-        What is wrong with the override.
+        The problems of the override.
     """
     position = override_position(text)
     key, equals, value = text.partition("=")
@@ -35,16 +35,16 @@ def override(root: Node, text: str, names: Mapping[str, str | None]) -> list[Pro
 
 
 def put(root: Node, key: str, new: Node, names: Mapping[str, str | None]) -> list[Problem]:
-    """Set one key of a recipe's tree to a tree, in place; sections on the way to it are made where they are missing.
+    """Set one key of a recipe's tree to a tree, in place; missing parent sections are created.
 
     Args:
         root: the recipe.
         key: the dotted key.
-        new: the value, and where it comes from.
+        new: the value and its position.
         names: as in ``override``.
 
     Returns:
-        What is wrong with the key.
+        The problems of the key.
     """
     position, parts = new.key_position, key.split(".")
     if not all(parts):
@@ -57,23 +57,23 @@ def put(root: Node, key: str, new: Node, names: Mapping[str, str | None]) -> lis
         if isinstance(child, str):
             return [Problem(position, ".".join(parts[:depth]), child)]
         parent = child
-    wrong = _put(parent, parts[-1], new)
-    return [Problem(position, key, wrong)] if wrong else []
+    what = _put(parent, parts[-1], new)
+    return [Problem(position, key, what)] if what else []
 
 
 def _child(parent: Node, part: str, at: Position, default: str | None, is_component: bool) -> Node | str:
-    """Go down one part of the path, and make what is found there a section; or say why that cannot be.
+    """Return the child section at one part of the path, created if missing; or the problem.
 
     Args:
-        parent: where the path has come to.
+        parent: the node that the path has reached.
         part: the key or the index.
-        at: the override's place.
-        default: what a key stands for where nothing is written.
-        is_component: what is found may be a plain name.
+        at: the override's position.
+        default: the default name of the key.
+        is_component: the child may be a plain name.
     """
     if isinstance(parent.value, list):
-        if wrong := _no_entry(parent.value, part):
-            return wrong
+        if problem := _no_entry(parent.value, part):
+            return problem
         child = parent.value[int(part)]
     elif isinstance(parent.value, dict):
         child = parent.value.setdefault(part, Node(default, at, at))
@@ -87,10 +87,10 @@ def _child(parent: Node, part: str, at: Position, default: str | None, is_compon
 
 
 def _put(parent: Node, part: str, new: Node) -> str:
-    """Set an entry; say why that cannot be, or nothing."""
+    """Set an entry; return the problem, or an empty text."""
     if isinstance(parent.value, list):
-        if wrong := _no_entry(parent.value, part):
-            return wrong
+        if problem := _no_entry(parent.value, part):
+            return problem
         parent.value[int(part)] = new
     elif isinstance(parent.value, dict):
         parent.value[part] = new
@@ -105,4 +105,4 @@ def _no_entry(entries: list[Node], part: str) -> str:
 
 
 def _nothing_below(parent: Node) -> str:
-    return f"there is nothing below {parent.value!r}, which stands at {parent.position}"
+    return f"{parent.value!r} at {parent.position} is not a section; it has no keys to set"

@@ -1,4 +1,4 @@
-"""What a recipe says: its sections, their keys, types, defaults and meaning."""
+"""The schema of a recipe: its sections, and their keys with types, defaults and meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flapkit.system.options import Count, PathText, Section
 from flapkit.text.source import TextSource
 
 UNSUPPORTED = ("fsdp", "deepspeed")
-"""How the names begin of those strategies of Lightning's that shard a model, and that flapkit does not run under."""
+"""Prefixes of the names of Lightning strategies that shard a model and that flapkit does not support."""
 
 LARGEST_SEED = 2**32 - 1
 
@@ -28,21 +28,18 @@ KEYS: Mapping[str, str] = {
     "adapter": "adapter",
     "exporter": "export",
 }
-"""Kind of a component -> the key by which a recipe names it."""
+"""Kind of component -> its key in a recipe."""
 
 SEVERAL = ("compensator", "exporter")
-"""The kinds of component of which a recipe can name a list."""
+"""The kinds of component that a recipe can list several of."""
 
 
 class ComponentSpec(BaseModel):
-    """A component by name, and its options beside the name.
-
-    In a recipe either ``al_am`` or ``{name: al_am, min_units: 2}``.
-    """
+    """A component by name, with its options: in a recipe ``al_am`` or ``{name: al_am, min_units: 2}``."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, ser_json_inf_nan="constants")
 
-    name: str = Field(description="What the component is called; `flapkit list` names them all.")
+    name: str = Field(description="Name of the component; `flapkit list` shows them all.")
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -63,11 +60,11 @@ class Model(Section):
     """The model to prune."""
 
     path: PathText = Field(
-        description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that flapkit brings along.",
+        description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that comes with flapkit.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Type that the weights are loaded in; `auto` is the checkpoint's own."
+        default="auto", description="Type of the loaded weights; `auto` is the checkpoint's own."
     )
 
 
@@ -81,13 +78,13 @@ class Calibration(TextSource):
     statistics_memory: str = Field(
         default="4GB",
         pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB|TB)$",
-        description="Memory for statistics, such as `4GB`. Where those of all sites need more, the text runs through "
-        "the model several times, each time for a few sites.",
+        description="Memory for statistics, such as `4GB`. If the statistics of all sites need more, they are measured "
+        "in several passes over the text, each for a part of the sites.",
     )
     sequential: bool = Field(
         default=False,
-        description="Repair in one sweep over the layers, in which each site makes good what the earlier ones lost; "
-        "about four forward passes of the text.",
+        description="Repair in one sweep over the layers, in which each site also corrects the error of the earlier "
+        "sites; costs about four forward passes of the text.",
     )
 
     @property
@@ -107,15 +104,15 @@ class Perplexity(TextSource):
     stride: Count | None = Field(
         default=None,
         ge=1,
-        description="Tokens from one window's beginning to the next's, so that each token is scored once, with the "
-        "window's earlier tokens as context. Without it windows do not overlap, and the perplexity is that of the "
-        "mean over windows: the protocol of FLAP's released code.",
+        description="Tokens from the start of one window to the start of the next: windows overlap, and each token is "
+        "scored once, with the window's earlier tokens as context. Without it windows do not overlap, and the loss is "
+        "the mean over windows: the protocol of FLAP's released code.",
     )
     windows: Count | None = Field(
-        default=None, ge=1, description="Windows to measure, from the beginning of the text; all if not given."
+        default=None, ge=1, description="Windows to measure, from the start of the text; all if not given."
     )
     batch_size: BatchSize = Field(
-        default="auto", description="Windows that go through the model at once; `auto` finds how many."
+        default="auto", description="Windows per batch; `auto` uses as many as the memory allows."
     )
 
     @field_validator("stride")
@@ -125,26 +122,29 @@ class Perplexity(TextSource):
         if stride is not None and length is not None and stride > length:
             raise PydanticCustomError(
                 "stride",
-                "expected at most the window's length, {length}, got {stride}; the tokens between are never scored",
+                "expected at most the window's length, {length}, got {stride}; tokens between windows would not be "
+                "scored",
                 {"length": length, "stride": stride},
             )
         return stride
 
 
 class ZeroShot(Section):
-    """Zero-shot tasks by lm-eval, asked before and after pruning; they need the extra `flapkit[zeroshot]`."""
+    """Zero-shot tasks of lm-eval, run before and after pruning; they need the extra `flapkit[zeroshot]`."""
 
     tasks: tuple[str, ...] = Field(
-        min_length=1, description="lm-eval's names of tasks and groups; `lm-eval ls tasks` lists them."
+        min_length=1, description="Tasks and groups by lm-eval's names; `lm-eval ls tasks` lists them."
     )
     data_dir: PathText | None = Field(
         default=None,
-        description="Folder with a .jsonl file for each of boolq, piqa, hellaswag, winogrande, arc_easy, "
-        "arc_challenge and openbookqa that is asked for, for machines without a network; without it lm-eval fetches "
-        "the official rows.",
+        description="Folder with a .jsonl file for each task, for machines without a network; possible for boolq, "
+        "piqa, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa. Without it lm-eval downloads the "
+        "official data.",
     )
-    limit: Count | None = Field(default=None, ge=1, description="Items of each task, from the first; all if not given.")
-    batch_size: BatchSize = Field(default="auto", description="Requests at once; `auto` finds how many.")
+    limit: Count | None = Field(default=None, ge=1, description="First items of each task to use; all if not given.")
+    batch_size: BatchSize = Field(
+        default="auto", description="Requests per batch; `auto` uses as many as the memory allows."
+    )
 
 
 def _check_ratio(value: Any) -> Any:
@@ -154,7 +154,7 @@ def _check_ratio(value: Any) -> Any:
     shown = f"{value / 100:g}" if is_number and 1 < value < 100 else "0.2"
     raise PydanticCustomError(
         "ratio",
-        "{value} is not a ratio; give the fraction to remove, over 0 and under 1, for example {shown}",
+        "{value} is not a ratio; give the fraction to remove, between 0 and 1, for example {shown}",
         {"value": repr(value) if isinstance(value, str) else json.dumps(value, default=str), "shown": shown},
     )
 
@@ -167,53 +167,54 @@ class BudgetSection(Section):
     )
     of: BudgetBase = Field(
         default="blocks",
-        description="What the ratio counts: `blocks` (every prunable parameter), `model` (all parameters, embeddings "
-        "and head included), `attention` or `mlp` (these alone, and only they are pruned).",
+        description="What the ratio is a fraction of: `blocks` (all prunable parameters), `model` (all parameters, "
+        "with embeddings and head), `attention` or `mlp` (these alone; only they are pruned).",
     )
     multiple_of: Count = Field(
         default=1,
         ge=1,
-        description="Round the width of every pruned MLP, and the heads times their size of every pruned attention, to "
-        "a multiple of this, whatever the searcher; no more goes than the ratio says. 32 or 64 suit most kernels, 256 "
-        "suits GGUF's K types.",
+        description="Round the width of every pruned MLP, and heads times head size of every pruned attention, to a "
+        "multiple of this, with any searcher; never removes more than the ratio. 32 or 64 suit most kernels, 256 suits "
+        "GGUF's K types.",
     )
 
     def over(self, sites: Iterable[Site], model_params: int) -> Budget:
-        """Return the budget over a model of some sites and so many parameters."""
+        """Return the budget for a model with these sites and this number of parameters."""
         return Budget.over(sites, self.ratio, self.of, model_params, self.multiple_of)
 
 
 class Samples(Section):
-    """Prompts that the model continues, before and after pruning."""
+    """Prompts that the model continues before and after pruning."""
 
     prompts: tuple[str, ...] = Field(min_length=1, description="Plain text to continue.")
-    tokens: Count = Field(default=64, ge=1, description="Tokens to write, fewer where the model ends its text itself.")
+    tokens: Count = Field(default=64, ge=1, description="Most tokens to generate for a prompt.")
     temperature: float = Field(
         default=0.0,
         ge=0,
-        description="0 for the likeliest token each time, else what the logits are divided by before one is drawn.",
+        description="Sampling temperature; 0 always takes the most likely token.",
     )
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
 
 
 class Evaluate(Section):
     """What is measured before and after pruning."""
 
-    perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure the perplexity of.")
+    perplexity: tuple[Perplexity, ...] = Field(default=(), description="Texts to measure perplexity on.")
     zero_shot: ZeroShot | None = Field(default=None, description="Zero-shot tasks; none if not given.")
-    samples: Samples | None = Field(default=None, description="Text that both models write, to read side by side.")
+    samples: Samples | None = Field(default=None, description="Text that both models generate, shown side by side.")
 
 
 class ReportSection(Section):
-    """What the run's report takes beside what is measured anyway."""
+    """Optional parts of the run's report."""
 
     error_windows: Count = Field(
         default=8,
         ge=0,
-        description="Held-out calibration windows on which the error of every site is measured; 0 to leave it out.",
+        description="Held-out calibration windows on which the error of every site is measured; 0 skips it.",
     )
     figures: tuple[Literal["png", "svg"], ...] = Field(
-        default=(), description="Forms in which the report's figures are also written, each into the folder `figures`."
+        default=(),
+        description="File formats in which the report's figures are also written, into the folder `figures`.",
     )
 
 
@@ -224,40 +225,38 @@ def _as_list(value: Any) -> tuple[Any, ...]:
 Components = Annotated[
     tuple[ComponentSpec, ...], BeforeValidator(_as_list, json_schema_input_type=ComponentSpec | list[ComponentSpec])
 ]
-"""One component, or a list, which may be empty."""
+"""One component, or a list of them, which may be empty."""
 
 
 def _check_strategy(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(UNSUPPORTED):
         raise PydanticCustomError(
             "sharding",
-            "{value} is not supported; for a model that one GPU does not hold, set `strategy: model_parallel`, which "
-            "shards it over the devices, or `execution: layerwise`",
+            "{value} is not supported; for a model that does not fit on one GPU, set `execution: layerwise`, or, to "
+            "evaluate or recover it, `strategy: model_parallel`, which shards it over the devices",
             {"value": value},
         )
     return value
 
 
 class TrainerSection(Section):
-    """What PyTorch Lightning runs on."""
+    """Devices and options of PyTorch Lightning."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = Field(
         default="auto", description="Kind of device."
     )
-    devices: Annotated[Count, Field(ge=1)] | Literal["auto"] = Field(
-        default=1, description="How many devices on each machine."
-    )
-    num_nodes: Count = Field(default=1, ge=1, description="How many machines.")
+    devices: Annotated[Count, Field(ge=1)] | Literal["auto"] = Field(default=1, description="Devices per machine.")
+    num_nodes: Count = Field(default=1, ge=1, description="Number of machines.")
     strategy: Annotated[Literal["auto", "ddp", "model_parallel"], BeforeValidator(_check_strategy)] = Field(
         default="auto",
-        description="How several devices share the work: `ddp`, where each holds the model and takes its share of the "
-        "windows; `model_parallel`, where each holds its share of the weights as well, for a model that one device "
-        "does not hold; or Lightning's own choice.",
+        description="How several devices share the work: with `ddp` each holds the model and takes a share of the "
+        "windows; with `model_parallel` each also holds a share of the weights, to evaluate or recover a model that "
+        "does not fit on one device; `auto` is Lightning's choice.",
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] | None = Field(
         default=None,
-        description="Lightning's precision; by default the model's own type, untouched. A float16 model is trained in "
-        "mixed precision.",
+        description="Lightning's precision; by default the model's own type. A float16 model is trained in mixed "
+        "precision.",
     )
 
     @field_validator("precision")
@@ -267,26 +266,23 @@ class TrainerSection(Section):
         if sharded and precision not in (None, "32-true", "bf16-mixed"):
             raise PydanticCustomError(
                 "precision",
-                "{precision} does not go with `strategy: model_parallel`; set `bf16-mixed`, or the type of the weights "
-                "in `model.dtype`",
+                "{precision} is not supported with `strategy: model_parallel`; set `bf16-mixed`, or the type of the "
+                "weights in `model.dtype`",
                 {"precision": precision},
             )
         return precision
 
-    accumulate_grad_batches: Count = Field(
-        default=1, ge=1, description="In training: batches whose gradients make one optimizer step."
-    )
+    accumulate_grad_batches: Count = Field(default=1, ge=1, description="In training: batches per optimizer step.")
     gradient_clip_val: float | None = Field(
-        default=1.0, gt=0, description="In training: largest norm of the gradients; `null` does not clip."
+        default=1.0, gt=0, description="In training: maximum norm of the gradients; `null` does not clip."
     )
     logger: Annotated[
         tuple[LoggerName, ...],
         BeforeValidator(_as_list, json_schema_input_type=LoggerName | list[LoggerName]),
     ] = Field(
         default=("csv",),
-        description="Where the figures of every stage and of a training are logged, a name or a list, `[]` for "
-        "nowhere. `csv` and `tensorboard` write into the output's folder `logs`; `wandb` and `mlflow` need their "
-        "package.",
+        description="Where metrics of every stage and of training are logged: a name or a list, `[]` for nowhere. "
+        "`csv` and `tensorboard` write into the output's folder `logs`; `wandb` and `mlflow` need their package.",
     )
 
 
@@ -294,17 +290,17 @@ Mode = Literal["whole", "layerwise"]
 
 
 class Execution(Section):
-    """How the model is run: in a recipe either ``layerwise`` or ``{mode: layerwise, hidden_states: disk}``."""
+    """How the model is held in memory: ``layerwise`` or ``{mode: layerwise, hidden_states: disk}``."""
 
     mode: Mode = Field(
         default="whole",
-        description="`whole` has all of the model in memory; `layerwise` one decoder layer at a time, read from the "
-        "checkpoint when its turn comes.",
+        description="`whole` holds the whole model in memory; `layerwise` one decoder layer at a time, read from the "
+        "checkpoint.",
     )
     hidden_states: Literal["memory", "disk"] = Field(
         default="memory",
-        description="Layerwise: where the hidden states of all windows wait for the next layer. On the disk, beside "
-        "the output, a run that was stopped goes on at the layer that it had come to.",
+        description="Layerwise: where the hidden states between two layers are stored. With `disk` they are in the "
+        "work folder, and an interrupted run resumes at its last layer.",
     )
 
 
@@ -313,37 +309,37 @@ def _as_execution(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A whole run: what is pruned, by what, on which text, and how far."""
+    """A run: the model, the text, the components and the budget."""
 
     model: Model = Field(description="The model to prune.")
     adapter: ComponentSpec | None = Field(
         default=ComponentSpec(name="auto"),
-        description="Architecture adapter; auto finds the one that declares the model's type, or derives one.",
+        description="Architecture adapter; `auto` takes the one for the model's type, or derives one.",
     )
     calibration: Calibration = Field(description="The text on which statistics are measured.")
     metric: ComponentSpec = Field(
-        default=ComponentSpec(name="wifv"), description="Importance metric: how much a unit matters."
+        default=ComponentSpec(name="wifv"), description="Importance metric: scores the units."
     )
     searcher: ComponentSpec = Field(
-        default=ComponentSpec(name="al_am"), description="Structure searcher: which units go."
+        default=ComponentSpec(name="al_am"), description="Structure searcher: chooses the units to remove."
     )
     compensator: Components = Field(
         default=(ComponentSpec(name="bias"),),
-        description="Compensator, or a list of them: how the loss is repaired. At most one of a list corrects weights "
-        "in closed form, and at most one trains; `[]` repairs nothing.",
+        description="Compensator, or a list of them: repairs the pruned model. At most one corrects weights in closed "
+        "form, and at most one trains; `[]` repairs nothing.",
     )
     budget: BudgetSection = Field(description="How much to remove.")
     evaluate: Evaluate = Field(default=Evaluate(), description="What is measured before and after pruning.")
-    report: ReportSection = Field(default=ReportSection(), description="What the run's report takes.")
-    trainer: TrainerSection = Field(default=TrainerSection(), description="What PyTorch Lightning runs on.")
+    report: ReportSection = Field(default=ReportSection(), description="Optional parts of the run's report.")
+    trainer: TrainerSection = Field(default=TrainerSection(), description="Devices and options of PyTorch Lightning.")
     execution: Annotated[Execution, BeforeValidator(_as_execution, json_schema_input_type=Mode | Execution)] = Field(
-        default=Execution(), description="How the model is run: a mode, or a section."
+        default=Execution(), description="How the model is held in memory: a mode, or a section."
     )
     export: Components = Field(
         default=(),
-        description="Exporter, or a list of them: forms that the pruned model is written in besides, below `exports/`.",
+        description="Exporter, or a list of them: further formats of the pruned model, written below `exports/`.",
     )
     plugins: tuple[str, ...] = Field(
-        default=(), description="Python files of your own plugins, relative to the recipe's folder."
+        default=(), description="Files of your own plugins, relative to the recipe's folder."
     )
-    output: PathText = Field(description="Folder to write, relative to the current directory.")
+    output: PathText = Field(description="Output folder, relative to the current directory.")

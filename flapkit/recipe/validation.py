@@ -1,4 +1,4 @@
-"""Check a recipe's tree against types, and say what is wrong with it where it stands."""
+"""Check a recipe's tree against types, and report each problem with its position."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ _BOUNDS = {
     "less_than": "under {lt}",
 }
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-_LONGEST_SHOWN = 60
+_MAX_SHOWN = 60
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 
 
 @lru_cache(maxsize=256)
 def adapter_of(of: Any) -> pydantic.TypeAdapter[Any]:
-    """Build what checks a type, once: a sweep checks the same few types at each of its points."""
+    """Build the validator of a type, once: a sweep validates the same few types at every point."""
     return pydantic.TypeAdapter(of)
 
 
 def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) -> T | list[Problem]:
     """Build a section, or a component, from a tree.
 
-    A tree is JSON data, and is checked in pydantic's strict JSON mode: text is no number, 1.0 is no whole number, a
-    whole number is a number.
+    The tree is checked as JSON in pydantic's strict mode: text is not a number, 1.0 is not a whole number, but a whole
+    number is a number.
 
     Args:
         node: the tree.
         of: a pydantic model or a dataclass.
         key: the dotted key of the tree within the recipe.
-        folder: what the paths of files in it are relative to; the current directory if not given.
+        folder: base of relative paths in it; the current directory if not given.
 
     Returns:
-        What was built, or everything that is wrong with it.
+        The section or component, or its problems.
     """
     try:
         context = {"folder": folder or Path()}
@@ -79,7 +79,7 @@ def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) ->
 
 
 def _problems(errors: Sequence[Any], root: Node, of: type[Any], prefix: str) -> list[Problem]:
-    """Turn pydantic's errors into problems: one for each place, the branches of a union joined by ``or``."""
+    """Turn pydantic's errors into problems: one for each position, the branches of a union joined by ``or``."""
     problems: list[Problem] = []
     expected: dict[str, tuple[Node, list[str]]] = {}
     intended = _intended(errors, root, of)
@@ -90,7 +90,7 @@ def _problems(errors: Sequence[Any], root: Node, of: type[Any], prefix: str) -> 
             problems.append(Problem(node.key_position, key, _unknown(of, path)))
         elif error["type"] in _MISSING:
             if (*path, rest[-1]) not in intended:
-                problems.append(Problem(node.position, f"{key}.{rest[-1]}".lstrip("."), "missing, and has no default"))
+                problems.append(Problem(node.position, f"{key}.{rest[-1]}".lstrip("."), "required, but missing"))
         elif (phrase := _expectation(error)) is not None:
             phrases = expected.setdefault(key, (node, []))[1]
             phrases.extend([phrase] * (phrase not in phrases))
@@ -107,7 +107,7 @@ def _unknown(of: Any, path: Sequence[int | str]) -> str:
 
 
 def _find(root: Node, loc: Sequence[int | str]) -> tuple[Node, list[int | str], list[int | str]]:
-    """Follow an error's location as far as the tree goes; what pydantic adds to name a union's branch is left out."""
+    """Follow an error's location in the tree; parts that pydantic adds to name a union's branch are skipped."""
     node, path, rest = root, [], []
     for part in loc:
         child = node.child(part)
@@ -120,13 +120,13 @@ def _find(root: Node, loc: Sequence[int | str]) -> tuple[Node, list[int | str], 
 
 
 def _intended(errors: Sequence[Any], root: Node, of: type[Any]) -> set[tuple[int | str, ...]]:
-    """List the keys that misspelt ones were probably meant as: they are not reported as missing besides."""
+    """List the keys that misspelt keys probably stand for, so that these are not also reported as missing."""
     paths = [_find(root, error["loc"])[1] for error in errors if error["type"] in _UNKNOWN]
     return {(*path[:-1], closest(str(path[-1]), _known(of, path[:-1])) or "") for path in paths}
 
 
 def _known(of: Any, path: Sequence[int | str]) -> set[str]:
-    """List the keys that the section at a path can hold."""
+    """Return the known keys of the section at a path."""
     sections = _sections(of)
     for part in path:
         if isinstance(part, str):
@@ -135,14 +135,14 @@ def _known(of: Any, path: Sequence[int | str]) -> set[str]:
 
 
 def _sections(annotation: Any) -> list[type[Any]]:
-    """List the models and dataclasses that an annotation speaks of."""
+    """List the models and dataclasses in an annotation."""
     if isinstance(annotation, type) and (issubclass(annotation, pydantic.BaseModel) or is_dataclass(annotation)):
         return [annotation]
     return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
 def _fields(section: type[Any]) -> dict[str, Any]:
-    """Map the keys of a section to the types of their values."""
+    """Map a section's keys to the types of their values."""
     if issubclass(section, pydantic.BaseModel):
         return {name: field.annotation for name, field in section.model_fields.items()}
     hints = get_type_hints(section)
@@ -150,7 +150,7 @@ def _fields(section: type[Any]) -> dict[str, Any]:
 
 
 def _expectation(error: Any) -> str | None:
-    """Say what an error's place should hold, in words that follow ``expected``; None where there are no such words."""
+    """Return the words that follow ``expected`` in the message, or None if the error's own message is used."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])
@@ -160,20 +160,20 @@ def _expectation(error: Any) -> str | None:
 
 
 def _shown(node: Node) -> str:
-    """Write a value as a recipe would, in short."""
+    """Write a value as in a recipe, shortened."""
     if isinstance(node.value, dict):
         return "a section of keys"
     if isinstance(node.value, list):
         return "a list"
     if isinstance(node.value, str):
-        return repr(node.value if len(node.value) <= _LONGEST_SHOWN else node.value[:_LONGEST_SHOWN] + "…")
+        return repr(node.value if len(node.value) <= _MAX_SHOWN else node.value[:_MAX_SHOWN] + "…")
     if isinstance(node.value, float) and not math.isfinite(node.value):
         return str(node.value).replace("inf", ".inf").replace("nan", ".nan")
     return json.dumps(node.value)
 
 
 def _hint(node: Node, phrases: Sequence[str]) -> str:
-    """Say which of the expected words was probably meant."""
+    """Return a hint with the expected word that is closest to the value."""
     words = [word for phrase in phrases for word in re.findall(r"'([^']*)'", phrase)]
     close = closest(node.value, words) if isinstance(node.value, str) else None
     return f"; did you mean {close!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""The files of a finished run that its report is made of."""
+"""Read the files of a finished run that its report uses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Task(TypedDict, total=False):
 
 
 class _Result(TypedDict):
-    """What a report reads of ``result.json``; there is more in it."""
+    """The part of ``result.json`` that a report uses."""
 
     params: _Params
     perplexity: NotRequired[Mapping[str, _Perplexity]]
@@ -71,7 +71,7 @@ class _Named(TypedDict):
 
 
 class _Made(TypedDict):
-    """What a report reads of ``flapkit.json``."""
+    """The part of ``flapkit.json`` that a report uses."""
 
     metric: _Named
     searcher: _Named
@@ -79,7 +79,7 @@ class _Made(TypedDict):
 
 
 class _Bench(TypedDict, total=False):
-    """What a report reads of ``bench.json``."""
+    """The part of ``bench.json`` that a report uses."""
 
     ratios: Mapping[str, Figure] | None
     promised: Figure | None
@@ -90,15 +90,15 @@ _RESULT, _MADE, _BENCH = (pydantic.TypeAdapter[Any](of) for of in (_Result, _Mad
 
 @dataclass(frozen=True, slots=True)
 class RunDocument:
-    """What a run's folder says, without the model.
+    """The files of a run's folder that a report uses.
 
     Args:
-        name: what the run is called: its folder.
+        name: the name of the run's folder.
         record: ``report.json``.
         result: ``result.json``.
         recipe: ``recipe.yaml``, as text.
-        made: ``flapkit.json``: what made the model.
-        bench: ``bench.json``, where ``flapkit bench --output`` wrote one into the folder.
+        made: ``flapkit.json``: how the model was made.
+        bench: ``bench.json``, if ``flapkit bench --output`` wrote one into the folder.
     """
 
     name: str
@@ -116,7 +116,7 @@ class RunDocument:
             InputError: a file is missing or damaged.
         """
         if not folder.is_dir():
-            raise InputError(f"{folder}: there is no such folder; give the output folder of a run")
+            raise InputError(f"{folder}: no such folder; give the output folder of a run")
         read_settings(folder / "recipe.yaml")
         return cls(
             folder.resolve().name,
@@ -129,7 +129,7 @@ class RunDocument:
 
 
 def name_runs(runs: Sequence[RunDocument]) -> list[str]:
-    """Name runs by their folders, and number those of one name."""
+    """Name runs by their folders, and number runs of the same name."""
     names: list[str] = []
     for run in runs:
         same = sum(name.split(" #")[0] == run.name for name in names)
@@ -141,15 +141,15 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise InputError(f"{path}: cannot be read ({reason}); reports are made of a finished run's folder") from error
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise InputError(f"{path}: cannot be read ({reason}); give the output folder of a finished run") from error
 
 
 def read_record(path: Path) -> ReportRecord:
     """Read a run's ``report.json``.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     return ReportRecord.from_json(_read(path), str(path))
 
@@ -158,7 +158,7 @@ def read_made(path: Path) -> Mapping[str, Any]:
     """Read a run's ``flapkit.json``.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     return _checked(path, _MADE)
 
@@ -167,17 +167,17 @@ def read_result(path: Path) -> Mapping[str, Any]:
     """Read a run's ``result.json``.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     return _checked(path, _RESULT)
 
 
 def _checked(path: Path, of: pydantic.TypeAdapter[Any]) -> Mapping[str, Any]:
-    """Read an object whole, once what a report reads of it is known to be as it should be."""
-    found = read_object(path)
+    """Read a JSON object, and check the part that a report uses."""
+    content = read_object(path)
     try:
-        of.validate_python(found, strict=True)
+        of.validate_python(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return found
+    return content

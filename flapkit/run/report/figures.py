@@ -1,4 +1,4 @@
-"""The figures of a report as pictures, for papers and slides: the same data as the page, drawn by matplotlib."""
+"""The figures of a report as image files, for papers and slides: the data of the page, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from flapkit.run.report.document import RunDocument, name_runs
 
 Form = Literal["png", "svg"]
 
-# The page's own colours on a light ground.
-KEPT, REMOVED, GONE, DENSE, ACCENT, INK = "#2b6cb0", "#d9dee5", "#a9b3c0", "#77838f", "#c8551b", "#191d23"
+# The page's colours on a light background.
+KEPT, REMOVED, REMOVED_BAR, DENSE, ACCENT, INK = "#2b6cb0", "#d9dee5", "#a9b3c0", "#77838f", "#c8551b", "#191d23"
 RUNS = (KEPT, ACCENT, "#2f8559", "#8b4fb8", "#a8780a", "#b83280", "#0f8b9d", "#566070")
-TALL = 0.85
-"""Height of a row's tallest bar, of the height of the row."""
+TALLEST = 0.85
+"""Height of a row's tallest bar, as a fraction of the row."""
 
 
 def draw_figures(runs: Sequence[RunDocument], forms: Sequence[Form]) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def draw_figures(runs: Sequence[RunDocument], forms: Sequence[Form]) -> dict[str
         forms: ``png``, ``svg`` or both.
 
     Returns:
-        File name -> content; figures for which nothing was measured are left out.
+        File name -> content; figures without data are left out.
     """
     if not forms:
         return {}
@@ -44,13 +44,13 @@ def draw_figures(runs: Sequence[RunDocument], forms: Sequence[Form]) -> dict[str
 
 
 def draw_structure(run: RunDocument) -> bytes:
-    """Draw the share of units that each layer keeps, as PNG."""
+    """Draw the share of units kept in each layer, as PNG."""
     with _plain_text():
         return _write(_structure(run), "png")
 
 
 def _plain_text() -> AbstractContextManager[None]:
-    """Take names as they are: a dollar sign in a path begins no formula."""
+    """Draw names as they are: a dollar sign in a path does not start a formula."""
     return matplotlib.rc_context({"text.parse_math": False})
 
 
@@ -130,47 +130,47 @@ def _draw_errors(axes: Axes, rows: view.Rows) -> None:
 
 
 def _scores(run: RunDocument) -> Figure:
-    found = view.scores(run.record)
+    by_kind = view.scores(run.record)
     layers = sorted({site.layer for site in run.record.sites})
-    figure = Figure(figsize=(4.5 * len(found), max(2.4, min(12.0, 0.36 * len(layers) + 1))), layout="constrained")
-    for axes, (kind, scores) in zip(_row_of(figure, len(found)), found.items(), strict=True):
+    figure = Figure(figsize=(4.5 * len(by_kind), max(2.4, min(12.0, 0.36 * len(layers) + 1))), layout="constrained")
+    for axes, (kind, scores) in zip(_row_of(figure, len(by_kind)), by_kind.items(), strict=True):
         edges = scores["edges"]
         for colour, boxes in _boxes(scores, layers).items():
             axes.add_collection(PolyCollection(boxes, facecolors=colour))
-        for each in scores["thresholds"]:
-            foot = _foot(layers, each["layer"])
-            axes.vlines(min(max(each["value"], edges[0]), edges[-1]), foot, foot + TALL, color=ACCENT)
+        for threshold in scores["thresholds"]:
+            base = _base(layers, threshold["layer"])
+            axes.vlines(min(max(threshold["value"], edges[0]), edges[-1]), base, base + TALLEST, color=ACCENT)
         axes.set(title=view.KINDS[kind], xlabel="score", ylabel="layer", xscale=scores["scale"])
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.1, len(layers)))
         if scores["scale"] == "log":
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.set_yticks([row + TALL / 2 for row in range(len(layers))], [str(layer) for layer in reversed(layers)])
+        axes.set_yticks([row + TALLEST / 2 for row in range(len(layers))], [str(layer) for layer in reversed(layers)])
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _boxes(scores: Mapping[str, Any], layers: Sequence[int]) -> dict[str, list[list[tuple[float, float]]]]:
-    """List the corners of every bar by its colour: the removed units of a bin, and above them the kept ones."""
-    boxes: dict[str, list[list[tuple[float, float]]]] = {GONE: [], KEPT: []}
+    """List the corners of every bar by colour: the removed units of a bin, and above them the kept ones."""
+    boxes: dict[str, list[list[tuple[float, float]]]] = {REMOVED_BAR: [], KEPT: []}
     for bar in scores["bars"]:
         left, right = scores["edges"][bar["bin"] : bar["bin"] + 2]
-        foot = _foot(layers, bar["layer"])
-        middle, top = (foot + TALL * count / bar["most"] for count in (bar["removed"], bar["removed"] + bar["kept"]))
-        for colour, low, high in ((GONE, foot, middle), (KEPT, middle, top)):
+        base = _base(layers, bar["layer"])
+        middle, top = (base + TALLEST * count / bar["most"] for count in (bar["removed"], bar["removed"] + bar["kept"]))
+        for colour, low, high in ((REMOVED_BAR, base, middle), (KEPT, middle, top)):
             boxes[colour].append([(left, low), (left, high), (right, high), (right, low)])
     return boxes
 
 
-def _foot(layers: Sequence[int], layer: int) -> int:
-    """Place the first layer at the top."""
+def _base(layers: Sequence[int], layer: int) -> int:
+    """Return the height of a layer's row; the first layer is at the top."""
     return len(layers) - 1 - layers.index(layer)
 
 
 def _lines(runs: Mapping[str, view.Rows], value: str, label: str) -> Figure:
-    """Draw a line for each run over the layers, in a panel for each kind."""
+    """Draw a line for each run over the layers, in one panel for each kind of site."""
 
     def draw(axes: Axes, rows: view.Rows, kind: str) -> None:
         for index, (name, of_run) in enumerate(runs.items()):
@@ -190,17 +190,18 @@ def _zero_shot(runs: Mapping[str, view.Rows]) -> Figure:
     series = {"dense": (first, "dense", DENSE)}
     series |= {name: (rows, "pruned", RUNS[i % len(RUNS)]) for i, (name, rows) in enumerate(runs.items())}
     tasks = [row["task"] for row in first]
-    thick = 0.8 / len(series)
+    thickness = 0.8 / len(series)
     figure = Figure(figsize=(7, 1 + 0.34 * len(tasks) * len(series)), layout="constrained")
     axes = figure.subplots()
     for index, (name, (rows, side, colour)) in enumerate(series.items()):
         known = [row for row in rows if row["task"] in tasks]
-        places = [tasks.index(row["task"]) + (index + 0.5) * thick - 0.4 for row in known]
-        spread = [1.96 * (row[f"{side}_error"] or 0) for row in known]
-        axes.barh(places, [row[side] for row in known], thick * 0.9, xerr=spread, color=colour, capsize=2, label=name)
+        places = [tasks.index(row["task"]) + (index + 0.5) * thickness - 0.4 for row in known]
+        intervals = [1.96 * (row[f"{side}_error"] or 0) for row in known]
+        values, height = [row[side] for row in known], thickness * 0.9
+        axes.barh(places, values, height, xerr=intervals, color=colour, capsize=2, label=name)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
-    axes.set_xlabel("% right")
+    axes.set_xlabel("% correct")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -229,9 +230,9 @@ def _row_of(figure: Figure, panels: int, *, sharey: bool = False) -> list[Axes]:
 
 
 def _write(figure: Figure, form: Form) -> bytes:
-    """Write a figure; the same figure gives the same bytes."""
-    written = io.BytesIO()
+    """Write a figure as bytes, the same for the same figure."""
+    image = io.BytesIO()
     options: dict[str, Any] = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 120}
     with matplotlib.rc_context({"svg.hashsalt": "flapkit", "svg.fonttype": "none"}):
-        figure.savefig(written, format=form, **options)
-    return written.getvalue()
+        figure.savefig(image, format=form, **options)
+    return image.getvalue()

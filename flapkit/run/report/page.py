@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: of one run, or of several side by side."""
+"""The report as a self-contained HTML page: of one run, or of several side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flapkit.run.report.view import Tile
 from flapkit.system.progress import duration
 
 TALLEST_SCORES = 900
-"""Pixels of the tallest panel of score histograms."""
+"""Largest height of the panels with score histograms, in pixels."""
 
 
 def render_run(run: RunDocument) -> str:
@@ -26,7 +26,7 @@ def render_run(run: RunDocument) -> str:
         run: the files of the run.
 
     Returns:
-        HTML that needs nothing beside it.
+        Self-contained HTML.
     """
     layers = len({site.layer for site in run.record.sites})
     figures: dict[str, Any] = {
@@ -63,7 +63,7 @@ def render_comparison(runs: Sequence[RunDocument]) -> str:
         runs: at least two.
 
     Returns:
-        HTML that needs nothing beside it.
+        Self-contained HTML.
     """
     names = name_runs(runs)
     rows = [{"run": name, "document": run, **_summary(run)} for name, run in zip(names, runs, strict=True)]
@@ -85,49 +85,49 @@ def render_comparison(runs: Sequence[RunDocument]) -> str:
         differences=view.differences([run.recipe for run in runs]),
         figures=figures,
         kinds=view.kinds([run.record for run in runs]),
-        units={kind: each for run in reversed(runs) for kind, each in view.units(run.record).items()},
+        units={kind: unit for run in reversed(runs) for kind, unit in view.units(run.record).items()},
         heights={"zero_shot": 60 + (24 + 18 * len(runs)) * len({row["task"] for row in figures["zero_shot"]})},
     )
 
 
 def _compare(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> str:
-    """Say which run is best, where they can be compared at all."""
+    """Write the range of ratios, and the run with the lowest perplexity on the first text."""
     ratios = [row["ratio"] for row in rows]
     span = f"{view.percent(min(ratios))} to {view.percent(max(ratios))}"
-    said = f"{span if max(ratios) - min(ratios) > 5e-4 else view.percent(ratios[0])} removed."
+    summary = f"{span if max(ratios) - min(ratios) > 5e-4 else view.percent(ratios[0])} removed."
     for text in texts[:1]:
         best = _best(rows, text)
         row = next(row for row in rows if row["run"] == best)
-        said += (
+        summary += (
             f" Lowest perplexity on {text.split(',')[0]}: {view.figure(row['perplexity'][text]['after'])}, by {best}."
         )
-    return said
+    return summary
 
 
 def _best(rows: Sequence[Mapping[str, Any]], text: str) -> str:
-    found = {row["run"]: row["perplexity"][text]["after"] for row in rows if text in row["perplexity"]}
-    return str(min(found, key=found.__getitem__))
+    perplexities = {row["run"]: row["perplexity"][text]["after"] for row in rows if text in row["perplexity"]}
+    return str(min(perplexities, key=perplexities.__getitem__))
 
 
 def verdict(run: RunDocument) -> str:
-    """Say in a sentence or two what came of the run."""
-    asked = run.record.budget
-    counted = {"blocks": "the block parameters", "model": "all parameters"}.get(asked.of, f"the {asked.of} parameters")
-    said = f"{view.percent(_removed(run))} of {counted} removed ({view.percent(asked.ratio)} asked)."
+    """Write the result of the run in one or two sentences."""
+    budget = run.record.budget
+    base = {"blocks": "the block parameters", "model": "all parameters"}.get(budget.of, f"the {budget.of} parameters")
+    sentence = f"{view.percent(_removed(run))} of {base} removed (budget {view.percent(budget.ratio)})."
     for row in view.perplexities(run.result)[:1]:
         rose = "rose" if row["change"] > 0 else "fell"
-        said += (
+        sentence += (
             f" Perplexity on {row['text'].split(',')[0]} {rose} from {view.figure(row['dense'])} "
             f"to {view.figure(row['after'])}."
         )
-    return said
+    return sentence
 
 
 def tiles(run: RunDocument) -> list[Tile]:
-    """Gather the figures that stand first."""
+    """Collect the tiles at the top of the page."""
     params = run.result["params"]
     left, removed = params["pruned"] / params["dense"], params["removed"] / params["blocks"]
-    found = [
+    collected = [
         Tile(
             "Parameters",
             view.count(params["pruned"]),
@@ -139,31 +139,31 @@ def tiles(run: RunDocument) -> list[Tile]:
     for row in view.perplexities(run.result)[:2]:
         note = f"{view.change(row['change'])}, {row['text']}"
         if row["recovered"] is not None:
-            note += f"; {view.figure(row['pruned'])} before the recovery"
-        found.append(Tile("Perplexity", view.figure(row["after"]), view.figure(row["dense"]), note))
+            note += f"; {view.figure(row['pruned'])} before recovery"
+        collected.append(Tile("Perplexity", view.figure(row["after"]), view.figure(row["dense"]), note))
     if tasks := view.zero_shot(run.result):
         dense, pruned = (sum(row[which] for row in tasks) / len(tasks) for which in ("dense", "pruned"))
         note = f"mean of {len(tasks)} tasks, {view.signed(pruned - dense)} points"
-        found.append(Tile("Zero-shot", f"{pruned:.1f} %", f"{dense:.1f} %", note))
-    found += _speed(run.bench)
+        collected.append(Tile("Zero-shot", f"{pruned:.1f} %", f"{dense:.1f} %", note))
+    collected += _speed(run.bench)
     seconds = run.result.get("seconds") or {}
     slowest = max(seconds, key=seconds.__getitem__, default="")
     note = f"longest: {slowest}, {duration(seconds[slowest])}" if slowest else ""
-    return [*found, Tile("Time taken", duration(sum(seconds.values())), note=note)]
+    return [*collected, Tile("Time", duration(sum(seconds.values())), note=note)]
 
 
 def _speed(bench: Mapping[str, Any]) -> list[Tile]:
-    """Show the speed beside the dense model's, where ``flapkit bench`` has measured it."""
+    """Show the speed relative to the dense model, if ``flapkit bench`` measured it."""
     ratios, promised = bench.get("ratios") or {}, bench.get("promised")
-    said = f"dense is 1.00; {promised:.2f} promised by the parameters" if promised else "dense is 1.00"
+    note = f"dense is 1.00; {promised:.2f} expected from the parameters" if promised else "dense is 1.00"
     names = {"prefill": "Prefill speed", "decode": "Decode speed"}
     return [
-        Tile(label, f"{view.TIMES} {ratios[name]:.2f}", note=said) for name, label in names.items() if name in ratios
+        Tile(label, f"{view.TIMES} {ratios[name]:.2f}", note=note) for name, label in names.items() if name in ratios
     ]
 
 
 def _removed(run: RunDocument) -> float:
-    """Return the fraction that went of what the budget counts."""
+    """Return the removed fraction of the parameters that the budget counts."""
     return float(run.result["params"]["removed"] / run.record.budget.base)
 
 
@@ -173,7 +173,7 @@ def _summary(run: RunDocument) -> dict[str, Any]:
         "model": view.short(run.record.model),
         "method": view.method(run.made),
         "ratio": _removed(run),
-        "asked": run.record.budget.ratio,
+        "budget": run.record.budget.ratio,
         "of": run.record.budget.of,
         "params": run.result["params"]["pruned"],
         "change": run.result["params"]["pruned"] / run.result["params"]["dense"] - 1,
@@ -192,7 +192,7 @@ def _bars(rows: view.Rows) -> int:
 
 
 def _code(text: str) -> Markup:
-    """Set what stands between backticks as code."""
+    """Mark up text between backticks as code."""
     parts = (
         Markup("<code>{}</code>" if index % 2 else "{}").format(part) for index, part in enumerate(text.split("`"))
     )
@@ -218,7 +218,7 @@ def _source(*path: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Make what templates are compiled by, once: that takes longer than to render a page."""
+    """Make the environment of the templates, once: compiling them takes longer than rendering a page."""
     environment = Environment(
         loader=PackageLoader("flapkit.run.report"),
         autoescape=True,

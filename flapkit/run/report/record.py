@@ -1,4 +1,4 @@
-"""What a run's report is made of, as ``report.json`` keeps it: no model is needed to draw it again."""
+"""What a run records for its report in ``report.json``, so that the report can be drawn without the model."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from flapkit.system.errors import InputError
 BINS = 48
 """Bars of a histogram of scores."""
 
-WIDEST_LINEAR = 8.0
-"""Scores whose largest is so many times their smallest are shown on a logarithmic axis."""
+LINEAR_RANGE = 8.0
+"""Largest score over smallest score above which the axis is logarithmic."""
 
 Total = Annotated[int, Field(ge=0, lt=2**63)]
 _FINITE = ConfigDict(allow_inf_nan=False)
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "tokenizers", "safetensors", "numpy")
-"""Packages whose versions are noted."""
+"""Packages whose versions are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRecord:
-    """How the scores of a site's units are spread; a unit's score is the mean over its channels.
+    """The distribution of the scores of a site's units; a unit's score is the mean over its channels.
 
     Args:
-        kept: units of each bin that are kept.
-        removed: units of each bin that are gone.
-        threshold: the score between the two, where the lowest scores of the site went; None where nothing went, or
-            the searcher did not go by the score alone.
+        kept: kept units in each bin.
+        removed: removed units in each bin.
+        threshold: the score between removed and kept units; None if no unit was removed, or if the removed units are
+            not those with the lowest scores.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FINITE
@@ -60,11 +60,11 @@ class SiteRecord:
         layer: index of its layer.
         kind: ``attention`` or ``mlp``.
         units: units of the dense model.
-        kept: units that are kept.
-        params_per_unit: parameters that go with a unit.
-        heads: query heads of the dense model's attention site; 0 for an MLP, or where nobody says.
-        scores: how the scores are spread; None where the searcher used none.
-        error: how far the consumer's output moved; None where it was not measured, or no unit went.
+        kept: kept units.
+        params_per_unit: parameters of a unit.
+        heads: query heads of the dense model's attention site; 0 for an MLP, or if unknown.
+        scores: the distribution of the scores; None if the searcher used none.
+        error: the error of the consumer's output; None if it was not measured, or no unit was removed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FINITE
@@ -80,7 +80,7 @@ class SiteRecord:
     error: SiteError | None = None
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where more is kept than there was."""
+        """Raise ``ValueError`` if more units are kept than there were."""
         if self.kept > self.units:
             raise ValueError(f"{self.name} keeps {self.kept} of {self.units} units")
 
@@ -91,7 +91,7 @@ class ScoreAxis:
 
     Args:
         scale: ``log`` or ``linear``.
-        edges: borders of the bins, one more than there are bins; scores outside are in the bins at the ends.
+        edges: edges of the bins, one more than bins; scores outside are counted in the first or last bin.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FINITE
@@ -100,14 +100,16 @@ class ScoreAxis:
     edges: Annotated[tuple[float, ...], Field(min_length=2)]
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where the edges do not ascend, or a logarithm has none."""
+        """Raise ``ValueError`` if the edges are not ascending, or not positive on a logarithmic axis."""
         if list(self.edges) != sorted(set(self.edges)) or (self.scale == "log" and self.edges[0] <= 0):
-            raise ValueError(f"the edges of a {self.scale} axis have to ascend")
+            raise ValueError(
+                f"the edges of a {self.scale} axis must be ascending{', from above 0' * (self.scale == 'log')}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRecord:
-    """A prompt, and what both models made of it."""
+    """A prompt, and its continuations by both models."""
 
     prompt: str
     dense: str
@@ -116,7 +118,7 @@ class SampleRecord:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRecord:
-    """What was asked for: the ratio, what it counts, and both as parameters."""
+    """The budget: the ratio, what it is a fraction of, and both as parameters."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)]
     of: str
@@ -126,17 +128,17 @@ class BudgetRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """What a report shows beside what ``result.json``, ``recipe.yaml`` and ``flapkit.json`` say.
+    """What a report shows beside ``result.json``, ``recipe.yaml`` and ``flapkit.json``.
 
     Args:
         model: path of the dense model.
-        budget: what was asked for.
+        budget: the budget.
         sites: every site, in the model's order.
         axes: kind of site -> the bins of its score histograms.
-        error_tokens: held-out calibration tokens that the errors were measured on.
+        error_tokens: held-out calibration tokens on which the errors were measured.
         samples: generated text.
         environment: package or machine -> version.
-        written: when, in UTC.
+        written: time of writing, in UTC.
         format: version of this format.
     """
 
@@ -151,13 +153,13 @@ class ReportRecord:
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where a site's scores do not lie in the bins of its kind."""
+        """Raise ``ValueError`` if a site's scores do not match the bins of its kind."""
         for site in self.sites:
             if site.scores is None:
                 continue
             bins = len(self.axes[site.kind].edges) - 1 if site.kind in self.axes else 0
             if not len(site.scores.kept) == len(site.scores.removed) == bins:
-                raise ValueError(f"the scores of {site.name} are not in the {bins} bins of {site.kind}")
+                raise ValueError(f"the scores of {site.name} do not match the {bins} bins of {site.kind}")
 
     def to_json(self) -> str:
         """Write the record as JSON."""
@@ -168,14 +170,14 @@ class ReportRecord:
         """Read a record; the inverse of ``to_json``.
 
         Raises:
-            InputError: the text is no record; ``where`` is named.
+            InputError: the text is not a record; the message starts with ``where``.
         """
         try:
             return _RECORD.validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "its content"
-            raise InputError(f"{where}: {place}: {first['msg']}; `flapkit run` writes it anew") from error
+            key = ".".join(map(str, first["loc"])) or "content"
+            raise InputError(f"{where}: {key}: {first['msg']}; run `flapkit run` again to rewrite it") from error
 
 
 _RECORD = TypeAdapter(ReportRecord)
@@ -192,16 +194,16 @@ def make_record(
     error_tokens: int = 0,
     samples: Sequence[SampleRecord] = (),
 ) -> ReportRecord:
-    """Note what a run's report is made of.
+    """Make the record of a run for its report.
 
     Args:
         model: path of the dense model.
         sites: its sites.
-        scores: site name -> scores [units, k]; empty where the searcher used none.
-        plan: what was carried out.
-        budget: what was asked for.
-        errors: site name -> how far its consumer's output moved.
-        error_tokens: what they were measured on.
+        scores: site name -> scores [units, k]; empty if the searcher used none.
+        plan: the applied plan.
+        budget: the budget.
+        errors: site name -> the error of its consumer's output.
+        error_tokens: tokens on which the errors were measured.
         samples: generated text.
     """
     values = {site.name: scores[site.name].double().cpu().mean(dim=1) for site in sites if site.name in scores}
@@ -221,7 +223,9 @@ def make_record(
                 len(plan.keep[site.name]),
                 site.params_per_unit,
                 site.heads,
-                _spread(values[site.name], plan.keep[site.name], axes[site.kind]) if site.name in values else None,
+                _distribution(values[site.name], plan.keep[site.name], axes[site.kind])
+                if site.name in values
+                else None,
                 (errors or {}).get(site.name),
             )
             for site in sites
@@ -235,22 +239,22 @@ def make_record(
 
 
 def environment() -> dict[str, str]:
-    """Name the versions of what computes, and the machine."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    """Return the versions of Python and the packages, and the machine and device."""
+    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return found
+            versions[package] = "not installed as a package"
+    versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return versions
 
 
 def _axis(values: Tensor) -> ScoreAxis:
-    """Choose bins for all scores of a kind: the middle 99.8 %, and whatever is beyond in the bins at the ends."""
+    """Choose bins for all scores of a kind, over the middle 99.8 %."""
     low, high = (float(q) for q in _quantiles(values, (0.001, 0.999)))
     positive = values[values > 0]
-    if low >= 0 and len(positive) and high > WIDEST_LINEAR * low:
+    if low >= 0 and len(positive) and high > LINEAR_RANGE * low:
         low = max(low, float(_quantiles(positive, (0.001,))[0]))
         edges = torch.logspace(math.log10(low), math.log10(high), BINS + 1, dtype=torch.float64)
         return ScoreAxis("log", tuple(edges.tolist()))
@@ -260,12 +264,12 @@ def _axis(values: Tensor) -> ScoreAxis:
 
 
 def _quantiles(values: Tensor, at: Sequence[float]) -> Tensor:
-    # torch.quantile takes 16 million values at most.
+    # torch.quantile accepts at most 16 million values.
     ordered = values.sort().values
     return ordered[[round(q * (len(ordered) - 1)) for q in at]]
 
 
-def _spread(values: Tensor, keep: Sequence[int], axis: ScoreAxis) -> ScoreRecord:
+def _distribution(values: Tensor, keep: Sequence[int], axis: ScoreAxis) -> ScoreRecord:
     inner = torch.tensor(axis.edges[1:-1], dtype=torch.float64)
     bins = torch.bucketize(values, inner)
     is_kept = torch.zeros(len(values), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a report shows, from what a run noted: figures as plain data, numbers as text, and the verdict."""
+"""The content of a report, from a run's files: figures as plain data, and numbers as text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One figure of the verdict.
+    """A number at the top of the page.
 
     Args:
-        label: what it is.
-        value: the figure.
-        before: the dense model's, where there is one.
-        note: what belongs to it.
-        share: of the dense model that is left, 0 to 1, drawn as a bar; None for no bar.
+        label: its name.
+        value: the number.
+        before: the number of the dense model, if there is one.
+        note: an explanation.
+        share: the remaining share of the dense model, 0 to 1, drawn as a bar; None for no bar.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """Parameters of one layer, or of the whole: before and after."""
+    """Parameters of one layer, or of the whole model, before and after."""
 
     label: str
     cells: tuple[int | None, ...]
@@ -50,7 +50,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt and two continuations, each as what both models wrote and what follows."""
+    """A prompt and two continuations: their common start, and what follows in each."""
 
     prompt: str
     same: str
@@ -59,22 +59,22 @@ class Sample:
 
 
 def kinds(records: Iterable[ReportRecord]) -> dict[Kind, str]:
-    """Name the kinds of sites that there are."""
-    found = {site.kind for record in records for site in record.sites}
-    return {kind: name for kind, name in KINDS.items() if kind in found}
+    """Name the kinds of sites that occur."""
+    present = {site.kind for record in records for site in record.sites}
+    return {kind: name for kind, name in KINDS.items() if kind in present}
 
 
 def units(record: ReportRecord) -> dict[Kind, str]:
-    """Say what the units of each kind are: heads, or groups of them that share a key/value head; channels."""
-    found: dict[Kind, str] = {}
+    """Name the unit of each kind of site: heads, KV heads with their query heads, or channels."""
+    by_kind: dict[Kind, str] = {}
     for site in record.sites:
-        alone = site.kind == "attention" and site.heads in (0, site.units)
-        found.setdefault(site.kind, CHANNELS if site.kind == "mlp" else HEADS if alone else KV_GROUPS)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+        single_heads = site.kind == "attention" and site.heads in (0, site.units)
+        by_kind.setdefault(site.kind, CHANNELS if site.kind == "mlp" else HEADS if single_heads else KV_GROUPS)
+    return {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
 
 
 def structure(record: ReportRecord) -> Rows:
-    """List what each layer keeps, a row for each layer and kind; the experts of a layer are added up."""
+    """List the kept units, one row for each layer and kind; the experts of a layer are added up."""
     rows = []
     for (layer, kind), sites in _by_layer(record.sites).items():
         units, kept = sum(site.units for site in sites), sum(site.kept for site in sites)
@@ -89,12 +89,12 @@ def scores(record: ReportRecord) -> dict[Kind, dict[str, Any]]:
         for kind, axis in record.axes.items()
     }
     for (layer, kind), sites in _by_layer(record.sites).items():
-        spreads = [site.scores for site in sites if site.scores is not None]
-        if not spreads:
+        records = [site.scores for site in sites if site.scores is not None]
+        if not records:
             continue
         kept, removed = (
-            [sum(counts) for counts in zip(*each, strict=True)]
-            for each in ([spread.kept for spread in spreads], [spread.removed for spread in spreads])
+            [sum(counts) for counts in zip(*histograms, strict=True)]
+            for histograms in ([scores.kept for scores in records], [scores.removed for scores in records])
         )
         most = max(k + r for k, r in zip(kept, removed, strict=True))
         figures[kind]["bars"] += [
@@ -102,14 +102,14 @@ def scores(record: ReportRecord) -> dict[Kind, dict[str, Any]]:
             for index, (k, r) in enumerate(zip(kept, removed, strict=True))
             if k or r
         ]
-        # Experts have a threshold each.
-        if len(spreads) == 1 and spreads[0].threshold is not None:
-            figures[kind]["thresholds"].append({"layer": layer, "value": spreads[0].threshold})
+        # Every expert has its own threshold.
+        if len(records) == 1 and records[0].threshold is not None:
+            figures[kind]["thresholds"].append({"layer": layer, "value": records[0].threshold})
     return figures
 
 
 def errors(record: ReportRecord) -> Rows:
-    """List the errors of the sites that lost units, in per cent."""
+    """List the errors of the pruned sites, in per cent."""
     return [
         {"layer": site.layer, "kind": site.kind, "site": site.name}
         | {
@@ -123,11 +123,11 @@ def errors(record: ReportRecord) -> Rows:
 
 
 def zero_shot(result: Mapping[str, Any]) -> Rows:
-    """List the zero-shot scores: one metric of each task, the usual one of the tables."""
+    """List the zero-shot scores: of each task the metric that papers report."""
     rows = []
-    for task, found in (result.get("zero_shot") or {}).items():
-        metrics = found.get("metrics", {}) if isinstance(found, Mapping) else {}
-        name = next((each for each in ("acc_norm", "acc", *metrics) if each in metrics), None)
+    for task, scores in (result.get("zero_shot") or {}).items():
+        metrics = scores.get("metrics", {}) if isinstance(scores, Mapping) else {}
+        name = next((metric for metric in ("acc_norm", "acc", *metrics) if metric in metrics), None)
         if name is None:
             continue
         dense, pruned, paired = (metrics[name].get(part) or {} for part in ("dense", "pruned", "paired"))
@@ -135,7 +135,7 @@ def zero_shot(result: Mapping[str, Any]) -> Rows:
             {
                 "task": task,
                 "metric": name,
-                "items": found.get("items"),
+                "items": scores.get("items"),
                 "dense": _percent(dense.get("value")),
                 "pruned": _percent(pruned.get("value")),
                 "dense_error": _percent(dense.get("stderr")),
@@ -151,17 +151,17 @@ def _percent(value: Any) -> float | None:
 
 
 def perplexities(result: Mapping[str, Any]) -> Rows:
-    """List the perplexities by text: dense, pruned, recovered if there is such a model, and that of the last."""
+    """List the perplexities by text: dense, pruned, recovered if there is one, and ``after``, the last of them."""
     rows: Rows = []
-    for text, found in (result.get("perplexity") or {}).items():
-        dense, pruned = (_number(found.get(which)) for which in ("dense", "pruned"))
+    for text, values in (result.get("perplexity") or {}).items():
+        dense, pruned = (_number(values.get(which)) for which in ("dense", "pruned"))
         if not dense or pruned is None:
             continue
-        bits = found.get("bits_per_byte") or {}
-        recovered = _number(found.get("recovered"))
+        bits = values.get("bits_per_byte") or {}
+        recovered = _number(values.get("recovered"))
         after = pruned if recovered is None else recovered
         figures = ("dense", "pruned", "recovered", "bits_per_byte")
-        notes = {key: value for key, value in found.items() if key not in figures}
+        notes = {key: value for key, value in values.items() if key not in figures}
         rows.append(
             {"text": short(text), "dense": dense, "pruned": pruned, "recovered": recovered, "after": after}
             | {"change": after / dense - 1}
@@ -177,7 +177,7 @@ def _number(value: Any) -> float | None:
 
 
 def tradeoff(name: str, run: RunDocument) -> Rows:
-    """List perplexity and parameters of a run's dense and pruned model, by text."""
+    """List perplexity and parameters of the dense and the pruned model of a run, by text."""
     params = run.result["params"]
     return [
         {"run": name, "model": short(run.record.model), "text": row["text"], "which": which}
@@ -190,7 +190,7 @@ def tradeoff(name: str, run: RunDocument) -> Rows:
 def ledger(document: RunDocument) -> list[LedgerRow]:
     """Count parameters before and after: attention, MLP and both of each layer, then the whole model.
 
-    The cells are attention before and after, MLP before and after, and what was removed; every sum is exact.
+    The cells are attention before and after, MLP before and after, and the removed parameters; all sums are exact.
     """
     rows, totals = [], dict.fromkeys((*KINDS, *(f"{kind} left" for kind in KINDS)), 0)
     layers: dict[int, dict[str, int]] = {}
@@ -211,19 +211,19 @@ def _counted(label: str, counts: Mapping[str, int], *, total: bool = False) -> L
 
 
 def whole(document: RunDocument) -> list[tuple[str, int, int]]:
-    """Add the whole model up: what, before, after."""
+    """Count the parameters of the whole model: part, before, after."""
     params = document.result["params"]
     blocks = sum(site.units * site.params_per_unit for site in document.record.sites)
     left = sum(site.kept * site.params_per_unit for site in document.record.sites)
     rest = params["dense"] - blocks
-    rows = [("prunable: attention and MLP", blocks, left), ("the rest: embeddings, norms, head", rest, rest)]
+    rows = [("prunable: attention and MLP", blocks, left), ("other: embeddings, norms, head", rest, rest)]
     if added := params["pruned"] - left - rest:
-        rows.append(("biases that the compensator added", 0, added))
-    return [*rows, ("the model", params["dense"], params["pruned"])]
+        rows.append(("biases added by the compensator", 0, added))
+    return [*rows, ("whole model", params["dense"], params["pruned"])]
 
 
 def samples(record: ReportRecord) -> list[Sample]:
-    """Split each pair of continuations where they part."""
+    """Split each pair of continuations where they differ first."""
     split = []
     for sample in record.samples:
         same = _common(sample.dense, sample.pruned)
@@ -239,30 +239,29 @@ def _common(first: str, second: str) -> str:
 def method(made: Mapping[str, Any]) -> str:
     """Name the components, without their options."""
     specs = [made[kind] for kind in ("metric", "searcher", "compensator")]
-    several = [spec for each in specs for spec in (each if isinstance(each, Sequence) else [each])]
+    several = [spec for entry in specs for spec in (entry if isinstance(entry, Sequence) else [entry])]
     return " + ".join(str(spec["name"]) for spec in several)
 
 
 def hashes(made: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List every hash that the run noted, by the place where it stands."""
-    found = [*_hashes("", made), *_hashes("", result)]
-    return list(dict(found).items())
+    """List all hashes that the run recorded, by their keys."""
+    return list(dict([*_hashes("", made), *_hashes("", result)]).items())
 
 
 def _hashes(where: str, value: Any) -> Iterable[tuple[str, str]]:
     if not isinstance(value, Mapping):
         return
-    for key, each in value.items():
-        if isinstance(each, str) and key.endswith("sha256"):
-            yield f"{where}{key.removesuffix('_sha256')}", each
-        yield from _hashes(f"{where}{key}: ", each)
+    for key, entry in value.items():
+        if isinstance(entry, str) and key.endswith("sha256"):
+            yield f"{where}{key.removesuffix('_sha256')}", entry
+        yield from _hashes(f"{where}{key}: ", entry)
 
 
 def differences(recipes: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """List the keys in which recipes differ, each with every recipe's value; but for their outputs."""
+    """List the keys in which recipes differ, with the value of every recipe; `output` is left out."""
     flat = [dict(_flat("", _plain(recipe))) for recipe in recipes]
-    keys = dict.fromkeys(key for each in flat for key in each if key != "output")
-    values = [(key, [each.get(key, "not set") for each in flat]) for key in keys]
+    keys = dict.fromkeys(key for settings in flat for key in settings if key != "output")
+    values = [(key, [settings.get(key, "not set") for settings in flat]) for key in keys]
     return [(key, row) for key, row in values if len(set(row)) > 1]
 
 
@@ -273,17 +272,17 @@ def _plain(recipe: str) -> Any:
 
 def _flat(where: str, value: Any) -> Iterable[tuple[str, str]]:
     if isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _flat(f"{where}.{key}" if where else str(key), each)
-    elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
-        for index, each in enumerate(value):
-            yield from _flat(f"{where}.{index}", each)
+        for key, entry in value.items():
+            yield from _flat(f"{where}.{key}" if where else str(key), entry)
+    elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+        for index, entry in enumerate(value):
+            yield from _flat(f"{where}.{index}", entry)
     else:
         yield where, "not set" if value is None else str(value)
 
 
 def short(name: str) -> str:
-    """Shorten a path to its last part, as a name to read; a hub id stays as it is."""
+    """Shorten a path to its last part; a hub id stays as it is."""
     first, comma, rest = name.partition(",")
     path = PurePath(first)
     return (path.name if path.is_absolute() or path.parts[:1] == ("..",) else first) + comma + rest
@@ -299,7 +298,7 @@ def count(value: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Write a figure in four digits or so, as tables do."""
+    """Write a number with about four digits."""
     if value != value or abs(value) == float("inf"):
         return "∞" if value > 0 else "not finite"
     if abs(value) >= 1e5:
@@ -313,12 +312,12 @@ def percent(ratio: float) -> str:
 
 
 def change(ratio: float) -> str:
-    """Write a change in per cent; beyond threefold as a factor."""
+    """Write a change in per cent; above threefold as a factor."""
     return f"{TIMES} {figure(1 + ratio)}" if ratio > 2 else f"{signed(100 * ratio)} %"
 
 
 def signed(value: float) -> str:
-    """Write a difference with its sign, a real minus."""
+    """Write a difference with its sign, with a typographic minus."""
     return f"{value:+.1f}".replace("-", MINUS)
 
 

@@ -51,7 +51,7 @@ def refused(home, command):
         (RECIPE.replace("samples: 8", "samples: many"), "calibration.samples: expected a whole number, got 'many'"),
         (RECIPE.replace("samples: 8", "samples: 1e-4"), "calibration.samples: expected a whole number, got 0.0001"),
         (RECIPE.replace("samples: 8", "samples: no"), "calibration.samples: expected a whole number, got 'no'"),
-        (RECIPE.replace("ratio: 0.2", "ratio: 20"), "give the fraction to remove, over 0 and under 1, for example 0.2"),
+        (RECIPE.replace("ratio: 0.2", "ratio: 20"), "give the fraction to remove, between 0 and 1, for example 0.2"),
     ],
 )
 def test_recipes(refused, recipe, message):

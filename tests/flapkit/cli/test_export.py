@@ -26,7 +26,7 @@ def test_export(command, pruned_folder, tmp_path):
         (["--to", "hf", "--set", "dtype"], "expected option=value"),
         (["--to", "hf", "--set", "dtype=["], "--set dtype=[: not YAML"),
         (["--to", "hf", "--set", "dtype=" + "9" * 5000], "option 'dtype'"),
-        (["--to", "hf", "--set", "dtype=&a x"], "anchors such as &a are not read"),
+        (["--to", "hf", "--set", "dtype=&a x"], "anchors such as &a are not supported"),
     ],
 )
 def test_bad_input(command, pruned_folder, tmp_path, arguments, message):

@@ -46,8 +46,8 @@ def test_a_bench_in_the_folder_is_shown(command, runs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere",), "there is no such folder"),
-        (("a", "./a"), "named twice"),
+        (("nowhere",), "no such folder"),
+        (("a", "./a"), "given twice"),
         (("empty",), "cannot be read"),
         (("a", "-o", "text.txt/page.html"), "cannot be written"),
     ],

@@ -122,12 +122,12 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (1, "model: {path: x, dtype: float61}", "got 'float61'; did you mean 'float16'?"),
         (1, "model: {path: 5}", "r.yaml:1:15: model.path: expected text, got 5"),
         (1, "model: {path: ''}", "r.yaml:1:15: model.path: expected text that is not empty, got ''"),
-        (1, "model: {}", "r.yaml:1:8: model.path: missing, and has no default"),
+        (1, "model: {}", "r.yaml:1:8: model.path: required, but missing"),
         (1, "model: x", "r.yaml:1:8: model: expected a section of keys, got 'x'"),
         (1, "model: [x]", "r.yaml:1:8: model: expected a section of keys, got a list"),
         (1, "model:", "r.yaml:1:7: model: expected a section of keys, got null"),
         (1, "modle: {path: x}", "r.yaml:1:1: modle: unknown key; did you mean 'model'?"),
-        (1, "", "r.yaml:2:1: model: missing, and has no default"),
+        (1, "", "r.yaml:2:1: model: required, but missing"),
         (2, "calibration: {dataset: x, samples: 0}", "2:36: calibration.samples: expected at least 1, got 0"),
         (2, "calibration: {dataset: x, samples: 1.0}", "calibration.samples: expected a whole number, got 1.0"),
         (2, "calibration: {dataset: x, samples: 1e3}", "calibration.samples: expected a whole number, got 1000.0"),
@@ -145,7 +145,7 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (4, "output: 5", "r.yaml:4:9: output: expected text, got 5"),
         (4, "output: a\nmetric: wivf", "r.yaml:5:9: metric: unknown metric 'wivf'; did you mean 'wifv'? (known:"),
         (4, "output: a\nmetric: {name: wivf}", "r.yaml:5:16: metric: unknown metric 'wivf'"),
-        (4, "output: a\nmetric: {power: 2}", "r.yaml:5:9: metric.name: missing, and has no default"),
+        (4, "output: a\nmetric: {power: 2}", "r.yaml:5:9: metric.name: required, but missing"),
         (4, "output: a\nmetric: 5", "r.yaml:5:9: metric: expected a name, or a section with a name and options"),
         (4, "output: a\nmetric: {name: 5}", "r.yaml:5:16: metric.name: expected text, got 5"),
         (4, "output: a\nmetric: {name: wifv, p: 5}", "r.yaml:5:22: metric.p: unknown key (known: none)"),
@@ -179,8 +179,8 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
             "r.yaml:5:46: evaluate.perplexity.0.stride: expected at most the window's length, 8, got 9",
         ),
         (4, "output: a\nevaluate: {perplexity: {dataset: x}}", "evaluate.perplexity: expected a list, got a section"),
-        (4, "output: *x", "r.yaml:4:9: output: aliases such as *x are not read; write the value out"),
-        (4, "output: a\noutput: b", "r.yaml:5:1: output: repeated key; it stands already at r.yaml:4:1"),
+        (4, "output: *x", "r.yaml:4:9: output: aliases such as *x are not supported; write the value out"),
+        (4, "output: a\noutput: b", "r.yaml:5:1: output: repeated key; first used at r.yaml:4:1"),
     ],
 )
 def test_one_problem(tmp_path: Path, line: int, text: str, problem: str) -> None:
@@ -195,14 +195,14 @@ def test_one_problem(tmp_path: Path, line: int, text: str, problem: str) -> None
 def test_a_ratio_that_is_none_says_what_to_give(tmp_path: Path, ratio: str) -> None:
     (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: {ratio}}}"))
     assert problem.startswith("r.yaml:3:17: budget.ratio: ")
-    assert "is not a ratio; give the fraction to remove, over 0 and under 1, for example 0.2" in problem
+    assert "is not a ratio; give the fraction to remove, between 0 and 1, for example 0.2" in problem
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
 def test_a_strategy_that_is_not_supported_says_what_to_set_instead(tmp_path: Path, strategy: str) -> None:
     (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: 0.2}}\ntrainer: {{strategy: {strategy}}}"))
     assert f"trainer.strategy: {strategy} is not supported" in problem
-    assert "set `strategy: model_parallel`" in problem
+    assert "`strategy: model_parallel`" in problem
     assert "`execution: layerwise`" in problem
 
 
@@ -210,7 +210,7 @@ def test_a_strategy_that_is_not_supported_says_what_to_set_instead(tmp_path: Pat
 def test_a_precision_that_a_sharded_model_does_not_have(tmp_path: Path, precision: str) -> None:
     trainer = f"trainer: {{strategy: model_parallel, precision: {precision}}}"
     (problem,) = problems(tmp_path, replaced(3, f"budget: {{ratio: 0.2}}\n{trainer}"))
-    assert f"trainer.precision: {precision} does not go with `strategy: model_parallel`" in problem
+    assert f"trainer.precision: {precision} is not supported with `strategy: model_parallel`" in problem
 
 
 def test_a_ratio_in_percent_is_shown_as_a_fraction(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "--set nonsense",
         "--set searcher.attention_power=high",
     ]
-    assert found[0] == "r.yaml:1:1: calibration: missing, and has no default"
+    assert found[0] == "r.yaml:1:1: calibration: required, but missing"
 
 
 def test_a_misspelt_required_key_is_not_missing_besides(tmp_path: Path) -> None:
@@ -382,11 +382,14 @@ def test_find_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     assert find_recipe(path) == path
     assert find_recipe("demo") == shipped_recipes()["demo"]
-    with pytest.raises(RecipeError, match=r"^demmo: there is neither .* name; did you mean 'demo'\? \(known: demo, "):
+    with pytest.raises(
+        RecipeError,
+        match=r"^demmo: no such file, and no shipped recipe of this name; did you mean 'demo'\? \(known: demo, ",
+    ):
         find_recipe("demmo")
-    with pytest.raises(RecipeError, match=r"lama-7b-flap20.yaml: there is neither .*did you mean 'llama-7b-flap20'"):
+    with pytest.raises(RecipeError, match=r"lama-7b-flap20.yaml: no such file.*did you mean 'llama-7b-flap20'"):
         find_recipe("recipes/lama-7b-flap20.yaml")
-    with pytest.raises(RecipeError, match="that is a folder"):
+    with pytest.raises(RecipeError, match="is a folder"):
         find_recipe(tmp_path)
 
 

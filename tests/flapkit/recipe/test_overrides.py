@@ -95,12 +95,12 @@ def test_an_option_of_one_of_several(tmp_path: Path) -> None:
         ("=1", "expected key=value"),
         ("budget..ratio=1", "expected key=value"),
         ("budget.ratio=[1", "budget.ratio: not YAML: "),
-        ("budget.ratio=!!float 1", "budget.ratio: tags such as tag:yaml.org,2002:float are not read"),
+        ("budget.ratio=!!float 1", "budget.ratio: tags such as tag:yaml.org,2002:float are not supported"),
         ("evaluate.perplexity.2.length=4", "evaluate.perplexity.2: the list has no entry '2' (known: 0, 1)"),
         ("evaluate.perplexity.first.length=4", "evaluate.perplexity.first: the list has no entry 'first'"),
         ("evaluate.perplexity.2={dataset: x}", "evaluate.perplexity.2: the list has no entry '2'"),
-        ("model.path.x=1", "model.path.x: there is nothing below 'somewhere', which stands at r.yaml:1:15"),
-        ("output.x.y=1", "output.x: there is nothing below 'runs/x', which stands at r.yaml:5:9"),
+        ("model.path.x=1", "model.path.x: 'somewhere' at r.yaml:1:15 is not a section"),
+        ("output.x.y=1", "output.x: 'runs/x' at r.yaml:5:9 is not a section"),
     ],
 )
 def test_problems_name_the_override(tmp_path: Path, override: str, expected: str) -> None:

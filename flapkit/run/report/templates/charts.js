@@ -1,9 +1,9 @@
 "use strict";
-// Draws the figures of a report from the JSON in the page. Colours are the page's own, so that light and dark need no
-// second drawing. Every value can be reached by hovering, by touch, and with the arrow keys.
+// Draws the figures of a report from the JSON in the page. Colours are CSS variables of the page, so that switching
+// between light and dark does not redraw. Every value can be read by hovering, by touch and with the arrow keys.
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const said = document.getElementById("said");
+  const announcement = document.getElementById("announcement");
   const of = (rows, kind) => (rows || []).filter((row) => row.kind === kind);
   const percent = (value) => (value === null ? "–" : `${value.toFixed(1)} %`);
   const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
@@ -12,7 +12,7 @@
   const shortNumber = (value) =>
     value >= 1e9 ? `${value / 1e9} B` : value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
 
-  // Layers to write on an axis that has room for so many labels.
+  // Layers to label on an axis with room for this many labels.
   function ticks(layers, room) {
     const all = [...new Set(layers)].sort((a, b) => a - b);
     const step = Math.ceil(all.length / Math.max(2, room));
@@ -38,7 +38,7 @@
     tickFormat: String,
   });
 
-  // A logarithmic axis has 1, 2 and 5 of each power of ten where there is room, else the powers alone.
+  // A logarithmic axis has ticks at 1, 2 and 5 of each power of ten if there is room, else at the powers only.
   function scoreTicks(scale, low, high, width) {
     if (scale !== "log") return { ticks: 5 };
     const powers = [];
@@ -51,7 +51,7 @@
 
   const domain = (rows) => [...new Set(rows.map((row) => row.layer))].sort((a, b) => a - b);
 
-  // A tip, and the places that the arrow keys go to.
+  // A tooltip.
   function tipped(rows, x, y, title, options = {}) {
     const pointer = options.pointer || Plot.pointerX;
     return Plot.tip(rows, pointer({ x, y, title, fill: "var(--card)", stroke: "var(--line)", textPadding: 10, lineHeight: 1.35, maxRadius: 80, ...options.channels }));
@@ -94,13 +94,13 @@
         ...bar, from: edges[bar.bin], to: edges[bar.bin + 1], low: bar.removed / bar.most, high: (bar.removed + bar.kept) / bar.most,
         middle: scale === "log" ? Math.sqrt(edges[bar.bin] * edges[bar.bin + 1]) : (edges[bar.bin] + edges[bar.bin + 1]) / 2,
       }));
-      const threshold = new Map(thresholds.map((each) => [each.layer, each.value]));
-      const say = (value) => value.toPrecision(3);
+      const threshold = new Map(thresholds.map((entry) => [entry.layer, entry.value]));
+      const short = (value) => value.toPrecision(3);
       const title = (row) =>
-        `layer ${row.layer}, scores ${say(row.from)} to ${say(row.to)}\n${row.kept} kept, ${row.removed} removed` +
-        (threshold.has(row.layer) ? `\nthreshold ${say(threshold.get(row.layer))}` : "");
+        `layer ${row.layer}, scores ${short(row.from)} to ${short(row.to)}\n${row.kept} kept, ${row.removed} removed` +
+        (threshold.has(row.layer) ? `\nthreshold ${short(threshold.get(row.layer))}` : "");
       const labelled = new Set(ticks(layers, (box.clientHeight - 50) / 16));
-      const lines = thresholds.map((each) => ({ ...each, at: Math.min(Math.max(each.value, edges[0]), edges[edges.length - 1]) }));
+      const lines = thresholds.map((entry) => ({ ...entry, at: Math.min(Math.max(entry.value, edges[0]), edges[edges.length - 1]) }));
       return {
         rows, title, fy: true,
         plot: Plot.plot({
@@ -170,7 +170,7 @@
           ...base(box),
           marginLeft: 108,
           marginRight: 44,
-          x: { domain: [0, Math.min(100, Math.max(...rows.map((row) => row.high)) * 1.05)], grid: true, tickSize: 0, label: "% right", labelAnchor: "center", labelArrow: "none" },
+          x: { domain: [0, Math.min(100, Math.max(...rows.map((row) => row.high)) * 1.05)], grid: true, tickSize: 0, label: "% correct", labelAnchor: "center", labelArrow: "none" },
           y: { type: "band", domain: figures.runs ? ["dense", ...figures.runs] : ["dense", "pruned"], axis: null, padding: 0.12 },
           fy: { domain: [...new Set(rows.map((row) => row.task))], label: null, padding: 0.2 },
           marks: [
@@ -193,7 +193,7 @@
       const title = (row) => `${row.which === "dense" ? `${row.model}, dense` : row.run}\n${row.params.toLocaleString("en")} parameters\nperplexity ${row.perplexity.toPrecision(4)}`;
       const shown = [...dense, ...pruned];
       const values = shown.map((row) => row.perplexity);
-      const wide = Math.max(...values) > 8 * Math.min(...values);
+      const logarithmic = Math.max(...values) > 8 * Math.min(...values);
       return {
         rows: shown, title,
         plot: Plot.plot({
@@ -201,7 +201,7 @@
           marginLeft: 52,
           marginRight: 20,
           x: { label: "parameters", labelAnchor: "center", labelOffset: 34, labelArrow: "none", tickSize: 0, nice: true, ticks: Math.max(3, box.clientWidth / 110), tickFormat: shortNumber, inset: 8 },
-          y: { type: wide ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(wide ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
+          y: { type: logarithmic ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(logarithmic ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
           marks: [
             Plot.dot(dense, { x: "params", y: "perplexity", r: 6, stroke: "var(--dense)", strokeWidth: 2.5 }),
             Plot.dot(pruned, { x: "params", y: "perplexity", r: 6, fill: (row) => colour(row.run) }),
@@ -228,7 +228,7 @@
     };
   }
 
-  // The arrow keys choose a value: its tip is shown as if the mouse were there, and its text is said.
+  // The arrow keys select a value: its tooltip is shown as on hovering, and a screen reader reads its text.
   function keys(box) {
     box.addEventListener("keydown", (event) => {
       const drawn = box.drawn;
@@ -237,7 +237,7 @@
       event.preventDefault();
       if (!step) {
         point(box, "pointerleave", 0, 0);
-        said.textContent = "";
+        announcement.textContent = "";
         return;
       }
       const last = box.at === undefined ? (step > 0 ? -1 : 0) : box.at;
@@ -245,12 +245,12 @@
       const row = drawn.rows[box.at];
       const mark = places(drawn)[box.at];
       if (mark) point(box, "pointermove", mark.x, mark.y);
-      said.textContent = drawn.title(row).replaceAll("\n", ", ");
+      announcement.textContent = drawn.title(row).replaceAll("\n", ", ");
     });
     box.addEventListener("blur", () => point(box, "pointerleave", 0, 0));
   }
 
-  // Where each row stands, in pixels of the drawing.
+  // The position of each row, in pixels of the drawing.
   function places({ plot, rows, fy, y }) {
     const scale = (name) => plot.scale(name);
     const middle = (name, value) => scale(name).apply(value) + (scale(name).bandwidth || 0) / 2;
@@ -286,12 +286,12 @@
     seen.observe(box);
   }
 
-  // Paper has no summary to click on.
+  // Print with all details open.
   const closed = [];
   window.addEventListener("beforeprint", () => {
-    const found = [...document.querySelectorAll("details:not([open])")];
-    found.forEach((each) => (each.open = true));
-    closed.push(...found);
+    const details = [...document.querySelectorAll("details:not([open])")];
+    details.forEach((element) => (element.open = true));
+    closed.push(...details);
   });
-  window.addEventListener("afterprint", () => closed.splice(0).forEach((each) => (each.open = false)));
+  window.addEventListener("afterprint", () => closed.splice(0).forEach((element) => (element.open = false)));
 })();

@@ -112,12 +112,12 @@ def test_the_arrow_keys_say_the_values(visit, chart):
     said = []
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-        said.append(page.locator("#said").text_content())
+        said.append(page.locator("#announcement").text_content())
         shown = box.locator("[aria-label=tip]").text_content()
         assert said[-1].split(",")[0].split("\n")[0] in shown
     assert len(set(said)) > 1
     page.keyboard.press("Escape")
-    assert page.locator("#said").text_content() == ""
+    assert page.locator("#announcement").text_content() == ""
 
 
 def test_dark_and_light_are_the_readers(visit):
