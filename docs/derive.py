@@ -15,7 +15,7 @@ from flapkit.model.derive import derive, tiny_of
 from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config
 from flapkit.model.verify import verify
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import FlapkitError
 
 PAGE = Path(__file__).parent / "auto.md"
@@ -86,7 +86,7 @@ def main() -> None:
     """Write the page."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    known = Registry.load().names("adapter")
+    known = Registry.load().names(ADAPTER)
     lines, begin = [HEAD], time.monotonic()
     for model_type in TYPES:
         config = tiny_config(model_type)

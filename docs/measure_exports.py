@@ -21,7 +21,7 @@ from flapkit.checkpoint.load import load_tokenizer
 from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import random_plan
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, EXPORTER, Registry
 from flapkit.system.errors import FlapkitError, ModelError
 
 PAGE = Path(__file__).parent / "export-matrix.md"
@@ -85,9 +85,9 @@ def save_tiny(registry: Registry, name: str, folder: Path) -> None:
 
 def cell(registry: Registry, folder: Path, kind: str, options: dict[str, Any]) -> str:
     """Export in one form; say how far it agrees, or why it cannot be."""
-    exporter = registry.create("exporter", kind, options)
+    exporter = registry.create(EXPORTER, kind, options)
     try:
-        found = export(folder / "pruned", exporter, folder / f"out{exporter.suffix or kind}", registry=registry)
+        found = export(folder / "pruned", exporter, folder / f"out{exporter.suffix or kind}")
     except ModelError as error:
         return "no bias" if "lack the biases" in str(error) else "no"
     except Exception as error:  # noqa: BLE001 - whatever a converter raises is what the table has to say
@@ -105,10 +105,10 @@ def real_rows(registry: Registry, checkpoint: Path, text: Path, windows: int = 4
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows.append(f"| the pruned model | | | | | {expected:.4f} |")
     for kind, options in REAL:
-        exporter = registry.create("exporter", kind, options)
+        exporter = registry.create(EXPORTER, kind, options)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"out{exporter.suffix}"
-            found = export(checkpoint, exporter, path, registry=registry)
+            found = export(checkpoint, exporter, path)
             assert found is not None
             with exporter.open(path) as run, torch.no_grad():
                 measured = perplexity(run, parts)
@@ -142,7 +142,7 @@ def main() -> None:
     if asked.checkpoint:
         print("\n".join(real_rows(registry, asked.checkpoint, asked.text)))
         return
-    every = [name for name in registry.names("adapter") if name not in ("auto", "vicuna")]
+    every = [name for name in registry.names(ADAPTER) if name not in ("auto", "vicuna")]
     rows = family_rows(registry, asked.families or every)
     PAGE.write_text("\n".join(["# Families and exports", "", NOTES, *rows]) + "\n", encoding="utf-8")
 

@@ -8,28 +8,35 @@ flapkit.save(model, "pruned", plan)
 model = flapkit.load("pruned")
 ```
 
-Importing flapkit makes transformers' Auto classes load pruned checkpoints.
+Importing flapkit makes transformers' Auto classes load pruned checkpoints. It imports neither torch nor transformers:
+public names are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flapkit.api import prune_, sites
-from flapkit.checkpoint.expand import expand_lora, expand_tensor
-from flapkit.checkpoint.load import load
-from flapkit.checkpoint.push import push
-from flapkit.checkpoint.save import save
-from flapkit.hookspecs import hookimpl
-from flapkit.model.classes import register
-from flapkit.system.errors import FlapkitError
+from wrapt import register_post_import_hook
+
+from flapkit.model.registration import register
 
 if TYPE_CHECKING:
-    from flapkit.api import FlapPruning
+    from flapkit.api import FlapPruning, PruneOptions, prune_, sites
+    from flapkit.checkpoint.expand import expand_lora, expand_tensor
+    from flapkit.checkpoint.load import load
+    from flapkit.checkpoint.push import push
+    from flapkit.checkpoint.save import save
+    from flapkit.hookspecs import hookimpl
+    from flapkit.system.errors import FlapkitError
+
+    __version__: str
 
 __all__ = [
     "FlapPruning",
     "FlapkitError",
+    "PruneOptions",
+    "__version__",
     "expand_lora",
     "expand_tensor",
     "hookimpl",
@@ -40,13 +47,39 @@ __all__ = [
     "sites",
 ]
 
-register()
+_MODULES = {
+    "FlapPruning": "flapkit.api",
+    "FlapkitError": "flapkit.system.errors",
+    "PruneOptions": "flapkit.api",
+    "expand_lora": "flapkit.checkpoint.expand",
+    "expand_tensor": "flapkit.checkpoint.expand",
+    "hookimpl": "flapkit.hookspecs",
+    "load": "flapkit.checkpoint.load",
+    "prune_": "flapkit.api",
+    "push": "flapkit.checkpoint.push",
+    "save": "flapkit.checkpoint.save",
+    "sites": "flapkit.api",
+}
+"""Public name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds to import, and only the callback needs it.
-    if name == "FlapPruning":
-        from flapkit.api import FlapPruning
+    """Import a public name when it is first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return FlapPruning
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: Any = version("flapkit")
+    elif name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# At once where transformers' module is imported already.
+register_post_import_hook(register, "transformers.models.auto.configuration_auto")

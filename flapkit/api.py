@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,17 +23,40 @@ from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, recovery_of
 from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
 from flapkit.system.errors import RecipeError
 
 
-def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = None) -> tuple[Site, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions:
+    """What ``prune_`` can be told beside what to prune and how.
+
+    Args:
+        multiple_of: what the pruned widths are rounded to a multiple of.
+        batch_size: calibration windows that go through the model at once.
+        statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
+        sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
+        recovery_text: tokens [windows, tokens] for a compensator that trains; one window in ten is held out, to
+            validate on.
+    """
+
+    multiple_of: int = 1
+    batch_size: int = 8
+    statistics_memory: float = 4e9
+    sequential: bool = False
+    recovery_text: Tensor | None = None
+
+
+DEFAULTS = PruneOptions()
+
+
+def sites(model: PreTrainedModel, adapter: ArchitectureAdapter | Choice | None = None) -> tuple[Site, ...]:
     """List the prunable places of a model.
 
     Args:
         model: a transformers causal language model.
-        adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
-            derived and verified.
+        adapter: an adapter, a name, or a mapping of a name and options; by default (``auto``) the one that declares the
+            model's type, or else one that is derived and verified.
 
     Raises:
         ModelError: no adapter declares the model, and none can be derived.
@@ -43,38 +67,32 @@ def sites(model: PreTrainedModel, adapter: str | ArchitectureAdapter | None = No
 def prune_(
     model: PreTrainedModel,
     calibration: Tensor | Dataset[Any],
-    metric: str | ImportanceMetric = "wifv",
-    searcher: str | StructureSearcher = "al_am",
-    compensator: str | Compensator | Sequence[str | Compensator] = "bias",
+    metric: ImportanceMetric | Choice = "wifv",
+    searcher: StructureSearcher | Choice = "al_am",
+    compensator: Compensator | Choice | Sequence[Compensator | Choice] = "bias",
     ratio: float = 0.2,
     *,
     of: BudgetBase = "blocks",
-    multiple_of: int = 1,
-    adapter: str | ArchitectureAdapter | None = None,
-    batch_size: int = 8,
-    statistics_memory: float = 4e9,
-    sequential: bool = False,
-    recovery_text: Tensor | None = None,
+    adapter: ArchitectureAdapter | Choice | None = None,
+    options: PruneOptions = DEFAULTS,
 ) -> PruningPlan:
     """Prune a model in place, on the device where it is.
+
+    A component is a name, such as ``"al_am"``; a mapping of its name and options, as a recipe has it, such as
+    ``{"name": "al_am", "attention_power": 1}``; or an object.
 
     Args:
         model: a transformers causal language model.
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids`` [tokens] and, where rows
             are padded, ``attention_mask`` [tokens].
-        metric: a name, or a component with its options.
-        searcher: a name, or a component with its options.
-        compensator: a name, or a component with its options; or several.
+        metric: scores the units.
+        searcher: chooses the units that go.
+        compensator: repairs what is left; or several.
         ratio: fraction of the parameters to remove.
         of: what the ratio counts.
-        multiple_of: what the pruned widths are rounded to a multiple of.
-        adapter: a name or an adapter; by default (``auto``) the one that declares the model's type, or else one that is
-            derived and verified.
-        batch_size: calibration windows that go through the model at once.
-        statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
-        sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
-        recovery_text: tokens [windows, tokens] for a compensator that trains; one window in ten is held out, to
-            validate on.
+        adapter: an adapter, a name, or a mapping of a name and options; by default (``auto``) the one that declares the
+            model's type, or else one that is derived and verified.
+        options: everything else.
 
     Returns:
         The plan that was carried out.
@@ -83,31 +101,28 @@ def prune_(
         FlapkitError: whatever keeps the model from being pruned; it is then as it was.
     """
     registry = Registry.load()
-    method = Method(
-        _component(registry, "metric", metric),
-        _component(registry, "searcher", searcher),
-        tuple(_component(registry, "compensator", each) for each in _several(compensator)),
-    )
+    method = _method(registry, metric, searcher, compensator)
+    recovery_text = options.recovery_text
     recovery = recovery_of(method.compensators)
     if (recovery is None) != (recovery_text is None):
         raise RecipeError(
             "recovery_text goes with a compensator that trains, such as `lora`, and none of them does"
             if recovery is None
-            else "a compensator trains: give prune_ tokens [windows, tokens] as recovery_text"
+            else "a compensator trains: give prune_ PruneOptions(recovery_text=...), tokens [windows, tokens]"
         )
     name = str(model.config.name_or_path or type(model).__name__)
     check_unquantised(name, model.config)
     check_weights(name, model.named_parameters())
     found = registry.resolve(adapter, model.config)
     places = found.sites(model.config)
-    budget = Budget.over(places, ratio, of, model.num_parameters(), multiple_of)
+    budget = Budget.over(places, ratio, of, model.num_parameters(), options.multiple_of)
     was_training = model.training
     model.eval()
     try:
         found.confirm(model, places)
-        text = CalibrationText(calibration, batch_size)
-        executor = WholeExecutor(model, places, text, memory=statistics_memory)
-        plan = run_pruning_(executor, method, budget, sequential=sequential).plan
+        text = CalibrationText(calibration, options.batch_size)
+        executor = WholeExecutor(model, places, text, memory=options.statistics_memory)
+        plan = run_pruning_(executor, method, budget, sequential=options.sequential).plan
         if recovery is not None and recovery_text is not None:
             _recover_(model, places, recovery, recovery_text)
     finally:
@@ -122,12 +137,19 @@ def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery,
     nn.Module.to(model, device)
 
 
-def _component(registry: Registry, kind: str, component: Any) -> Any:
-    return registry.create(kind, component) if isinstance(component, str) else component
-
-
-def _several(compensator: str | Compensator | Sequence[str | Compensator]) -> Sequence[str | Compensator]:
-    return [compensator] if isinstance(compensator, (str, Compensator)) else compensator
+def _method(
+    registry: Registry,
+    metric: ImportanceMetric | Choice,
+    searcher: StructureSearcher | Choice,
+    compensator: Compensator | Choice | Sequence[Compensator | Choice],
+) -> Method:
+    """Build the components that prune."""
+    compensators = [compensator] if isinstance(compensator, (str, Mapping, Compensator)) else compensator
+    return Method(
+        registry.build(METRIC, metric),
+        registry.build(SEARCHER, searcher),
+        tuple(registry.build(COMPENSATOR, chosen) for chosen in compensators),
+    )
 
 
 class FlapPruning(PruneBeforeTraining):
@@ -139,10 +161,12 @@ class FlapPruning(PruneBeforeTraining):
     Args:
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.
         ratio: fraction to remove.
-        metric: a name, or a component.
-        searcher: a name, or a component.
-        compensator: a name, or a component; or several.
+        metric: as ``prune_`` takes it, like all that follow.
+        searcher: chooses the units that go.
+        compensator: repairs what is left; or several.
         of: what the ratio counts.
+        adapter: describes the model.
+        options: everything else.
 
     Attributes:
         plan: the plan that was carried out, once it was.
@@ -152,10 +176,12 @@ class FlapPruning(PruneBeforeTraining):
         self,
         calibration: Tensor | Dataset[Any],
         ratio: float,
-        metric: str | ImportanceMetric = "wifv",
-        searcher: str | StructureSearcher = "al_am",
-        compensator: str | Compensator | Sequence[str | Compensator] = "bias",
+        metric: ImportanceMetric | Choice = "wifv",
+        searcher: StructureSearcher | Choice = "al_am",
+        compensator: Compensator | Choice | Sequence[Compensator | Choice] = "bias",
         of: BudgetBase = "blocks",
+        adapter: ArchitectureAdapter | Choice | None = None,
+        options: PruneOptions = DEFAULTS,
     ) -> None:
         self._calibration = calibration
         self._options: dict[str, Any] = {
@@ -164,6 +190,8 @@ class FlapPruning(PruneBeforeTraining):
             "searcher": searcher,
             "compensator": compensator,
             "of": of,
+            "adapter": adapter,
+            "options": options,
         }
 
     def prune(self, model: PreTrainedModel) -> PruningPlan:

@@ -12,13 +12,15 @@ def flapkit_metrics():
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import pluggy
 
-from flapkit.checkpoint.exporter import Exporter
-from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.model.declaration import Family
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher
+if TYPE_CHECKING:
+    from flapkit.checkpoint.exporter import Exporter
+    from flapkit.model.adapter import ArchitectureAdapter
+    from flapkit.model.declaration import Family
+    from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher
 
 hookspec = pluggy.HookspecMarker("flapkit")
 hookimpl = pluggy.HookimplMarker("flapkit")

@@ -10,10 +10,11 @@ import importlib.util
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import pluggy
 import pydantic
@@ -31,6 +32,48 @@ from flapkit.system.errors import PluginError, did_you_mean
 
 ENTRY_POINT_GROUP = "flapkit"
 
+C_co = TypeVar("C_co", bound=Component, covariant=True)
+C = TypeVar("C", bound=Component)
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentKind(Generic[C_co]):
+    """A kind of component.
+
+    Args:
+        name: what recipes and messages call it.
+        interface: what its components inherit.
+    """
+
+    name: str
+    interface: type[C_co]
+
+    @property
+    def hook(self) -> str:
+        """Name of the hook that offers such components."""
+        return f"flapkit_{self.name}s"
+
+
+METRIC = ComponentKind("metric", ImportanceMetric)  # type: ignore[type-abstract]
+SEARCHER = ComponentKind("searcher", StructureSearcher)  # type: ignore[type-abstract]
+COMPENSATOR = ComponentKind("compensator", Compensator)
+ADAPTER = ComponentKind("adapter", ArchitectureAdapter)  # type: ignore[type-abstract]
+EXPORTER = ComponentKind("exporter", Exporter)  # type: ignore[type-abstract]
+
+KINDS: tuple[ComponentKind[Component], ...] = (METRIC, SEARCHER, COMPENSATOR, ADAPTER, EXPORTER)
+
+
+Choice: TypeAlias = str | Mapping[str, Any]
+"""A component by its name, or as a mapping of ``name`` and options."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A component that a plugin offers, and where it comes from: a distribution and its version, or a file."""
+
+    component: type[Component]
+    origin: str
+
 
 class Registry:
     """The components that the installed plugins, and a recipe's local files, offer.
@@ -46,55 +89,56 @@ class Registry:
     def __init__(self, plugins: Iterable[tuple[ModuleType, str]]) -> None:
         self._manager = pluggy.PluginManager("flapkit")
         self._manager.add_hookspecs(hookspecs)
-        self._found: dict[str, dict[str, tuple[type[Any], str]]] = {kind: {} for kind in COMPONENT_KINDS}
+        self._offers: dict[str, dict[str, _Offer]] = {kind.name: {} for kind in KINDS}
         for module, origin in plugins:
             self._register(module, origin)
 
     @classmethod
-    def load(cls, files: Sequence[Path] = ()) -> Registry:
-        """Load every installed plugin, then a recipe's local files.
+    def load(cls) -> Registry:
+        """Load every installed plugin."""
+        return cls(_installed_plugins())
 
-        Args:
-            files: Python files, each loaded as a plugin, and YAML files, each an architecture's declaration.
-        """
-        registry = cls(_installed_plugins())
-        for path in files:
-            registry.add_file(path)
-        return registry
-
-    def add_file(self, path: Path) -> None:
-        """Load a local file as one more plugin: Python, or an architecture's declaration as YAML.
+    def add_module(self, path: Path) -> None:
+        """Load a local Python file as one more plugin.
 
         Raises:
             PluginError: the file is missing, fails to import, or is no plugin.
         """
-        if path.suffix in (".yaml", ".yml"):
-            # flapkit.recipe imports this module.
-            from flapkit.recipe.declaration import load_family
+        self._register(_import_file(path), str(path))
 
-            self._add("adapter", ArchitectureAdapter, load_family(path), str(path))
-        else:
-            self._register(_import_file(path), str(path))
+    def add_family(self, family: Family, origin: str) -> None:
+        """Add the adapter of an architecture's declaration.
 
-    def names(self, kind: str) -> dict[str, type[Any]]:
+        Args:
+            family: the declaration.
+            origin: where it comes from.
+
+        Raises:
+            PluginError: another adapter has its name.
+        """
+        self._add(ADAPTER, family, origin)
+
+    def names(self, kind: ComponentKind[C]) -> dict[str, type[C]]:
         """Map the names of a kind of component to their classes, sorted by name."""
-        return {name: component for name, (component, _) in sorted(self._found[kind].items())}
+        return {name: self.get(kind, name) for name in sorted(self._offers[kind.name])}
 
-    def origin(self, kind: str, name: str) -> str:
+    def origin(self, kind: ComponentKind[Component], name: str) -> str:
         """Say where a component comes from: a distribution and its version, or a file."""
-        return self._found[kind][name][1]
+        return self._offers[kind.name][name].origin
 
-    def get(self, kind: str, name: str) -> type[Any]:
+    def get(self, kind: ComponentKind[C], name: str) -> type[C]:
         """Return a component's class.
 
         Raises:
             PluginError: no plugin offers the name.
         """
-        if name not in self._found[kind]:
-            raise PluginError(f"unknown {kind} {name!r}{did_you_mean(name, self._found[kind])}")
-        return self._found[kind][name][0]
+        offers = self._offers[kind.name]
+        if name not in offers:
+            raise PluginError(f"unknown {kind.name} {name!r}{did_you_mean(name, offers)}")
+        # `_add` has checked that the class inherits the kind's interface.
+        return cast("type[C]", offers[name].component)
 
-    def create(self, kind: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    def create(self, kind: ComponentKind[C], name: str, options: Mapping[str, Any] | None = None) -> C:
         """Build a component with options from a recipe, which are checked and converted as its fields say.
 
         Raises:
@@ -104,9 +148,33 @@ class Registry:
         try:
             return pydantic.TypeAdapter(component).validate_python(dict(options or {}))
         except pydantic.ValidationError as error:
-            known = [field.name for field in dataclasses.fields(component)]
+            known = [field.name for field in dataclasses.fields(cast("Any", component))]
             problems = "; ".join(_describe(problem, known) for problem in error.errors())
-            raise PluginError(f"{kind} {name!r}: {problems}") from error
+            raise PluginError(f"{kind.name} {name!r}: {problems}") from error
+
+    def build(self, kind: ComponentKind[C], chosen: C | Choice) -> C:
+        """Return a component that somebody chose.
+
+        Args:
+            kind: what it has to be.
+            chosen: a component, a name, or a mapping of ``name`` and options.
+
+        Raises:
+            PluginError: it is none of these, no plugin offers the name, or an option is wrong.
+        """
+        if isinstance(chosen, kind.interface):
+            return chosen
+        if isinstance(chosen, str):
+            return self.create(kind, chosen)
+        options = dict(chosen) if isinstance(chosen, Mapping) else {}
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            known = ", ".join(self._offers[kind.name])
+            raise PluginError(
+                f"{kind.name} {chosen!r}: expected a name, a mapping with `name` and options, or a "
+                f"{kind.interface.__name__} (known: {known})"
+            )
+        return self.create(kind, name, options)
 
     def adapter_for(self, config: PreTrainedConfig) -> ArchitectureAdapter:
         """Find the adapter of a model: the one that declares it, or ``auto``.
@@ -117,19 +185,19 @@ class Registry:
         """
         return self.resolve(None, config)
 
-    def resolve(self, adapter: ArchitectureAdapter | str | None, config: PreTrainedConfig) -> ArchitectureAdapter:
+    def resolve(self, adapter: ArchitectureAdapter | Choice | None, config: PreTrainedConfig) -> ArchitectureAdapter:
         """Find the adapter that is meant.
 
         Args:
-            adapter: an adapter or its name; None or ``auto`` stands for the one that declares the model's type, and
-                where none does for a declaration that is derived and verified.
+            adapter: an adapter, its name, or a mapping of ``name`` and options. None or ``auto`` stands for the one
+                that declares the model's type, and where none does for a declaration that is derived and verified.
             config: the model's configuration.
 
         Raises:
             ModelError: the model is no decoder-only language model.
             PluginError: no such adapter, or several declare the model, and none specialises the others.
         """
-        found: ArchitectureAdapter = self.create("adapter", adapter) if isinstance(adapter, str) else adapter or Auto()
+        found = Auto() if adapter is None else self.build(ADAPTER, adapter)
         if not isinstance(found, Auto):
             return found
         check_causal(config)
@@ -137,20 +205,18 @@ class Registry:
         if declared is None:
             return found
         options = {} if found == Auto() else {"unit": found.unit}
-        chosen: ArchitectureAdapter = self.create("adapter", declared, options)
-        return chosen
+        return self.create(ADAPTER, declared, options)
 
     def _declared(self, config: PreTrainedConfig) -> str | None:
         """Name the adapter that declares a model; of several, the one that specialises all others, as Vicuna LLaMA."""
-        found = [adapter for adapter in self.names("adapter").values() if adapter.supports(config)]
+        found = [adapter for adapter in self.names(ADAPTER).values() if adapter.supports(config)]
         if not found:
             return None
         special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]
         if not special:
             names = ", ".join(adapter.name for adapter in found)
             raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; name one")
-        name: str = special[0].name
-        return name
+        return special[0].name
 
     def _register(self, module: ModuleType, origin: str) -> None:
         if self._manager.has_plugin(module.__name__):
@@ -161,48 +227,51 @@ class Registry:
         except PluginError:
             self._manager.unregister(module)
             raise
-        for kind, interface in COMPONENT_KINDS.items():
-            hook = getattr(module, f"flapkit_{kind}s", None)
+        for kind in KINDS:
+            hook = getattr(module, kind.hook, None)
             if hook is not None:
                 for component in _call(hook, origin):
-                    self._add(kind, interface, component, origin)
+                    self._add(kind, component, origin)
 
     def _check_hooks(self, module: ModuleType, origin: str) -> None:
         hooks = self._manager.get_hookcallers(module)
         if not hooks:
-            known = [name for name in vars(hookspecs) if name.startswith("flapkit_")]
-            raise PluginError(f"plugin {origin} has no hook; decorate one with @flapkit.hookimpl: {', '.join(known)}")
+            known = ", ".join(kind.hook for kind in KINDS)
+            raise PluginError(f"plugin {origin} has no hook; decorate one with @flapkit.hookimpl: {known}")
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            known = [name for name in vars(hookspecs) if name.startswith("flapkit_")]
-            misspelt = [hook.name for hook in hooks if hook.name not in known]
+            hook_names = [kind.hook for kind in KINDS]
+            misspelt = [hook.name for hook in hooks if hook.name not in hook_names]
             raise PluginError(
-                f"plugin {origin} has an unknown hook {misspelt[0]!r}{did_you_mean(misspelt[0], known)}"
+                f"plugin {origin} has an unknown hook {misspelt[0]!r}{did_you_mean(misspelt[0], hook_names)}"
             ) from error
 
-    def _add(self, kind: str, interface: type[Any], component: Any, origin: str) -> None:
-        if kind == "adapter" and isinstance(component, Family):
+    def _add(self, kind: ComponentKind[Component], component: Any, origin: str) -> None:
+        if kind == ADAPTER and isinstance(component, Family):
             component = adapter_class(component)
         label = getattr(component, "__qualname__", repr(component))
-        if not (isinstance(component, type) and issubclass(component, interface)):
-            raise PluginError(f"plugin {origin}: {label} is not a subclass of {interface.__name__}")
+        if not (isinstance(component, type) and issubclass(component, kind.interface)):
+            raise PluginError(f"plugin {origin}: {label} is not a subclass of {kind.interface.__name__}")
         name = getattr(component, "name", None)
         if not isinstance(name, str) or not name:
             raise PluginError(f'plugin {origin}: {label} has no name; add the class attribute `name = "..."`')
         if missing := sorted(getattr(component, "__abstractmethods__", ())):
-            raise PluginError(f"plugin {origin}: {kind} {name!r} does not define {', '.join(missing)}")
-        if kind == "compensator" and repairs_nothing(component):
+            raise PluginError(f"plugin {origin}: {kind.name} {name!r} does not define {', '.join(missing)}")
+        if issubclass(component, Compensator) and repairs_nothing(component):
             raise PluginError(f"plugin {origin}: compensator {name!r} defines neither correct nor recovery")
         if "__dataclass_params__" not in vars(component) or not vars(component)["__dataclass_params__"].frozen:
-            raise PluginError(f"plugin {origin}: {kind} {name!r} must be a frozen dataclass: @dataclass(frozen=True)")
-        if name in self._found[kind]:
-            other, other_origin = self._found[kind][name]
             raise PluginError(
-                f"two plugins offer a {kind} named {name!r}: {other.__module__}.{other.__qualname__} of {other_origin}"
-                f" and {component.__module__}.{label} of {origin}; rename or uninstall one"
+                f"plugin {origin}: {kind.name} {name!r} must be a frozen dataclass: @dataclass(frozen=True)"
             )
-        self._found[kind][name] = (component, origin)
+        offers = self._offers[kind.name]
+        if name in offers:
+            other = offers[name].component
+            raise PluginError(
+                f"two plugins offer a {kind.name} named {name!r}: {other.__module__}.{other.__qualname__} of "
+                f"{offers[name].origin} and {component.__module__}.{label} of {origin}; rename or uninstall one"
+            )
+        offers[name] = _Offer(component, origin)
 
 
 def _installed_plugins() -> list[tuple[ModuleType, str]]:
@@ -254,18 +323,3 @@ def _describe(problem: Any, known: Sequence[str]) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown option {where!r}{did_you_mean(where, known)}"
     return f"option {where!r}: {problem['msg']}"
-
-
-def options_schema(component: type[Component]) -> dict[str, Any]:
-    """Return the JSON schema of a component's options."""
-    return pydantic.TypeAdapter(component).json_schema()
-
-
-COMPONENT_KINDS: Mapping[str, type[Any]] = {
-    "metric": ImportanceMetric,
-    "searcher": StructureSearcher,
-    "compensator": Compensator,
-    "adapter": ArchitectureAdapter,
-    "exporter": Exporter,
-}
-"""The kind of a component, as messages call it -> its interface."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedConfig
 
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.load import load_config
-from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.classes import dense_config
+from flapkit.model.declaration import Unit, declaration_of
 from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.registry import Registry
 from flapkit.system.errors import ModelError
 
 LORA = {"lora_A": 1, "lora_B": 0}
@@ -33,9 +33,7 @@ class _Dense:
     plan: PruningPlan
 
 
-def expand_lora(
-    lora: Mapping[str, Tensor], checkpoint: Path | str, adapter: ArchitectureAdapter | None = None
-) -> dict[str, Tensor]:
+def expand_lora(lora: Mapping[str, Tensor], checkpoint: Path | str) -> dict[str, Tensor]:
     """Map a LoRA trained on a pruned model to the dense model.
 
     The kept channels get the same update as in the pruned model, the removed channels none.
@@ -50,7 +48,6 @@ def expand_lora(
     Args:
         lora: the PEFT adapter's tensors by name: ``base_model.model.….lora_A.weight`` [r, in] and ``lora_B`` [out, r].
         checkpoint: the pruned checkpoint, with its plan.
-        adapter: the architecture adapter; by default that of the model type.
 
     Returns:
         The tensors in the dense model's shapes, by the same names.
@@ -58,7 +55,7 @@ def expand_lora(
     Raises:
         ModelError: the checkpoint has no plan, or a tensor's shape is not the pruned model's.
     """
-    dense = _dense_of(Path(checkpoint), adapter)
+    dense = _dense_of(Path(checkpoint))
     expanded = {}
     for name, tensor in lora.items():
         module, factor = _split(name)
@@ -68,32 +65,44 @@ def expand_lora(
     return expanded
 
 
-def expand_tensor(
-    tensor: Tensor, name: str, checkpoint: Path | str, adapter: ArchitectureAdapter | None = None
-) -> Tensor:
+def expand_tensor(tensor: Tensor, name: str, checkpoint: Path | str) -> Tensor:
     """Map a parameter of a pruned model to the dense model's shape, with zeros for the removed units.
 
     Args:
         tensor: the parameter.
         name: its full name, for example ``model.layers.0.mlp.up_proj.weight``.
         checkpoint: the pruned checkpoint, with its plan.
-        adapter: the architecture adapter; by default that of the model type.
     """
-    dense = _dense_of(Path(checkpoint), adapter)
+    dense = _dense_of(Path(checkpoint))
     for dim in range(tensor.dim()):
         tensor = _expand(tensor, name, dim, dense)
     return tensor
 
 
-def _dense_of(checkpoint: Path, adapter: ArchitectureAdapter | None) -> _Dense:
+def _dense_of(checkpoint: Path) -> _Dense:
     config = load_config(checkpoint)
     if not (checkpoint / PLAN).is_file():
         raise ModelError(f"{checkpoint}: {PLAN} is missing, which lists the kept units of the dense model")
     plan = PruningPlan.read(checkpoint / PLAN)
-    dense = dense_config(config)
-    sites = (adapter or Registry.load().adapter_for(dense)).sites(dense)
+    dense, family = dense_config(config), declaration_of(config)
+    sites = sites_of(skeleton(dense), family)
+    sites = sites_of(skeleton(dense), family, _unit_of(plan, sites))
     plan.check(sites)
     return _Dense(dense, sites, plan)
+
+
+def _unit_of(plan: PruningPlan, groups: Sequence[Site]) -> Unit:
+    """Tell the attention unit of a plan: query heads have higher indices than the KV groups that they are in.
+
+    Args:
+        plan: the plan.
+        groups: the sites with KV groups as units.
+    """
+    for site in groups:
+        beyond = max(plan.keep.get(site.name, ()), default=0) >= site.units
+        if beyond and site.kind == "attention" and site.block is not None and site.block.takes_query_heads:
+            return "query_head"
+    return "kv_group"
 
 
 def _split(name: str) -> tuple[str, str]:

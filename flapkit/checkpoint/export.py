@@ -15,11 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from flapkit.checkpoint.exporter import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.folder import check_output, check_output_file, new_file, new_folder
 from flapkit.checkpoint.load import load, load_config, load_tokenizer
-from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.model.classes import PREFIX
+from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
+from flapkit.model.registration import PREFIX
 from flapkit.model.site import Kind, Site
-from flapkit.registry import Registry
 from flapkit.system.errors import FlapkitError, InputError, RunError
 from flapkit.system.progress import Stage
 
@@ -58,9 +58,7 @@ class Agreement:
         )
 
 
-def export(
-    checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: bool = False, registry: Registry | None = None
-) -> Agreement | None:
+def export(checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: bool = False) -> Agreement | None:
     """Write a pruned checkpoint in another format, run the result, and compare it; the output appears when all is done.
 
     Args:
@@ -68,7 +66,6 @@ def export(
         exporter: the format.
         output: the file or folder to write.
         overwrite: replace an existing output.
-        registry: the known adapters; by default the installed ones.
 
     Returns:
         How well the results agree, or None if the exporter does not verify.
@@ -80,8 +77,8 @@ def export(
     check_packages(exporter)
     (check_output_file if exporter.suffix else check_output)(output, overwrite=overwrite)
     config = load_config(checkpoint)
-    adapter = (registry or Registry.load()).adapter_for(config)
-    pruned = Checkpoint(checkpoint, prospect_of(config, adapter), _tokenizer(checkpoint))
+    sites = sites_of(skeleton(config), declaration_of(config))
+    pruned = Checkpoint(checkpoint, prospect_of(config, sites), _tokenizer(checkpoint))
     exporter.check(pruned.prospect)
     new = new_file if exporter.suffix else new_folder
     with new(output, overwrite=overwrite) as path:
@@ -90,13 +87,12 @@ def export(
     return agreed
 
 
-def export_all(checkpoint: Path, exporters: Sequence[Exporter], registry: Registry, stage: Stage) -> dict[str, str]:
+def export_all(checkpoint: Path, exporters: Sequence[Exporter], stage: Stage) -> dict[str, str]:
     """Write a recipe's exports into a checkpoint's folder ``exports``.
 
     Args:
         checkpoint: a folder that ``flapkit.save`` wrote.
         exporters: the formats.
-        registry: the known adapters.
         stage: advances with every finished export.
 
     Returns:
@@ -109,7 +105,7 @@ def export_all(checkpoint: Path, exporters: Sequence[Exporter], registry: Regist
     for exporter in exporters:
         name = exporter.label + exporter.suffix
         try:
-            agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name, registry=registry)
+            agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name)
         except FlapkitError as error:
             raise type(error)(
                 f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
@@ -145,9 +141,8 @@ def check_packages(exporter: Exporter) -> None:
         )
 
 
-def prospect_of(config: PreTrainedConfig, adapter: ArchitectureAdapter) -> Prospect:
-    """Describe a model from its configuration, without reading weights."""
-    sites = adapter.sites(config)
+def prospect_of(config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
+    """Describe a model from its configuration and its sites, without reading weights."""
     return Prospect(dense_type(config), config, sites, is_uniform(sites), biased_kinds(config, sites))
 
 

@@ -24,9 +24,8 @@ from flapkit.checkpoint.consistency import check_plan, check_settings, check_sha
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.ties import untie_
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.model.classes import PREFIX as PRUNED
-from flapkit.model.classes import register
 from flapkit.model.empty import check_depth
+from flapkit.model.registration import PREFIX as PRUNED
 from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.system.json_files import parse_json
@@ -117,7 +116,6 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     Raises:
         ModelError: the model does not exist, or its configuration cannot be read.
     """
-    register()
     source = _source(path)
     plain, read = PreTrainedConfig.get_config_dict, AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])

@@ -26,14 +26,15 @@ def check_adapter(
     ] = None,
 ) -> None:
     """Check on tiny random models that an adapter keeps every law: no weights are read."""
-    from flapkit.registry import Registry
+    from flapkit.recipe.declaration import load_registry
+    from flapkit.registry import ADAPTER
     from flapkit.testing import conformance
 
     set_logging(quiet=True, verbose=False)
     warnings.filterwarnings("ignore", module="transformers|peft|torch")
-    registry = Registry.load(plugins or [])
+    registry = load_registry(plugins or [])
     config = _config(model)
-    chosen = registry.create("adapter", adapter) if adapter else registry.adapter_for(config)
+    chosen = registry.create(ADAPTER, adapter) if adapter else registry.adapter_for(config)
     table = Table("form", "law", "", title=f"{config.model_type}: adapter {chosen.name}")
     broken = 0
     for outcome in conformance(chosen, config):

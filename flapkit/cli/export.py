@@ -25,13 +25,13 @@ def export(
 ) -> None:
     """Write a pruned checkpoint in another form, run that, and compare its logits with the pruned model's."""
     from flapkit.checkpoint.export import export as export_checkpoint
-    from flapkit.registry import Registry
+    from flapkit.registry import EXPORTER, Registry
 
     set_logging(quiet=False, verbose=False)
     registry = Registry.load()
     chosen = dict(_option(text) for text in options or [])
-    exporter = registry.create("exporter", to, {**chosen, **({"verify": False} if no_verify else {})})
-    found = export_checkpoint(checkpoint, exporter, output, overwrite=overwrite, registry=registry)
+    exporter = registry.create(EXPORTER, to, {**chosen, **({"verify": False} if no_verify else {})})
+    found = export_checkpoint(checkpoint, exporter, output, overwrite=overwrite)
     print_(f"{output}: {exporter.name} of {checkpoint}")
     print_(str(found) if found else "not verified")
 

@@ -49,10 +49,11 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
             (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "), "flapkit")
             for name, path in (shipped_recipes() if kind is Kind.RECIPES else shipped_sweeps()).items()
         ]
-    from flapkit.registry import Registry
+    from flapkit.registry import KINDS, Registry
 
-    registry, singular = Registry.load(), kind.value.removesuffix("s")
+    registry = Registry.load()
+    chosen = next(each for each in KINDS if each.hook == f"flapkit_{kind.value}")
     return [
-        (name, (component.__doc__ or "").split("\n")[0], registry.origin(singular, name))
-        for name, component in registry.names(singular).items()
+        (name, (component.__doc__ or "").split("\n")[0], registry.origin(chosen, name))
+        for name, component in registry.names(chosen).items()
     ]

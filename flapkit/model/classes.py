@@ -1,8 +1,8 @@
 """The transformers classes that load pruned models, derived from the stock classes of each model type.
 
 transformers' own classes cannot be built from a configuration with layers of different sizes. A derived class builds
-the stock model and resizes its layers. The classes of a model type are made on first use; ``register`` announces them
-to the Auto classes.
+the stock model and resizes its layers. The classes of a model type are made on first use;
+``flapkit.model.registration`` announces them to the Auto classes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flapkit.model import resize
 from flapkit.model.empty import config_of
+from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site
-
-PREFIX = "flapkit_"
 
 PRUNED_KEYS = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
@@ -130,28 +129,6 @@ def _make_classes(dense: str) -> PrunedClasses:
 def _derive(mixin: type, stock: Any, **attributes: Any) -> Any:
     attributes |= {"__module__": resize.__name__, "__doc__": f"{stock.__name__} of a pruned model."}
     return type(f"Flapkit{stock.__name__}", (mixin, stock), attributes)
-
-
-class _LazyConfig:
-    """Placeholder for a configuration class, which is made when the first checkpoint of its type is loaded."""
-
-    def __init__(self, model_type: str) -> None:
-        self.model_type = model_type
-        self.__name__ = model_type
-
-    def from_dict(self, config: dict[str, Any], **options: Any) -> Any:
-        """Make the class, and read the configuration with it."""
-        classes = pruned_classes(self.model_type)
-        assert classes is not None
-        return classes.config.from_dict(config, **options)
-
-
-def register() -> None:
-    """Make transformers' Auto classes load pruned checkpoints; idempotent."""
-    for dense in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if f"{PREFIX}{dense}" not in CONFIG_MAPPING:
-            config: Any = _LazyConfig(f"{PREFIX}{dense}")
-            CONFIG_MAPPING.register(f"{PREFIX}{dense}", config)
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:

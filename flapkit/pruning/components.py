@@ -40,8 +40,8 @@ class ImportanceMetric(CalibratedComponent):
 
     ```python
     @dataclass(frozen=True)
-    class PeakToPeak(ImportanceMetric):
-        name = "mean_abs"
+    class MeanMagnitude(ImportanceMetric):
+        name = "mean_magnitude"
         statistics = (Moments,)
 
         def score(self, site, stats, weight):

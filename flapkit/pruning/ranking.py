@@ -131,7 +131,7 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
     Raises:
         BudgetError: the floors do not allow so many.
     """
-    queues = [_Queue.of(together, ranking, min_units, 1) for together in groups(sites)]
+    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
     possible = sum(sum(queue.sizes) * len(queue.lots) for queue in queues)
     if count > possible:
         raise BudgetError(f"{count} units are to go from {_named(sites)}, but {_FLOOR} {possible} can")
@@ -139,11 +139,7 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
 
 
 def remove_lowest(
-    sites: Sequence[Site],
-    ranking: Mapping[str, Tensor],
-    budget: Budget | int,
-    min_units: int = 1,
-    multiple_of: int = 1,
+    sites: Sequence[Site], ranking: Mapping[str, Tensor], budget: Budget | int, min_units: int = 1
 ) -> PruningPlan:
     """Remove the lowest units of all sites together until the budget is met.
 
@@ -156,7 +152,6 @@ def remove_lowest(
         ranking: site name -> one value per unit [units]; low goes first.
         budget: how much to remove; or a number of parameters.
         min_units: units that every site keeps.
-        multiple_of: an MLP's kept width is a multiple of this.
 
     Returns:
         The units to keep at each site.
@@ -164,7 +159,7 @@ def remove_lowest(
     Raises:
         BudgetError: the floors do not allow the budget.
     """
-    queues = [_Queue.of(together, ranking, min_units, multiple_of) for together in groups(sites)]
+    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
     _check_possible(queues, budget)
     params = budget if isinstance(budget, int) else budget.params
     return _take(sites, queues, params, [queue.params_per_step for queue in queues])
@@ -200,9 +195,9 @@ class _Queue:
     values: Tensor
 
     @classmethod
-    def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int, multiple_of: int) -> _Queue:
+    def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> _Queue:
         site = together[0]
-        multiple = math.lcm(multiple_of, site.multiple) if site.kind == "mlp" else 1
+        multiple = site.multiple if site.kind == "mlp" else 1
         length = site.units // site.runs
         lots, columns = [], []
         for each in together:

@@ -1,14 +1,44 @@
-"""Read an architecture's declaration from a YAML file that a recipe's ``plugins`` names."""
+"""Load plugin files: Python, and architectures declared in YAML."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from flapkit.model.declaration import Family
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Position, parse
 from flapkit.recipe.validation import check
+from flapkit.registry import Registry
 from flapkit.system.errors import PluginError, RecipeError
+
+
+def load_registry(files: Iterable[Path] = ()) -> Registry:
+    """Load every installed plugin, then local files.
+
+    Raises:
+        PluginError: a plugin or a file cannot be loaded.
+    """
+    registry = Registry.load()
+    for path in files:
+        add_file(registry, path)
+    return registry
+
+
+def add_file(registry: Registry, path: Path) -> None:
+    """Add a local file's components to a registry, in place.
+
+    Args:
+        registry: takes them in.
+        path: a Python file, loaded as a plugin, or a YAML file, an architecture's declaration.
+
+    Raises:
+        PluginError: the file is missing, or is neither.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        registry.add_family(load_family(path), str(path))
+    else:
+        registry.add_module(path)
 
 
 def load_family(path: Path) -> Family:

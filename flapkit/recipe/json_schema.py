@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pydantic
 
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
-from flapkit.registry import COMPONENT_KINDS, Registry
+from flapkit.registry import KINDS, Registry
 from flapkit.system.errors import PluginError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -22,9 +22,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     Raises:
         PluginError: a component has an option that JSON cannot express.
     """
-    components = {
-        (kind, name): component for kind in COMPONENT_KINDS for name, component in registry.names(kind).items()
-    }
+    components = {(kind.name, name): found for kind in KINDS for name, found in registry.names(kind).items()}
     types: dict[Any, type[Any]] = {"recipe": Recipe, **components}
     inputs: list[tuple[Any, Any, pydantic.TypeAdapter[Any]]] = [
         (key, "validation", pydantic.TypeAdapter(of)) for key, of in types.items()
@@ -40,9 +38,10 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             _add_name(parts[reference], key[1])
     del parts["ComponentSpec"]
     recipe = parts.pop(references["recipe"])
-    for kind, key in KEYS.items():
-        known = {name: references[kind, name] for name in registry.names(kind)}
-        recipe["properties"][key] = _component(recipe["properties"][key], kind, known)
+    for kind in KINDS:
+        key = KEYS[kind.name]
+        known = {name: references[kind.name, name] for name in registry.names(kind)}
+        recipe["properties"][key] = _component(recipe["properties"][key], kind.name, known)
     return {"$schema": DRAFT, **recipe, "$defs": parts}
 
 

@@ -12,12 +12,13 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.component import Component
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, corrector_of, recovery_of
 from flapkit.pruning.method import Method
+from flapkit.recipe.declaration import add_file
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
 from flapkit.recipe.validation import adapter_of, check
-from flapkit.registry import COMPONENT_KINDS, Registry
+from flapkit.registry import KINDS, ComponentKind, Registry
 from flapkit.system.errors import InputError, PluginError, RecipeError, closest
 from flapkit.system.paths import to_path
 
@@ -159,7 +160,7 @@ def load_plugins(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
     for index, entry in enumerate(entries):
         if isinstance(entry.value, str):
             try:
-                registry.add_file(_plugin_path(entry.value, path))
+                add_file(registry, _plugin_path(entry.value, path))
             except InputError as error:
                 problems.append(Problem(entry.position, f"plugins.{index}", str(error)))
     return registry, problems
@@ -181,17 +182,17 @@ def _components(
         complete: false if a plugin file failed to load: an unknown name may belong to that plugin.
 
     Returns:
-        Kind -> its valid components; and the problems of the others.
+        Name of a kind -> its valid components; and the problems of the others.
     """
-    components: dict[str, list[Any]] = {kind: [] for kind in COMPONENT_KINDS}
+    components: dict[str, list[Any]] = {kind.name: [] for kind in KINDS}
     problems: list[Problem] = []
-    for kind in COMPONENT_KINDS:
-        for key, node in _named(root, kind):
+    for kind in KINDS:
+        for key, node in _named(root, kind.name):
             built = _component(kind, key, node, registry, folder, complete=complete)
             if isinstance(built, list):
                 problems += built
             else:
-                components[kind].append(built)
+                components[kind.name].append(built)
     return components, problems
 
 
@@ -206,7 +207,9 @@ def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
     return [(key, node)]
 
 
-def _component(kind: str, key: str, node: Node, registry: Registry, folder: Path, *, complete: bool) -> Any:
+def _component(
+    kind: ComponentKind[Component], key: str, node: Node, registry: Registry, folder: Path, *, complete: bool
+) -> Component | list[Problem]:
     """Build one component, or list its problems; the list is empty where the schema reports them."""
     name = node.child("name") if isinstance(node.value, dict) else node
     if name is None or not isinstance(name.value, str):

@@ -318,4 +318,4 @@ def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwr
     if not recipe.exporters or not is_rank_zero():
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:
-        return replace(record, exports=export_all(record.output, recipe.exporters, recipe.registry, stage))
+        return replace(record, exports=export_all(record.output, recipe.exporters, stage))

@@ -244,7 +244,7 @@ def recover_checkpoint(
     if not recipe.exporters or not is_rank_zero():
         return record
     with progress.stage("export", len(recipe.exporters), "exports") as stage:
-        exports = export_all(record.output, recipe.exporters, recipe.registry, stage)
+        exports = export_all(record.output, recipe.exporters, stage)
     return dataclasses.replace(record, exports=exports)
 
 

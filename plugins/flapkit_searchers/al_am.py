@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flapkit.interfaces import Budget, PruningPlan, Site, StructureSearcher, raise_attention, remove_lowest, standardise
-from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+from flapkit_searchers.options import AttentionPower, MinUnits
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class ALAM(StructureSearcher):
 
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
-    multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove the units with the lowest standardised scores until the budget is met."""
         raised = raise_attention(sites, scores, self.attention_power)
         ranking = {name: standardise(values).mean(dim=1) for name, values in raised.items()}
-        return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)
+        return remove_lowest(sites, ranking, budget, self.min_units)

@@ -22,7 +22,7 @@ from flapkit.interfaces import (
     standardise,
     whole_units,
 )
-from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+from flapkit_searchers.options import AttentionPower, MinUnits
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class ALMM(StructureSearcher):
     ] = None
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
-    multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove the lowest heads, then the lowest neurons until the budget is met."""
@@ -59,6 +58,6 @@ class ALMM(StructureSearcher):
         left = budget.params - keep.removed_params(attention)
         if left < 0:
             raise BudgetError(f"al_mm: {heads} heads exceed the budget of {budget.params:,} parameters; set fewer")
-        neurons = remove_lowest(mlp, ranking, left, self.min_units, self.multiple_of)
+        neurons = remove_lowest(mlp, ranking, left, self.min_units)
         kept = {**keep.keep, **neurons.keep}
         return PruningPlan({site.name: kept[site.name] for site in sites})

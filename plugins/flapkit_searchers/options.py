@@ -10,8 +10,6 @@ from flapkit.interfaces import Count
 
 MinUnits = Annotated[Count, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
 
-MultipleOf = Annotated[Count, Field(ge=1, description="A pruned MLP's width is a multiple of this.")]
-
 AttentionPower = Annotated[
     float,
     Field(

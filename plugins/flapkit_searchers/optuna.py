@@ -26,7 +26,7 @@ from flapkit.interfaces import (
     standardise,
 )
 from flapkit_searchers.al_am import ALAM
-from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+from flapkit_searchers.options import AttentionPower, MinUnits
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -63,11 +63,10 @@ class Optuna(TrialSearcher):
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the sampler.")] = 0
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
-    multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Return AL-AM's plan, the start of the trials."""
-        return ALAM(self.min_units, self.attention_power, self.multiple_of).search(sites, scores, budget)
+        return ALAM(self.min_units, self.attention_power).search(sites, scores, budget)
 
     def search_by_trials(
         self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, objective: Objective
@@ -80,7 +79,7 @@ class Optuna(TrialSearcher):
         def plan_of(chosen: Ratios) -> PruningPlan:
             # A site with twice the ratio loses twice the fraction of its units, whatever the budget.
             ranking = {name: rank / max(chosen[name], 1e-9) for name, rank in ranks.items()}
-            return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)
+            return remove_lowest(sites, ranking, budget, self.min_units)
 
         def try_out(trial: Any) -> float:
             chosen = {
@@ -131,7 +130,7 @@ def _finished(study: Study) -> int:
 
 def _digest(searcher: Optuna, scores: Mapping[str, Tensor], budget: Budget, start: float) -> str:
     """Hash everything that the trials depend on, to name the study."""
-    options = (searcher.spread, searcher.min_units, searcher.attention_power, searcher.multiple_of)
+    options = (searcher.spread, searcher.min_units, searcher.attention_power)
     digest = hashlib.sha256(f"{budget} {options} {start:.5g}".encode())
     for name, values in scores.items():
         digest.update(name.encode() + values.numpy().tobytes())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flapkit.interfaces import Budget, PruningPlan, Site, StructureSearcher, remove_lowest
-from flapkit_searchers.options import MinUnits, MultipleOf
+from flapkit_searchers.options import MinUnits
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,8 @@ class PerParameter(StructureSearcher):
     name = "per_parameter"
 
     min_units: MinUnits = 1
-    multiple_of: MultipleOf = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove the units with the lowest score per parameter until the budget is met."""
         ranking = {site.name: scores[site.name].sum(dim=1) / site.params_per_unit for site in sites}
-        return remove_lowest(sites, ranking, budget, self.min_units, self.multiple_of)
+        return remove_lowest(sites, ranking, budget, self.min_units)

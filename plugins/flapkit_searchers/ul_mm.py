@@ -21,7 +21,7 @@ from flapkit.interfaces import (
     split_modules,
     whole_units,
 )
-from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+from flapkit_searchers.options import AttentionPower, MinUnits
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class ULMM(StructureSearcher):
     ] = None
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
-    multiple_of: MultipleOf = 1
 
     @property
     def uniform(self) -> bool:
@@ -72,4 +71,4 @@ class ULMM(StructureSearcher):
         left = round(ratio * sum(site.params for site in (*attention, *mlp))) - kept.removed_params(attention)
         if left < 0:
             raise BudgetError(f"ul_mm: {heads} heads exceed the budget of layer {attention[0].layer}; set fewer")
-        return {**kept.keep, **remove_lowest(mlp, sums, left, self.min_units, self.multiple_of).keep}
+        return {**kept.keep, **remove_lowest(mlp, sums, left, self.min_units).keep}

@@ -20,7 +20,7 @@ from flapkit.interfaces import (
     remove_lowest,
     whole_units,
 )
-from flapkit_searchers.options import AttentionPower, MinUnits, MultipleOf
+from flapkit_searchers.options import AttentionPower, MinUnits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class ULUM(StructureSearcher):
     ] = ()
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
-    multiple_of: MultipleOf = 1
 
     @property
     def uniform(self) -> bool:
@@ -58,5 +57,5 @@ class ULUM(StructureSearcher):
             units = whole_units(together, ratios[together[0].layer])
             ranking = {site.name: raised[site.name].sum(dim=1) for site in together}
             params = units * together[0].params_per_unit
-            keep |= remove_lowest(together, ranking, params, self.min_units, self.multiple_of).keep
+            keep |= remove_lowest(together, ranking, params, self.min_units).keep
         return PruningPlan({site.name: keep[site.name] for site in sites})

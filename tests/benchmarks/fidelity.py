@@ -38,7 +38,7 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method, find_corrections, find_plan, score_sites
 from flapkit.pruning.ranking import raise_attention, standardise
 from flapkit.pruning.statistics import Moments
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 BATCH = 16
 BASELINES = {"mag_sp": "magnitude", "wanda_sp": "wanda_sp"}
@@ -67,14 +67,14 @@ def method_of(entry: Mapping[str, Any], layers: int) -> Method:
     """Choose the components of a case. The released code counts heads over all layers, and rounds down where alike."""
     create = Registry.load().create
     if entry["method"] in BASELINES:
-        metric = create("metric", BASELINES[entry["method"]])
-        return Method(metric, create("searcher", "ul_um"), (create("compensator", "none"),))
+        metric = create(METRIC, BASELINES[entry["method"]])
+        return Method(metric, create(SEARCHER, "ul_um"), (create(COMPENSATOR, "none"),))
     heads = {"AL-MM": entry["remove_heads"] / layers, "UL-MM": entry["remove_heads"] // layers}.get(entry["structure"])
     searcher = entry["structure"].lower().replace("-", "_")
     return Method(
-        create("metric", entry["metric"].lower()),
-        create("searcher", searcher, {} if heads is None else {"heads": heads}),
-        (create("compensator", "bias"),),
+        create(METRIC, entry["metric"].lower()),
+        create(SEARCHER, searcher, {} if heads is None else {"heads": heads}),
+        (create(COMPENSATOR, "bias"),),
     )
 
 

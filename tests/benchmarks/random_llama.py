@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from flapkit_searchers.al_am import ALAM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flapkit
@@ -59,7 +58,7 @@ def main(folder: Path, multiple_of: int = 64) -> None:
     tokens = torch.randint(dense.config.vocab_size, (16, 64), generator=torch.Generator().manual_seed(1))
     for ratio in RATIOS:
         model = copy.deepcopy(dense)
-        plan = flapkit.prune_(model, tokens, searcher=ALAM(multiple_of=multiple_of), ratio=ratio)
+        plan = flapkit.prune_(model, tokens, ratio=ratio, options=flapkit.PruneOptions(multiple_of=multiple_of))
         flapkit.save(model, folder / f"pruned-{100 * ratio:.0f}", plan)
 
 

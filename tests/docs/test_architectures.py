@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.recipe.declaration import load_family
-from flapkit.registry import Registry
+from flapkit.recipe.declaration import load_family, load_registry
+from flapkit.registry import ADAPTER
 from flapkit.system.errors import ModelError
 from flapkit.testing import check_adapter
 
@@ -25,13 +25,13 @@ def yaml(tmp_path) -> Path:
 
 def test_the_yaml_is_exact(yaml):
     check_adapter(load_family(yaml), forms=["as it is", "one key/value head"], laws=LAWS)
-    assert Registry.load([yaml]).origin("adapter", "my_glm") == str(yaml)
+    assert load_registry([yaml]).origin(ADAPTER, "my_glm") == str(yaml)
 
 
 def test_the_python_is_exact(tmp_path):
     (text,) = re.findall(r"```python\n(from flapkit import hookimpl.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "glm.py").write_text(text)
-    adapter = Registry.load([tmp_path / "glm.py"]).create("adapter", "my_glm", {"unit": "query_head"})
+    adapter = load_registry([tmp_path / "glm.py"]).create(ADAPTER, "my_glm", {"unit": "query_head"})
     check_adapter(adapter, forms=["as it is"], laws=LAWS)
 
 

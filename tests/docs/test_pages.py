@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flapkit.checkpoint.export import export
-from flapkit.registry import Registry
+from flapkit.recipe.declaration import load_registry
+from flapkit.registry import EXPORTER, KINDS, METRIC
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {
@@ -33,19 +34,20 @@ def test_generated_pages_are_up_to_date():
 def test_examples_are_plugins(page, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "interfaces" / f"{page}.md").read_text(), flags=re.DOTALL)
     (tmp_path / f"{page}.py").write_text(example)
-    registry = Registry.load([tmp_path / f"{page}.py"])
-    registry.create(page.removesuffix("s"), NAMES[page])
+    registry = load_registry([tmp_path / f"{page}.py"])
+    (kind,) = (kind for kind in KINDS if kind.hook == f"flapkit_{page}")
+    registry.create(kind, NAMES[page])
 
 
 def test_the_exporter_example_exports(pruned_folder, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "interfaces" / "exporters.md").read_text(), flags=re.DOTALL)
     (tmp_path / "mine.py").write_text(example)
-    registry = Registry.load([tmp_path / "mine.py"])
-    assert export(pruned_folder, registry.create("exporter", "numpy"), tmp_path / "out.npz").difference == 0
+    registry = load_registry([tmp_path / "mine.py"])
+    assert export(pruned_folder, registry.create(EXPORTER, "numpy"), tmp_path / "out.npz").difference == 0
 
 
 def test_the_readme_metric_is_a_plugin(tmp_path):
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(# my_metric\.py.*?)```", readme, flags=re.DOTALL)
     (tmp_path / "my_metric.py").write_text(example)
-    Registry.load([tmp_path / "my_metric.py"]).create("metric", "my_magnitude")
+    load_registry([tmp_path / "my_metric.py"]).create(METRIC, "my_magnitude")

@@ -12,8 +12,8 @@ TEMPLATE = Path(__file__).parents[2] / "docs" / "plugin-template"
 SCRIPT = """
 import torch
 import flapkit
-from flapkit.registry import Registry
-print(Registry.load().origin("metric", "mean_output"))
+from flapkit.registry import METRIC, Registry
+print(Registry.load().origin(METRIC, "mean_output"))
 model = flapkit.load("builtin:tiny-llama", "float32")
 plan = flapkit.prune_(model, torch.arange(256).view(8, 32), metric="mean_output", ratio=0.2)
 print(plan.removed_params(flapkit.sites(flapkit.load("builtin:tiny-llama"))))

@@ -15,16 +15,16 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
 from flapkit.pruning.method import find_corrections, find_plan, score_sites
 from flapkit.pruning.statistics import Moments
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 
 def planned(model, tokens, ratio=0.4, compensator="bias"):
     registry = Registry.load()
-    metric, repair = registry.create("metric", "wifv"), registry.create("compensator", compensator)
+    metric, repair = registry.create(METRIC, "wifv"), registry.create(COMPENSATOR, compensator)
     sites = flapkit.sites(model)
     statistics = measure(model, sites, needed_statistics([metric, repair]), [{"input_ids": tokens}])
     scores = score_sites(model, sites, statistics, metric)
-    plan = find_plan(sites, scores, registry.create("searcher", "al_am"), Budget.over(sites, ratio))
+    plan = find_plan(sites, scores, registry.create(SEARCHER, "al_am"), Budget.over(sites, ratio))
     return sites, plan, find_corrections(model, sites, statistics, [repair], plan)
 
 
@@ -66,7 +66,7 @@ def test_constant_channels_cost_nothing(llama, tokens):
     assert all((statistics[site.name][Moments].variance[:5] == 0).all() for site in sites)
     expected = llama(tokens).logits
     plan = PruningPlan({site.name: tuple(range(5, site.units)) for site in sites})
-    repair = Registry.load().create("compensator", "bias")
+    repair = Registry.load().create(COMPENSATOR, "bias")
     slice_(llama, sites, plan, find_corrections(llama, sites, statistics, [repair], plan))
     torch.testing.assert_close(llama(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from types import ModuleType
 
 import pytest
+import torch
 
-from flapkit.registry import Registry
+from flapkit.model.site import Site
+from flapkit.pruning.components import ImportanceMetric
+from flapkit.pruning.statistics import Moments, SiteStatistics
+from flapkit.registry import METRIC, Registry
 from flapkit.system.errors import PluginError
 
-METRIC = """
+SOURCE = """
 from dataclasses import dataclass
 from flapkit import hookimpl
 from flapkit.pruning.components import ImportanceMetric
@@ -38,9 +44,9 @@ def plugin(source: str, name: str = "plugin_under_test") -> tuple[ModuleType, st
 
 
 def test_a_plugin_is_found():
-    registry = Registry([plugin(METRIC)])
-    assert registry.create("metric", "mine", {"strength": 3}).strength == 3
-    assert registry.origin("metric", "mine") == "plugin_under_test"
+    registry = Registry([plugin(SOURCE)])
+    assert registry.create(METRIC, "mine", {"strength": 3}).strength == 3
+    assert registry.origin(METRIC, "mine") == "plugin_under_test"
 
 
 @pytest.mark.parametrize(
@@ -59,19 +65,45 @@ def test_a_plugin_is_found():
 )
 def test_a_plugin_is_refused(old, new, message):
     with pytest.raises(PluginError, match=message.replace("[", r"\[")):
-        Registry([plugin(METRIC.replace(old, new))])
+        Registry([plugin(SOURCE.replace(old, new))])
 
 
 def test_a_clash_names_both():
     with pytest.raises(PluginError, match=r"one\.Mine of one and two\.Mine of two"):
-        Registry([plugin(METRIC, "one"), plugin(METRIC, "two")])
+        Registry([plugin(SOURCE, "one"), plugin(SOURCE, "two")])
 
 
 def test_an_unknown_name_and_an_unknown_option():
-    registry = Registry([plugin(METRIC)])
+    registry = Registry([plugin(SOURCE)])
     with pytest.raises(PluginError, match="unknown metric 'mime'; did you mean 'mine'"):
-        registry.get("metric", "mime")
+        registry.get(METRIC, "mime")
     with pytest.raises(PluginError, match="unknown option 'strenght'; did you mean 'strength'"):
-        registry.create("metric", "mine", {"strenght": 1})
+        registry.create(METRIC, "mine", {"strenght": 1})
     with pytest.raises(PluginError, match="option 'strength'"):
-        registry.create("metric", "mine", {"strength": "many"})
+        registry.create(METRIC, "mine", {"strength": "many"})
+
+
+def test_a_choice_is_a_name_a_mapping_or_a_component():
+    registry = Registry([plugin(SOURCE)])
+    mine = registry.build(METRIC, "mine")
+    assert registry.build(METRIC, mine) is mine
+    assert registry.build(METRIC, {"name": "mine", "strength": 3}) == type(mine)(strength=3)
+    with pytest.raises(PluginError, match="unknown option 'strenght'; did you mean 'strength'"):
+        registry.build(METRIC, {"name": "mine", "strenght": 3})
+    for wrong in ({"strength": 3}, 5, [mine]):
+        with pytest.raises(PluginError, match=r"expected a name, a mapping with `name`.*known: mine"):
+            registry.build(METRIC, wrong)
+
+
+def test_the_example_of_the_metrics_interface_is_a_metric():
+    (example,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(ImportanceMetric), flags=re.DOTALL)
+    source = f"from flapkit.interfaces import *\nfrom dataclasses import dataclass\n{example}"
+    module, _ = plugin(
+        f"{source}\n@hookimpl\ndef flapkit_metrics():\n    return [MeanMagnitude]\n", "example_of_metrics"
+    )
+    metric = Registry([(module, "example")]).create(METRIC, "mean_magnitude")
+    place = Site("layers.0.mlp", 0, "mlp", "c", 3, 2, 4, ())
+    moments = Moments(6)
+    moments.update(torch.tensor([[1.0, -2.0, 3.0, 0.0, 0.0, 1.0], [3.0, -2.0, -3.0, 0.0, 2.0, 1.0]]))
+    scores = metric.score(place, SiteStatistics([moments]), torch.zeros(4, 6))
+    assert scores.tolist() == [[2, 2], [0, 0], [1, 1]]

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from flapkit.model.plan import Budget
 from flapkit.recipe.files import find_recipe, shipped_recipes
 from flapkit.recipe.load import load_recipe
+from flapkit.registry import ADAPTER
 
 
 def llama(
@@ -79,7 +80,7 @@ def test_its_name_is_its_ratio(name: str) -> None:
 def test_its_sites_and_budget_from_the_configuration_alone(name: str) -> None:
     loaded = load_recipe(RECIPES[name])
     config = MODELS[loaded.recipe.model.path]
-    adapter: Any = loaded.adapter or loaded.registry.get("adapter", "llama")()
+    adapter: Any = loaded.adapter or loaded.registry.get(ADAPTER, "llama")()
     sites = adapter.sites(config)
     assert len(sites) == 2 * config.num_hidden_layers
     query = config.num_attention_heads * config.head_dim
@@ -93,7 +94,7 @@ def test_its_sites_and_budget_from_the_configuration_alone(name: str) -> None:
 def test_llama_7b_by_hand() -> None:
     """32 layers of 4 · 4096² in the attention and 3 · 4096 · 11008 in the MLP; a fifth of them goes."""
     loaded = load_recipe(find_recipe("llama-7b-flap20"))
-    sites = loaded.registry.get("adapter", "llama")().sites(MODELS["huggyllama/llama-7b"])
+    sites = loaded.registry.get(ADAPTER, "llama")().sites(MODELS["huggyllama/llama-7b"])
     attention, mlp = sites[0], sites[1]
     assert (attention.units, attention.params_per_unit, attention.params) == (32, 2_097_152, 67_108_864)
     assert (mlp.units, mlp.params_per_unit, mlp.params) == (11_008, 12_288, 135_266_304)

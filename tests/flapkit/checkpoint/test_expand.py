@@ -37,11 +37,15 @@ def add_(model, lora):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", [{}, {"num_key_value_heads": 2}])
-def test_is_the_same_on_the_masked_dense_model(tokens, probe, tmp_path, form):
+@pytest.mark.parametrize(
+    ("form", "unit"),
+    [({}, "kv_group"), ({"num_key_value_heads": 2}, "kv_group"), ({"num_key_value_heads": 2}, "query_head")],
+)
+def test_is_the_same_on_the_masked_dense_model(tokens, probe, tmp_path, form, unit):
     dense = make_llama(**form)
-    sites, pruned = flapkit.sites(dense), copy.deepcopy(dense)
-    plan = flapkit.prune_(pruned, tokens, ratio=0.4, compensator="none")
+    adapter = {"name": "llama", "unit": unit}
+    sites, pruned = flapkit.sites(dense, adapter), copy.deepcopy(dense)
+    plan = flapkit.prune_(pruned, tokens, ratio=0.4, compensator="none", adapter=adapter)
     flapkit.save(pruned, tmp_path / "pruned", plan)
     lora = lora_of(pruned)
     expanded = flapkit.expand_lora(lora, tmp_path / "pruned")

@@ -13,7 +13,7 @@ from conftest import make_llama
 import flapkit
 from flapkit.checkpoint.export import agreement, check_exports, export, is_uniform, prospect_of
 from flapkit.checkpoint.exporter import Exporter
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import FlapkitError, InputError, OutputError, RunError
 
 
@@ -83,7 +83,7 @@ def test_a_missing_package_names_the_extra(pruned_folder, tmp_path):
 
 def test_two_exports_of_one_name():
     model = make_llama()
-    prospect = prospect_of(model.config, Registry.load().adapter_for(model.config))
+    prospect = prospect_of(model.config, flapkit.sites(model))
     check_exports([Echo()], prospect)
     with pytest.raises(InputError, match="echo is listed twice"):
         check_exports([Echo(), Echo(error=1)], prospect)
@@ -92,17 +92,16 @@ def test_two_exports_of_one_name():
 def test_a_missing_shard(pruned_folder, tmp_path):
     (pruned_folder / "model.safetensors").unlink()
     with pytest.raises(FlapkitError, match="has no weights"):
-        export(pruned_folder, Registry.load().create("exporter", "hf"), tmp_path / "out")
+        export(pruned_folder, Registry.load().create(EXPORTER, "hf"), tmp_path / "out")
     assert left(tmp_path) == ["pruned"]
 
 
 def test_the_prospect_tells_biases_and_whether_layers_are_alike(tokens):
-    registry = Registry.load()
     model = make_llama(num_key_value_heads=2)
-    dense = prospect_of(model.config, registry.adapter_for(model.config))
+    dense = prospect_of(model.config, flapkit.sites(model))
     assert (dense.family, dense.uniform, dense.biases) == ("llama", True, frozenset())
     flapkit.prune_(model, tokens, ratio=0.4)
-    pruned = prospect_of(model.config, registry.adapter_for(model.config))
+    pruned = prospect_of(model.config, flapkit.sites(model))
     assert pruned.family == "llama"
     assert pruned.uniform == is_uniform(flapkit.sites(model))
     assert "mlp" in pruned.biases

@@ -12,7 +12,7 @@ from flapkit.model.adapter import FamilyAdapter
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import Collector, measure
 from flapkit.pruning.statistics import Moments
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import ModelError
 
 
@@ -75,7 +75,7 @@ def test_a_tensor_of_another_shape(llama, tmp_path):
 
 FAMILIES = [
     (name, model_type)
-    for name, adapter in Registry.load().names("adapter").items()
+    for name, adapter in Registry.load().names(ADAPTER).items()
     if issubclass(adapter, FamilyAdapter)
     for model_type in adapter.family.model_types
 ]
@@ -84,7 +84,7 @@ FAMILIES = [
 @pytest.mark.parametrize(("name", "model_type"), FAMILIES)
 def test_every_family(name, model_type):
     config = tiny_config(model_type)
-    verify(config, layers_of(Registry.load().create("adapter", name).sites(config)))
+    verify(config, layers_of(Registry.load().create(ADAPTER, name).sites(config)))
 
 
 def test_what_does_not_hold_is_refused(monkeypatch):
@@ -99,7 +99,7 @@ def test_from_the_middle(model_type, tmp_path):
     """A stream that begins behind some layers gives what one gives that ran them, whatever form they answer in."""
     name = next(name for name, known in FAMILIES if known == model_type)
     model = tiny_model(tiny_config(model_type, num_hidden_layers=6))
-    path = layers_of(Registry.load().create("adapter", name).sites(model.config))
+    path = layers_of(Registry.load().create(ADAPTER, name).sites(model.config))
     forms = verify(model.config, path)
     model.save_pretrained(tmp_path)
     weights = Weights.of(tmp_path.glob("*.safetensors"))

@@ -24,7 +24,7 @@ from flapkit.execution.training import RecoveryText, Workplace, recover_, take_w
 from flapkit.model.plan import Budget
 from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import DataError, RunError
 
 CPU = {"accelerator": "cpu", "devices": 1}
@@ -38,7 +38,7 @@ def learnable(count, length=16, seed=0):
 
 def lora(**options) -> Recovery:
     defaults = {"rank": 4, "steps": 12, "validate_every": 4, "lr": 1e-2, "batch_size": 4, "length": 16}
-    return Registry.load().create("compensator", "lora", {**defaults, **options}).recovery()
+    return Registry.load().create(COMPENSATOR, "lora", {**defaults, **options}).recovery()
 
 
 def pruned(tokens, **options):
@@ -92,9 +92,8 @@ def test_trains_what_a_trainer_pruned(tokens):
     """Parameters made in ``predict`` under inference mode could not be trained."""
     model, registry = make_llama(), Registry.load()
     sites = flapkit.sites(model)
-    names = {"metric": "wifv", "searcher": "al_am"}
-    components = {kind: registry.create(kind, name) for kind, name in names.items()}
-    method = Method(**components, compensators=(registry.create("compensator", "bias"),))
+    components = registry.create(METRIC, "wifv"), registry.create(SEARCHER, "al_am")
+    method = Method(*components, (registry.create(COMPENSATOR, "bias"),))
     calibrate = Calibrate(sites, method.statistics)
     prune = Prune(calibrate, sites, method, Budget.over(sites, 0.4))
     build_trainer([calibrate, prune], **CPU).predict(CausalLM(model), PruningData(tokens), return_predictions=False)

@@ -8,6 +8,7 @@ from conftest import make_llama
 from flapkit_compensators.least_squares import LeastSquares
 
 import flapkit
+from flapkit.api import PruneOptions
 from flapkit.pruning.collector import Collector, measure
 from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram, size_of, split_by_memory
 
@@ -21,7 +22,7 @@ def test_passes_are_one_go(tokens, probe, metric, compensator, memory):
     whole, parts = make_llama(num_key_value_heads=2), make_llama(num_key_value_heads=2)
     options = {"metric": metric, "compensator": compensator, "ratio": 0.4}
     plan = flapkit.prune_(whole, tokens, **options)
-    assert flapkit.prune_(parts, tokens, **options, statistics_memory=memory) == plan
+    assert flapkit.prune_(parts, tokens, **options, options=PruneOptions(statistics_memory=memory)) == plan
     torch.testing.assert_close(parts(probe).logits, whole(probe).logits, atol=1e-5, rtol=0)
 
 
@@ -37,7 +38,9 @@ def test_never_more_than_fits_at_once(tokens, monkeypatch):
 
     monkeypatch.setattr(Collector, "__enter__", entered)
     model.model.norm.register_forward_hook(lambda *_: reached.append(1))
-    flapkit.prune_(model, tokens, compensator="least_squares", ratio=0.4, statistics_memory=30_000)
+    flapkit.prune_(
+        model, tokens, compensator="least_squares", ratio=0.4, options=PruneOptions(statistics_memory=30_000)
+    )
     assert len(held) > 2
     assert max(held) <= 30_000
     assert not reached

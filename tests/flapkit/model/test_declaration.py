@@ -16,7 +16,7 @@ from flapkit.model.surgery import mask_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import random_plan, verify
 from flapkit.recipe.declaration import load_family
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import InputError, ModelError, PluginError
 
 ATTENTION = Block("attention", "self_attn", "o_proj", {"q_proj": "q", "k_proj": "k", "v_proj": "k"})
@@ -150,7 +150,7 @@ def test_what_is_refused_by_name(config, message):
 
 def test_query_heads_keep_the_same_number(probe):
     model = make_llama(num_attention_heads=8, num_key_value_heads=2)
-    adapter = Registry.load().create("adapter", "llama", {"unit": "query_head"})
+    adapter = Registry.load().create(ADAPTER, "llama", {"unit": "query_head"})
     sites = adapter.sites(model.config)
     assert [(site.units, site.runs) for site in sites if site.kind == "attention"] == [(8, 2), (8, 2)]
     plan = flapkit.prune_(model, torch.randint(0, 96, (24, 16)), ratio=0.3, adapter=adapter)
@@ -164,7 +164,7 @@ def test_query_heads_keep_the_same_number(probe):
 
 def test_query_heads_where_a_family_has_none():
     with pytest.raises(ModelError, match="unit: query_head"):
-        Registry.load().create("adapter", "falcon", {"unit": "query_head"}).sites(
+        Registry.load().create(ADAPTER, "falcon", {"unit": "query_head"}).sites(
             tiny_config("falcon", new_decoder_architecture=True)
         )
 

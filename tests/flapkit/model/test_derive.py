@@ -16,10 +16,10 @@ from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify, verify_loaded
 from flapkit.recipe.declaration import load_family
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import ModelError
 
-DECLARED = sorted(set(Registry.load().names("adapter")) - {"auto", "vicuna"})
+DECLARED = sorted(set(Registry.load().names(ADAPTER)) - {"auto", "vicuna"})
 
 
 def same_sites(model_type: str) -> None:
@@ -74,9 +74,9 @@ def test_a_model_that_nobody_declared(tmp_path):
 def test_auto_leaves_declared_models_to_their_declaration():
     registry = Registry.load()
     config = tiny_config("llama")
-    assert registry.resolve("auto", config) == registry.create("adapter", "llama")
+    assert registry.resolve("auto", config) == registry.create(ADAPTER, "llama")
     asked = registry.resolve(Auto(unit="query_head"), config)
-    assert asked == registry.create("adapter", "llama", {"unit": "query_head"})
+    assert asked == registry.create(ADAPTER, "llama", {"unit": "query_head"})
     assert registry.resolve(None, tiny_config("stablelm")).title == "auto (derived and verified)"
 
 

@@ -21,7 +21,7 @@ from flapkit.pruning.components import Compensator
 from flapkit.pruning.method import find_corrections
 from flapkit.pruning.ranking import standardise
 from flapkit.pruning.statistics import Gram, Moments
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, Registry
 from flapkit.system.errors import CalibrationError, DataError, ModelError
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -57,7 +57,7 @@ def test_statistics_of_a_narrow_model_are_float64(dtype, tokens):
 @pytest.mark.parametrize("name", ["bias", "least_squares"])
 def test_corrections_of_a_narrow_model_are_wide_until_they_are_written(name, tokens, monkeypatch):
     model = make_llama().to(torch.bfloat16)
-    component: Compensator = Registry.load().create("compensator", name)
+    component: Compensator = Registry.load().create(COMPENSATOR, name)
     seen = []
 
     def correct(self, *arguments):
@@ -119,7 +119,7 @@ def test_what_is_not_finite_ends_calibration_at_the_first_batch(tokens):
             return {"input_ids": tokens[index % 24]}
 
     with pytest.raises(CalibrationError, match="not finite"):
-        flapkit.prune_(overflowing().to(torch.float16), Watched(), batch_size=4)
+        flapkit.prune_(overflowing().to(torch.float16), Watched(), options=flapkit.PruneOptions(batch_size=4))
     assert len(seen) <= 8
 
 
@@ -162,7 +162,7 @@ def test_dead_channels_go_first_and_are_not_missed(tokens, probe):
 
 @pytest.mark.parametrize("make", [constant_mlp, dead_channels])
 @pytest.mark.parametrize("compensator", ["bias", "least_squares"])
-@pytest.mark.parametrize("metric", sorted(Registry.load().names("metric")))
+@pytest.mark.parametrize("metric", sorted(Registry.load().names(METRIC)))
 @torch.no_grad()
 def test_channels_that_never_change_give_no_nan(tokens, probe, make, metric, compensator):
     model = make()

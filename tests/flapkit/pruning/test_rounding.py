@@ -12,7 +12,7 @@ import flapkit
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import odd_widths, round_plan
-from flapkit.registry import Registry
+from flapkit.registry import SEARCHER, Registry
 
 SITES = flapkit.sites(make_llama(num_key_value_heads=2, head_dim=12))
 
@@ -60,7 +60,7 @@ def test_a_site_that_is_nearly_down_goes_down_where_another_goes_up():
 
 @pytest.mark.parametrize("searcher", ["al_am", "al_mm", "ul_um", "ul_mm"])
 def test_a_budget_rounds_any_searchers_plan(searcher):
-    found = Registry.load().create("searcher", searcher)
+    found = Registry.load().create(SEARCHER, searcher)
     _, scores = random_plan(0)
     budget = Budget.over(SITES, 0.3, multiple_of=8)
     plan = find_plan(SITES, scores, found, budget)

@@ -8,6 +8,7 @@ from conftest import make_llama
 from flapkit_compensators.least_squares import LeastSquares
 
 import flapkit
+from flapkit.api import PruneOptions
 from flapkit.execution.stream import HiddenStates, LayerRunner
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import groups
@@ -72,7 +73,13 @@ def test_closer_to_the_dense_model(tokens):
     distance = {}
     for sequential in (False, True):
         model = make_llama()
-        flapkit.prune_(model, tokens, compensator=LeastSquares(ridge=1e-3), ratio=0.4, sequential=sequential)
+        flapkit.prune_(
+            model,
+            tokens,
+            compensator=LeastSquares(ridge=1e-3),
+            ratio=0.4,
+            options=PruneOptions(sequential=sequential),
+        )
         distance[sequential] = float((model(tokens).logits - dense).square().mean())
     assert distance[True] < distance[False]
 
@@ -82,7 +89,7 @@ def test_the_plan_is_that_of_one_go(llama, tokens, compensator):
     before = {name: parameter.clone() for name, parameter in llama.named_parameters()}
     copy = make_llama(**{k: v for k, v in llama.config.to_dict().items() if k != "dtype"})
     copy.load_state_dict(llama.state_dict())
-    plan = flapkit.prune_(llama, tokens, compensator=compensator, ratio=0.4, sequential=True)
+    plan = flapkit.prune_(llama, tokens, compensator=compensator, ratio=0.4, options=PruneOptions(sequential=True))
     assert plan == flapkit.prune_(copy, tokens, compensator=compensator, ratio=0.4)
     assert not any(module._forward_hooks for module in llama.modules())
     kept = [name for name, parameter in llama.named_parameters() if "proj" not in name]
@@ -105,7 +112,12 @@ def test_the_cost_does_not_grow_with_the_depth(tokens, layers):
     for index, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
     flapkit.prune_(
-        model, tokens, searcher="ul_um", compensator="least_squares", ratio=0.4, sequential=True, batch_size=24
+        model,
+        tokens,
+        searcher="ul_um",
+        compensator="least_squares",
+        ratio=0.4,
+        options=PruneOptions(sequential=True, batch_size=24),
     )
     # And once in the calibration that scores.
     assert runs == [5] * layers
@@ -127,7 +139,7 @@ def test_layers_of_every_kind(model_type, tokens):
     for compensator in ("none", "least_squares"):
         model = tiny_model(tiny_config(model_type, vocab_size=64))
         logits = model(text).logits if logits is None else logits
-        flapkit.prune_(model, text, compensator=compensator, ratio=0.3, sequential=True)
+        flapkit.prune_(model, text, compensator=compensator, ratio=0.3, options=PruneOptions(sequential=True))
         distance[compensator] = float((model(text).logits - logits).square().mean())
     assert distance["least_squares"] < distance["none"]
 

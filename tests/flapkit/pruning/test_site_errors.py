@@ -16,7 +16,7 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method
 from flapkit.pruning.site_errors import Trace
 from flapkit.pruning.statistics import Gram
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 
 def traced(model, sites, tokens):
@@ -39,8 +39,8 @@ def prune_(model, tokens, compensator, ratio=0.4, extra=()):
     """Trace, prune and compare on one and the same text."""
     registry = Registry.load()
     options = {"ridge": 0.01} if compensator == "least_squares" else {}
-    repair = registry.get("compensator", compensator)(**options)
-    method = Method(registry.create("metric", "wifv"), registry.create("searcher", "al_am"), (repair,))
+    repair = registry.get(COMPENSATOR, compensator)(**options)
+    method = Method(registry.create(METRIC, "wifv"), registry.create(SEARCHER, "al_am"), (repair,))
     sites = flapkit.sites(model)
     trace = traced(model, sites, tokens)
     kinds = tuple(dict.fromkeys((*method.statistics, *extra)))

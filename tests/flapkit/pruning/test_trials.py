@@ -78,4 +78,4 @@ def test_the_objective_is_what_the_pruned_model_will_be_worth(llama, tokens):
 
 def test_trials_need_all_statistics_in_memory(tokens):
     with pytest.raises(RecipeError, match=r"raise calibration\.statistics_memory"):
-        flapkit.prune_(make_llama(), tokens, searcher=Backwards(), statistics_memory=10)
+        flapkit.prune_(make_llama(), tokens, searcher=Backwards(), options=flapkit.PruneOptions(statistics_memory=10))

@@ -82,7 +82,7 @@ def test_every_default_is_written(tmp_path: Path) -> None:
     path.write_text("model: {path: m}\ncalibration: {dataset: d}\nbudget: {ratio: 0.2}\noutput: o\n")
     data = read(dump_recipe(load_recipe(path)))
     assert set(data) == set(Recipe.model_fields)
-    assert data["searcher"] == {"name": "al_am", "min_units": 1, "attention_power": 2.0, "multiple_of": 1}
+    assert data["searcher"] == {"name": "al_am", "min_units": 1, "attention_power": 2.0}
     assert data["metric"] == "wifv"
     assert data["adapter"] == {"name": "auto", "unit": "kv_group"}
     assert data["trainer"] == {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flapkit.recipe.declaration import load_registry
 from flapkit.recipe.json_schema import recipe_schema
 from flapkit.registry import Registry
 from flapkit.system.errors import PluginError
@@ -109,7 +110,7 @@ def test_the_adapter_may_be_null(schema: dict[str, Any]) -> None:
 
 def test_a_plugins_options_are_in_it(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PLUGIN)
-    schema = recipe_schema(Registry.load([tmp_path / "mine.py"]))
+    schema = recipe_schema(load_registry([tmp_path / "mine.py"]))
     assert schema["$defs"]["Mine"]["required"] == ["name", "power"]
     assert schema["$defs"]["Mine"]["description"] == "What I like."
     assert "mine" in schema["properties"]["metric"]["oneOf"][0]["enum"]
@@ -119,7 +120,7 @@ def test_an_option_that_json_cannot_express(tmp_path: Path) -> None:
     source = PLUGIN.replace("import Annotated", "import Annotated, Callable").replace("int, F", "Callable[[], int], F")
     (tmp_path / "mine.py").write_text(source.replace("ge=1, ", ""))
     with pytest.raises(PluginError, match="an option of a component has no JSON schema"):
-        recipe_schema(Registry.load([tmp_path / "mine.py"]))
+        recipe_schema(load_registry([tmp_path / "mine.py"]))
 
 
 def test_compensators_may_be_a_list(schema: dict[str, Any]) -> None:

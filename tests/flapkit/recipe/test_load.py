@@ -110,8 +110,8 @@ def test_components_with_options(tmp_path: Path) -> None:
 
 def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
     spec = load(tmp_path, GOOD).recipe.searcher
-    assert spec == ComponentSpec(name="al_am", min_units=1, attention_power=2.0, multiple_of=1)
-    assert spec.options == {"min_units": 1, "attention_power": 2.0, "multiple_of": 1}
+    assert spec == ComponentSpec(name="al_am", min_units=1, attention_power=2.0)
+    assert spec.options == {"min_units": 1, "attention_power": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "metric: wivf\n"
         "budget: {ratio: 2}\n"
         "budget: {ratio: 0.2}\n"
-        "searcher: {name: al_am, min_unit: 2, multiple_of: 0}\n"
+        "searcher: {name: al_am, min_unit: 2, min_units: 0}\n"
         "plugins: [./no.py]\n"
         "output: &x a\n",
         "budget.ration=0.3",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flapkit
+from flapkit.api import PruneOptions
 from flapkit.execution.lightning.callbacks import Calibrate
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.lightning.module import CausalLM
@@ -41,7 +42,13 @@ def test_a_sequential_run_does_what_prune_does(recipe, tmp_path, compensator):
     """Lightning calibrates site by site, with the dense model beside the pruned one; ``prune_`` without Lightning."""
     record = run(load_recipe(tmp_path / "recipe.yaml", ["calibration.sequential=true", f"compensator={compensator}"]))
     model = flapkit.load("builtin:tiny-llama", "float32")
-    plan = flapkit.prune_(model, record.text.calibration, compensator=compensator, ratio=0.2, sequential=True)
+    plan = flapkit.prune_(
+        model,
+        record.text.calibration,
+        compensator=compensator,
+        ratio=0.2,
+        options=PruneOptions(sequential=True),
+    )
     assert plan == record.plan
     written = flapkit.load(tmp_path / "out", "float32").state_dict()
     for name, tensor in model.state_dict().items():

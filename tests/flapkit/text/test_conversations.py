@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.run.text import renderer
 from flapkit.system.errors import DataError
 from flapkit.text.conversations import is_conversation, normalise
@@ -36,7 +36,7 @@ def tokenizer(template: str | None = None, bos: str | None = "<s>") -> PreTraine
 
 
 def adapter(name: str) -> Any:
-    return Registry.load().create("adapter", name)
+    return Registry.load().create(ADAPTER, name)
 
 
 def test_both_forms_become_one() -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify
-from flapkit.registry import Registry
+from flapkit.registry import ADAPTER, Registry
 from flapkit.testing import FORMS, LAWS, _forms, check_adapter, conformance
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
-NAMES = [name for name in Registry.load().names("adapter") if name not in ("auto", "vicuna")]
+NAMES = [name for name in Registry.load().names(ADAPTER) if name not in ("auto", "vicuna")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,17 +32,17 @@ def test_sliced_is_masked(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")
 def test_every_other_law(name):
-    check_adapter(Registry.load().create("adapter", name), laws=[law for law in LAWS if law != "sliced is masked"])
+    check_adapter(Registry.load().create(ADAPTER, name), laws=[law for law in LAWS if law != "sliced is masked"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "olmo2", "gpt_oss"])
 def test_a_sample(name):
     laws = ["counts", "constant channels", "ratio 0", "save and load", "generate", "trains"]
-    check_adapter(Registry.load().create("adapter", name), forms=["as it is"], laws=laws)
+    check_adapter(Registry.load().create(ADAPTER, name), forms=["as it is"], laws=laws)
 
 
 def test_falcon_has_three_layouts():
-    forms = {each.form for each in conformance(Registry.load().create("adapter", "falcon"), laws=["counts"])}
+    forms = {each.form for each in conformance(Registry.load().create(ADAPTER, "falcon"), laws=["counts"])}
     assert {"as it is", "grouped heads", "ALiBi"} <= forms
 
 

@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 import flapkit
 from flapkit.model.site import Coupling, Site
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, Registry
 from flapkit.system.errors import ModelError, RecipeError
 
 
 def attach(model, sites, **options):
-    return Registry.load().create("compensator", "lora", options).recovery().attach(model, sites)
+    return Registry.load().create(COMPENSATOR, "lora", options).recovery().attach(model, sites)
 
 
 def disturb_(model):

@@ -13,7 +13,7 @@ import flapkit
 from flapkit.checkpoint.export import export
 from flapkit.checkpoint.exporter import Prospect
 from flapkit.checkpoint.load import load_tokenizer
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import InputError, ModelError
 
 YARN = {
@@ -39,7 +39,7 @@ slow = pytest.mark.slow
 
 
 def gguf(**options):
-    return Registry.load().create("exporter", "gguf", options)
+    return Registry.load().create(EXPORTER, "gguf", options)
 
 
 def saved(tokens, folder, **options):

@@ -7,11 +7,11 @@ import torch
 
 import flapkit
 from flapkit.checkpoint.export import export
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 
 
 def hf(**options):
-    return Registry.load().create("exporter", "hf", options)
+    return Registry.load().create(EXPORTER, "hf", options)
 
 
 @torch.no_grad()

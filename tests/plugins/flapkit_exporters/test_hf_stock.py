@@ -21,12 +21,12 @@ from flapkit.model.adapter import adapter_class
 from flapkit.model.declaration import Block, Family
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import Correction, apply_plan_
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import ModelError
 
 
 def stock(**options):
-    return Registry.load().create("exporter", "hf-stock", options)
+    return Registry.load().create(EXPORTER, "hf-stock", options)
 
 
 def uniform(model, folder, heads, bias=True):
@@ -99,7 +99,7 @@ def declared(model_type):
     ],
 )
 def test_is_refused_before_the_run_where_stock_classes_cannot(config, biases, message):
-    found = prospect_of(config, declared(config.model_type))
+    found = prospect_of(config, declared(config.model_type).sites(config))
     prospect = Prospect(found.family, config, found.sites, True, frozenset(biases) | found.biases)
     if message:
         with pytest.raises(ModelError, match=message):

@@ -5,12 +5,12 @@ import torch
 
 import flapkit
 from flapkit.checkpoint.export import export
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import InputError
 
 
 def onnx(**options):
-    return Registry.load().create("exporter", "onnx", options)
+    return Registry.load().create(EXPORTER, "onnx", options)
 
 
 @pytest.mark.slow

@@ -4,12 +4,12 @@ import torch
 
 import flapkit
 from flapkit.checkpoint.export import export
-from flapkit.registry import Registry
+from flapkit.registry import EXPORTER, Registry
 
 
 @torch.no_grad()
 def test_any_batch_and_length(pruned_folder, tmp_path):
-    found = export(pruned_folder, Registry.load().create("exporter", "torch-export"), tmp_path / "out.pt2")
+    found = export(pruned_folder, Registry.load().create(EXPORTER, "torch-export"), tmp_path / "out.pt2")
     assert found.relative < 1e-5
     program, model = torch.export.load(tmp_path / "out.pt2").module(), flapkit.load(pruned_folder)
     for shape in ((1, 1), (3, 40)):

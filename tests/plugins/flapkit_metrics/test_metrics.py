@@ -9,11 +9,11 @@ from conftest import FORMS, make_llama
 import flapkit
 from flapkit.pruning.collector import measure
 from flapkit.pruning.method import score_sites
-from flapkit.registry import Registry
+from flapkit.registry import METRIC, Registry
 
 
 def scored(model, tokens, metric, batch=24, **options):
-    component = Registry.load().create("metric", metric, options)
+    component = Registry.load().create(METRIC, metric, options)
     sites = flapkit.sites(model)
     batches = [{"input_ids": part} for part in tokens.split(batch)] if component.statistics else []
     return score_sites(model, sites, measure(model, sites, component.statistics, batches), component)
@@ -59,7 +59,7 @@ def test_formula(llama, tokens, metric):
 
 @pytest.mark.parametrize("metric", ["magnitude", "random"])
 def test_needs_no_statistics(metric):
-    assert Registry.load().get("metric", metric).statistics == ()
+    assert Registry.load().get(METRIC, metric).statistics == ()
 
 
 def test_wanda_ranks_neurons_as_wifn_does(tokens):
@@ -101,7 +101,7 @@ def test_taylors_vector_is_also_that_of_values_and_up_rows(tokens):
 
 def test_taylor_sees_no_padding(tokens):
     model = make_llama()
-    component = Registry.load().create("metric", "taylor")
+    component = Registry.load().create(METRIC, "taylor")
     sites = flapkit.sites(model)
     padded = torch.cat([tokens, torch.full((len(tokens), 4), 7)], dim=1)
     mask = torch.cat([torch.ones_like(tokens), torch.zeros(len(tokens), 4, dtype=torch.long)], dim=1)

@@ -8,7 +8,7 @@ from conftest import make_llama
 
 import flapkit
 from flapkit.model.plan import Budget
-from flapkit.registry import Registry
+from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import InputError
 
 REGISTRY = Registry.load()
@@ -21,9 +21,9 @@ def search(objective, ratio=0.4, **options):
         site.name: torch.rand(site.units, site.channels_per_unit, generator=generator, dtype=torch.float64)
         for site in sites
     }
-    searcher = REGISTRY.create("searcher", "optuna", options)
+    searcher = REGISTRY.create(SEARCHER, "optuna", options)
     budget = Budget.over(sites, ratio)
-    start = REGISTRY.create("searcher", "al_am").search(sites, scores, budget)
+    start = REGISTRY.create(SEARCHER, "al_am").search(sites, scores, budget)
     return sites, budget, start, searcher.search_by_trials(sites, scores, budget, objective)
 
 
@@ -86,7 +86,7 @@ def test_a_storage_that_cannot_be_used():
 @pytest.mark.slow
 def test_prunes_a_model(tokens):
     model = make_llama()
-    plan = flapkit.prune_(model, tokens, searcher=REGISTRY.create("searcher", "optuna", {"trials": 4}), ratio=0.3)
+    plan = flapkit.prune_(model, tokens, searcher=REGISTRY.create(SEARCHER, "optuna", {"trials": 4}), ratio=0.3)
     sites = flapkit.sites(make_llama())
     budget = Budget.over(sites, 0.3)
     assert 0 <= budget.params - plan.removed_params(sites) < min(site.params_per_unit for site in sites)

@@ -18,7 +18,7 @@ from flapkit.model.plan import Budget
 from flapkit.pruning.collector import measure
 from flapkit.pruning.method import Method
 from flapkit.pruning.statistics import Moments
-from flapkit.registry import Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, RecipeError, RunError
 from flapkit.text.windows import cut_windows
 
@@ -29,8 +29,8 @@ SILENT = {"logger": False} | dict.fromkeys(
 
 def prune_by_trainer(model, tokens, more=lambda prune: []):
     registry = Registry.load()
-    bias = registry.create("compensator", "bias")
-    method = Method(registry.create("metric", "wifv"), registry.create("searcher", "al_am"), (bias,))
+    bias = registry.create(COMPENSATOR, "bias")
+    method = Method(registry.create(METRIC, "wifv"), registry.create(SEARCHER, "al_am"), (bias,))
     sites = flapkit.sites(model)
     calibrate = Calibrate(sites, [Moments])
     prune = Prune(calibrate, sites, method, Budget.over(sites, 0.4))
@@ -118,7 +118,7 @@ def test_a_device_that_is_not_here():
 def test_gradients_under_the_trainer(tokens):
     """``predict`` runs without gradients; the backward pass of calibration is the same there as by itself."""
     model = make_llama()
-    metric = Registry.load().create("metric", "taylor")
+    metric = Registry.load().create(METRIC, "taylor")
     sites = flapkit.sites(model)
     calibrate = Calibrate(sites, metric.statistics)
     module = CausalLM(model, calibrate_gradient=True)

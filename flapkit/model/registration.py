@@ -1,0 +1,47 @@
+"""Let transformers' Auto classes know the configurations of pruned models, before any class is made for them.
+
+Imports nothing heavy, and is safe to run while transformers is being imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flapkit.system.errors import ModelError
+
+PREFIX = "flapkit_"
+"""What stands before a dense model's type in that of the pruned one."""
+
+
+class _Deferred:
+    """Stands for a configuration class that is made when the first checkpoint of its type is loaded."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+        self.__name__ = model_type
+
+    def from_dict(self, config: dict[str, Any], **options: Any) -> Any:
+        """Make the class, and let it read the configuration.
+
+        Raises:
+            ModelError: transformers has no causal language model of the type.
+        """
+        from flapkit.model.classes import pruned_classes
+
+        made = pruned_classes(self.model_type)
+        if made is None:
+            dense = self.model_type.removeprefix(PREFIX)
+            raise ModelError(f"models of type {dense!r} are no causal language models of transformers")
+        return made.config.from_dict(config, **options)
+
+
+def register(configuration_auto: Any) -> None:
+    """Make transformers' Auto classes load pruned checkpoints; more than once does no harm.
+
+    Args:
+        configuration_auto: the module ``transformers.models.auto.configuration_auto``.
+    """
+    mapping = configuration_auto.CONFIG_MAPPING
+    for dense in configuration_auto.CONFIG_MAPPING_NAMES:
+        if f"{PREFIX}{dense}" not in mapping:
+            mapping.register(f"{PREFIX}{dense}", _Deferred(f"{PREFIX}{dense}"))
