@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +27,7 @@ from flapkit.pruning.components import (
 from flapkit.pruning.rounding import round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
-from flapkit.system.errors import CalibrationError, InputError, PluginError
+from flapkit.system.errors import CalibrationError, FlapkitError, InputError, PluginError
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,17 @@ class Pruned:
     expected: Mapping[str, float | None] = field(default_factory=dict)
 
 
+@contextmanager
+def _as_plugin_error(where: str) -> Iterator[None]:
+    """Name the component, and the site, in whatever goes wrong inside a component."""
+    try:
+        yield
+    except (FlapkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise PluginError(f"{where}: {type(error).__name__}: {error}") from error
+
+
 @torch.no_grad()
 def score_sites(
     model: PreTrainedModel, sites: Sequence[Site], statistics: Statistics, metric: ImportanceMetric
@@ -121,7 +133,8 @@ def score_sites(
     check_experts(sites, statistics)
     for site in sites:
         weight = weight_of(model, site)
-        score = metric.score(site, statistics[site.name], weight)
+        with _as_plugin_error(f"metric {metric.name!r} at {site.name}"):
+            score = metric.score(site, statistics[site.name].only(metric.measures()), weight)
         shapes = [(site.units, site.channels_per_unit), (site.units, 1)]
         found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
         if found not in shapes:
@@ -200,9 +213,11 @@ def find_plan(
         def judge(plan: PruningPlan) -> float:
             return value(_whole(plan, pruned, sites, whose, known, budget))
 
-        found = searcher.search_by_trials(pruned, known, budget, judge)
+        with _as_plugin_error(whose):
+            found = searcher.search_by_trials(pruned, known, budget, judge)
     else:
-        found = searcher.search(pruned, known, budget)
+        with _as_plugin_error(whose):
+            found = searcher.search(pruned, known, budget)
     return _whole(found, pruned, sites, whose, known, budget)
 
 
@@ -215,6 +230,8 @@ def _whole(
     budget: Budget,
 ) -> PruningPlan:
     """Check a searcher's plan, round it, and let the sites that the budget leaves out keep all of their units."""
+    if not isinstance(found, PruningPlan):
+        raise PluginError(f"{whose}: expected a PruningPlan, got a {type(found).__name__}")
     try:
         found.check(pruned)
     except InputError as error:
@@ -270,7 +287,12 @@ def find_corrections(
         if len(keep) == site.units:
             continue
         weight = weight_of(model, site)
-        correction = compensator.correct(site, statistics[site.name], weight, keep)
+        where = f"compensator {compensator.name!r} at {site.name}"
+        visible = statistics[site.name].only([*compensator.measures(), *compensator.measures_in_sequence()])
+        with _as_plugin_error(where):
+            correction = compensator.correct(site, visible, weight, keep)
+        if not isinstance(correction, Correction):
+            raise PluginError(f"{where}: expected a Correction, got a {type(correction).__name__}")
         expected = {"weight": (site.out_features, len(keep) * site.channels_per_unit), "bias": (site.out_features,)}
         for part, shape in expected.items():
             tensor = getattr(correction, part)

@@ -91,9 +91,12 @@ class Statistic(Metric):
             x: [tokens, channels], any floating dtype, padding already left out.
         """
 
-    @abstractmethod
     def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite."""
+        """Tell whether all that was taken in so far was finite: by default, whether the state is."""
+        states = (
+            part for state in self.metric_state.values() for part in (state if isinstance(state, list) else [state])
+        )
+        return all(bool(torch.isfinite(part).all()) for part in states)
 
 
 class GradientStatistic(Statistic):
@@ -372,6 +375,11 @@ class SiteStatistics(Mapping[type[Statistic], Statistic]):
 
     def __iter__(self) -> Iterator[type[Statistic]]:
         return iter(self._by_class)
+
+    def only(self, classes: Iterable[type[Statistic]]) -> SiteStatistics:
+        """Return the statistics of some classes alone: what a component declares is what it sees."""
+        declared = set(classes)
+        return SiteStatistics(statistic for kind, statistic in self._by_class.items() if kind in declared)
 
     def __len__(self) -> int:
         return len(self._by_class)

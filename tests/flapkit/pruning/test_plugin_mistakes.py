@@ -1,0 +1,102 @@
+"""Mistakes of a plugin's author are one error that names the component and the site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import flapkit
+from flapkit.interfaces import (
+    Compensator,
+    ImportanceMetric,
+    Moments,
+    PluginError,
+    PruningPlan,
+    Statistic,
+    StructureSearcher,
+)
+
+
+@dataclass(frozen=True)
+class Raises(ImportanceMetric):
+    name = "raises"
+
+    def score(self, site, stats, weight):
+        return weight @ torch.zeros(1, 1)
+
+
+@dataclass(frozen=True)
+class Undeclared(ImportanceMetric):
+    name = "undeclared"
+
+    def score(self, site, stats, weight):
+        return stats[Moments].variance.view(site.units, -1)
+
+
+@dataclass(frozen=True)
+class ReturnsNone(Compensator):
+    name = "returns_none"
+
+    def correct(self, site, stats, weight, keep):
+        return None
+
+
+@dataclass(frozen=True)
+class ReturnsDict(StructureSearcher):
+    name = "returns_dict"
+
+    def search(self, sites, scores, budget):
+        return {site.name: list(range(site.units)) for site in sites}
+
+
+@dataclass(frozen=True)
+class LooksForLayers(StructureSearcher):
+    name = "looks_for_layers"
+
+    def search(self, sites, scores, budget):
+        return PruningPlan({site.name: scores["layer0"] for site in sites})
+
+
+MISTAKES = {
+    "metric 'raises' at layers.0.attention: RuntimeError": {"metric": Raises()},
+    # Although the compensator has it measured.
+    "metric 'undeclared' at layers.0.attention: KeyError: .*Moments was not measured": {"metric": Undeclared()},
+    "compensator 'returns_none' at layers.*: expected a Correction, got a NoneType": {"compensator": ReturnsNone()},
+    "searcher 'returns_dict': expected a PruningPlan, got a dict": {"searcher": ReturnsDict()},
+    "searcher 'looks_for_layers': KeyError: 'layer0'": {"searcher": LooksForLayers()},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_names_its_component(llama, tokens, message):
+    before = {name: parameter.clone() for name, parameter in llama.named_parameters()}
+    with pytest.raises(PluginError, match=message):
+        flapkit.prune_(llama, tokens, ratio=0.4, **MISTAKES[message])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in llama.named_parameters())
+
+
+def test_a_statistic_needs_no_is_finite(llama, tokens):
+    class Largest(Statistic):
+        def __init__(self, channels, **options):
+            super().__init__(channels, **options)
+            self.add_state("largest", default=torch.zeros(channels), dist_reduce_fx="max")
+
+        def update(self, x):
+            self.largest = torch.maximum(self.largest, x.abs().max(0).values)
+
+        def compute(self):
+            return self.largest
+
+    @dataclass(frozen=True)
+    class Peak(ImportanceMetric):
+        name = "peak"
+        statistics = (Largest,)
+
+        def score(self, site, stats, weight):
+            return stats[Largest].compute().view(site.units, -1)
+
+    sites = flapkit.sites(llama)
+    plan = flapkit.prune_(llama, tokens, metric=Peak(), ratio=0.4)
+    assert plan.removed_params(sites) > 0
