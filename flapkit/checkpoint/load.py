@@ -130,7 +130,10 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     _check_no_code(path, config)
     if isinstance(source, Path) and (source / WEIGHTS).is_file() | (source / INDEX).is_file():
         _check_files(path, source)
-        untie_(config, Weights.of(_weight_files(path, source)))
+        try:
+            untie_(config, Weights.of(_weight_files(path, source)))
+        except ModelError as error:
+            raise ModelError(f"model {path}: {error}") from error
     return config
 
 

@@ -52,8 +52,8 @@ def prune_(model, tokens, compensator, ratio=0.4, extra=()):
 def magnitude():
     """A method that needs no statistics."""
     registry = Registry.load()
-    parts = [registry.create("metric", "magnitude"), registry.create("searcher", "al_am")]
-    return Method(*parts, (registry.create("compensator", "none"),))
+    parts = [registry.create(METRIC, "magnitude"), registry.create(SEARCHER, "al_am")]
+    return Method(*parts, (registry.create(COMPENSATOR, "none"),))
 
 
 @pytest.mark.parametrize("compensator", ["none", "bias", "least_squares"])

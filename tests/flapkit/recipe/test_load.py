@@ -243,7 +243,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "r.yaml:3:17",
         "r.yaml:4:1",
         "r.yaml:5:25",
-        "r.yaml:5:51",
+        "r.yaml:5:49",
         "r.yaml:6:11",
         "r.yaml:7:9",
         "--set budget.ration=0.3",
@@ -460,7 +460,7 @@ def test_problems_of_several_compensators(tmp_path: Path, compensator: str, expe
     ("name", "value", "problem"),
     [
         ("dataset", "''", "expected text that is not empty, got ''"),
-        ("dataset", '"a\\0b"', "no such path can be reached"),
+        ("dataset", '"a\\0b"', "path 'a\\x00b' cannot be used"),
         ("split", "1", "expected text, got 1"),
         ("fild", "x", "unknown key; did you mean 'field'?"),
     ],

@@ -17,7 +17,7 @@ NAMES = [name for name in Registry.load().names(ADAPTER) if name not in ("auto",
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sliced_is_masked(name):
-    adapter = Registry.load().create("adapter", name)
+    adapter = Registry.load().create(ADAPTER, name)
     for model_type in type(adapter).family.model_types:
         configs = [config for _, config in _forms(tiny_config(model_type), tuple(FORMS))]
         if name == "deepseek_v2":

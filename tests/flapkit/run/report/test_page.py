@@ -93,7 +93,7 @@ def test_hostile_text_stays_text():
 
 def test_the_verdict_says_what_was_asked_and_what_came_of_it():
     page = render_run(make_run(ratio=0.3))
-    assert re.search(r"(29\.\d|30\.0) % of the block parameters removed \(30\.0 % asked\)", page)
+    assert re.search(r"(29\.\d|30\.0) % of the block parameters removed \(budget 30\.0 %\)", page)
     assert "rose from 4.00 to 5.00" in page
     assert "<code>bias</code>" in page
 
