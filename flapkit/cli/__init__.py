@@ -1,4 +1,14 @@
-"""The command line: one module for each command."""
+"""The command line: one module for each command, named after it.
+
+A command imports torch, transformers and the rest of flapkit inside its function, so that `flapkit --help` is quick.
+
+Modules besides the commands:
+    app: the application, its exit codes and signals
+    listing: `flapkit list`
+    options: arguments and options that several commands share
+    output: tables, messages and logging
+    progress: bars, plain lines or JSON events
+"""
 
 from __future__ import annotations
 

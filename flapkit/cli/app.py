@@ -1,4 +1,4 @@
-"""The command line's frame: the application, and how it ends."""
+"""The application, its exit codes and its signals."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from flapkit.system.errors import FlapkitError, InputError
 from flapkit.system.processes import is_rank_zero, rank
 
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of Ctrl-C and of SIGTERM, as shells have them."""
+"""Exit codes for Ctrl-C and SIGTERM, as in shells."""
 
 PATIENCE = 5.0
-"""Seconds that a process which is not the first gives to the others before it speaks, or ends, by itself."""
+"""Seconds that a process other than rank 0 waits for the others before it prints its error, or exits."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(show: bool) -> None:
+    if show:
         typer.echo(f"flapkit {version('flapkit')}")
         raise typer.Exit
 
@@ -51,43 +51,43 @@ def common(
 def main() -> None:
     """Run the command line.
 
-    Exit code 0, 1 where a run failed, 2 where the input was wrong, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit codes: 0 for success, 1 if a run failed, 2 for wrong input, 130 for Ctrl-C, 143 for SIGTERM.
     """
-    # transformers and Lightning draw their own bars and give advice on what flapkit decides.
+    # transformers and Lightning draw their own bars, and give advice about settings that flapkit makes.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parent = os.getppid()
     if not is_rank_zero():
-        # The command is started once for each device; the first alone prints what it found.
+        # One process for each device runs the command; only rank 0 prints the result.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     try:
         with _sigterm_stops():
             code = app(standalone_mode=False)
     except Terminated:
-        _fail("stopped; no output was written", TERMINATED, parent)
+        _fail("interrupted; no output was written", TERMINATED, parent)
     except FlapkitError as error:
         _fail(str(error), error.exit_code, parent)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
-        # typer brings along, or depends on, the click whose usage errors these are.
+        # Usage errors of click, which typer vendors or depends on.
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
         sys.exit(InputError.exit_code)
-    # Without its standalone mode typer returns the code of Ctrl-C and of --help.
+    # Without its standalone mode typer returns the exit codes of Ctrl-C and --help.
     if code == INTERRUPTED:
-        _fail("stopped; no output was written", INTERRUPTED, parent)
+        _fail("interrupted; no output was written", INTERRUPTED, parent)
 
 
 class Terminated(BaseException):
-    """SIGTERM was received: all is left as on Ctrl-C."""
+    """SIGTERM was received; handled like Ctrl-C."""
 
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """Have SIGTERM end the work as an exception does, which leaves nothing half-written and frees what is held."""
+    """Make SIGTERM raise an exception, so that partial files are removed and locks released."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -100,7 +100,7 @@ def _sigterm_stops() -> Iterator[None]:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the exit code of what ended a command."""
+    """Return the exit code for an error."""
     if isinstance(error, Terminated):
         return TERMINATED
     if isinstance(error, KeyboardInterrupt):
@@ -109,10 +109,10 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int, parent: int) -> None:
-    """Say what ended the command, and end it.
+    """Print the error and exit.
 
-    Of several processes the first speaks at once. What another has to say is probably the same, or that the first is
-    gone: it waits to be ended by whoever started it, and speaks if it is not.
+    Rank 0 prints at once. The error of another process is probably the same, or that rank 0 exited: it waits to be
+    ended by the launcher, and prints only if it is not.
     """
     if not is_rank_zero():
         if code in (INTERRUPTED, TERMINATED):
@@ -128,7 +128,7 @@ def _fail(message: str, code: int, parent: int) -> None:
 
 
 def _end_after(parent: int) -> None:
-    """End this process soon after the one that started it: on GPUs it might wait for it for half an hour."""
+    """Exit soon after the parent process does: on GPUs, NCCL might wait for it for half an hour."""
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(PATIENCE)

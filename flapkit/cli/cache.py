@@ -12,18 +12,18 @@ from flapkit.cli.output import print_
 
 
 @app.command()
-def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statistics from it.")] = False) -> None:
-    """Show the statistics that runs have kept, where they are and how large."""
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statistics.")] = False) -> None:
+    """Show the cache of statistics: its folder, its files and their sizes."""
     from flapkit.execution.cache import cache_folder, entries
     from flapkit.execution.cache import clear as clear_cache
 
     folder = cache_folder()
-    found = clear_cache(folder) if clear else entries(folder)
-    size = f"{sum(entry.size for entry in found) / 1e6:,.1f} MB"
+    files = clear_cache(folder) if clear else entries(folder)
+    size = f"{sum(entry.size for entry in files) / 1e6:,.1f} MB"
     if clear:
-        print_(f"{folder}: {len(found)} files removed, {size}")
+        print_(f"{folder}: {len(files)} files removed, {size}")
         return
-    table = Table("statistic", "model", "MB", "file", title=f"{folder}: {len(found)} files, {size}")
-    for entry in found:
+    table = Table("statistic", "model", "MB", "file", title=f"{folder}: {len(files)} files, {size}")
+    for entry in files:
         table.add_row(entry.statistic or "unreadable", entry.model, f"{entry.size / 1e6:,.1f}", entry.path.name)
     print_(table)

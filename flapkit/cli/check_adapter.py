@@ -25,7 +25,7 @@ def check_adapter(
         list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A Python or YAML file of your own.")
     ] = None,
 ) -> None:
-    """Check on tiny random models that an adapter keeps every law: no weights are read."""
+    """Check an adapter on tiny random models; no weights are read."""
     from flapkit.recipe.declaration import load_registry
     from flapkit.registry import ADAPTER
     from flapkit.testing import conformance
@@ -35,15 +35,15 @@ def check_adapter(
     registry = load_registry(plugins or [])
     config = _config(model)
     chosen = registry.create(ADAPTER, adapter) if adapter else registry.adapter_for(config)
-    table = Table("form", "law", "", title=f"{config.model_type}: adapter {chosen.name}")
-    broken = 0
+    table = Table("form", "check", "", title=f"{config.model_type}: adapter {chosen.name}")
+    failed = 0
     for outcome in conformance(chosen, config):
-        broken += not outcome.holds
-        table.add_row(outcome.form, outcome.law, outcome.figure if outcome.holds else f"BROKEN: {outcome.figure}")
+        failed += not outcome.holds
+        table.add_row(outcome.form, outcome.law, outcome.figure if outcome.holds else f"FAILED: {outcome.figure}")
     print_(table)
-    if broken:
-        raise RunError(f"adapter {chosen.name!r}: {broken} of {table.row_count} checks do not hold")
-    print_(f"all {table.row_count} checks hold")
+    if failed:
+        raise RunError(f"adapter {chosen.name!r}: {failed} of {table.row_count} checks failed")
+    print_(f"all {table.row_count} checks passed")
 
 
 def _config(model: str) -> PreTrainedConfig:

@@ -27,43 +27,44 @@ RECIPE = "recipe.yaml"
 def evaluate(
     checkpoint: CheckpointArgument,
     recipe: Annotated[
-        str | None, typer.Option(help="Whose `evaluate` section counts; by default the checkpoint's own recipe.yaml.")
+        str | None, typer.Option(help="Recipe with the `evaluate` section; by default the checkpoint's recipe.yaml.")
     ] = None,
     overrides: Overrides = None,
-    against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model, to compare with.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model to compare with.")] = None,
     as_json: AsJson = False,
     output: OutputFile = None,
 ) -> None:
-    """Measure perplexity and zero-shot tasks of a checkpoint, without pruning."""
+    """Measure perplexity and zero-shot tasks of a checkpoint."""
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
     from flapkit.run.evaluate import evaluate_checkpoint
     from flapkit.system.progress import Progress
 
     if recipe is None and not (Path(checkpoint).expanduser() / RECIPE).is_file():
-        raise InputError(f"{checkpoint}: holds no {RECIPE}; say with --recipe what is to be measured")
+        raise InputError(f"{checkpoint}: holds no {RECIPE}; give a recipe with --recipe")
     if output is not None:
         check_new(output)
     loaded = load_recipe(find_recipe(recipe or str(Path(checkpoint).expanduser() / RECIPE)), overrides or [])
     set_logging(quiet=as_json, verbose=False)
-    found = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
+    evaluation = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
     if output is not None:
-        broadcast_from_rank0(partial(write_new, output, found.to_json()))
-    sys.stdout.write(found.to_json()) if as_json else print_(_table(found))
+        broadcast_from_rank0(partial(write_new, output, evaluation.to_json()))
+    sys.stdout.write(evaluation.to_json()) if as_json else print_(_table(evaluation))
 
 
-def _table(found: Evaluation) -> Table:
-    if found.against is not None:
-        table = Table("", "dense", "pruned", "change", title=f"{found.checkpoint} against {found.against}")
-        add_perplexity(table, found.perplexity)
-        add_zero_shot(table, found.zero_shot)
+def _table(evaluation: Evaluation) -> Table:
+    if evaluation.against is not None:
+        title = f"{evaluation.checkpoint} against {evaluation.against}"
+        table = Table("", "dense", "pruned", "change", title=title)
+        add_perplexity(table, evaluation.perplexity)
+        add_zero_shot(table, evaluation.zero_shot)
         return table
-    table = Table("", "", title=found.checkpoint, show_header=False)
-    for name, measured in found.perplexity.items():
+    table = Table("", "", title=evaluation.checkpoint, show_header=False)
+    for name, measured in evaluation.perplexity.items():
         table.add_row(f"perplexity, {name}", f"{measured['model']:.3f}")
         if measured["bits_per_byte"]["model"] is not None:
             table.add_row(f"bits per byte, {name}", f"{measured['bits_per_byte']['model']:.4f}")
-    for task, asked in found.zero_shot.items():
-        for metric, scores in asked["metrics"].items():
+    for task, result in evaluation.zero_shot.items():
+        for metric, scores in result["metrics"].items():
             table.add_row(f"{task}, {metric}, %", percent(scores["model"]))
     return table

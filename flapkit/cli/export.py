@@ -14,26 +14,26 @@ from flapkit.system.errors import RecipeError
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint that flapkit wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint written by flapkit.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="A name of `list exporters`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.")],
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Set an option of the exporter.")
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run what was written.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was exported there before.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run the export to compare logits.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a pruned checkpoint in another form, run that, and compare its logits with the pruned model's."""
+    """Write a pruned checkpoint in another format, run it, and compare its logits with the pruned model's."""
     from flapkit.checkpoint.export import export as export_checkpoint
     from flapkit.registry import EXPORTER, Registry
 
     set_logging(quiet=False, verbose=False)
     registry = Registry.load()
-    chosen = dict(_option(text) for text in options or [])
-    exporter = registry.create(EXPORTER, to, {**chosen, **({"verify": False} if no_verify else {})})
-    found = export_checkpoint(checkpoint, exporter, output, overwrite=overwrite)
+    settings = dict(_option(text) for text in options or [])
+    exporter = registry.create(EXPORTER, to, {**settings, **({"verify": False} if no_verify else {})})
+    comparison = export_checkpoint(checkpoint, exporter, output, overwrite=overwrite)
     print_(f"{output}: {exporter.name} of {checkpoint}")
-    print_(str(found) if found else "not verified")
+    print_(str(comparison) if comparison else "not verified")
 
 
 def _option(text: str) -> tuple[str, Any]:

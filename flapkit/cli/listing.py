@@ -14,7 +14,7 @@ from flapkit.cli.output import print_
 
 
 class Kind(str, Enum):
-    """What ``flapkit list`` can be asked for."""
+    """What ``flapkit list`` lists."""
 
     METRICS = "metrics"
     SEARCHERS = "searchers"
@@ -27,12 +27,12 @@ class Kind(str, Enum):
 
 
 @app.command("list")
-def list_(kind: Annotated[Kind | None, typer.Argument(help="One kind; all if not given.")] = None) -> None:
-    """List the components, datasets and recipes that are installed."""
-    for each in Kind if kind is None else [kind]:
-        table = Table("name", "what it is", "from", title=each.value)
-        for row in _rows(each):
-            # Square brackets are part of a formula there, not of rich's markup.
+def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; everything if not given.")] = None) -> None:
+    """List the installed components, datasets, recipes and sweeps."""
+    for listed in Kind if kind is None else [kind]:
+        table = Table("name", "description", "from", title=listed.value)
+        for row in _rows(listed):
+            # Square brackets belong to formulas, not to rich's markup.
             table.add_row(*map(escape, row))
         print_(table)
 
@@ -52,8 +52,8 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
     from flapkit.registry import KINDS, Registry
 
     registry = Registry.load()
-    chosen = next(each for each in KINDS if each.hook == f"flapkit_{kind.value}")
+    components = next(known for known in KINDS if known.hook == f"flapkit_{kind.value}")
     return [
-        (name, (component.__doc__ or "").split("\n")[0], registry.origin(chosen, name))
-        for name, component in registry.names(chosen).items()
+        (name, (component.__doc__ or "").split("\n")[0], registry.origin(components, name))
+        for name, component in registry.names(components).items()
     ]

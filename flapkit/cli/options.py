@@ -9,17 +9,17 @@ import typer
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `list recipes`.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in budget.ratio=0.3.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, for example budget.ratio=0.3.")
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace an output folder that flapkit wrote, or what a stopped run has left."),
+    typer.Option("--overwrite", help="Replace an output written by flapkit, and the work of an interrupted run."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Go on though the run takes more memory than there is.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run has left.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure all statistics anew, and keep none.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the memory estimate exceeds the available memory.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the cache of statistics.")]
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")
 ]
-OutputFile = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON to a new file as well.")]
+OutputFile = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Also write JSON to a new file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

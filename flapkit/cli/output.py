@@ -1,4 +1,4 @@
-"""How commands print, and which messages are shown."""
+"""Tables, messages and logging of the commands."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flapkit.system.processes import is_rank_zero
 from flapkit.system.workdir import write_file
 
 STAGES = ("dense", "pruned", "recovered")
-"""What is measured of, in the order of a run."""
+"""The models that a run measures, in its order."""
 
 
 def print_(what: Any) -> None:
-    """Print a table or a line; where nobody looks at a terminal, plain lines that are not broken."""
+    """Print a table or a line; plain, unwrapped lines if stdout is not a terminal."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=200)
@@ -32,22 +32,23 @@ def print_(what: Any) -> None:
 
 
 def add_perplexity(table: Table, texts: Mapping[str, Any]) -> None:
-    """Add a row for each text: the perplexity of the dense and of the pruned model, and the change."""
+    """Add a row for each text: the perplexity of the dense and the pruned model, and the change."""
     for name, measured in texts.items():
         change = measured["pruned"] / measured["dense"] - 1
         table.add_row(f"perplexity, {name}", f"{measured['dense']:.3f}", f"{measured['pruned']:.3f}", f"{change:+.1%}")
 
 
 def add_zero_shot(table: Table, tasks: Mapping[str, Any], stages: Sequence[str] = ("dense", "pruned")) -> None:
-    """Add a row for each zero-shot metric: in percent with standard errors, the change in points with McNemar's p.
+    """Add a row for each zero-shot metric: in per cent with standard errors, the change in points with McNemar's p.
 
     Args:
         table: has a column for each stage, and one for the change.
         tasks: task -> its metrics, as in ``result.json``.
-        stages: what was asked; the change is from the first to the last, its p between the dense and the pruned model.
+        stages: the measured models; the change is from the first to the last, p compares the dense and the pruned
+            model.
     """
-    for task, found in tasks.items():
-        for metric, scores in found["metrics"].items():
+    for task, result in tasks.items():
+        for metric, scores in result["metrics"].items():
             first, last = scores.get(stages[0]), scores[stages[-1]]
             change = f"{100 * (last['value'] - first['value']):+.1f}" if first else ""
             paired = scores.get("paired") if stages[-1] == "pruned" else None
@@ -57,21 +58,21 @@ def add_zero_shot(table: Table, tasks: Mapping[str, Any], stages: Sequence[str] 
 
 
 def percent(score: Mapping[str, float | None]) -> str:
-    """Write a score and its standard error in percent."""
+    """Write a score and its standard error in per cent."""
     value, stderr = score["value"], score["stderr"]
     return f"{100 * (value or 0.0):.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
 
 
 def check_new(path: Path) -> None:
-    """Raise ``OutputError`` unless a file of this name can be made: checked before the work, so that none is lost."""
+    """Raise ``OutputError`` unless a new file can be written; called before the work, so that no result is lost."""
     if path.exists() or path.is_symlink():
         raise OutputError(f"output {path}: exists already; choose another file, or remove it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"output {path}: {path.parent} is no folder that can be written")
+        raise OutputError(f"output {path}: {path.parent} is not a writable folder")
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a new file atomically.
 
     Raises:
         OutputError: it exists already, or cannot be written.
@@ -81,33 +82,33 @@ def write_new(path: Path, text: str) -> None:
 
 
 def set_logging(*, quiet: bool, verbose: bool) -> None:
-    """Show flapkit's own messages, or none, or every library's."""
+    """Show flapkit's messages, none, or those of all libraries."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
     ours = logging.getLogger("flapkit")
     ours.setLevel(logging.INFO)
-    # Not by the level: a run notes its warnings in the output whether or not they are shown.
+    # Not by the level: a run records its warnings in the output even if they are not shown.
     ours.propagate = not quiet and is_rank_zero()
     ours.addHandler(logging.NullHandler())
     if verbose:
         return
-    # Tries again by itself, and the error that ends it says what was tried.
+    # It retries, and its final error reports the attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # Lightning sets the level of its own root when it is imported; these are below it.
+    # Lightning sets the level of its root logger on import; these are below it.
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 
 class Result(Protocol):
-    """What a run and a recovery have in common."""
+    """The fields that the results of a run and of a recovery share."""
 
     @property
     def output(self) -> Path:
-        """The folder that was written."""
+        """The output folder."""
 
     @property
     def params(self) -> Mapping[str, int]:
@@ -119,11 +120,11 @@ class Result(Protocol):
 
     @property
     def zero_shot(self) -> Mapping[str, Any]:
-        """Task -> what was asked, and the scores."""
+        """Task -> its items and scores."""
 
     @property
     def exports(self) -> Mapping[str, str]:
-        """Name of an export -> what agreed to what."""
+        """Name of an export -> the result of its verification."""
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -131,7 +132,7 @@ class Result(Protocol):
 
 
 def print_result(model: str, result: Result) -> None:
-    """Print sizes and perplexities of the dense model, of the pruned one, and of the recovered one if there is one."""
+    """Print sizes and perplexities of the dense, the pruned and, if there is one, the recovered model."""
     measured = [*result.perplexity.values()]
     measured += [scores for task in result.zero_shot.values() for scores in task["metrics"].values()]
     stages = [stage for stage in STAGES if any(stage in figures for figures in measured)] or ["dense", "pruned"]
@@ -146,8 +147,8 @@ def print_result(model: str, result: Result) -> None:
         _add(table, stages, f"perplexity, {name}", figures, ".3f")
     add_zero_shot(table, result.zero_shot, stages)
     print_(table)
-    for name, agreed in result.exports.items():
-        print_(f"exports/{name}: {agreed}")
+    for name, verification in result.exports.items():
+        print_(f"exports/{name}: {verification}")
     print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
 
 

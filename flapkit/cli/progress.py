@@ -18,24 +18,24 @@ from flapkit.system.processes import is_rank_zero
 from flapkit.system.progress import Event, Listener, duration
 
 PLAIN_SECONDS = 10.0
-"""Between two lines of a long stage, where no bar can be shown."""
+"""Seconds between two lines of a long stage, if stderr is not a terminal."""
 
 JSON_SECONDS = 0.2
-"""Between two progress events of a stage, so that a quick one does not flood its reader."""
+"""Seconds between two progress events of a stage, so that a quick stage does not flood the reader."""
 
 
 def progress_listener(*, quiet: bool) -> Listener:
-    """Choose how a command shows progress on stderr: not at all, by bars, or where nobody looks by plain lines."""
+    """Choose how a command shows progress on stderr: not at all, as bars on a terminal, else as plain lines."""
     if quiet or not is_rank_zero():
         return lambda event: None
     return Bars(Console(stderr=True)) if sys.stderr.isatty() else PlainLines(sys.stderr)
 
 
 class Bars:
-    """A bar for each stage at work, with the time left; a line for each that is done.
+    """A bar with the time left for each running stage, and a line for each finished one.
 
     Args:
-        console: where they stand.
+        console: where they are shown.
     """
 
     def __init__(self, console: Console) -> None:
@@ -70,7 +70,7 @@ class Bars:
 
 
 class PlainLines:
-    """A line for each stage that ends, and for a long one a line now and then.
+    """A line for each finished stage, and for a long one a line every few seconds.
 
     Args:
         stream: where they are written.
@@ -82,7 +82,7 @@ class PlainLines:
         self._limit = _Limit(PLAIN_SECONDS, clock)
 
     def __call__(self, event: Event) -> None:
-        """Write an event's line, if it deserves one."""
+        """Write the line of an event, if there is one."""
         if event.kind == "started":
             self._limit.restart(event.stage)
         elif event.kind == "finished":
@@ -120,21 +120,22 @@ class JsonLines:
         self.write(event.kind, **fields)
 
     def write(self, kind: str, /, **fields: Any) -> None:
-        """Write an event of any kind; what is not finite becomes null, for JSON has no such numbers."""
+        """Write an event of any kind; numbers that are not finite become null, because JSON has none."""
         self._stream.write(json.dumps({"event": kind, **_finite(fields)}, ensure_ascii=False, default=str) + "\n")
         self._stream.flush()
 
     def error(self, error: BaseException) -> None:
-        """Write the event of what ended the command."""
-        self.write("error", kind=type(error).__name__, message=str(error) or "stopped", exit_code=exit_code_of(error))
+        """Write the event of the error that ended the command."""
+        message = str(error) or "interrupted"
+        self.write("error", kind=type(error).__name__, message=message, exit_code=exit_code_of(error))
 
 
 @contextmanager
 def json_lines(stream: IO[str]) -> Iterator[JsonLines]:
-    """Write JSON lines alone to a stream while a command works, and what ends it as the last of them."""
+    """Write only JSON lines to a stream while a command works; an error is the last of them."""
     lines = JsonLines(stream)
     try:
-        # What a library prints must not stand between the lines.
+        # Libraries must not print between the lines.
         with redirect_stdout(sys.stderr):
             yield lines
     except BaseException as error:
@@ -143,7 +144,7 @@ def json_lines(stream: IO[str]) -> Iterator[JsonLines]:
 
 
 class _Limit:
-    """Lets something through once in so many seconds, by name."""
+    """Lets something through at most once in a number of seconds, by name."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds = seconds
@@ -176,5 +177,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

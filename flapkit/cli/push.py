@@ -13,11 +13,11 @@ from flapkit.cli.output import print_, set_logging
 
 @app.command()
 def push(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit wrote.")],
-    repo: Annotated[str, typer.Argument(help="The repository: owner/name; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to write to; the main one if not given.")] = None,
-    exports: Annotated[bool, typer.Option("--exports", help="Upload the folder exports as well.")] = False,
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by flapkit.")],
+    repo: Annotated[str, typer.Argument(help="The repository, owner/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; main if not given.")] = None,
+    exports: Annotated[bool, typer.Option("--exports", help="Also upload the folder exports.")] = False,
 ) -> None:
     """Upload a pruned checkpoint to the Hugging Face hub."""
     from flapkit.checkpoint.push import push as push_folder

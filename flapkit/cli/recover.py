@@ -15,20 +15,20 @@ from flapkit.cli.progress import progress_listener
 
 @app.command()
 def recover(
-    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint that flapkit wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint written by flapkit.")],
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's own."
+            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's recipe.yaml."
         ),
     ] = None,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
 ) -> None:
-    """Train a pruned checkpoint as a recipe's compensator says, and write another one."""
+    """Train a pruned checkpoint with the recipe's compensator, and write a new checkpoint."""
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
     from flapkit.run.recover import recover as recover_checkpoint

@@ -21,11 +21,11 @@ def report(
         ),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for the same figures as pictures.", file_okay=False)
+        Path | None, typer.Option(help="Folder for the figures as image files.", file_okay=False)
     ] = None,
-    form: Annotated[Literal["png", "svg"] | None, typer.Option(help="Form of the pictures; both if not given.")] = None,
+    form: Annotated[Literal["png", "svg"] | None, typer.Option(help="Format of the images; both if not given.")] = None,
 ) -> None:
-    """Write the report of a run again, or a page that compares several runs; no model is loaded."""
+    """Write the report of a run again, or a page that compares several runs, without loading a model."""
     from flapkit.run.report import write_report
 
     written = write_report(runs, output=output, figures=figures, forms=(form,) if form else ("png", "svg"))

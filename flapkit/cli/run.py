@@ -26,11 +26,11 @@ def run(
     resume: Resume = False,
     no_cache: NoCache = False,
     force: Force = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one a line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one per line.")] = False,
 ) -> None:
-    """Prune a model as a recipe says."""
+    """Run a recipe: prune a model, repair, evaluate and save it."""
     from flapkit.execution.cache import cache_folder
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe

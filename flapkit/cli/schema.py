@@ -10,7 +10,7 @@ from flapkit.cli.app import app
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, with every installed plugin's options."""
+    """Print the JSON schema of recipes, with the options of all installed components."""
     from flapkit.recipe.json_schema import recipe_schema
     from flapkit.registry import Registry
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit wrote.")]) -> None:
-    """Show what a pruned checkpoint keeps, and what made it."""
+def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by flapkit.")]) -> None:
+    """Show the kept heads and widths of a pruned checkpoint, and how it was made."""
     from flapkit.checkpoint.folder import MARK
     from flapkit.checkpoint.load import load_config
     from flapkit.model.classes import dense_config
@@ -29,7 +29,7 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit 
 
     config = load_config(checkpoint)
     if not (checkpoint / MARK).is_file():
-        raise ModelError(f"{checkpoint}: holds no {MARK}: flapkit did not write it")
+        raise ModelError(f"{checkpoint}: holds no {MARK}; it was not written by flapkit")
     made = read_object(checkpoint / MARK, ModelError)
     family = declaration_of(config)
     kept, dense = _sizes(config, family), _sizes(dense_config(config), family)
@@ -40,27 +40,27 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A folder that flapkit 
         table.add_row(str(layer), *cells)
     print_(table)
     for key, value in made.items():
-        print_(f"{key}: {_said(value)}")
+        print_(f"{key}: {_text(value)}")
 
 
-def _said(value: Any) -> str:
-    """Write what made a checkpoint as a reader would say it."""
+def _text(value: Any) -> str:
+    """Write a value of ``flapkit.json`` as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_said(each)}" for key, each in value.items() if each is not None)
-    return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry is not None)
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
-    """Return what each layer has of heads and channels: (layer, what) -> how many."""
+    """Count the heads and channels of each layer: (layer, name) -> count."""
     from flapkit.model.empty import skeleton
     from flapkit.model.layout import sites_of
 
-    found = {}
+    sizes = {}
     for site in sites_of(skeleton(config), family):
         name = site.block.name if site.block else site.kind
         if site.kind == "attention":
-            found[site.layer, "heads"] = site.heads
-            found[site.layer, "KV heads"] = site.kv_heads
+            sizes[site.layer, "heads"] = site.heads
+            sizes[site.layer, "KV heads"] = site.kv_heads
         else:
-            found[site.layer, f"{name} width"] = site.channels
-    return found
+            sizes[site.layer, f"{name} width"] = site.channels
+    return sizes

@@ -25,10 +25,10 @@ def sweep(
     overrides: Overrides = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     no_cache: NoCache = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every library's messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
 ) -> None:
-    """Prune by a recipe with many values, calibrated once; started again, carry on with what is missing."""
+    """Run a recipe with many settings, calibrated once; an interrupted sweep resumes."""
     from flapkit.execution.cache import cache_folder
     from flapkit.recipe.files import find_sweep
     from flapkit.run.sweep.load import label, load_sweep
@@ -39,7 +39,7 @@ def sweep(
 
     loaded = load_sweep(find_sweep(sweep), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
-    folder = Path(output or loaded.asked.output).expanduser()
+    folder = Path(output or loaded.file.output).expanduser()
     progress = Progress(progress_listener(quiet=quiet))
     cache = None if no_cache else cache_folder()
     with open_workdir(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
@@ -60,7 +60,7 @@ def _write(loaded: Sweep, rows: list[Row], folder: Path) -> None:
 
     write_file(folder / "table.csv", to_csv(loaded.keys, rows))
     for kind in ("png", "svg"):
-        write_file(folder / f"plot.{kind}", draw(rows, loaded.keys, loaded.asked.plot, kind))
+        write_file(folder / f"plot.{kind}", draw(rows, loaded.keys, loaded.file.plot, kind))
 
 
 def _print(loaded: Sweep, rows: list[Row], folder: Path) -> None:

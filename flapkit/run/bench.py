@@ -1,4 +1,4 @@
-"""Time a checkpoint, alone or against the dense model, and say what was promised."""
+"""Time a checkpoint, alone or against the dense model, and compute the expected speedup."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class BenchResult:
         return {name: first / second for name, (first, second) in pairs.items() if first is not None and second}
 
     @property
-    def promised(self) -> float | None:
+    def expected(self) -> float | None:
         """How many times as fast the checkpoint would be if time went by the parameters that each token reads."""
         return 1 / self.ratios["read_params"] if self.against is not None else None
 
     def to_json(self) -> str:
         """Write everything as JSON."""
-        data = asdict(self) | {"ratios": self.ratios, "promised": self.promised}
+        data = asdict(self) | {"ratios": self.ratios, "expected": self.expected}
         return json.dumps(data, indent=2) + "\n"
 
 

@@ -19,7 +19,7 @@ from runs import make_run
 from flapkit.run.report import RunDocument, draw_figures, render_comparison, render_run
 
 RUN = make_run(layers=2)
-BENCH = {"ratios": {"prefill": 1.1, "decode": 1.2}, "promised": 1.25}
+BENCH = {"ratios": {"prefill": 1.1, "decode": 1.2}, "expected": 1.25}
 FIGURES = {"dense": 4.0, "pruned": 5.0, "recovered": 4.5, "bits_per_byte": {"dense": 1.5}, "length": 128}
 FILES: dict[str, Any] = {
     "report.json": json.loads(RUN.record.to_json()),

@@ -22,7 +22,7 @@ def test_it_loads_and_says_what_it_does(name):
     first = SWEEPS[name].read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     assert len(first) < 120
-    assert sweep.asked.output == f"runs/sweeps/{name}"
+    assert sweep.file.output == f"runs/sweeps/{name}"
     assert {point.recipe.recipe.model.path for point in sweep.points} == {"builtin:tiny-llama"}
     assert len({point.label for point in sweep.points}) == len(sweep.points) >= 12
 

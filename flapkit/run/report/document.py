@@ -82,7 +82,7 @@ class _Bench(TypedDict, total=False):
     """The part of ``bench.json`` that a report uses."""
 
     ratios: Mapping[str, Figure] | None
-    promised: Figure | None
+    expected: Figure | None
 
 
 _RESULT, _MADE, _BENCH = (pydantic.TypeAdapter[Any](of) for of in (_Result, _Made, _Bench))

@@ -154,8 +154,8 @@ def tiles(run: RunDocument) -> list[Tile]:
 
 def _speed(bench: Mapping[str, Any]) -> list[Tile]:
     """Show the speed relative to the dense model, if ``flapkit bench`` measured it."""
-    ratios, promised = bench.get("ratios") or {}, bench.get("promised")
-    note = f"dense is 1.00; {promised:.2f} expected from the parameters" if promised else "dense is 1.00"
+    ratios, expected = bench.get("ratios") or {}, bench.get("expected")
+    note = f"dense is 1.00; {expected:.2f} expected from the parameters" if expected else "dense is 1.00"
     names = {"prefill": "Prefill speed", "decode": "Decode speed"}
     return [
         Tile(label, f"{view.TIMES} {ratios[name]:.2f}", note=note) for name, label in names.items() if name in ratios

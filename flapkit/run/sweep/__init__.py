@@ -1,8 +1,12 @@
-"""Sweeps: one recipe with many values, calibrated once.
+"""Sweeps: one recipe with many settings, calibrated once.
 
-- ``schema``: what a sweep's file says.
-- ``load``: its points, each a recipe that is known to be right.
-- ``run``: carry them out on one dense model.
-- ``results``: the rows, written as they come and found again.
-- ``table`` and ``plot``: what is made of the rows.
+Each point of a sweep is a valid recipe. Points run on copies of one dense model; each gives a row of the results.
+
+Modules:
+    load: read a sweep's file and build its points
+    plot: the rows as a plot
+    results: the rows in `results.jsonl`, from which an interrupted sweep resumes
+    run: run the points
+    schema: the keys of a sweep's file
+    table: the rows as a table
 """

@@ -1,4 +1,4 @@
-"""Load a sweep: its points, each a recipe that is known to be right, with all problems said at once."""
+"""Load a sweep and its points, each a valid recipe; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from flapkit.system.errors import InputError, RecipeError, did_you_mean
 from flapkit.system.paths import to_path
 
 FIXED = {
-    "plugins": "plugins hold for all points; name them in the sweep's own `plugins`",
-    "output": "a sweep writes no checkpoints; its own `output` says where the results go",
+    "plugins": "plugins are the same for all points; list them in the sweep's own `plugins`",
+    "output": "a sweep writes no checkpoints; its own `output` is the folder of the results",
     "export": "a sweep writes no checkpoints, so there is nothing to export",
 }
-"""Keys of a recipe that a point cannot set -> why."""
+"""Keys of a recipe that a point cannot set -> the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Point:
     """One recipe of a sweep.
 
     Args:
-        settings: dotted key -> the value that makes this point, as the file writes it.
+        settings: dotted key -> the value that this point sets, as written in the file.
         recipe: the whole recipe.
     """
 
@@ -48,21 +48,21 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A sweep that is known to be right.
+    """A valid sweep.
 
     Args:
-        path: the file.
-        asked: what the file says.
-        points: the points, in its order.
+        path: the path of the file.
+        file: the content of the file.
+        points: the points, in the file's order.
     """
 
     path: Path
-    asked: SweepFile
+    file: SweepFile
     points: tuple[Point, ...]
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every key that some point sets, in the order of the first mention."""
+        """All keys that points set, in order of their first use."""
         return tuple(dict.fromkeys(key for point in self.points for key in point.settings))
 
 
@@ -72,12 +72,12 @@ def label(settings: Mapping[str, Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """Write a setting in short: a component with options as a call."""
+    """Write a setting in short: a component with options like a call."""
     if isinstance(value, Mapping):
-        options = ", ".join(f"{key}={show(each)}" for key, each in value.items() if key != "name")
+        options = ", ".join(f"{key}={show(option)}" for key, option in value.items() if key != "name")
         return f"{value.get('name', '')}({options})" if options else str(value.get("name", ""))
     if isinstance(value, (list, tuple)):
-        return "+".join(show(each) for each in value)
+        return "+".join(map(show, value))
     return str(value)
 
 
@@ -86,14 +86,14 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: the YAML file.
-        overrides: ``key.path=value`` strings for all points, stronger than the sweep's ``set``.
+        overrides: ``key.path=value`` strings for all points; they replace values of the sweep's ``set``.
 
     Raises:
-        RecipeError: everything that is wrong with the sweep, with its recipe, and with every point, one problem a line.
+        RecipeError: all problems of the sweep, of its recipe and of every point, one a line.
     """
     path = Path(path)
-    root, asked = _file(path)
-    recipe = _base(asked, root, path)
+    root, file = _file(path)
+    recipe = _base(file, root, path)
     base, problems = read_tree(recipe)
     base_keys = base.value if isinstance(base.value, dict) else {}
     base_keys.setdefault("output", Node("unused", base.position, base.position))
@@ -107,10 +107,10 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
             problems += point
         else:
             points.append(point)
-    problems += _check_plot(root, asked)
+    problems += _check_plot(root, file)
     if problems:
         raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=_place)))
-    return Sweep(path, asked, tuple(points))
+    return Sweep(path, file, tuple(points))
 
 
 def _file(path: Path) -> tuple[Node, SweepFile]:
@@ -118,40 +118,40 @@ def _file(path: Path) -> tuple[Node, SweepFile]:
     if root is None or not isinstance(root.value, dict):
         what = "a sweep is a section of keys: recipe, grid or points, and output"
         raise RecipeError(*(str(problem) for problem in problems or [Problem(Position(str(path), 1, 1), "", what)]))
-    asked = check(root, SweepFile)
-    if problems or isinstance(asked, list):
-        found = [*problems, *(asked if isinstance(asked, list) else [])]
-        raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(found, key=_place)))
-    return root, asked
+    file = check(root, SweepFile)
+    if problems or isinstance(file, list):
+        problems += file if isinstance(file, list) else []
+        raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=_place)))
+    return root, file
 
 
 def _place(problem: Problem) -> tuple[str, int, int]:
     return problem.position.source, problem.position.line, problem.position.column
 
 
-def _base(asked: SweepFile, root: Node, path: Path) -> Path:
-    """Find the base recipe: beside the sweep's file, or by its name."""
+def _base(file: SweepFile, root: Node, path: Path) -> Path:
+    """Find the base recipe: relative to the sweep's folder, or by name."""
     try:
-        beside = to_path(asked.recipe, path.parent)
-        return find_recipe(beside if beside.is_file() else asked.recipe)
+        beside = to_path(file.recipe, path.parent)
+        return find_recipe(beside if beside.is_file() else file.recipe)
     except InputError as error:
         node = root.child("recipe") or root
         raise RecipeError(str(Problem(node.position, "recipe", str(error)))) from error
 
 
 def _plugin_files(root: Node, file: Path) -> list[Node]:
-    """List the plugin files that a recipe or a sweep names, as absolute paths."""
+    """List the plugin files of a recipe or a sweep, as absolute paths."""
     entries = _items(root.child("plugins"))
     for entry in entries:
         if isinstance(entry.value, str):
-            # What cannot be reached is said when it is loaded.
+            # A bad path is reported when the plugin is loaded.
             with suppress(InputError):
                 entry.value = str(to_path(entry.value, file.parent).resolve())
     return entries
 
 
 def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
-    """Set in the base recipe what holds for all points: the sweep's ``set``, then the command line's."""
+    """Set the values for all points in the base recipe: those of the sweep's ``set``, then of the command line."""
     problems = []
     for key, value in _entries(root.child("set")):
         problems += _set(base, key, value)
@@ -159,7 +159,7 @@ def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
     for text in overrides:
         key = text.partition("=")[0].strip()
         if key in swept:
-            problems.append(Problem(override_position(text), key, "the points set it; change the sweep's file"))
+            problems.append(Problem(override_position(text), key, "the points set this key; change the sweep's file"))
         problems += override(base, text, component_names())
     return problems
 
@@ -173,7 +173,7 @@ def _entries(node: Node | None) -> list[tuple[str, Node]]:
 
 
 def _points(root: Node) -> list[dict[str, Node]]:
-    """List the settings of every point: the grid's combinations, the last key fastest, then the listed ones."""
+    """List the settings of every point: the combinations of the grid, the last key fastest, then the listed points."""
     axes = [[(key, value) for value in _items(values)] for key, values in _entries(root.child("grid"))]
     grid = [dict(combination) for combination in itertools.product(*axes)] if axes else []
     return [*grid, *(dict(_entries(point)) for point in _items(root.child("points")))]
@@ -191,19 +191,19 @@ def _point(
         return recipe
     if recipe.recipe.evaluate.zero_shot is not None:
         node = root.child("evaluate") or root
-        return [Problem(node.position, "evaluate.zero_shot", "a sweep measures perplexity alone; leave it out")]
+        return [Problem(node.position, "evaluate.zero_shot", "a sweep measures only perplexity; remove this key")]
     return Point({key: value.plain() for key, value in settings.items()}, recipe)
 
 
 def _set(root: Node, key: str, value: Node) -> list[Problem]:
-    if why := FIXED.get(key.split(".")[0]):
-        return [Problem(value.key_position, key, why)]
+    if reason := FIXED.get(key.split(".")[0]):
+        return [Problem(value.key_position, key, reason)]
     return put(root, key, copy.deepcopy(value), component_names())
 
 
-def _check_plot(root: Node, asked: SweepFile) -> list[Problem]:
-    """Say which keys of the plot no point sets."""
-    known = [PARAMETERS, *asked.grid, *(key for point in asked.points for key in point)]
+def _check_plot(root: Node, file: SweepFile) -> list[Problem]:
+    """List the keys of the plot that no point sets."""
+    known = [PARAMETERS, *file.grid, *(key for point in file.points for key in point)]
     node = root.child("plot") or root
-    wrong = [key for key in (asked.plot.x, *asked.plot.over) if key not in known]
-    return [Problem(node.position, "plot", f"no point sets {key!r}{did_you_mean(key, known)}") for key in wrong]
+    unknown = [key for key in (file.plot.x, *file.plot.over) if key not in known]
+    return [Problem(node.position, "plot", f"no point sets {key!r}{did_you_mean(key, known)}") for key in unknown]

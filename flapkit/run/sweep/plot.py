@@ -1,4 +1,4 @@
-"""The rows of a sweep as a picture: perplexity against parameters, or a swept number, a line for each method."""
+"""The rows of a sweep as a plot: perplexity against parameters or a swept number, one line for each method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flapkit.run.sweep.schema import PARAMETERS, Plot
 
 MARKS = "osD^vP"
 LARGEST = 1e30
-"""The largest perplexity that is drawn, for what is infinite too: matplotlib fails at the largest numbers there are."""
+"""Perplexities above this, infinite ones included, are drawn here: matplotlib fails at the largest floats."""
 
 DASHES = ("-", "--", ":", "-.")
 
@@ -30,88 +30,84 @@ class Line:
     values: dict[float, list[float]] = field(default_factory=dict)
 
     def add(self, x: float, y: float) -> None:
-        """Take in a row."""
+        """Add a row."""
         self.values.setdefault(x, []).append(y)
 
 
-def lines(rows: Sequence[Row], keys: Sequence[str], asked: Plot, text: str) -> dict[str, Line]:
-    """Gather rows into lines: a method is what is the same when the x axis, and what is averaged over, are left out.
+def lines(rows: Sequence[Row], keys: Sequence[str], plot: Plot, text: str) -> dict[str, Line]:
+    """Group rows into lines: rows of one method differ only in the x axis and in the keys that are averaged over.
 
     Args:
-        rows: what became of the points; those that failed are left out.
+        rows: the results of the points; failed ones are left out.
         keys: the swept keys.
-        asked: what is plotted.
+        plot: what is plotted.
         text: the name of the evaluation text.
 
     Returns:
         Method -> its line.
     """
-    moving = {asked.x, *asked.over} if asked.x != PARAMETERS else {"budget.ratio", "budget.of", *asked.over}
-    found: dict[str, Line] = {}
+    moving = {plot.x, *plot.over} if plot.x != PARAMETERS else {"budget.ratio", "budget.of", *plot.over}
+    by_method: dict[str, Line] = {}
     for row in rows:
         if row.error is not None or text not in row.perplexity:
             continue
-        x: Any = row.params["pruned"] if asked.x == PARAMETERS else row.settings.get(asked.x)
+        x: Any = row.params["pruned"] if plot.x == PARAMETERS else row.settings.get(plot.x)
         if isinstance(x, (int, float)):
-            method = ", ".join(_say(key, row) for key in keys if key in row.settings and key not in moving)
-            found.setdefault(method or "all", Line()).add(x, _drawable(row.perplexity[text]["pruned"]))
-    return found
+            method = ", ".join(_label(key, row) for key in keys if key in row.settings and key not in moving)
+            by_method.setdefault(method or "all", Line()).add(x, _drawable(row.perplexity[text]["pruned"]))
+    return by_method
 
 
 def _drawable(perplexity: float) -> float:
     return min(max(perplexity, 1 / LARGEST), LARGEST)
 
 
-def _say(key: str, row: Row) -> str:
+def _label(key: str, row: Row) -> str:
     section, _, name = key.rpartition(".")
     return f"{name} {show(row.settings[key])}" if section else show(row.settings[key])
 
 
-def draw(rows: Sequence[Row], keys: Sequence[str], asked: Plot, kind: Literal["png", "svg"]) -> bytes:
-    """Draw a panel for each evaluation text.
-
-    Returns:
-        The picture.
-    """
+def draw(rows: Sequence[Row], keys: Sequence[str], plot: Plot, kind: Literal["png", "svg"]) -> bytes:
+    """Draw one panel for each evaluation text, and return the image."""
     texts = list(dict.fromkeys(name for row in rows for name in row.perplexity))
-    # Names are taken as they are: a dollar sign in a path begins no formula.
+    # Names are drawn as they are: a dollar sign in a path does not start a formula.
     plain: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flapkit", "font.size": 9}
     with rc_context(plain):
         figure = Figure(figsize=(7 * max(len(texts), 1) + 2, 4.8), layout="constrained")
         panels = figure.subplots(1, max(len(texts), 1), squeeze=False)[0]
         for axes, text in zip(panels, texts, strict=False):
-            _panel(axes, rows, lines(rows, keys, asked, text), asked, text)
+            _panel(axes, rows, lines(rows, keys, plot, text), plot, text)
         if texts:
             handles, labels = panels[0].get_legend_handles_labels()
             columns = 1 + (len(labels) - 1) // 24
             figure.legend(handles, labels, loc="outside right upper", frameon=False, ncols=columns)
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    return picture.getvalue()
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    return image.getvalue()
 
 
-def _panel(axes: Axes, rows: Sequence[Row], found: dict[str, Line], asked: Plot, text: str) -> None:
+def _panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, text: str) -> None:
     styles = itertools.product(DASHES, colormaps["tab10"].colors)  # type: ignore[attr-defined]
-    for (label, line), (dash, color), mark in zip(found.items(), styles, itertools.cycle(MARKS), strict=False):
+    for (label, line), (dash, color), mark in zip(by_method.items(), styles, itertools.cycle(MARKS), strict=False):
         xs = sorted(line.values)
         means = [sum(line.values[x]) / len(line.values[x]) for x in xs]
         axes.plot(xs, means, color=color, linestyle=dash, marker=mark, markersize=4, linewidth=1.3, label=label)
         if any(len(values) > 1 for values in line.values.values()):
             lowest, highest = ([of(line.values[x]) for x in xs] for of in (min, max))
             axes.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
-    _frame(axes, rows, found, asked, text)
+    _frame(axes, rows, by_method, plot, text)
 
 
-def _frame(axes: Axes, rows: Sequence[Row], found: dict[str, Line], asked: Plot, text: str) -> None:
+def _frame(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, text: str) -> None:
     dense = _drawable(next(row.perplexity[text]["dense"] for row in rows if text in row.perplexity))
     axes.axhline(dense, color="0.6", linewidth=1, linestyle=(0, (1, 2)))
     axes.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
-    axes.set(xlabel=asked.x, ylabel="perplexity", title=text)
-    values = [y for line in found.values() for ys in line.values.values() for y in ys]
+    axes.set(xlabel=plot.x, ylabel="perplexity", title=text)
+    values = [y for line in by_method.values() for ys in line.values.values() for y in ys]
     if values and max(values) > 4 * min([dense, *values]):
         axes.set_yscale("log")
-    xs = {x for line in found.values() for x in line.values}
-    if asked.x == PARAMETERS:
+    xs = {x for line in by_method.values() for x in line.values}
+    if plot.x == PARAMETERS:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.locator_params(axis="x", nbins=5)
     elif xs and min(xs) > 0 and max(xs) >= 16 * min(xs):

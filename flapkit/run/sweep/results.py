@@ -1,4 +1,4 @@
-"""The rows of a sweep, one JSON object a line, written as they come and found again by whoever carries on."""
+"""The rows of a sweep, one JSON object per line, written as points finish; an interrupted sweep resumes from them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one point.
+    """The result of one point.
 
     Args:
-        id: a hash of the point's whole recipe, of the weights and of the text.
+        id: hash of the point's whole recipe, of the weights and of the text.
         settings: dotted key -> value.
-        error: why it failed; None where it did not.
+        error: the error; None if the point succeeded.
         params: as in a run's ``result.json``.
         perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and more.
         seconds: stage -> wall time.
-        warnings: what flapkit warned of.
+        warnings: flapkit's warnings.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -47,12 +47,12 @@ class Row:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` where a figure that tables and plots show is missing."""
+        """Raise ``ValueError`` if a number that tables and plots show is missing."""
         counted = self.params.keys() >= {"pruned", "removed", "blocks"} and self.params["blocks"] > 0
         if (self.params or self.perplexity) and not counted:
             raise ValueError("params: expected pruned, removed and blocks")
-        for text, found in self.perplexity.items():
-            values = [found.get(which) for which in ("dense", "pruned")]
+        for text, measured in self.perplexity.items():
+            values = [measured.get(which) for which in ("dense", "pruned")]
             if not all(isinstance(value, (int, float)) and value > 0 for value in values):
                 raise ValueError(f"perplexity: {text}: expected dense and pruned, both over 0")
 
@@ -64,10 +64,10 @@ class Results:
     """The rows in a folder.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it is missing.
 
     Raises:
-        OutputError: the folder holds something else, cannot be written, or its rows are damaged.
+        OutputError: the folder holds other files and no results, cannot be written, or its rows are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class Results:
         if self._path.is_symlink():
             raise OutputError(f"output {folder}: {self._path} is a link; choose another folder")
         if folder.is_dir() and not self._path.is_file() and any(folder.iterdir()):
-            raise OutputError(f"output {folder}: it holds no {RESULTS}, but something else; choose another folder")
+            raise OutputError(f"output {folder}: holds files but no {RESULTS}; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.rows = self._read()
@@ -91,11 +91,11 @@ class Results:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error}; what is in it stays") from error
+            raise OutputError(f"{self._path}: cannot be written: {error}; finished rows are kept") from error
         self.rows[row.id] = row
 
     def done(self, id_: str) -> bool:
-        """Tell whether a point has been carried out and did not fail."""
+        """Return whether a point has a result without an error."""
         return id_ in self.rows and self.rows[id_].error is None
 
     def _read(self) -> dict[str, Row]:
@@ -104,7 +104,7 @@ class Results:
         content = self._path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            log.warning("%s: its last line is half-written, as by a kill; it is taken away", self._path)
+            log.warning("%s: removed the last line, which an interrupted sweep left incomplete", self._path)
             os.truncate(self._path, whole)
         rows = {}
         for number, line in enumerate(content[:whole].splitlines(), start=1):

@@ -1,4 +1,4 @@
-"""Carry out a sweep: one dense model in memory, one calibration for all points that share it, each on a cheap copy."""
+"""Run a sweep: one dense model in memory, one calibration for all points that share it, each point on a cheap copy."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """The dense model that some points share, and what is known of it.
+    """The dense model that several points share.
 
     Args:
-        model: whole, and never changed.
+        model: the whole model, never changed.
         weights: SHA-256 of the weights.
-        target: its sites.
-        runtime: what it runs on.
-        params: its parameters.
+        target: its configuration, adapter and sites.
+        runtime: the devices that it runs on.
+        params: its number of parameters.
     """
 
     model: PreTrainedModel
@@ -56,7 +56,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A point, its text, and what it is known by in the results."""
+    """A point, its text, and its id in the results."""
 
     point: Point
     text: RunText
@@ -70,19 +70,19 @@ def run_sweep(
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> list[Row]:
-    """Carry out the points of a sweep that the results do not hold yet; a point that fails does not stop the others.
+    """Run the points of a sweep that have no result yet; a point that fails does not stop the others.
 
     Args:
-        sweep: what to do.
-        results: where rows go as they come.
-        progress: whom the stages tell how far they are.
-        cache: folder of the statistics; None for none.
+        sweep: the sweep.
+        results: where rows are written as points finish.
+        progress: shows the stages.
+        cache: folder of the cache of statistics; None for no cache.
 
     Returns:
         The rows of all points, in the sweep's order.
 
     Raises:
-        FlapkitError: text, a model or calibration that points share failed.
+        FlapkitError: the text or the model that points share cannot be used.
     """
     progress = progress or Progress()
     check_sweep(sweep)
@@ -95,20 +95,22 @@ def run_sweep(
 
 
 def check_sweep(sweep: Sweep) -> None:
-    """Raise ``RecipeError`` for every point whose model or text can be known to be wrong before anything runs."""
+    """Raise ``RecipeError`` with the problems of all points that can be checked before anything runs."""
     problems = []
     for point in sweep.points:
-        asked = point.recipe.recipe
+        settings = point.recipe.recipe
         try:
             if recovery_of(point.recipe.compensators) is not None:
-                raise RecipeError("a sweep does not train; leave the compensator that does out, and `flapkit recover`")
-            runtime = open_runtime(asked.trainer)
+                raise RecipeError(
+                    "a sweep does not train; remove the compensator that trains, and use `flapkit recover` afterwards"
+                )
+            runtime = open_runtime(settings.trainer)
             if runtime.processes > 1 or runtime.sharded:
                 raise RecipeError(
-                    "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and leave strategy out"
+                    "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
             find_target(point.recipe)
-            for text in (asked.calibration, *asked.evaluate.perplexity):
+            for text in (settings.calibration, *settings.evaluate.perplexity):
                 text.check()
         except FlapkitError as error:
             problems.append(f"{sweep.path}: {point.label}: {error}")
@@ -123,15 +125,15 @@ def _run_group(
     cache: Path | None,
     advance: Callable[[], None],
 ) -> list[Task]:
-    """Carry out the points of one dense model."""
+    """Run the points of one dense model."""
     first = points[0].recipe
     with progress.stage("text"):
         target = find_target(first)
         tokenizer = load_tokenizer(first.recipe.model.path, revision=first.recipe.model.revision)
         texts = _read_texts(points, target, tokenizer)
     with progress.stage("load"):
-        asked = first.recipe.model
-        model = load(asked.path, asked.dtype, revision=asked.revision)
+        source = first.recipe.model
+        model = load(source.path, source.dtype, revision=source.revision)
         target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,
@@ -147,14 +149,14 @@ def _run_group(
     for same_evaluation in _grouped(missing.values(), lambda task: _evaluation_key(task.point)):
         before = dense.runtime.evaluate(dense.model, same_evaluation[0].text.evaluations, "evaluate dense")
         for shared in _grouped(same_evaluation, lambda task: _calibration_key(task.point)):
-            for row in _carry_out_all(shared, dense, before, cache):
+            for row in _run_all(shared, dense, before, cache):
                 results.add(row)
                 advance()
     return tasks
 
 
 def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase) -> list[RunText]:
-    """Read the text of every point, what several share but once."""
+    """Read the text of every point; text that several points share is read once."""
     known: dict[str, RunText] = {}
     for point in points:
         key = _calibration_key(point) + _evaluation_key(point)
@@ -164,13 +166,13 @@ def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTo
 
 
 def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Statistics | None:
-    """Measure in one pass what any of some points needs; None where each point has to measure for itself.
+    """Measure the statistics of all points in one pass; None if each point has to measure its own.
 
-    That is so for sequential calibration, and where the memory for statistics does not hold them all.
+    That is so with sequential calibration, and if the memory for statistics does not hold them all.
     """
     if tasks[0].point.recipe.recipe.calibration.sequential:
         return None
-    needed = dict.fromkeys(each for task in tasks for each in task.point.recipe.method.statistics)
+    needed = dict.fromkeys(statistic for task in tasks for statistic in task.point.recipe.method.statistics)
     return _executor(dense.model, tasks[0], dense, dense.runtime, cache).calibrate(tuple(needed))
 
 
@@ -188,26 +190,26 @@ def _executor(
     return WholeExecutor(model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics)
 
 
-def _carry_out_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
-    """Carry out points that share their calibration, one after the other; if that fails, they all do."""
+def _run_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
+    """Run points that share their calibration, one after the other; if calibration fails, all of them fail."""
     try:
         statistics = _calibrate(tasks, dense, cache)
     except Exception as error:  # noqa: BLE001 - one group of points must not end the others, whatever goes wrong
         log.warning("calibration failed: %s", error)
-        yield from (Row(task.id, task.point.settings, _say(error)) for task in tasks)
+        yield from (Row(task.id, task.point.settings, _message(error)) for task in tasks)
         return
     for task in tasks:
-        yield _carry_out(task, dense, statistics, before, cache)
+        yield _run_point(task, dense, statistics, before, cache)
 
 
-def _say(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _carry_out(
+def _run_point(
     task: Task, dense: Dense, statistics: Statistics | None, before: Mapping[str, Any], cache: Path | None
 ) -> Row:
-    """Prune a copy of the dense model and evaluate it; what goes wrong is the row's error."""
+    """Prune a copy of the dense model and evaluate it; a failure becomes the row's error."""
     settings = task.point.settings
     progress = Progress()
     runtime = Runtime(dense.runtime.options, progress)
@@ -222,13 +224,13 @@ def _carry_out(
             after = runtime.evaluate(model, task.text.evaluations, "evaluate pruned")
         except Exception as error:  # noqa: BLE001 - one point must not end the others, whatever goes wrong
             log.warning("%s: failed: %s", task.point.label, error)
-            return Row(task.id, settings, _say(error), warnings=list(warnings))
+            return Row(task.id, settings, _message(error), warnings=list(warnings))
         params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
     return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))
 
 
 def _id(point: Point, text: RunText, dense: Dense) -> str:
-    """Hash all that a point's figures depend on."""
+    """Hash everything that a point's result depends on."""
     tokens = {name: evaluation.windows.labels for name, evaluation in text.evaluations.items()}
     parts = [
         point.recipe.recipe.model_dump_json(exclude={"output", "export"}),
@@ -239,8 +241,7 @@ def _id(point: Point, text: RunText, dense: Dense) -> str:
 
 
 def _model_key(point: Point) -> str:
-    asked = point.recipe.recipe
-    return asked.model_dump_json(include={"model", "adapter", "trainer"})
+    return point.recipe.recipe.model_dump_json(include={"model", "adapter", "trainer"})
 
 
 def _calibration_key(point: Point) -> str:
@@ -252,7 +253,7 @@ def _evaluation_key(point: Point) -> str:
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
-    """Put what has the same key together, in the order of the first of each."""
+    """Group items by key, in order of the first item of each group."""
     groups: dict[str, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

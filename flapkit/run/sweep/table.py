@@ -13,14 +13,14 @@ Cell = str | float | int | None
 
 
 def table(keys: Sequence[str], rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
-    """Lay rows out: settings, parameters, what went of the blocks, perplexities, and the error where there is one.
+    """Arrange rows as a table: settings, parameters, removed share of the blocks, perplexities, error.
 
     Args:
         keys: the swept keys.
-        rows: what became of the points.
+        rows: the results of the points.
 
     Returns:
-        The columns' names, and the cells of each row.
+        The names of the columns, and the cells of each row.
     """
     texts = list(dict.fromkeys(name for row in rows for name in row.perplexity))
     names = [*keys, "parameters", "removed of blocks"]

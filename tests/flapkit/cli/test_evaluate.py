@@ -24,7 +24,7 @@ def test_a_checkpoint_is_measured_as_its_run_measured_it(home, recipe, command):
 def test_what_is_to_be_measured_has_to_be_said(recipe, command):
     code, _, error = command("evaluate", "builtin:tiny-llama")
     assert code == 2
-    assert "holds no recipe.yaml; say with --recipe" in error
+    assert "holds no recipe.yaml; give a recipe with --recipe" in error
     code, _, error = command("evaluate", "builtin:tiny-llama", "--recipe", recipe, "--set", "evaluate={}")
     assert code == 2
     assert "it asks for nothing" in error
@@ -39,7 +39,7 @@ def test_bench_prints_a_table_or_json(home, command):
     assert "batch 1, prompt 8, then 2 tokens" in out
     code, out, _ = command(*small, "--json")
     assert json.loads(out)["workload"]["prompt"] == 8
-    assert json.loads(out)["promised"] is None
+    assert json.loads(out)["expected"] is None
 
 
 def test_a_file_that_exists_is_not_replaced(home, command):

@@ -61,7 +61,7 @@ def test_odd_widths_are_warned_of_and_rounded(command, tmp_path):
     write_recipe(tmp_path, evaluate={})
     code, out, err = command("check", "recipe.yaml")
     assert code == 0, err
-    assert "MLPs will be of odd width" in out
+    assert "MLP widths are not multiples of 32" in out
     code, _, err = command("run", "recipe.yaml")
     assert code == 0
     warned = json.loads((tmp_path / "out" / "result.json").read_text())["warnings"]

@@ -38,7 +38,7 @@ def test_several_runs_and_their_figures(command, runs):
 
 
 def test_a_bench_in_the_folder_is_shown(command, runs):
-    (runs / "a" / "bench.json").write_text(json.dumps({"ratios": {"decode": 1.234}, "promised": 1.25}))
+    (runs / "a" / "bench.json").write_text(json.dumps({"ratios": {"decode": 1.234}, "expected": 1.25}))
     assert command("report", "a", "-o", "page.html")[0] == 0
     assert "1.23" in (runs / "page.html").read_text(encoding="utf-8")
 

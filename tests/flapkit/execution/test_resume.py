@@ -213,7 +213,7 @@ def test_check_tells_what_a_stopped_run_has_left(home, command):
     counted_run(load_recipe("recipe.yaml"), 3)
     code, out, err = command("check", "recipe.yaml")
     assert code == 0, err
-    assert "has left perplexity.json; --resume goes on with it" in out
+    assert "finished perplexity.json; --resume continues from it" in out
     code, _, err = command("run", "recipe.yaml")
     assert (code, "--resume" in err and "perplexity.json" in err) == (2, True)
     code, _, err = command("run", "recipe.yaml", "--resume", "--set", "budget.ratio=0.4")

@@ -185,7 +185,7 @@ def test_a_run_that_is_stopped(tmp_path, monkeypatch, done, stage, number):
     assert aside.exists() == ((stage, number) == ("two renames", signal.SIGKILL))
     assert hashes(aside if aside.exists() else Path("out")) == older
     if number != signal.SIGKILL:
-        assert said.endswith("error: stopped; no output was written\n")
+        assert said.endswith("error: interrupted; no output was written\n")
     assert flapkit_(*command_of(stage)) == 2
 
     assert flapkit_(*command_of(stage), "--resume", "--overwrite") == 0

@@ -104,7 +104,7 @@ def test_the_figures_of_the_page_are_json():
 
 
 def test_speed_is_shown_where_it_was_measured():
-    bench = {"ratios": {"prefill": 1.21, "decode": 1.1}, "promised": 1.25}
+    bench = {"ratios": {"prefill": 1.21, "decode": 1.1}, "expected": 1.25}
     page = render_run(dataclasses.replace(make_run(), bench=bench))
     assert f"{view.TIMES} 1.21" in page
     assert "1.25 expected" in page

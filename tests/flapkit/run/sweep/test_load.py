@@ -69,7 +69,7 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
         ("7:6", "did you mean 'metric'"),
         ("8:30", "did you mean 'min_units'"),
         ("9:7", "did you mean 'budget.ratio'"),
-        ("--set budget.ratio=0.3", "the points set it"),
+        ("--set budget.ratio=0.3", "the points set this key"),
     ]:
         assert any(problem.startswith(place) and what in problem for problem in said), (place, said)
 
@@ -77,12 +77,12 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": {}}, "there is no point"),
+        ({"grid": {}}, "the sweep has no points"),
         ({"grid": {"metric": []}}, "grid.metric"),
         ({"grid": {"plugins": [["x.py"]]}}, "the sweep's own `plugins`"),
         ({"grid": {"export": ["hf"]}}, "nothing to export"),
         ({"grid": {"..": [1]}}, "expected a dotted key"),
-        ({"set": {"evaluate.zero_shot": {"tasks": ["boolq"]}}}, "a sweep measures perplexity alone"),
+        ({"set": {"evaluate.zero_shot": {"tasks": ["boolq"]}}}, "a sweep measures only perplexity"),
         ({"recipe": "demmo"}, "did you mean 'demo'"),
         ({"outptu": "x"}, "did you mean 'output'"),
         ({"plugins": ["./missing.py"]}, "there is no such file"),
