@@ -18,10 +18,10 @@ from flapkit.testing import LAWS, Outcome
 PAGE = Path(__file__).parent / "families.md"
 HEAD = """# Families
 
-What `python docs/conformance.py` measured on tiny random models of each class, in float32 on a CPU: every law of
-`flapkit check-adapter`, in every form that the class has. An error is the largest difference of a logit between the
-sliced and the masked model, as a fraction of the largest logit; float32 explains 1e-5. Random weights prove shapes, not
-quality. `query heads` is the error with `unit: query_head`, where a family offers it.
+The checks of `flapkit check-adapter` on tiny random models of each class, in every form of the class, in float32 on a
+CPU (`python docs/conformance.py`). An error is the largest difference of a logit between the sliced and the masked
+model, as a fraction of the largest logit; rounding in float32 explains up to 1e-5. Random weights verify shapes and
+exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it.
 """
 TELLING = ("sliced is masked", "query heads", "constant channels", "bfloat16")
 """Laws of which the worst figure is shown; of the others, whether they hold."""

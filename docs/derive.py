@@ -26,7 +26,7 @@ TYPES = (
 )  # fmt: skip
 """Model types that no plugin declares."""
 
-HEAD = """# Models that nobody declared
+HEAD = """# Undeclared models
 
 `adapter: auto` is the default. A model whose type a plugin declares gets that plugin's adapter. For every other one,
 flapkit derives the declaration and verifies it, in a few seconds and before any weights are read:

@@ -46,12 +46,15 @@ REAL: list[tuple[str, dict[str, Any]]] = [
     ("gguf", {"type": "Q4_K_M"}),
 ]
 NOTES = """\
-A number is the largest difference of a logit from the pruned model's, as a share of the largest logit, in float32; each
-export was run by the program that it is for. Every consumer has a bias, as FLAP leaves one, and the layers differ
-(`hf-stock` widens them by zeros). `no bias` stands where stock classes hold none where pruning puts one; prune with
-`least_squares` without intercept, or with `none`, for these. `no` stands where the format has no form for the family;
-the tiny Mistral has a sliding window, which llama.cpp's `deci` has not. `fails` names what the converter raised: a
-mixture's experts are a loop over what the router chose, which torch.export cannot trace.
+A number is the largest difference of a logit from the pruned model's, as a fraction of the largest logit, in float32;
+each export was run by its target program. Every consumer has a bias, as FLAP adds one, and the layers differ in width
+(`hf-stock` pads them with zeros).
+
+- `no bias`: the stock class has no bias where pruning adds one; prune with `least_squares` without intercept, or with
+  `none`.
+- `no`: the format cannot represent the family. The tiny Mistral has a sliding window, which llama.cpp's `deci` lacks.
+- `fails`: the error of the converter. A mixture of experts loops over the experts that the router chose, which
+  torch.export cannot trace.
 """
 
 
@@ -101,7 +104,7 @@ def real_rows(registry: Registry, checkpoint: Path, text: Path, windows: int = 4
     parts = list(tokens[: windows * length].split(length))
     model = flapkit.load(checkpoint, "float32")
     expected = perplexity(lambda part: model(part[None]).logits[0], parts)
-    columns = ("form", "size, KB", "logits differ by", "same likeliest token", "greedy text", "perplexity")
+    columns = ("format", "size, KB", "logits differ by", "same most likely token", "greedy text", "perplexity")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows.append(f"| the pruned model | | | | | {expected:.4f} |")
     for kind, options in REAL:
