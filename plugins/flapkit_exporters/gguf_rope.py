@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flapkit.interfaces import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds whose frequencies do not depend on the text's length."""
