@@ -16,11 +16,13 @@ def check(
     """Check a recipe, and say what it will do and need, without running it."""
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
-    from flapkit.run.check import check as check_recipe
-    from flapkit.run.estimate import memory_limit
 
     set_logging(quiet=True, verbose=False)
     loaded = load_recipe(find_recipe(recipe), overrides or [])
+    # A mistake in the recipe is reported before the rest is imported.
+    from flapkit.run.check import check as check_recipe
+    from flapkit.run.estimate import memory_limit
+
     found = check_recipe(loaded, overwrite=overwrite, force=force)
     needs = found.needs
     asked = loaded.recipe

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from flapkit.system.errors import RunError
 
@@ -54,6 +53,8 @@ def first_batch_size(model: PreTrainedModel, length: int, device: torch.device) 
 
 def _local(parameter: Tensor) -> Tensor:
     """Return this process's shard of a weight, or the weight itself."""
+    from torch.distributed.tensor import DTensor
+
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from flapkit.system.errors import ModelError
 
@@ -51,6 +50,8 @@ def check_float_weight(name: str, tensor: Tensor) -> None:
         name: the weight's full name.
         tensor: the weight.
     """
+    from torch.distributed.tensor import DTensor
+
     data = tensor.data
     if data.dtype not in FLOATS or type(data) not in (Tensor, DTensor):
         of = str(data.dtype).removeprefix("torch.") if data.dtype not in FLOATS else type(data).__name__

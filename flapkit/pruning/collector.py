@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
@@ -206,6 +205,8 @@ def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -
 
 
 def _run_layers(model: PreTrainedModel, inputs: Batch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
     if not isinstance(model, FSDPModule):
         model.base_model(**inputs, use_cache=False)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flapkit.interfaces import ModelError
 
@@ -31,6 +30,7 @@ def add_rope(writer: Any, config: PreTrainedConfig, width: int) -> None:
         ModelError: llama.cpp does not support this kind of rotary embedding.
     """
     import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     kind, base = rope.get("rope_type", "default"), float(rope["rope_theta"])
