@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
@@ -25,6 +24,9 @@ from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
 from flapkit.system.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import pluggy
 import pydantic
-from transformers import PreTrainedConfig
 
 from flapkit import hookspecs
 from flapkit.checkpoint.exporter import Exporter
@@ -29,6 +28,9 @@ from flapkit.model.derive import Auto
 from flapkit.model.empty import check_causal
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, repairs_nothing
 from flapkit.system.errors import PluginError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ENTRY_POINT_GROUP = "flapkit"
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import build_empty, skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MAX_SIZE_RATIO = 2
 """Largest ratio of the model's parameters to those in its files; models may compute some parameters."""

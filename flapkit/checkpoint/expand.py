@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.load import load_config
@@ -19,6 +19,9 @@ from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LORA = {"lora_A": 1, "lora_B": 0}
 """PEFT's two factors -> the dimension of the weight that they share: inputs or outputs."""

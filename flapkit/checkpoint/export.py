@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flapkit.checkpoint.exporter import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.folder import check_output, check_output_file, new_file, new_folder
@@ -22,6 +22,9 @@ from flapkit.model.registration import PREFIX
 from flapkit.model.site import Kind, Site
 from flapkit.system.errors import FlapkitError, InputError, RunError
 from flapkit.system.progress import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TEXTS, LENGTH, GREEDY = 2, 32, 24
 """Size of the comparison: number of texts, tokens per text, and greedily generated tokens."""

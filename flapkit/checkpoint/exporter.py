@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
 
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flapkit.model.component import Component
 from flapkit.model.site import Kind, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Runner: TypeAlias = Callable[[Tensor], Tensor]
 """Runs an exported model: tokens [n] -> logits [n, vocabulary], float32 on the CPU."""

@@ -5,19 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from flapkit.checkpoint.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
@@ -30,6 +23,9 @@ from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.system.json_files import parse_json
 from flapkit.system.paths import to_path, within
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -79,7 +75,7 @@ def load(
         else:
             check_size(path, config, _weight_files(path, source))
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
-    load_model: Any = AutoModelForCausalLM.from_pretrained
+    load_model: Any = transformers.AutoModelForCausalLM.from_pretrained
     model, info = _call(
         path,
         lambda: load_model(
@@ -117,7 +113,7 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
         ModelError: the model does not exist, or its configuration cannot be read.
     """
     source = _source(path)
-    plain, read = PreTrainedConfig.get_config_dict, AutoConfig.from_pretrained
+    plain, read = transformers.PreTrainedConfig.get_config_dict, transformers.AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
     try:
         # Before a model with too many layers is built.
@@ -162,7 +158,9 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     source = _source(path)
     tokenizer: PreTrainedTokenizerBase = _call(
         path,
-        lambda: AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False),
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            str(source), revision=revision or "main", trust_remote_code=False
+        ),
         what="tokenizer",
     )
     _check_token_ids(path, tokenizer)

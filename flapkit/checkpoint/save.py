@@ -7,9 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
@@ -19,6 +17,9 @@ from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import ModelError
 from flapkit.system.paths import within
 from flapkit.system.workdir import WorkDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 

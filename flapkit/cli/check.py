@@ -16,11 +16,13 @@ def check(
     """Check a recipe and estimate the memory, disk and compute that it needs, without running it."""
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
-    from flapkit.run.check import check as check_recipe
-    from flapkit.run.estimate import memory_limit
 
     set_logging(quiet=True, verbose=False)
     loaded = load_recipe(find_recipe(recipe), overrides or [])
+    # A mistake in the recipe is reported before the rest is imported.
+    from flapkit.run.check import check as check_recipe
+    from flapkit.run.estimate import memory_limit
+
     outcome = check_recipe(loaded, overwrite=overwrite, force=force)
     needs, target, settings = outcome.needs, outcome.target, loaded.recipe
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)

@@ -31,10 +31,12 @@ def recover(
     """Train a pruned checkpoint with the recipe's compensator, and write a new checkpoint."""
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
+
+    loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
+    # A mistake in the recipe is reported before the rest is imported.
     from flapkit.run.recover import recover as recover_checkpoint
     from flapkit.system.progress import Progress
 
-    loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
     set_logging(quiet=quiet, verbose=verbose)
     progress = Progress(progress_listener(quiet=quiet))
     result = recover_checkpoint(checkpoint, loaded, overwrite=overwrite, resume=resume, progress=progress)

@@ -31,14 +31,16 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one per line.")] = False,
 ) -> None:
     """Run a recipe: prune a model, repair, evaluate and save it."""
-    from flapkit.execution.cache import cache_folder
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
-    from flapkit.run.pipeline import run as run_recipe
     from flapkit.system.progress import Progress
 
     def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
         loaded = load_recipe(find_recipe(recipe), overrides or [])
+        # A mistake in the recipe is reported before the rest is imported.
+        from flapkit.execution.cache import cache_folder
+        from flapkit.run.pipeline import run as run_recipe
+
         set_logging(quiet=quiet, verbose=verbose)
         cache = None if no_cache else cache_folder()
         return loaded.recipe.model.path, run_recipe(

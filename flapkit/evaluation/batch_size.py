@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from flapkit.system.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ def first_batch_size(model: PreTrainedModel, length: int, device: torch.device) 
 
 def _local(parameter: Tensor) -> Tensor:
     """Return this process's shard of a weight, or the weight itself."""
+    from torch.distributed.tensor import DTensor
+
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.evaluation.scores import BatchSize, Score, TaskScores
 from flapkit.system.errors import DataError, RunError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEW_SHOT_SEED = 1234
 """Seed for drawing few-shot examples; lm-eval's default."""

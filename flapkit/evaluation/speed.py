@@ -15,15 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
 from flapkit.system.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tick = Callable[[], None]
 

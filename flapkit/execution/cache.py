@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.checkpoint.weights import grouped, remove_abandoned
 from flapkit.execution.records import (
@@ -36,6 +36,9 @@ from flapkit.execution.records import (
 from flapkit.model.site import Site
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import OutputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

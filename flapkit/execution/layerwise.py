@@ -10,10 +10,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from flapkit.checkpoint.weights import Weights, grouped, read_metadata, write_tensors
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_entropy
@@ -44,6 +43,9 @@ from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import broadcast_from_rank0, lost_processes, rank, window_share
 from flapkit.system.workdir import damaged_as_output_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NOTES = "notes"
 EXPECTED = "expected"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site
 from flapkit.pruning.components import corrector_of
 from flapkit.pruning.method import Method
 from flapkit.pruning.statistics import Gram, size_of, split_by_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SWEEP_PASSES = 4
 """Forward passes of a sweep: the dense layer, the pruned one as each of two sites is measured, and once more after."""

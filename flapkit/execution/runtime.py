@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.perplexity import PerplexityValues
@@ -26,6 +25,9 @@ from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import RecipeError, RunError
 from flapkit.system.processes import broadcast_from_rank0, check_started, lost_processes
 from flapkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

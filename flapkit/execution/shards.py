@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 
 from flapkit.execution.stream import LayerStream
 from flapkit.model.surgery import copy_sharing_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def shard(stream: LayerStream, prepare: Callable[[PreTrainedModel], object] | None = None) -> PreTrainedModel:

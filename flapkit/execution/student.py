@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.checkpoint.weights import Weights, write_tensors
 from flapkit.execution.layerwise import shards_of
@@ -20,6 +19,9 @@ from flapkit.execution.training import Recovered
 from flapkit.model.site import Site
 from flapkit.pruning.recovery import Recovery, Trainable
 from flapkit.system.processes import broadcast_from_rank0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OpenStream = Callable[[Weights | None], LayerStream]
 """Opens a checkpoint to be read layer by layer: the pruned one, or other weights of its shapes."""

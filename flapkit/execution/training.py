@@ -10,11 +10,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.execution.lightning.callbacks import LAST, ProgressCallback, Recover, recovery_callbacks
 from flapkit.execution.lightning.data import RecoveryData
@@ -27,6 +26,9 @@ from flapkit.system.errors import DataError, OutputError
 from flapkit.system.json_files import read_object
 from flapkit.system.processes import broadcast_from_rank0
 from flapkit.system.workdir import damaged_as_output_error, differences, write_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOG_POINTS = 100
 """How many training losses the loggers get, about."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.cache import Calibrated, SiteStates, read_statistic, write_statistic
@@ -39,6 +38,9 @@ from flapkit.pruning.trials import held_out_windows, perplexity_of
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

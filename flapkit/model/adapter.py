@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from flapkit.model.component import Component
 from flapkit.model.declaration import Family, Unit
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.site import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class ArchitectureAdapter(Component):

@@ -11,23 +11,18 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flapkit.model import resize
 from flapkit.model.empty import config_of
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PRUNED_KEYS = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
@@ -109,20 +104,22 @@ def pruned_classes(model_type: str) -> PrunedClasses | None:
         The classes, or None where transformers has no causal language model of that type.
     """
     dense = model_type.removeprefix(PREFIX)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     return _make_classes(dense) if dense in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 @cache
 def _make_classes(dense: str) -> PrunedClasses:
-    stock: Any = CONFIG_MAPPING[dense]
+    stock: Any = transformers.CONFIG_MAPPING[dense]
     config = strict(_derive(resize.FlapkitConfig, stock, model_type=f"{PREFIX}{dense}"))
     causal_lm, backbone = (
         _derive(resize.Resized, auto._model_mapping[stock], config_class=config)
-        for auto in (AutoModelForCausalLM, AutoModel)
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel)
     )
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, backbone, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    transformers.AutoModel.register(config, backbone, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return PrunedClasses(dense, config, backbone, causal_lm)
 
 
@@ -140,7 +137,7 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not config.model_type.startswith(PREFIX):
         return config
     values = {key: value for key, value in config.to_dict().items() if key not in PRUNED_KEYS}
-    return config_of(CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)], values)
+    return config_of(transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)], values)
 
 
 def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:

@@ -28,12 +28,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
-from transformers import PreTrainedConfig
 
 from flapkit.system.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Unit = Literal["kv_group", "query_head"]
 

@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import transformers
 import yaml
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.adapter import FamilyAdapter
@@ -30,6 +30,9 @@ from flapkit.model.site import Site
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify, verify_loaded
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES = {
     "hidden_size": 64,
@@ -288,7 +291,7 @@ def _names_read(module: nn.Module) -> set[str]:
 
 def _reads(module: nn.Module, config: PreTrainedConfig) -> dict[str, str]:
     """Return the numbers of heads that the module's forward reads from the configuration."""
-    if not isinstance(getattr(module, "config", None), PreTrainedConfig):
+    if not isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
         return {}
     counts = {"num_attention_heads": "H", "num_key_value_heads": "K"}
     read = _names_read(module) - set(vars(module))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
 
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Configuration entries for the number of decoder layers."""
@@ -27,9 +28,11 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ModelError: transformers cannot build a model from the configuration.
     """
+    from transformers.initialization import no_init_weights
+
     try:
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             # Without initialisation, tied weights would count twice.
             model.tie_weights()
     except Exception as error:
@@ -73,6 +76,8 @@ def check_depth(settings: Any) -> None:
 
 def check_causal(config: PreTrainedConfig) -> None:
     """Raise ``ModelError`` unless a configuration is that of a decoder-only language model known to transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if config.is_encoder_decoder:
         raise ModelError(f"models of type {config.model_type!r} are encoder-decoders; flapkit prunes decoder-only ones")
     if config.model_type.removeprefix("flapkit_") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.declaration import Block, Family
@@ -20,6 +20,9 @@ from flapkit.model.layout import sites_of
 from flapkit.model.resize import count_rows
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYOUTS = {
     "attention": ("q", "k", "q+k+k", "(q+k+k)", "k+k", "(k+k)", "q+k", "q+q", "(q+q)"),

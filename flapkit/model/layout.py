@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from flapkit.model.declaration import EXPERT_MULTIPLE, Block, Family, Unit
 from flapkit.model.resize import columns_of, count_rows, find_module, heads_of, rows_of
 from flapkit.model.site import Coupling, Site
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") -> tuple[Site, ...]:

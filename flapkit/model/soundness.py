@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
 
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The data types that can be pruned."""
@@ -49,6 +50,8 @@ def check_float_weight(name: str, tensor: Tensor) -> None:
         name: the weight's full name.
         tensor: the weight.
     """
+    from torch.distributed.tensor import DTensor
+
     data = tensor.data
     if data.dtype not in FLOATS or type(data) not in (Tensor, DTensor):
         of = str(data.dtype).removeprefix("torch.") if data.dtype not in FLOATS else type(data).__name__

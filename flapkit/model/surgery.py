@@ -6,11 +6,10 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.classes import set_pruned_config_
@@ -19,6 +18,9 @@ from flapkit.model.resize import add_bias_, replace_, set_sizes_
 from flapkit.model.site import Site, groups
 from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flapkit.model.classes import dense_config
 from flapkit.system.errors import ModelError, closest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -75,10 +78,10 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         # A pruned model's layers differ; a tiny one of its kind is dense.
         of = dense_config(of)
     if isinstance(of, str):
-        if of not in CONFIG_MAPPING:
-            close = closest(of, CONFIG_MAPPING)
+        if of not in transformers.CONFIG_MAPPING:
+            close = closest(of, transformers.CONFIG_MAPPING)
             raise ModelError(f"transformers has no model type {of!r}" + (f"; did you mean {close!r}?" if close else ""))
-        config: PreTrainedConfig = CONFIG_MAPPING[of]()
+        config: PreTrainedConfig = transformers.CONFIG_MAPPING[of]()
     else:
         config = of
     values = config.to_dict()
@@ -122,7 +125,9 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=attention
+            )
         except ValueError as error:
             raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {error}") from error
         for name, parameter in model.named_parameters():

@@ -10,15 +10,18 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = 1e-5
 """Largest error due to float32, as a fraction of the largest logit."""

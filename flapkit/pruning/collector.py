@@ -6,20 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from flapkit.model.site import Site
 from flapkit.model.surgery import check_sites, consumer_of
 from flapkit.pruning.experts import See, unwatch, watch
 from flapkit.pruning.statistics import GradientStatistic, SiteStatistics, Statistic
 from flapkit.system.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` [windows, tokens]; perhaps ``attention_mask`` of the same shape; ``held_out`` and ``counted``."""
@@ -204,6 +205,8 @@ def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -
 
 
 def _run_layers(model: PreTrainedModel, inputs: Batch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
     if not isinstance(model, FSDPModule):
         model.base_model(**inputs, use_cache=False)
         return

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.model.plan import Budget, PruningPlan, prunable
 from flapkit.model.site import Site
@@ -28,6 +28,9 @@ from flapkit.pruning.rounding import round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
 from flapkit.system.errors import CalibrationError, FlapkitError, InputError, PluginError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from flapkit.model.site import Site
 from flapkit.system.options import Count
 from flapkit.text.source import Dataset, Split, Subset, TextField, TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HELD_OUT_ONE_IN = 10
 """Of the recovery text one part in so many is never trained on, but chooses what is kept."""

@@ -11,11 +11,10 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
@@ -24,6 +23,9 @@ from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, corrector_of
 from flapkit.pruning.method import Repairs, find_corrections
 from flapkit.pruning.statistics import SiteStatistics, Statistic, TargetGram
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = 0.02
 """How far a layer's change may be from the sum of its consumers' outputs, as a share of it: room for bfloat16."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, bias_of, weight_of
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.statistics import Gram, Moments, SiteStatistics, Statistic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGEST_TRACE = 2**26
 """Bytes of inputs and outputs that a trace keeps at most: 64 MiB."""

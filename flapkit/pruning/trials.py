@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from flapkit.evaluation.perplexity import Perplexity, cross_entropy
 from flapkit.pruning.collector import Batch, attended
 from flapkit.system.errors import CalibrationError
 from flapkit.text.windows import UNSCORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:

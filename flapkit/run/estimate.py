@@ -5,10 +5,10 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
 from flapkit.evaluation.batch_size import first_batch_size
 from flapkit.evaluation.perplexity import CHUNK_ELEMENTS
@@ -30,6 +30,9 @@ from flapkit.recipe.schema import Perplexity, Recipe
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXT = 100_000_000
 """Bytes that reading and tokenising text leaves behind, as measured with 9 MB of it."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from flapkit.checkpoint.load import load, open_weights
 from flapkit.checkpoint.weights import Weights
@@ -28,6 +27,9 @@ from flapkit.run.target import Target, find_target
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import broadcast_from_rank0
 from flapkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def open_runtime(asked: TrainerSection, progress: Progress | None = None) -> Runtime:

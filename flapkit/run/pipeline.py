@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
@@ -45,6 +44,8 @@ from flapkit.system.workdir import WorkDir, check_space, open_workdir
 from flapkit.text.windows import tokens_hash
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from flapkit.evaluation.harness import Harness
 
 FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")

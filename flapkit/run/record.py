@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
@@ -26,6 +24,9 @@ from flapkit.run.target import Target
 from flapkit.run.text import RunText
 from flapkit.system.workdir import WorkDir
 from flapkit.text.windows import tokens_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

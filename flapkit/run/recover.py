@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load, load_tokenizer
@@ -45,6 +43,8 @@ from flapkit.system.workdir import WorkDir, open_workdir
 from flapkit.text.windows import tokens_hash
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from flapkit.evaluation.harness import Harness
 
 RECOVERY = "recovery"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flapkit.evaluation.samples import write_samples
 from flapkit.execution.executor import Executor
@@ -18,6 +18,9 @@ from flapkit.recipe.schema import ReportSection, Samples
 from flapkit.run.report.record import SampleRecord
 from flapkit.run.text import RunText
 from flapkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:

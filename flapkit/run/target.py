@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
 from flapkit.checkpoint.exporter import Prospect
@@ -15,6 +14,9 @@ from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import check_installed, load_harness
@@ -15,6 +13,8 @@ from flapkit.execution.runtime import Runtime
 from flapkit.recipe.schema import ZeroShot
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from flapkit.evaluation.harness import Harness
 
 

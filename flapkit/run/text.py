@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flapkit.evaluation.protocol import EvaluationText, cut_text
 from flapkit.execution.runtime import Runtime
@@ -22,6 +22,9 @@ from flapkit.text.conversations import Conversation
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
 from flapkit.text.windows import draw_windows, encode_measured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

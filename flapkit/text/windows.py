@@ -6,14 +6,17 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from flapkit.system.errors import DataError
 from flapkit.text.tokenise import Ints, encode_in_chunks, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNSCORED = -100
 """The label of a token that is not scored."""

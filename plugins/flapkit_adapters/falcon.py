@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from flapkit.interfaces import Block, Family, FamilyAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MLP = Block("mlp", "mlp", "dense_4h_to_h", {"dense_h_to_4h": "i"}, width="ffn_hidden_size")
 ATTENTION = Block(

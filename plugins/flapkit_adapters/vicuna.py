@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from flapkit.interfaces import DataError
 from flapkit_adapters.llama import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

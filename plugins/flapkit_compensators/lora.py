@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.interfaces import Compensator, Count, ModelError, RecipeError, Recovery, Site, Training, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LINEARS = (nn.Linear, Conv1D)
 

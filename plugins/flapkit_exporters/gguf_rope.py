@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flapkit.interfaces import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds whose frequencies do not depend on the text's length."""
@@ -29,6 +30,7 @@ def add_rope(writer: Any, config: PreTrainedConfig, width: int) -> None:
         ModelError: llama.cpp does not support this kind of rotary embedding.
     """
     import gguf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     kind, base = rope.get("rope_type", "default"), float(rope["rope_theta"])

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from flapkit.interfaces import (
     PRUNED_KEYS,
@@ -30,6 +29,9 @@ from flapkit.interfaces import (
 )
 from flapkit_exporters.hf import HuggingFace, copy_beside
 from flapkit_exporters.padding import Sizes, lengths, one_less, padder, widest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "seed_oss")
 """Families that compute what LLaMA's and Seed-OSS's classes compute, so that these can hold their weights."""
@@ -82,6 +84,8 @@ class HuggingFaceStock(Exporter):
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Load the pruned weights into the stock model, and save it."""
+        from transformers.initialization import no_init_weights
+
         prospect = checkpoint.prospect
         sizes = widest(prospect.sites)
         config = self._config(prospect, sizes)
@@ -89,7 +93,7 @@ class HuggingFaceStock(Exporter):
         pad = padder(prospect, sizes)
         weights = {name: pad(name, tensor).to(dtype) for name, tensor in open_weights(checkpoint.folder).items()}
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         zeros = {name: torch.zeros_like(old) for name, old in model.named_parameters() if name not in weights}
         model.load_state_dict({**zeros, **weights}, strict=False, assign=True)
         model.tie_weights()
@@ -132,7 +136,7 @@ class HuggingFaceStock(Exporter):
         if prospect.family in LIKE_LLAMA and not slides:
             forms += [form for form in ("llama", "seed_oss") if self.form in ("auto", form)]
         for form in dict.fromkeys(forms):
-            stock = AutoConfig.for_model(form)
+            stock = transformers.AutoConfig.for_model(form)
             flags = [flag for flag in FLAGS if hasattr(stock, flag)]
             # Some classes compute the head size themselves, and do not accept it.
             accepted = {
@@ -141,7 +145,9 @@ class HuggingFaceStock(Exporter):
             for count in range(len(flags) + 1):
                 for chosen in itertools.combinations(flags, count):
                     try:
-                        yield AutoConfig.for_model(form, **{**config, **accepted, **dict.fromkeys(chosen, True)})
+                        yield transformers.AutoConfig.for_model(
+                            form, **{**config, **accepted, **dict.fromkeys(chosen, True)}
+                        )
                     except (StrictDataclassError, ValueError):
                         # For example, heads that do not divide the hidden size.
                         continue

@@ -158,15 +158,23 @@ def released_fluctuation(windows: Tensor) -> Tensor:
     return found.double() / windows.shape[1]
 
 
-def read_statistics(path: Path, tokens: int) -> dict[str, dict[type[Moments], Any]]:
+class ReleasedStatistics(dict[type[Moments], Any]):
+    """The released code's figures of one site, in the place of ``SiteStatistics``."""
+
+    def only(self, classes: Sequence[type]) -> ReleasedStatistics:
+        """Return the same: they are moments, which every metric compared here declares."""
+        return self
+
+
+def read_statistics(path: Path, tokens: int) -> dict[str, ReleasedStatistics]:
     """Put the released code's statistics in the place of flapkit's; its sums are over a window's tokens."""
     stored = np.load(path)
-    found: dict[str, dict[type[Moments], Any]] = {}
+    found: dict[str, ReleasedStatistics] = {}
     for key in stored:
         part, kind, layer = key.split(".")
         name = f"layers.{layer}.{'attention' if kind == 'attn' else 'mlp'}"
         field = {"fluc_inp": "variance", "scaler_inp": "second_moment"}.get(part)
-        moments = found.setdefault(name, {Moments: SimpleNamespace()})[Moments]
+        moments = found.setdefault(name, ReleasedStatistics({Moments: SimpleNamespace()}))[Moments]
         if field:
             setattr(moments, field, torch.from_numpy(stored[key]).double() / tokens)
     return found

@@ -6,10 +6,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PreTrainedModel
 
 from flapkit.checkpoint.save import save
 from flapkit.execution.executor import CalibrationText, prune_
@@ -19,6 +18,9 @@ from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
 from flapkit.pruning.method import Method, Pruned
 from flapkit.system.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Prune(Callback):

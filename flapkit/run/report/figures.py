@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
@@ -16,6 +15,9 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 from flapkit.model.site import Kind
 from flapkit.run.report import view
 from flapkit.run.report.document import RunDocument, name_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Form = Literal["png", "svg"]
 

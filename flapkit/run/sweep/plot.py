@@ -6,15 +6,17 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flapkit.run.sweep.load import show
 from flapkit.run.sweep.results import Row
 from flapkit.run.sweep.schema import PARAMETERS, Plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MARKS = "osD^vP"
 LARGEST = 1e30

@@ -8,9 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.execution.executor import CalibrationText, prune_
@@ -29,6 +27,9 @@ from flapkit.run.target import Target, find_target
 from flapkit.run.text import RunText, read_text
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

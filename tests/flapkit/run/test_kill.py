@@ -27,9 +27,9 @@ PLUGIN = '''
 
 import json
 import os
-import sys
 from pathlib import Path
 
+import flapkit.checkpoint.save
 import flapkit.execution.lightning.callbacks
 import flapkit.execution.executor
 import flapkit.execution.layerwise
@@ -42,7 +42,7 @@ POINTS = {
     "calibration": (flapkit.execution.lightning.callbacks.Calibrate, "on_predict_batch_end", 4),
     "search": (flapkit.execution.executor, "find_plan", 1),
     "slice": (flapkit.model.surgery, "_keep", 5),
-    "write": (sys.modules["flapkit.checkpoint.save"], "_write_config", 1),
+    "write": (flapkit.checkpoint.save, "_write_config", 1),
     "swap": (flapkit.system.workdir, "exchange", 1),
     # Where a system cannot exchange two folders: the old output is set aside by the call before.
     "two renames": (Path, "rename", 2),
