@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from flapkit.checkpoint.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
 from flapkit.checkpoint.folder import PLAN
-from flapkit.checkpoint.ties import untie_
+from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.empty import check_depth
 from flapkit.model.registration import PREFIX as PRUNED
@@ -103,7 +103,7 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedConfig:
-    """Load a model's configuration, without reading weights.
+    """Load a model's configuration; of its weights, only those that it calls tied are compared.
 
     Args:
         path: a folder, a hub id, or ``builtin:NAME``.
@@ -124,7 +124,8 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
         path, lambda: read(str(source), revision=revision or "main", trust_remote_code=False)
     )
     _check_no_code(path, config)
-    if isinstance(source, Path) and (source / WEIGHTS).is_file() | (source / INDEX).is_file():
+    has_weights = isinstance(source, Path) and any((source / name).is_file() for name in (WEIGHTS, INDEX))
+    if isinstance(source, Path) and has_weights and calls_tied(config):
         _check_files(path, source)
         try:
             untie_(config, Weights.of(_weight_files(path, source)))

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flapkit.model.empty import build_empty
+from flapkit.model.empty import skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
+
+
+def calls_tied(config: PreTrainedConfig) -> bool:
+    """Tell whether a configuration calls the embedding and the head tied."""
+    return any(part.tie_word_embeddings for part in (config, config.get_text_config()))
 
 
 def untie_(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:
@@ -27,9 +32,9 @@ def untie_(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:
         config: the checkpoint's configuration.
         weights: its tensors, each read when it is asked for.
     """
-    if not any(part.tie_word_embeddings for part in (config, config.get_text_config())):
+    if not calls_tied(config):
         return
-    tied: Mapping[str, str] = build_empty(config).all_tied_weights_keys
+    tied: Mapping[str, str] = skeleton(config).all_tied_weights_keys
     for name, source in tied.items():
         if name in weights and source in weights and not torch.equal(weights[name], weights[source]):
             log.info("config.json calls %s and %s tied, and the checkpoint holds two: they are not tied", name, source)

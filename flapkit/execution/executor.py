@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,11 @@ from flapkit.system.progress import Progress
 Scores = Mapping[str, Tensor]
 """Site name -> scores [units, k], float64 on the CPU."""
 
-Score = Callable[[Sequence[Site], Statistics], Mapping[str, Tensor]]
+Score = Callable[[Sequence[Site], Statistics], Scores]
 """Scores some sites, whose weights are in memory, from what was measured there: site name -> scores [units, k]."""
 
 Repair = Callable[[Sequence[Site], Statistics], Repairs]
 """Computes the corrections of some sites, whose weights are in memory, from what was measured there."""
-
 
 RepairCopy = Callable[[PreTrainedModel, Statistics, PruningPlan], Repairs]
 """Computes the corrections of a plan, given a copy of the model and the statistics of all sites."""
@@ -178,36 +176,30 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     Raises:
         FlapkitError: whatever keeps the model from being pruned; it is then as it was.
     """
+
+    def score(sites: Sequence[Site], statistics: Statistics) -> Scores:
+        return score_sites(executor.model, sites, statistics, method.metric)
+
+    def repair(sites: Sequence[Site], statistics: Statistics) -> Repairs:
+        return repair_sites(executor.model, sites, statistics, method.compensators, plan)
+
+    def repair_copy(model: PreTrainedModel, statistics: Statistics, plan: PruningPlan) -> Repairs:
+        return repair_sites(model, executor.sites, statistics, method.compensators, plan)
+
     scores: Scores = {}
     if method.searcher.uses_scores:
         ahead = () if sequential else method.repairing
-        scores = executor.score(partial(_score, executor, method), method.scoring, ahead)
+        scores = executor.score(score, method.scoring, ahead)
     objective = None
     if isinstance(method.searcher, TrialSearcher) and budget.params:
-        objective = executor.objective(partial(_repair_copy, executor, method), method.repairing)
+        objective = executor.objective(repair_copy, method.repairing)
     with executor.progress.stage("search"):
         plan = find_plan(executor.sites, scores, method.searcher, budget, objective)
     if sequential:
         repairs = executor.repair_in_sequence_(plan, method.compensators)
     else:
-        repairs = executor.repair_(plan, partial(_repair, executor, method, plan), method.repairing)
+        repairs = executor.repair_(plan, repair, method.repairing)
     return Pruned(scores, plan, repairs.notes, repairs.expected)
-
-
-def _score(executor: Executor, method: Method, sites: Sequence[Site], statistics: Statistics) -> Scores:
-    return score_sites(executor.model, sites, statistics, method.metric)
-
-
-def _repair(
-    executor: Executor, method: Method, plan: PruningPlan, sites: Sequence[Site], statistics: Statistics
-) -> Repairs:
-    return repair_sites(executor.model, sites, statistics, method.compensators, plan)
-
-
-def _repair_copy(
-    executor: Executor, method: Method, model: PreTrainedModel, statistics: Statistics, plan: PruningPlan
-) -> Repairs:
-    return repair_sites(model, executor.sites, statistics, method.compensators, plan)
 
 
 @torch.no_grad()

@@ -6,17 +6,13 @@ others' parts back behind it; therefore all processes have to run equally many f
 
 ```python
 model = shard(LayerStream(config, open_weights(path), "model.layers", device=device))
-for layer in model.get_submodule("model.layers"):
-    with gathered(layer):
-        ...  # its weights are whole in every process
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -74,19 +70,6 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _put(owner: nn.Module, leaf: str, value: Tensor) -> None:
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-@contextmanager
-def gathered(layer: Any) -> Iterator[None]:
-    """Have a decoder layer's weights whole in every process for a while, to be read and not to be changed.
-
-    Every process has to gather the same layers, in the same order.
-    """
-    layer.unshard()
-    try:
-        yield
-    finally:
-        layer.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

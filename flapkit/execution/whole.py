@@ -40,6 +40,7 @@ from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -89,17 +90,17 @@ class WholeExecutor(Executor):
         together = tuple(dict.fromkeys([*scoring, *repairing]))
         if self._fits(together):
             return score(self.sites, self._measure_all(together))
-        scores: Scores = {}
+        scores: dict[str, Tensor] = {}
         for part in split_by_memory(self.sites, scoring, self._memory):
             make = partial(self._make, part, scoring, lambda *measured: Record(score(*measured)))
-            scores = {**scores, **self._keep(f"scores from {part[0].name}", make).tensors}
+            scores |= self._keep(f"scores from {part[0].name}", make).tensors
         return scores
 
     def objective(self, repair: RepairCopy, repairing: Sequence[type[Statistic]]) -> Objective:
         """Return what plans are tried by: the perplexity of held-out calibration windows."""
         # All processes have to find the same plan: the windows are those of all.
         text, statistics = held_out_windows(self._text.batches()), self._measured
-        if any(missing not in found for found in statistics.values() for missing in repairing):
+        if self._missing(repairing):
             raise RecipeError(
                 "the searcher tries plans, which needs the statistics of all sites in memory together; raise "
                 "calibration.statistics_memory"
@@ -133,8 +134,8 @@ class WholeExecutor(Executor):
             precision = self._runtime.precision if self._runtime else nullcontext
             runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
             batches, repairs = self._text.batches(window_share()), Repairs()
-            hidden = _hidden_in_memory
-            for _, repaired in sweep(runner, self.sites, plan, compensators, batches, hidden, self._keep):
+            sweeping = sweep(runner, self.sites, plan, compensators, batches, lambda name: HiddenStates(), self._keep)
+            for _, repaired in sweeping:
                 repairs = repairs.merged(repaired)
             apply_plan_(self.model, self.sites, plan, repairs.corrections)
             return repairs
@@ -236,7 +237,3 @@ class WholeExecutor(Executor):
         """Move the model to where it runs: Lightning leaves it on the CPU when a loop ends."""
         if self._runtime:
             self._runtime.place_(self.model)
-
-
-def _hidden_in_memory(name: str) -> HiddenStates:
-    return HiddenStates()

@@ -253,15 +253,8 @@ def measure(
     Raises:
         CalibrationError: an input that is not finite, or no text at all.
     """
-    collector = Collector(model, sites, statistics, stop_early=stop_early)
-    return collect(collector, model, batches, gradient=needs_gradient(statistics))
-
-
-def collect(
-    collector: Collector, model: PreTrainedModel, batches: Iterable[Batch], *, gradient: bool = False
-) -> Statistics:
-    """Run calibration batches through the model that a collector watches, and return what it measured."""
-    with collector:
+    gradient = needs_gradient(statistics)
+    with Collector(model, sites, statistics, stop_early=stop_early) as collector:
         for batch in batches:
             collector.begin(batch)
             run_batch(model, batch, gradient=gradient)

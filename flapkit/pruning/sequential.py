@@ -150,19 +150,16 @@ class LayerRepair:
 
     def _measure(self, sites: Sequence[Site], corrector: Compensator | None) -> Statistics:
         """Measure a site, or the experts of one stack, in the pruned stream."""
-        if corrector is None:
-            return {site.name: SiteStatistics([]) for site in sites}
         fits_targets = sites[0].expert is None
-        needed = corrector.measures_in_sequence() if fits_targets else corrector.measures()
+        needed: tuple[type[Statistic], ...] = ()
+        if corrector is not None:
+            needed = corrector.measures_in_sequence() if fits_targets else corrector.measures()
         if not needed:
             return {site.name: SiteStatistics([]) for site in sites}
         earlier = self._sites[: self._sites.index(sites[0])] if self.adds else []
         outputs: dict[str, Tensor] = {}
         collector = TargetCollector(self._runner.model, sites, needed)
-        with (
-            follow_outputs(self._runner.model, earlier, outputs),
-            collector,
-        ):
+        with follow_outputs(self._runner.model, earlier, outputs), collector:
             for number, batch in enumerate(self._batches):
                 before = self._pruned[number]
                 collector.begin(batch)

@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What a run has context it, whatever its recipe.
+    """What surrounds a run, whatever its recipe.
 
     Args:
         progress: whom the stages tell how far they are.

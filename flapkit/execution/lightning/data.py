@@ -250,11 +250,6 @@ def _filled(data: LightningDataModule, rows: Dataset[Row]) -> Dataset[Row]:
     return _FilledRows(rows, trainer.world_size)
 
 
-def of_all(loader: DataLoader[Row]) -> DataLoader[Row]:
-    """Load the windows of all processes, where a loader has one process's share."""
-    return DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn, num_workers=0)
-
-
 def _share_of(data: LightningDataModule) -> Mapping[str, int] | None:
     return data.trainer.distributed_sampler_kwargs if data.trainer else None
 

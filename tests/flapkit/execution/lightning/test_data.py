@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from flapkit.execution.lightning.data import PruningData, collate, of_all
+from flapkit.execution.executor import CalibrationText
+from flapkit.execution.lightning.data import PruningData, collate
 from flapkit.system.errors import DataError
 from flapkit.text.windows import Windows, cut_windows
 
@@ -121,7 +122,7 @@ def test_devices_see_each_window_once(windows: int, ranks: int) -> None:
         data = share(PruningData(calibration, sets, batch_size=2, evaluation_batch_size=2), rank, ranks)
         seen["calibration"] += first_tokens(data.predict_dataloader())
         seen["test"] += first_tokens(data.test_dataloader()[0])
-        assert first_tokens(of_all(data.predict_dataloader())) == list(range(windows))
+        assert first_tokens(CalibrationText(calibration, 2).batches()) == list(range(windows))
         given = PruningData(calibration, batch_size=2, share={"rank": rank, "num_replicas": ranks})
         assert first_tokens(given.predict_dataloader()) == first_tokens(data.predict_dataloader())
     assert sorted(seen["calibration"]) == sorted(seen["test"]) == list(range(windows))
