@@ -22,7 +22,6 @@ from flapkit.model.resize import count_rows, rows_of
 from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import Compensator, ImportanceMetric, Objective, StructureSearcher, TrialSearcher
-from flapkit.pruning.float64 import column_sums, float64_rows
 from flapkit.pruning.ranking import (
     layer_ratios,
     raise_attention,
@@ -34,6 +33,8 @@ from flapkit.pruning.ranking import (
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training
 from flapkit.pruning.statistics import (
+    FittedGram,
+    FittedTargetGram,
     GradientStatistic,
     Gram,
     HeldOutGram,
@@ -57,6 +58,7 @@ from flapkit.system.errors import (
     RunError,
     did_you_mean,
 )
+from flapkit.system.float64 import column_sums, float64_rows
 from flapkit.system.options import Count, File, PathText
 from flapkit.text.tokenise import tokenise
 
@@ -81,6 +83,8 @@ __all__ = [
     "Family",
     "FamilyAdapter",
     "File",
+    "FittedGram",
+    "FittedTargetGram",
     "FlapkitError",
     "GradientStatistic",
     "Gram",

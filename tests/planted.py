@@ -32,6 +32,9 @@ def measured(
     """Measure what components need from inputs [tokens, channels], some tokens of which are held out."""
     site = site_of(x.shape[1] // width, width)
     statistics = [statistic.of(site) for statistic in needed_statistics(components)]
+    marked = torch.zeros(len(x), dtype=torch.bool)
+    marked[held_out] = True
+    parts = {"all": x, "fitted": x[~marked], "held_out": x[marked]}
     for statistic in statistics:
-        statistic.update(x[held_out] if statistic.windows == "held_out" else x)
+        statistic.update(parts[statistic.windows])
     return SiteStatistics(statistics)

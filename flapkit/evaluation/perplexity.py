@@ -81,6 +81,8 @@ class Perplexity(Metric):
             nll: summed cross-entropy of each window in nats [windows].
             targets: number of scored tokens of each window [windows].
         """
+        # The sums are on the CPU where the device has no float64.
+        nll, targets = nll.to(self.nll.device), targets.to(self.nll.device)
         scored = targets > 0
         nll, targets = nll[scored].double(), targets[scored]
         self.nll += nll.sum()

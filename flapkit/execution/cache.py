@@ -150,13 +150,7 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
     """
     if not _is_kept(statistic):
         return
-    try:
-        tensors = {
-            f"{site}/{name}": value for site, states in measured.items() for name, value in states.saved().items()
-        }
-    except TypeError as error:
-        log.warning("%s; it is not kept for later runs", error)
-        return
+    tensors = {f"{site}/{name}": value for site, states in measured.items() for name, value in states.state.items()}
     path = calibrated.file(folder, statistic)
     try:
         remove_abandoned(path.parent)

@@ -41,6 +41,7 @@ from flapkit.pruning.components import Compensator, Objective
 from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.system.errors import RecipeError
+from flapkit.system.float64 import float64_device
 from flapkit.system.processes import broadcast_from_rank0, lost_processes, rank, window_share
 from flapkit.system.workdir import damaged_as_output_error
 
@@ -188,7 +189,7 @@ class LayerwiseExecutor(Executor):
             for index in walk(stream, hidden):
                 step_all(stream, index, [batch for _, batch in batches], hidden)
                 stage.advance()
-            metrics = {text: Perplexity().to(device) for text in texts}
+            metrics = {text: Perplexity().to(float64_device(device)) for text in texts}
             for number, (text, batch) in enumerate(batches):
                 logits = stream.logits(batch, hidden[number])
                 metrics[text].update(*cross_entropy(logits, batch["labels"].to(device)))
@@ -248,7 +249,7 @@ class LayerwiseExecutor(Executor):
     def _restore(
         self, records: Mapping[str, Mapping[str, torch.Tensor]], kept: Sequence[type[Statistic]]
     ) -> dict[str, SiteStatistics]:
-        device = self._runtime.device
+        device = float64_device(self._runtime.device)
         return {
             site.name: SiteStatistics(
                 statistic.restored(site, records[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in kept
@@ -321,7 +322,7 @@ def _saved(measured: Statistics, kept: Sequence[type[Statistic]]) -> dict[str, t
         f"{name}/{_key(statistic)}/{part}": tensor
         for name, statistics in measured.items()
         for statistic in kept
-        for part, tensor in statistics[statistic].saved().items()
+        for part, tensor in statistics[statistic].state.items()
     }
 
 

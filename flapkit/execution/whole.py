@@ -36,6 +36,7 @@ from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import held_out_windows, perplexity_of
 from flapkit.system.errors import RecipeError
+from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
 
@@ -214,7 +215,7 @@ class WholeExecutor(Executor):
         if self._cache is None or self._runtime is None:
             return {}
         with self._runtime.progress.stage("find statistics"):
-            key, device = self._calibration_key, self._runtime.device
+            key, device = self._calibration_key, float64_device(self._runtime.device)
             cached = keep_common({each: read_statistic(self._cache, key, each, device) for each in statistics})
         if len(cached) == len(statistics):
             log.info("calibration: all statistics were found in %s; --no-cache measures anew", self._cache)

@@ -7,7 +7,6 @@ Modules:
     collector: measure the consumers' inputs while batches run
     components: the interfaces of metrics, searchers and compensators
     experts: see what the experts of a mixture take in
-    float64: sums over a weight in float64, some rows at a time
     method: scores, plan and corrections from statistics
     ranking: from scores to a plan, what searchers share
     recovery: the training that a compensator describes

@@ -18,6 +18,7 @@ from flapkit.model.surgery import check_sites, consumer_of
 from flapkit.pruning.experts import See, unwatch, watch
 from flapkit.pruning.statistics import GradientStatistic, SiteStatistics, Statistic
 from flapkit.system.errors import CalibrationError
+from flapkit.system.float64 import float64_device, with_float64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ class Collector:
     def merge(self) -> None:
         """Merge what the processes of the run measured, each on its own windows; every one of them has to call it."""
         for site in self._sites:
-            device = next(consumer_of(self._model, site).parameters()).device
+            device = float64_device(next(consumer_of(self._model, site).parameters()).device)
             for statistic in self.statistics[site.name].values():
                 # What saw nothing here, such as an expert, still lies where it was made.
                 statistic.to(device)
@@ -135,7 +136,7 @@ class Collector:
 
     def _see(self, site: Site, x: Tensor, output: Tensor, routed: Tensor | None) -> None:
         """Show a consumer's input [tokens, channels] to the statistics; of an expert, that of the routed tokens."""
-        x = x.detach()
+        x = with_float64(x.detach())
         for statistic in self._statistics_of(site, x.device):
             tokens = self._tokens_of(statistic, x.device, routed)
             if not isinstance(statistic, GradientStatistic):
@@ -153,24 +154,22 @@ class Collector:
     def _statistics_of(self, site: Site, device: torch.device) -> Iterator[Statistic]:
         """Yield a site's statistics, on the device of its input."""
         for statistic in self.statistics[site.name].values():
-            # Asked first: a metric that is moved walks through all that it has, also where it is there already.
-            if statistic.device != device:
-                statistic.to(device)
-            yield statistic
+            yield statistic.to(device)
 
     def _tokens_of(self, statistic: Statistic, device: torch.device, routed: Tensor | None = None) -> Tensor | slice:
         """Return an index of the tokens that a statistic takes in: of all, or of those routed to an expert."""
         if self._complete and statistic.windows == "all":
             # No copy is made then: it would cost as much as the moments themselves.
             return slice(None)
-        counted = self._attended & self._held_out[:, None] if statistic.windows == "held_out" else self._attended
+        chosen = {"all": torch.ones_like(self._held_out), "fitted": ~self._held_out, "held_out": self._held_out}
+        counted = self._attended & chosen[statistic.windows][:, None]
         tokens = counted.flatten().to(device)
         return tokens if routed is None else tokens[routed]
 
 
 def _see_gradient(statistic: GradientStatistic, x: Tensor, tokens: Tensor | slice) -> Any:
     def hook(gradient: Tensor) -> None:
-        statistic.update(x[tokens], gradient.flatten(0, -2)[tokens])
+        statistic.update(x[tokens], with_float64(gradient.flatten(0, -2))[tokens])
 
     return hook
 

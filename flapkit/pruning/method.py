@@ -28,6 +28,7 @@ from flapkit.pruning.rounding import round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
 from flapkit.system.errors import CalibrationError, FlapkitError, InputError, PluginError
+from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +136,7 @@ def score_sites(
     scores = {}
     check_experts(sites, statistics)
     for site in sites:
-        weight = weight_of(model, site)
+        weight = with_float64(weight_of(model, site))
         with _as_plugin_error(f"metric {metric.name!r} at {site.name}"):
             score = metric.score(site, statistics[site.name].only(metric.measures()), weight)
         shapes = [(site.units, site.channels_per_unit), (site.units, 1)]
@@ -289,7 +290,7 @@ def find_corrections(
         keep = plan.keep[site.name]
         if len(keep) == site.units:
             continue
-        weight = weight_of(model, site)
+        weight = with_float64(weight_of(model, site))
         where = f"compensator {compensator.name!r} at {site.name}"
         visible = statistics[site.name].only([*compensator.measures(), *compensator.measures_in_sequence()])
         with _as_plugin_error(where):
@@ -332,7 +333,7 @@ def expect_errors(
         site.name: predict_squared_error(
             site,
             statistics[site.name],
-            weight_of(model, site),
+            with_float64(weight_of(model, site)),
             plan.keep[site.name],
             corrections.get(site.name, Correction()),
         )

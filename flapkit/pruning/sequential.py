@@ -23,6 +23,7 @@ from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, corrector_of
 from flapkit.pruning.method import Repairs, find_corrections
 from flapkit.pruning.statistics import SiteStatistics, Statistic, TargetGram
+from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,14 +196,15 @@ class TargetCollector(Collector):
         if self._target is None:
             super()._see(site, x, output, routed)
             return
-        x, target = x.detach(), self._target.to(x.device)
+        x = with_float64(x.detach())
+        target = self._target.to(x.device)
         if self._before is not None:
             target = target - self._before.to(x.device).float()
             for other in self._earlier.values():
                 target = target - other.to(x.device).float()
         bias = getattr(consumer_of(self._model, site), "bias", None)
         if bias is not None:
-            target = target - bias.detach()
+            target = target - bias.detach().to(x.device)
         rows = torch.cat([x.float(), target.flatten(0, -2)], dim=1)
         for statistic in self._statistics_of(site, x.device):
             seen = rows if isinstance(statistic, TargetGram) else x

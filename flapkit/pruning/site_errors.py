@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, bias_of, weight_of
 from flapkit.pruning.collector import Batch, Statistics
-from flapkit.pruning.statistics import Gram, Moments, SiteStatistics, Statistic
+from flapkit.pruning.statistics import FittedGram, Gram, HeldOutGram, Moments, SiteStatistics, Spread, Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,24 +65,31 @@ def predict_squared_error(
     Returns:
         The error, or None where neither a Gram nor moments were measured.
     """
-    if not {Gram, Moments} & set(stats):
+    gram = _gram_of(stats)
+    if gram is None and Moments not in stats:
         return None
-    measured = stats[Gram] if Gram in stats else stats[Moments]
     kept = site.channels_of(keep)
     change = weight.float().clone()
     change[:, kept] -= weight[:, kept].float() if correction.weight is None else correction.weight.to(change)
-    shift = change @ measured.mean.to(change)
+    mean = stats[Moments].mean if gram is None else gram.mean
+    shift = change @ mean.to(change)
     if correction.bias is not None:
         shift -= correction.bias.to(change)
-    return float(_spread(change, measured) + shift.square().sum())
+    if gram is None:
+        # The covariance's diagonal alone.
+        moved = change.square().sum(dim=0) @ stats[Moments].variance.to(change)
+    else:
+        moved = ((change @ (gram.squares[0] / gram.tokens.to(gram.squares)).to(change)) * change).sum()
+    return float(moved + shift.square().sum())
 
 
-def _spread(change: Tensor, measured: Moments | Gram) -> Tensor:
-    """Return tr(D Cov(x) D'), with the covariance's diagonal alone where no more is known."""
-    if isinstance(measured, Moments):
-        return change.square().sum(dim=0) @ measured.variance.to(change)
-    covariance = measured.covariance[0].to(change)
-    return ((change @ covariance) * change).sum()
+def _gram_of(stats: SiteStatistics) -> Spread | None:
+    """Return what Gram matrices of all the text, or of its two parts, tell of the inputs."""
+    if Gram in stats:
+        return stats[Gram].spread
+    if FittedGram in stats and HeldOutGram in stats:
+        return stats[FittedGram].spread.merged(stats[HeldOutGram].spread)
+    return None
 
 
 class _Inputs(Statistic):
@@ -90,8 +97,8 @@ class _Inputs(Statistic):
 
     most: ClassVar[int]
 
-    def __init__(self, channels: int, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
         self.rows: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
@@ -99,8 +106,9 @@ class _Inputs(Statistic):
         room = self.most - sum(map(len, self.rows))
         self.rows.append(x[:room].cpu())
 
-    def compute(self) -> Tensor:
-        """Return the inputs [tokens, channels]."""
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs [tokens, channels]."""
         return torch.cat(self.rows) if self.rows else torch.empty(0, self.channels)
 
     def is_finite(self) -> bool:
@@ -156,7 +164,7 @@ class Trace:
     def see(self, model: PreTrainedModel, measured: Statistics) -> None:
         """Take in what was measured of the dense model at some sites, whose weights it has in memory."""
         for name, found in measured.items():
-            inputs = found[self.statistic].compute()
+            inputs = found[self.statistic].inputs
             self._seen[name] = inputs, _output(model, self._sites[name], inputs)
 
     def left(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
@@ -184,7 +192,7 @@ class Trace:
             alone = inputs[:, dense.channels_of(plan.keep[name])]
             expected = predicted.get(name)
             same = self._alike[site.layer, site.kind] == 1
-            now = found[self.statistic].compute()
+            now = found[self.statistic].inputs
             errors[name] = SiteError(
                 predicted=None if expected is None else (expected / power) ** 0.5,
                 alone=_relative_error(_output(model, site, alone), wanted),

@@ -3,50 +3,102 @@
 from __future__ import annotations
 
 import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import Self
 
 from flapkit.model.site import Site
 from flapkit.system.errors import CalibrationError
+from flapkit.system.processes import gather_tensors
 
 S = TypeVar("S", bound="Statistic")
 
 IN_CACHE = 2**16
 """Numbers whose moments are taken at once on a CPU: half a megabyte in float64, far faster than all together."""
 
+STRIPS = 4
+"""Strips in which a symmetric product is computed: 10/16 of the multiplications of a whole one."""
 
-class Statistic(Metric):
+
+class Statistic(ABC):
     """What calibration measures about the input of one consumer.
 
-    A torchmetrics ``Metric``, so that Lightning merges it over ranks. Subclasses keep their state in float64 and
-    merge exactly: the result depends neither on the order nor on the size of the batches.
-    """
+    The state is tensors, declared with ``add_state``. Sums are kept in float64, so that the result depends neither on
+    the order nor on the size of the batches. A whole statistic of your own:
 
-    full_state_update = False
+    ```python
+    class Largest(Statistic):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.add_state("values", torch.zeros(channels))
+
+        def update(self, x):
+            self.values = torch.maximum(self.values, x.abs().amax(dim=0))
+
+        def combine_(self, states):
+            self.values = torch.stack([state["values"] for state in states]).amax(dim=0)
+    ```
+
+    Args:
+        channels: input channels of the consumer.
+    """
 
     version: ClassVar[int] = 1
     """Raise it when what the statistic measures changes: cached values of another version are not used."""
 
-    windows: ClassVar[Literal["all", "held_out"]] = "all"
-    """Which calibration windows are taken in: all, or those alone that are held out to judge what the rest fitted."""
+    windows: ClassVar[Literal["all", "fitted", "held_out"]] = "all"
+    """Which calibration windows are taken in: all; those that are held out to judge what the rest fitted; the rest."""
 
-    def __init__(self, channels: int, **kwargs: Any) -> None:
-        # Merged once, when all is measured, and not each time that somebody asks.
-        super().__init__(**{"sync_on_compute": False, **kwargs})
+    def __init__(self, channels: int) -> None:
         self.channels = channels
+        self._names: list[str] = []
+
+    def add_state(self, name: str, value: Tensor) -> None:
+        """Declare a part of the state, which becomes the attribute ``name``.
+
+        Args:
+            name: of the attribute.
+            value: its value before any text was seen.
+        """
+        self._names.append(name)
+        setattr(self, name, value)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All that was measured, by name."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        return next((value.device for value in self.state.values()), torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Self:
+        """Move the state to a device, and return the statistic."""
+        for name, value in self.state.items():
+            setattr(self, name, value.to(device))
+        return self
 
     def merge_(self) -> None:
         """Take in what the other processes of the run measured, in all of them at once."""
-        self.sync()
-        # What is merged is all that counts from now on: torchmetrics would go back to this process's part.
-        self._is_synced, self._cache = False, None
+        gathered = {name: gather_tensors(value) for name, value in self.state.items()}
+        count = len(next(iter(gathered.values()), []))
+        if count > 1:
+            self.combine_([{name: values[rank] for name, values in gathered.items()} for rank in range(count)])
+
+    def combine_(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Become what several processes measured together: by default, the sum of each part of the state.
+
+        Args:
+            states: the state of each process, this one's included, in the order of their ranks.
+        """
+        for name in self._names:
+            setattr(self, name, reduce(torch.add, [state[name] for state in states]))
 
     @classmethod
     def of(cls, site: Site) -> Self:
@@ -56,32 +108,19 @@ class Statistic(Metric):
     @classmethod
     def size_of(cls, site: Site) -> int:
         """Return the bytes that the statistic of a site takes; to be overridden where its state grows."""
-        return sum(state.nbytes for state in cls.of(site).metric_state.values() if isinstance(state, Tensor))
-
-    def saved(self) -> dict[str, Tensor]:
-        """Return all that was measured, as tensors by name.
-
-        Raises:
-            TypeError: the state holds lists, which no file of tensors can.
-        """
-        state = self.metric_state
-        if lists := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-            raise TypeError(f"{type(self).__name__} keeps lists ({lists[0]}): it cannot be saved")
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return sum(value.nbytes for value in cls.of(site).state.values())
 
     @classmethod
-    def restored(cls, site: Site, saved: Mapping[str, Tensor]) -> Self:
-        """Build the statistic of a site from what ``saved`` returned.
+    def restored(cls, site: Site, state: Mapping[str, Tensor]) -> Self:
+        """Build the statistic of a site from its state.
 
         Raises:
             KeyError: a part of the state is missing.
         """
-        restored: Any = cls.of(site)
-        for name in restored.metric_state:
-            setattr(restored, name, saved[name])
-        # torchmetrics warns of a metric that is asked for its value and was never updated.
-        restored._update_count = 1
-        return restored  # type: ignore[no-any-return]
+        restored = cls.of(site)
+        for name in restored.state:
+            setattr(restored, name, state[name])
+        return restored
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
@@ -93,10 +132,7 @@ class Statistic(Metric):
 
     def is_finite(self) -> bool:
         """Tell whether all that was taken in so far was finite: by default, whether the state is."""
-        states = (
-            part for state in self.metric_state.values() for part in (state if isinstance(state, list) else [state])
-        )
-        return all(bool(torch.isfinite(part).all()) for part in states)
+        return all(bool(torch.isfinite(value).all()) for value in self.state.values())
 
 
 class GradientStatistic(Statistic):
@@ -146,16 +182,6 @@ class Spread(NamedTuple):
         between = self.products(delta).mul_((self.tokens * other.tokens / tokens).to(self.squares.dtype))
         return Spread(tokens, mean, between.add_(self.squares).add_(other.squares))
 
-    def without(self, part: Spread) -> Spread:
-        """Take out some of the tokens: the inverse of ``merged``.
-
-        What is left must not be much less than what is taken out, or it drowns in rounding.
-        """
-        tokens = self.tokens - part.tokens
-        mean = self.mean + (self.mean - part.mean) * (part.tokens / tokens)
-        between = self.products(part.mean - mean).mul_((-part.tokens * tokens / self.tokens).to(self.squares.dtype))
-        return Spread(tokens, mean, between.add_(self.squares).sub_(part.squares))
-
 
 class _SpreadStatistic(Statistic):
     """A statistic whose state is a ``Spread``, merged exactly over batches and ranks."""
@@ -164,12 +190,11 @@ class _SpreadStatistic(Statistic):
     _mean: Tensor
     _squares: Tensor
 
-    def __init__(self, channels: int, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
-        # No reduction: ranks arrive stacked, and are merged when a figure is asked for. The state takes memory when
-        # the first batch comes, since a torchmetrics default would be a second copy of it.
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        # The state takes memory when the first batch comes.
         for name in ("_tokens", "_mean", "_squares"):
-            self.add_state(name, torch.zeros(0, dtype=torch.float64), dist_reduce_fx=None, persistent=True)
+            self.add_state(name, torch.zeros(0, dtype=torch.float64))
 
     @classmethod
     def size_of(cls, site: Site) -> int:
@@ -180,23 +205,25 @@ class _SpreadStatistic(Statistic):
     def _empty(self, device: torch.device) -> Spread:
         """Return the spread of no tokens."""
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the ranks' states, also of a rank that saw nothing."""
+    def merge_(self) -> None:
+        """Merge the processes' spreads, also that of a process that saw nothing."""
         self._keep(self.spread)
-        super().sync(*args, **kwargs)
+        super().merge_()
+
+    def combine_(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Merge the spreads of several processes."""
+        spreads = (Spread(state["_tokens"], state["_mean"], state["_squares"]) for state in states)
+        self._keep(reduce(Spread.merged, spreads))
 
     def _keep(self, spread: Spread) -> None:
         self._tokens, self._mean, self._squares = spread
 
     @property
     def spread(self) -> Spread:
-        """What was seen, by all ranks where they were gathered."""
+        """What was seen."""
         if not self._tokens.numel():
             return self._empty(self.device)
-        if self._mean.dim() == 1:
-            return Spread(self._tokens, self._mean, self._squares)
-        ranks = zip(self._tokens, self._mean, self._squares, strict=True)
-        return reduce(Spread.merged, itertools.starmap(Spread, ranks))
+        return Spread(self._tokens, self._mean, self._squares)
 
     def is_finite(self) -> bool:
         """Tell whether all that was taken in so far was finite."""
@@ -241,10 +268,6 @@ class Moments(_SpreadStatistic):
         squares = seen.squares + (second - first.square() / tokens).clamp_(min=0)
         self._keep(Spread(tokens, about + first / tokens, squares))
 
-    def compute(self) -> Tensor:
-        """Return the variance [channels]."""
-        return self.variance
-
     @property
     def variance(self) -> Tensor:
         """Sample variance of each channel (divided by tokens - 1), float64 [channels].
@@ -265,8 +288,8 @@ class Moments(_SpreadStatistic):
 class Gram(_SpreadStatistic):
     """Token count, mean and covariance of all channels of a consumer, merged exactly.
 
-    The covariance of up to 4096 channels is kept in float64. That of more is kept in float32, in half the memory:
-    each batch's products of deviations from its own mean are small enough to be exact to 1e-6.
+    Products of a batch's deviations from its own mean are computed in float32, or in the inputs' type if that is wider,
+    and summed in float64: exact to 1e-6. Sums of more than 4096 channels are kept in float32, in half the memory.
 
     Args:
         channels: channels of the consumer.
@@ -275,8 +298,8 @@ class Gram(_SpreadStatistic):
 
     widest_in_float64: ClassVar[int] = 4096
 
-    def __init__(self, channels: int, blocks: int = 1, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
+    def __init__(self, channels: int, blocks: int = 1) -> None:
+        super().__init__(channels)
         self.blocks = blocks
 
     def _empty(self, device: torch.device) -> Spread:
@@ -292,20 +315,17 @@ class Gram(_SpreadStatistic):
             self._keep(self._empty(self.device))
         if len(x) == 0:
             return
-        x = x.double()
-        mean = x.mean(dim=0)
+        mean = x.mean(dim=0, dtype=torch.float64)
         batch, seen, delta = mean.new_full((1,), len(x)), self._tokens, mean - self._mean
         # Spread.merged, but in place, since the matrix may be large; delta becomes one more deviation.
-        between = delta * (seen * batch / (seen + batch)).sqrt()
-        deviations = torch.cat([x - mean, between[None]]).to(self._squares.dtype)
-        rows = deviations.view(len(deviations), self.blocks, -1).transpose(0, 1)
-        self._squares.baddbmm_(rows.mT, rows)
+        rows = x.new_empty((len(x) + 1, self.channels), dtype=torch.promote_types(x.dtype, torch.float32))
+        torch.sub(x, mean.to(rows.dtype), out=rows[:-1])
+        rows[-1] = delta * (seen * batch / (seen + batch)).sqrt()
+        # Mixed precision would round the products.
+        with torch.autocast(x.device.type, enabled=False):
+            _add_products_(self._squares, rows.view(len(rows), self.blocks, -1).transpose(0, 1))
         self._mean = self._mean + delta * (batch / (seen + batch))
         self._tokens = seen + batch
-
-    def compute(self) -> Tensor:
-        """Return the covariance [blocks, width, width]."""
-        return self.covariance
 
     @property
     def covariance(self) -> Tensor:
@@ -322,6 +342,12 @@ class HeldOutGram(Gram):
     """The same over the held-out calibration windows alone, to judge what the others fitted."""
 
     windows = "held_out"
+
+
+class FittedGram(Gram):
+    """The same over the windows that are not held out."""
+
+    windows = "fitted"
 
 
 class TargetGram(Gram):
@@ -343,6 +369,12 @@ class HeldOutTargetGram(TargetGram):
     windows = "held_out"
 
 
+class FittedTargetGram(TargetGram):
+    """The same over the windows that are not held out."""
+
+    windows = "fitted"
+
+
 class UnitGram(Gram):
     """The same for the channels of each unit alone: small, and all that a score of single units needs."""
 
@@ -350,6 +382,21 @@ class UnitGram(Gram):
     def of(cls, site: Site) -> Self:
         """Build the empty statistic of a site: one block for each unit."""
         return cls(site.channels, site.units)
+
+
+def _add_products_(total: Tensor, rows: Tensor) -> None:
+    """Add the products x'x of rows [blocks, rows, width] to their sums [blocks, width, width], in place.
+
+    Only one half of a wide product is computed, in strips; the other half is the same.
+    """
+    width = rows.shape[2]
+    if len(rows) > 1 or width < 64 * STRIPS:
+        total += rows.mT @ rows
+        return
+    for start, stop in itertools.pairwise(width * strip // STRIPS for strip in range(STRIPS + 1)):
+        strip = rows[0, :, start:].T @ rows[0, :, start:stop]
+        total[0, start:, start:stop] += strip
+        total[0, start:stop, stop:] += strip[stop - start :].T
 
 
 def _enough(spread: Spread, what: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flapkit.evaluation.perplexity import Perplexity, cross_entropy
 from flapkit.pruning.collector import Batch, attended
 from flapkit.system.errors import CalibrationError
+from flapkit.system.float64 import float64_device
 from flapkit.text.windows import UNSCORED
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def perplexity_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
         batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask``.
     """
     device = next(model.get_input_embeddings().parameters()).device
-    measured = Perplexity().to(device)
+    measured = Perplexity().to(float64_device(device))
     for batch in batches:
         inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = torch.where(attended(inputs), inputs["input_ids"], UNSCORED)
         nll, targets = cross_entropy(model(**inputs, use_cache=False).logits, labels)
-        measured.update(nll.to(device), targets.to(device))
+        measured.update(nll, targets)
     return float(measured.compute().over_tokens)

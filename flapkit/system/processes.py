@@ -9,9 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapkit.system.errors import FlapkitError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -103,6 +106,17 @@ def keep_common(local: Mapping[K, T | None]) -> dict[K, T]:
     everywhere = map(all, zip(*present, strict=True))
     pairs = zip(local.items(), everywhere, strict=True)
     return {name: value for (name, value), common in pairs if common and value is not None}
+
+
+def gather_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return a tensor of every process, of the same shape in each, in the order of their ranks."""
+    distributed = _distributed()
+    if distributed is None:
+        return [tensor]
+    gathered = [tensor.new_empty(tensor.shape) for _ in range(distributed.get_world_size())]
+    with lost_processes():
+        distributed.all_gather(gathered, tensor.contiguous())
+    return gathered
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from flapkit.interfaces import (
     CalibrationError,
     Compensator,
     Correction,
+    FittedGram,
+    FittedTargetGram,
     Gram,
     HeldOutGram,
     HeldOutTargetGram,
@@ -27,6 +29,9 @@ from flapkit.interfaces import (
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The candidates of ``ridge: auto``, as fractions of the kept channels' mean variance."""
 
+PROJECTIONS = 64
+"""Random combinations of the outputs by which ridges are compared: as good a judge as all outputs, at less cost."""
+
 
 @dataclass(frozen=True)
 class LeastSquares(Compensator):
@@ -38,8 +43,8 @@ class LeastSquares(Compensator):
     is E[xx'] and m is 0: no bias is added.
 
     ``ridge: auto`` fits three quarters of the calibration windows with several ridges, chooses for every site the best
-    one on the remaining quarter, and fits all windows with it. If none is better than ``bias`` (without the intercept:
-    than no repair) on these windows, the site gets that instead, with a note.
+    one on the remaining quarter (downhill from 0.01), and fits all windows with it. If none is better than ``bias``
+    (without the intercept: than no repair) on these windows, the site gets that instead, with a note.
     """
 
     name = "least_squares"
@@ -60,100 +65,159 @@ class LeastSquares(Compensator):
 
     def measures(self) -> tuple[type[Statistic], ...]:
         """Return the statistics to measure: of held-out windows only for ``ridge: auto``."""
-        return (Gram, HeldOutGram) if self.ridge == "auto" else (Gram,)
+        return (FittedGram, HeldOutGram) if self.ridge == "auto" else (Gram,)
 
     def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
         """List what must be measured where the earlier sites are pruned already: the same, with targets."""
-        return (TargetGram, HeldOutTargetGram) if self.ridge == "auto" else (TargetGram,)
+        return (FittedTargetGram, HeldOutTargetGram) if self.ridge == "auto" else (TargetGram,)
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
-        everything, judge = self._spreads(stats)
+        fitted, held_out = self._spreads(stats)
+        dense = weight.to(fitted.squares)
         kept = torch.tensor(site.channels_of(keep), device=weight.device)
-        dense = weight.to(everything.squares)
-        text = _Text.of(everything, dense, intercept=self.intercept)
-        if self.ridge != "auto":
-            return self._correction(text, text.fit(dense, kept, self.ridge), kept)
-        if judge is None or not judge.tokens:
+
+        def problem(spread: Spread) -> _Problem:
+            return _Problem.of(spread, dense, kept, intercept=self.intercept)
+
+        if held_out is None:
+            return self._correction(problem(fitted), dense[:, kept], self.ridge)
+        if not held_out.tokens:
             raise CalibrationError(
                 "compensator.ridge: auto needs held-out calibration windows, one in four, and there are none; "
                 "use at least four windows, or a ridge such as 0.01"
             )
-        fitted = _Text.of(everything.without(judge), dense, intercept=self.intercept)
-        held_out = _Text.of(judge, dense, intercept=self.intercept)
-        errors = {ridge: held_out.error(fitted, fitted.fit(dense, kept, ridge), kept) for ridge in RIDGES}
-        floor = held_out.error(fitted, dense[:, kept], kept)
-        best = min(RIDGES, key=errors.__getitem__)
-        if errors[best] < floor:
-            return self._correction(text, text.fit(dense, kept, best), kept)
+        judge, whole = problem(held_out), problem(fitted.merged(held_out))
+        ridge, gain = _choose_ridge(problem(fitted), judge)
+        if gain < 0:
+            return self._correction(whole, dense[:, kept], ridge)
+        power = float(judge.power)
         note = (
             f"{'bias' if self.intercept else 'no repair'}, since least squares is not better on held-out text "
-            f"(mean squared error {errors[best]:.4g}, compared with {floor:.4g})"
+            f"(mean squared error {power + gain:.4g}, compared with {power:.4g})"
         )
-        return replace(self._correction(text, dense[:, kept], kept), weight=None, note=note)
+        return Correction(bias=whole.target if self.intercept else None, note=note)
 
     def _spreads(self, stats: SiteStatistics) -> tuple[Spread, Spread | None]:
-        """Return what was seen on all text, and on the held-out windows if that was asked for."""
-        whole, part = (TargetGram, HeldOutTargetGram) if TargetGram in stats else (Gram, HeldOutGram)
-        return stats[whole].spread, stats[part].spread if part in stats else None
+        """Return what was seen on the text to fit, and on the held-out windows with ``ridge: auto``."""
+        in_sequence = TargetGram in stats or FittedTargetGram in stats
+        if self.ridge != "auto":
+            return stats[TargetGram if in_sequence else Gram].spread, None
+        fitted, held_out = (FittedTargetGram, HeldOutTargetGram) if in_sequence else (FittedGram, HeldOutGram)
+        return stats[fitted].spread, stats[held_out].spread
 
-    def _correction(self, text: _Text, weight: Tensor, kept: Tensor) -> Correction:
-        return Correction(weight, text.offset(weight, kept) if self.intercept else None)
+    def _correction(self, problem: _Problem, columns: Tensor, ridge: float | str) -> Correction:
+        change = problem.fit(float(ridge))
+        return Correction(columns + change.T, problem.target - change.T @ problem.mean if self.intercept else None)
 
 
-class _Text(NamedTuple):
-    """What is known of inputs x and of targets t, the outputs that are wanted, on some text.
+class _Problem(NamedTuple):
+    """What the kept channels x and the gap e are on some text: e is what the output lacks when the others are removed.
 
     With no intercept, the products are taken about zero and the means are zeros.
 
     Args:
-        products: E[(x - mean)(x - mean)'] [channels, channels].
-        mean: of x [channels].
-        wanted: E[(t - target)(x - mean)'] [out_features, channels].
-        target: mean of t [out_features].
-        power: E|t - target|² [].
+        products: E[(x - mean)(x - mean)'] [kept channels, kept channels].
+        cross: E[(x - mean)(e - target)'] [kept channels, out_features].
+        mean: of x [kept channels].
+        target: mean of e [out_features].
+        power: E|e - target|² [].
     """
 
     products: Tensor
+    cross: Tensor
     mean: Tensor
-    wanted: Tensor
     target: Tensor
     power: Tensor
 
     @classmethod
-    def of(cls, spread: Spread, dense: Tensor, *, intercept: bool) -> _Text:
+    def of(cls, spread: Spread, dense: Tensor, kept: Tensor, *, intercept: bool) -> _Problem:
         """Take what was measured; where no targets were, they are the dense consumer's outputs.
 
         Args:
             spread: of the inputs, and perhaps of the targets after them.
             dense: the consumer's weight [out_features, channels].
+            kept: the kept channels.
             intercept: whether a bias will take care of the means.
         """
         mean = spread.mean.to(dense)
-        products = spread.squares[0] / spread.tokens.to(dense)
+        scale = 1 / spread.tokens.to(dense)
+        channels = dense.shape[1]
+
+        def product(rows: Tensor, columns: Tensor) -> Tensor:
+            part = spread.squares[0][rows][:, columns] * scale
+            return part if intercept else part.addr_(mean[rows], mean[columns])
+
+        products = product(kept, kept)
+        if len(mean) == channels:
+            removed = torch.ones(channels, dtype=torch.bool, device=dense.device)
+            removed[kept] = False
+            gone = removed.nonzero().squeeze(1)
+            lost = dense[:, gone]
+            cross, target = product(kept, gone) @ lost.T, lost @ mean[gone]
+            power = ((lost @ product(gone, gone)) * lost).sum()
+        else:
+            left, outputs = dense[:, kept], torch.arange(channels, len(mean), device=dense.device)
+            wanted, made = product(kept, outputs), products @ left.T
+            cross, target = wanted - made, mean[outputs] - left @ mean[kept]
+            power = product(outputs, outputs).diagonal().sum() + ((made - 2 * wanted) * left.T).sum()
         if not intercept:
-            products, mean = products.addr_(mean, mean), torch.zeros_like(mean)
-        x, t = slice(dense.shape[1]), slice(dense.shape[1], None)
-        if len(mean) == dense.shape[1]:
-            wanted = dense @ products
-            return cls(products, mean, wanted, dense @ mean, (wanted * dense).sum())
-        return cls(products[x, x], mean[x], products[t, x], mean[t], products[t, t].diagonal().sum())
+            return cls(products, cross, torch.zeros_like(mean[kept]), torch.zeros_like(target), power)
+        return cls(products, cross, mean[kept], target, power)
 
-    def fit(self, dense: Tensor, kept: Tensor, ridge: float) -> Tensor:
-        """Return the columns [out_features, kept channels] that fit the targets best."""
-        products = self.products[kept][:, kept]
-        gap = self.wanted[:, kept] - dense[:, kept] @ products
-        return dense[:, kept] + torch.cholesky_solve(gap.mT, _factor(products, ridge)).mT
+    def fit(self, ridge: float) -> Tensor:
+        """Return the change [kept channels, out_features] of the kept columns that makes good most of the gap."""
+        change: Tensor = torch.cholesky_solve(self.cross, _factor(self.products, ridge))
+        return change
 
-    def offset(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """Return the offset [out_features] that makes the output's mean that of the targets."""
-        return self.target - weight @ self.mean[kept]
+    def gain(self, fitted: _Problem, change: Tensor) -> float:
+        """Return by how much a change that was fitted on another text, with its offset, alters the error on this text.
 
-    def error(self, fitted: _Text, weight: Tensor, kept: Tensor) -> float:
-        """Return E|t - weight x - offset|² on this text, for columns and an offset fitted on another text."""
-        explained = weight @ self.products[kept][:, kept] - 2 * self.wanted[:, kept]
-        shift = self.offset(weight, kept) - fitted.offset(weight, kept)
-        return float(self.power + (explained * weight).sum() + shift.square().sum())
+        Returns:
+            E|e - change' x - offset|² less E|e - target|², both with the other text's means.
+        """
+        explained = self.products @ change - 2 * self.cross
+        shift = self.target - fitted.target
+        moved = shift - change.T @ (self.mean - fitted.mean)
+        return float((explained * change).sum() + moved.square().sum() - shift.square().sum())
+
+    def projected(self, outputs: Tensor) -> _Problem:
+        """Return the same, in float32, for combinations of the outputs [out_features, combinations]."""
+        return _Problem(
+            self.products.float(), self.cross.float() @ outputs, self.mean.float(), self.target.float() @ outputs,
+            self.power.float(),
+        )  # fmt: skip
+
+
+def _choose_ridge(fitted: _Problem, held_out: _Problem) -> tuple[float, float]:
+    """Go downhill from the middle ridge on the held-out text.
+
+    Returns:
+        The ridge, and by how much it alters the error of no repair on the held-out text; below 0 it is better.
+    """
+    outputs = _combinations(len(fitted.target), fitted.products.device)
+    ours, theirs = fitted.projected(outputs), held_out.projected(outputs)
+    gains: dict[int, float] = {}
+
+    def gain(index: int) -> float:
+        if index not in gains:
+            outside = not 0 <= index < len(RIDGES)
+            gains[index] = float("inf") if outside else theirs.gain(ours, ours.fit(RIDGES[index]))
+        return gains[index]
+
+    best = len(RIDGES) // 2
+    while gain(better := min(best - 1, best + 1, key=gain)) < gain(best):
+        best = better
+    return RIDGES[best], held_out.gain(fitted, fitted.fit(RIDGES[best]))
+
+
+def _combinations(outputs: int, device: torch.device) -> Tensor:
+    """Draw the combinations of outputs [outputs, combinations]: random signs; each output alone where there are few."""
+    if outputs <= PROJECTIONS:
+        return torch.eye(outputs, device=device)
+    signs = torch.randint(2, (outputs, PROJECTIONS), generator=torch.Generator().manual_seed(0))
+    drawn: Tensor = (2.0 * signs - 1) / PROJECTIONS**0.5
+    return drawn.to(device)
 
 
 def _factor(products: Tensor, ridge: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +22,16 @@ class GradientProducts(GradientStatistic):
         out_features: output features of the consumer.
     """
 
-    _products: Tensor
+    version = 2
 
-    def __init__(self, channels: int, out_features: int, **kwargs: Any) -> None:
-        super().__init__(channels, **kwargs)
+    products: Tensor
+    """The sums so far, float64 [out_features, width]."""
+
+    def __init__(self, channels: int, out_features: int) -> None:
+        super().__init__(channels)
         none = torch.empty(0, channels), torch.empty(0, out_features)
         empty = torch.zeros(out_features, self.partner(*none).shape[1], dtype=torch.float64)
-        self.add_state("_products", empty, dist_reduce_fx="sum", persistent=True)
+        self.add_state("products", empty)
 
     @classmethod
     def of(cls, site: Site) -> Self:
@@ -52,12 +54,4 @@ class GradientProducts(GradientStatistic):
         dtype = torch.promote_types(partner.dtype, torch.float32)
         # Mixed precision would round the products.
         with torch.autocast(partner.device.type, enabled=False):
-            self._products += gradient.to(dtype).T @ partner.to(dtype)
-
-    def compute(self) -> Tensor:
-        """Return the products, float64 [out_features, width]."""
-        return self._products
-
-    def is_finite(self) -> bool:
-        """Return whether all sums so far are finite."""
-        return bool(torch.isfinite(self._products).all())
+            self.products += gradient.to(dtype).T @ partner.to(dtype)

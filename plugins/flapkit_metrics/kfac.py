@@ -38,5 +38,5 @@ class KFAC(ImportanceMetric):
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
         columns, residual = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
-        weighted = stats[OutputGradient].compute().to(columns) @ columns.transpose(1, 2)
+        weighted = stats[OutputGradient].products.to(columns) @ columns.transpose(1, 2)
         return (weighted * residual.transpose(1, 2)).sum(dim=(1, 2)).view(site.units, 1) / 2

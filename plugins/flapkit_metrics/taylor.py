@@ -52,6 +52,6 @@ class Taylor(ImportanceMetric):
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every channel; [units, channels_per_unit]."""
-        terms = weight.double() * stats[WeightGradient].compute()
+        terms = weight.double() * stats[WeightGradient].products
         scores = terms.sum(dim=0).abs() if self.form == "vector" else terms.abs().sum(dim=0)
         return scores.view(site.units, -1)

@@ -20,6 +20,7 @@ from flapkit.pruning.collector import Collector, Statistics
 from flapkit.pruning.recovery import Recovery, Trainable, Training
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import RunError
+from flapkit.system.float64 import float64_device
 from flapkit.system.progress import Stage
 
 LAST = "last"
@@ -144,7 +145,7 @@ class Evaluate(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._metrics = [Perplexity().to(pl_module.device) for _ in self._names]
+        self._metrics = [Perplexity().to(float64_device(pl_module.device)) for _ in self._names]
 
     def on_test_batch_end(
         self,

@@ -21,7 +21,7 @@ from flapkit.execution.records import FORMAT
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, Statistic
+from flapkit.pruning.statistics import Gram, HeldOutGram, Moments
 
 RUNTIME = Runtime({"accelerator": "cpu", "devices": 1})
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_a_restored_statistic_computes_without_a_warning(tokens, cache):
     restored = find(model, tokens, cache, Moments)
     expected = measure(model, flapkit.sites(model), [Moments], [{"input_ids": tokens}])
     for site, statistics in restored.items():
-        torch.testing.assert_close(statistics[Moments].compute(), expected[site][Moments].variance)
+        torch.testing.assert_close(statistics[Moments].variance, expected[site][Moments].variance)
 
 
 @pytest.mark.parametrize("change", ["weight", "dtype", "config", "attention", "numerics", "tokens", "mask", "sites"])
@@ -137,18 +137,13 @@ import torch
 from flapkit.interfaces import Statistic
 
 class Largest(Statistic):
-    def __init__(self, channels, **kwargs):
-        super().__init__(channels, **kwargs)
-        self.add_state("largest", torch.zeros(channels), dist_reduce_fx="max")
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.add_state("largest", torch.zeros(channels))
 
     def update(self, x):
         self.largest = torch.maximum(self.largest, x.abs().max(dim=0).values) * 1
 
-    def compute(self):
-        return self.largest
-
-    def is_finite(self):
-        return True
 """
 
 
@@ -203,31 +198,6 @@ def test_a_class_without_a_lasting_name_is_not_kept(tokens, cache, monkeypatch):
     """In a notebook the next class of that name may measure something else."""
     monkeypatch.setattr(Moments, "__module__", "__main__")
     find(make_llama(), tokens, cache, Moments)
-    assert entries(cache) == []
-
-
-class Lists(Statistic):
-    """Keeps a list, which safetensors cannot hold."""
-
-    def __init__(self, channels, **kwargs):
-        super().__init__(channels, **kwargs)
-        self.add_state("seen", [])
-
-    def update(self, x):
-        self.seen.append(x.sum())
-
-    def compute(self):
-        return len(self.seen)
-
-    def is_finite(self):
-        return True
-
-
-def test_what_cannot_be_kept_is_said(tokens, cache, caplog):
-    model = make_llama()
-    with caplog.at_level(logging.WARNING, logger="flapkit"):
-        find(model, tokens, cache, Lists)
-    assert "Lists keeps lists" in caplog.text
     assert entries(cache) == []
 
 

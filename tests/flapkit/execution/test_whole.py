@@ -52,7 +52,7 @@ def test_sizes_are_known_before(llama, tokens, statistic):
     held_out = torch.arange(len(tokens)) % 4 == 3
     measured = measure(llama, sites, [statistic], [{"input_ids": tokens, "held_out": held_out}])
     for site in sites:
-        state = measured[site.name][statistic].metric_state
+        state = measured[site.name][statistic].state
         assert sum(part.nbytes for part in state.values()) == statistic.size_of(site)
 
 

@@ -79,15 +79,12 @@ def test_a_mistake_names_its_component(llama, tokens, message):
 
 def test_a_statistic_needs_no_is_finite(llama, tokens):
     class Largest(Statistic):
-        def __init__(self, channels, **options):
-            super().__init__(channels, **options)
-            self.add_state("largest", default=torch.zeros(channels), dist_reduce_fx="max")
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.add_state("largest", torch.zeros(channels))
 
         def update(self, x):
             self.largest = torch.maximum(self.largest, x.abs().max(0).values)
-
-        def compute(self):
-            return self.largest
 
     @dataclass(frozen=True)
     class Peak(ImportanceMetric):
@@ -95,7 +92,7 @@ def test_a_statistic_needs_no_is_finite(llama, tokens):
         statistics = (Largest,)
 
         def score(self, site, stats, weight):
-            return stats[Largest].compute().view(site.units, -1)
+            return stats[Largest].largest.view(site.units, -1)
 
     sites = flapkit.sites(llama)
     plan = flapkit.prune_(llama, tokens, metric=Peak(), ratio=0.4)

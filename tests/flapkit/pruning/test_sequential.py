@@ -36,7 +36,7 @@ def test_the_first_site_sees_the_dense_model(llama, tokens):
     repair, sites = layer_repair(llama, 0, tokens)
     repair.run_dense()
     assert repair.adds
-    measured = repair._measure(sites[:1], LeastSquares())
+    measured = repair._measure(sites[:1], LeastSquares(ridge=0.01))
     seen = measured[sites[0].name][TargetGram].spread
     products, weight = seen.squares[0], llama.get_submodule(sites[0].consumer).weight.detach().double()
     x, t = slice(sites[0].channels), slice(sites[0].channels, None)
@@ -151,6 +151,6 @@ def test_experts_are_measured_together_without_targets(tokens):
     repair, _ = layer_repair(model, 0, tokens % 64)
     repair.run_dense()
     assert not repair.adds
-    measured = repair._measure(together, LeastSquares())
+    measured = repair._measure(together, LeastSquares(ridge=0.01))
     assert set(measured) == {site.name for site in together}
     assert all(Gram in statistics for statistics in measured.values())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, SiteStatistics, UnitGram
+from flapkit.pruning.statistics import Gram, Moments, SiteStatistics, UnitGram
 from flapkit.system.errors import CalibrationError
 
 
@@ -121,19 +121,9 @@ def test_a_wide_gram_is_kept_in_float32(monkeypatch):
     torch.testing.assert_close(found.covariance[0].double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("taken", [5, 30])
-def test_a_part_is_taken_out_again(taken):
-    x = correlated(3)
-    whole, part, rest = gram(*x.split(8)), gram(x[:taken], of=HeldOutGram), gram(x[taken:])
-    left = whole.spread.without(part.spread)
-    assert left.tokens == rest.tokens
-    torch.testing.assert_close(left.mean, rest.mean)
-    torch.testing.assert_close(left.squares, rest.spread.squares)
-
-
 @pytest.mark.parametrize(("of", "options"), [(Moments, {}), (Gram, {}), (UnitGram, {"blocks": 2})])
 def test_ranks_are_merged_exactly(of, options):
-    """Three ranks' states, stacked as torchmetrics gathers them; one of the ranks saw nothing."""
+    """Three ranks' states, as they are gathered; one of the ranks saw nothing."""
     x = correlated(4)
     ranks = [of(6, **options) for _ in range(3)]
     for rank, part in zip(ranks, (x[:7], x[7:], x[:0]), strict=True):
@@ -141,11 +131,20 @@ def test_ranks_are_merged_exactly(of, options):
         rank.merge_()
     merged, whole = of(6, **options), of(6, **options)
     whole.update(x)
-    for state in ("_tokens", "_mean", "_squares"):
-        setattr(merged, state, torch.stack([getattr(rank, state) for rank in ranks]))
+    merged.combine_([rank.state for rank in ranks])
     assert merged.tokens == len(x)
     torch.testing.assert_close(merged.mean, whole.mean)
     torch.testing.assert_close(merged.spread.squares, whole.spread.squares)
+
+
+@pytest.mark.parametrize("width", [256, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_gram_is_computed_in_strips(width, dtype):
+    x = (correlated(6, 400, 16) @ torch.randn(16, width, dtype=torch.float64)).to(dtype)
+    found = gram(*x.split(150)).covariance[0]
+    expected = torch.cov(x.T.double(), correction=0)
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def test_a_covariance_needs_two_tokens():
