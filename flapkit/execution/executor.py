@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrialSearcher
-from flapkit.pruning.method import Method, Pruned, Repairs, find_plan, repair_sites, score_sites
+from flapkit.pruning.method import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.progress import Progress
@@ -41,8 +41,8 @@ Score = Callable[[Sequence[Site], Statistics], Scores]
 Repair = Callable[[Sequence[Site], Statistics], Repairs]
 """Computes the corrections of some sites, whose weights are in memory, from what was measured there."""
 
-RepairCopy = Callable[[PreTrainedModel, Statistics, PruningPlan], Repairs]
-"""Computes the corrections of a plan, given a copy of the model and the statistics of all sites."""
+Correct = Callable[[Sequence[Site], Statistics, PruningPlan], Mapping[str, Correction]]
+"""Computes the corrections of some sites for a plan: site name -> correction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,14 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def objective(self, repair: RepairCopy, repairing: Sequence[type[Statistic]]) -> Objective:
+    def objective(
+        self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
+    ) -> Objective:
         """Return what plans are tried by: each is carried out on a copy that shares the model's weights.
 
         Args:
-            repair: computes the corrections of a plan.
+            kind: what is minimised.
+            correct: computes the corrections of some sites.
             repairing: what it needs, as classes.
 
         Raises:
@@ -183,23 +186,36 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     def repair(sites: Sequence[Site], statistics: Statistics) -> Repairs:
         return repair_sites(executor.model, sites, statistics, method.compensators, plan)
 
-    def repair_copy(model: PreTrainedModel, statistics: Statistics, plan: PruningPlan) -> Repairs:
-        return repair_sites(model, executor.sites, statistics, method.compensators, plan)
+    def correct(sites: Sequence[Site], statistics: Statistics, plan: PruningPlan) -> Mapping[str, Correction]:
+        return find_corrections(executor.model, sites, statistics, method.compensators, plan)
 
     scores: Scores = {}
     if method.searcher.uses_scores:
         ahead = () if sequential else method.repairing
         scores = executor.score(score, method.scoring, ahead)
-    objective = None
-    if isinstance(method.searcher, TrialSearcher) and budget.params:
-        objective = executor.objective(repair_copy, method.repairing)
-    with executor.progress.stage("search"):
-        plan = find_plan(executor.sites, scores, method.searcher, budget, objective)
+    plan = _find_plan(executor, method, budget, scores, correct)
     if sequential:
         repairs = executor.repair_in_sequence_(plan, method.compensators)
     else:
         repairs = executor.repair_(plan, repair, method.repairing)
     return Pruned(scores, plan, repairs.notes, repairs.expected)
+
+
+def _find_plan(executor: Executor, method: Method, budget: Budget, scores: Scores, correct: Correct) -> PruningPlan:
+    """Let the searcher choose, by trials if it tries plans."""
+    searcher = method.searcher
+    if not isinstance(searcher, TrialSearcher) or not budget.params:
+        with executor.progress.stage("search"):
+            return find_plan(executor.sites, scores, searcher, budget)
+    with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:
+        objective = executor.objective(searcher.objective, correct, method.repairing)
+
+        def tried(plan: PruningPlan, share: float = 1.0) -> float:
+            value = objective(plan, share)
+            stage.advance()
+            return value
+
+        return find_plan(executor.sites, scores, searcher, budget, tried)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,9 +19,9 @@ from flapkit.evaluation.perplexity import Perplexity, PerplexityValues, cross_en
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.executor import (
     CalibrationText,
+    Correct,
     Executor,
     Repair,
-    RepairCopy,
     Score,
     Scores,
     sweep,
@@ -114,7 +114,9 @@ class LayerwiseExecutor(Executor):
         self._measured = self._restore(records, kept)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
 
-    def objective(self, repair: RepairCopy, repairing: Sequence[type[Statistic]]) -> Objective:
+    def objective(
+        self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
+    ) -> Objective:
         """Refuse: plans are tried on the whole model."""
         raise RecipeError("execution: layerwise: the searcher tries plans on the whole model; choose another")
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.cache import Calibrated, SiteStates, read_statistic, write_statistic
 from flapkit.execution.executor import (
     CalibrationText,
+    Correct,
     Executor,
     Repair,
-    RepairCopy,
     Score,
     Scores,
     record_of,
@@ -29,12 +32,12 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.model.surgery import apply_plan_, copy_sharing_weights
+from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective
 from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
-from flapkit.pruning.trials import held_out_windows, perplexity_of
+from flapkit.pruning.trials import Trials, held_out_windows
 from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
@@ -97,22 +100,33 @@ class WholeExecutor(Executor):
             scores |= self._keep(f"scores from {part[0].name}", make).tensors
         return scores
 
-    def objective(self, repair: RepairCopy, repairing: Sequence[type[Statistic]]) -> Objective:
-        """Return what plans are tried by: the perplexity of held-out calibration windows."""
-        # All processes have to find the same plan: the windows are those of all.
-        text, statistics = held_out_windows(self._text.batches()), self._measured
+    def objective(
+        self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
+    ) -> Objective:
+        """Return what plans are tried by, on held-out calibration windows."""
         if self._missing(repairing):
             raise RecipeError(
                 "the searcher tries plans, which needs the statistics of all sites in memory together; raise "
                 "calibration.statistics_memory"
             )
+        statistics = self._measured
+        # All processes have to find the same plan: the windows are those of all.
+        windows = held_out_windows(self._text.batches())
 
-        def objective(plan: PruningPlan) -> float:
-            tried = copy_sharing_weights(self.model, self.sites)
-            apply_plan_(tried, self.sites, plan, repair(tried, statistics, plan).corrections)
-            return perplexity_of(tried, text)
+        def correct_(sites: Sequence[Site], plan: PruningPlan) -> Mapping[str, Correction]:
+            return correct(sites, statistics, plan)
 
-        return objective
+        trials = Trials(self.model, self.sites, kind, windows, correct_, self._memory)
+
+        def tried(plan: PruningPlan, share: float = 1.0) -> float:
+            digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:32]
+
+            def make() -> Record:
+                return Record({"value": torch.tensor(trials(plan, share), dtype=torch.float64)})
+
+            return float(self._keep(f"trial {digest} {share:g}", make).tensors["value"])
+
+        return tried
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Measure what repairs need, compute them, and slice."""

@@ -179,7 +179,9 @@ def _add_biases(model: nn.Module, together: Sequence[Site], corrections: Mapping
             _make_bias(model, site)
         old = model.get_parameter(site.bias)
         part = old if site.expert is None else old[site.expert]
-        part.copy_(part.to(bias.dtype) + bias.to(part.device))
+        # First the device, then the type: not every device has float64.
+        total = part.to(bias.device).to(bias.dtype) + bias
+        part.copy_(total.to(part.dtype))
 
 
 def _has(model: nn.Module, name: str) -> bool:

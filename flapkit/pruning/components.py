@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -92,9 +92,20 @@ class StructureSearcher(Component):
         """
 
 
-Objective = Callable[[PruningPlan], float]
-"""Carries a plan out on a copy of the model, with the recipe's compensators, and returns the copy's perplexity on the
-held-out calibration windows; lower is better. Text that the recipe evaluates is never used."""
+class Objective(Protocol):
+    """What plans are tried by; lower is better. Text that the recipe evaluates is never used."""
+
+    def __call__(self, plan: PruningPlan, share: float = 1.0) -> float:
+        """Carry a plan out on a copy of the model, with the recipe's compensators, and judge the copy.
+
+        Args:
+            plan: over exactly the sites that the searcher got.
+            share: of the trial windows; the first ones are used.
+
+        Returns:
+            On the held-out calibration windows, what the searcher's ``objective`` names: the perplexity, or the KL
+            divergence from the dense model's predictions in nats per token.
+        """
 
 
 class TrialSearcher(StructureSearcher):
@@ -102,6 +113,14 @@ class TrialSearcher(StructureSearcher):
 
     ``search`` gives the plan that the trials start from; it is what ``flapkit check`` judges a budget by.
     """
+
+    objective: Literal["perplexity", "kl"] = "perplexity"
+    """What to minimise; a dataclass field of this name makes it an option."""
+
+    @property
+    def expected_trials(self) -> int | None:
+        """How many trials there will be, for the progress bar; None if unknown."""
+        return None
 
     @abstractmethod
     def search_by_trials(

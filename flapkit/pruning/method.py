@@ -214,8 +214,8 @@ def find_plan(
     if objective is not None and isinstance(searcher, TrialSearcher):
         value = objective
 
-        def judge(plan: PruningPlan) -> float:
-            return value(_whole(plan, pruned, sites, whose, known, budget))
+        def judge(plan: PruningPlan, share: float = 1.0) -> float:
+            return value(_whole(plan, pruned, sites, whose, known, budget), share)
 
         with _as_plugin_error(whose):
             found = searcher.search_by_trials(pruned, known, budget, judge)

@@ -64,6 +64,11 @@ class Optuna(TrialSearcher):
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0
 
+    @property
+    def expected_trials(self) -> int:
+        """How many trials there will be."""
+        return self.trials + 1
+
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Return AL-AM's plan, the start of the trials."""
         return ALAM(self.min_units, self.attention_power).search(sites, scores, budget)
