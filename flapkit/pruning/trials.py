@@ -1,4 +1,4 @@
-"""What searchers that try plans go by: perplexity on held-out calibration windows."""
+"""The objective of trial searchers: perplexity on held-out calibration windows."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
     """Take the held-out windows of the calibration text.
 
-    The statistics that scores and corrections are made of see these windows too; what is chosen by trials is not fitted
-    on the other windows alone.
+    The statistics behind scores and corrections include these windows too.
 
     Raises:
         CalibrationError: there is none.
     """
-    found: list[Batch] = []
+    windows: list[Batch] = []
     for batch in batches:
         chosen = batch.get("held_out", torch.zeros(len(batch["input_ids"]))).bool()
         if chosen.any():
             names = [name for name in ("input_ids", "attention_mask") if name in batch]
-            found.append({name: batch[name][chosen] for name in names})
-    if not found:
+            windows.append({name: batch[name][chosen] for name in names})
+    if not windows:
         raise CalibrationError(
-            "calibration: plans are tried on held-out windows, one in four, and there is none; give at least four"
+            "calibration: plans are evaluated on held-out windows, one in four, and there are none; use at least "
+            "four windows"
         )
-    return found
+    return windows
 
 
 @torch.no_grad()
 def perplexity_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Return the perplexity over all tokens of some windows, on the device where the model is.
+    """Return the perplexity over all tokens of some windows, on the model's device.
 
     Args:
         model: in evaluation mode.

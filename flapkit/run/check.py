@@ -14,7 +14,7 @@ from flapkit.execution.lightning.loggers import check_loggers
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
-from flapkit.pruning.rounding import odd_widths
+from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
@@ -35,7 +35,7 @@ class Checked:
         budget: how many parameters will go.
         needs: memory, disk and compute.
         processes: how many share a machine's memory.
-        odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
+        unaligned: widths of MLPs that will probably not be multiples of 32, which kernels and quantised formats need.
         left: what a stopped run has left in the output's work folder.
     """
 
@@ -44,7 +44,7 @@ class Checked:
     budget: Budget
     needs: Estimate
     processes: int = 1
-    odd: Sequence[int] = ()
+    unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
 
 
@@ -84,7 +84,13 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     # Last: it takes memory for every unit.
     plan = _check_floors(recipe, target, budget)
     return Checked(
-        target, params, budget, needs, runtime.per_machine, odd_widths(target.sites, plan), WorkDir(output).records()
+        target,
+        params,
+        budget,
+        needs,
+        runtime.per_machine,
+        unaligned_widths(target.sites, plan),
+        WorkDir(output).records(),
     )
 
 

@@ -24,7 +24,7 @@ from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.model.plan import Budget
 from flapkit.pruning.components import recovery_of
-from flapkit.pruning.rounding import warn_of_odd
+from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
@@ -201,7 +201,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
     trace = make_trace(sites, subject.text, asked.report, executor.model.dtype)
     trace_dense(executor, trace, context.progress)
     pruned = prune_(executor, recipe.method, subject.budget, sequential=asked.calibration.sequential)
-    warn_of_odd(sites, pruned.plan)
+    warn_of_unaligned_widths(sites, pruned.plan)
     context.journal.structure(sites, pruned.plan)
     errors = compare_pruned(executor, trace, pruned, context.progress)
     context.journal.errors(sites, errors)

@@ -51,7 +51,7 @@ def compare_pruned(
     if trace is None:
         return errors
     with progress.stage("site errors"):
-        sites = trace.left(pruned.plan, executor.sites)
+        sites = trace.pruned_sites(pruned.plan, executor.sites)
         for measured in executor.observe(sites, trace.statistic, trace.batches):
             errors |= trace.compare(executor.model, measured, pruned.plan, pruned.expected)
     return errors
