@@ -13,7 +13,7 @@ from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
 from flapkit.execution.layerwise import LayerwiseExecutor
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
-from flapkit.execution.resume import Keep, make_without_store
+from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
@@ -52,7 +52,7 @@ def open_executor(
     folder: Path,
     *,
     cache: Path | None = None,
-    keep: Keep = make_without_store,
+    resume: Resume = make_without_store,
 ) -> Executor:
     """Load a recipe's model to be pruned, or open it to be run layer by layer.
 
@@ -63,7 +63,7 @@ def open_executor(
         runtime: what it runs on.
         folder: the work folder, for layers that are finished.
         cache: folder of cached statistics; None for none.
-        keep: finds what an interrupted run has finished, and keeps what this one finishes.
+        resume: reads what an interrupted run has finished, and stores what this one finishes.
 
     Raises:
         RecipeError: something that needs the whole model.
@@ -75,7 +75,7 @@ def open_executor(
         runtime.init_processes()
         model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
         target.adapter.confirm(model, target.sites)
-        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, keep=keep)
+        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
     if runtime.sharded:
         # Sharding is for what comes after: here each process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
@@ -83,7 +83,7 @@ def open_executor(
     on_disk = asked.execution.hidden_states == "disk"
     stream = open_stream(asked, target, runtime, forms)
     return LayerwiseExecutor(
-        stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, keep=keep
+        stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, resume=resume
     )
 
 

@@ -238,9 +238,9 @@ def _read(
         context.work.claim(_found(asked, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)
-        keep = store.find if store else make_without_store
+        resume = store.find if store else make_without_store
         folder = context.work.folder
-        executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, keep=keep)
+        executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
         budget = asked.budget.over(target.sites, params)
     left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
