@@ -1,4 +1,4 @@
-"""Say what a recipe will do, from its text and the model's configuration alone."""
+"""Check what a recipe will do, from the recipe and the model's configuration."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class Checked:
     Args:
         target: the model's configuration, adapter and sites.
         params: parameters of the dense model.
-        budget: how many parameters will go.
+        budget: how many parameters will be removed.
         needs: memory, disk and compute.
-        processes: how many share a machine's memory.
-        unaligned: widths of MLPs that will probably not be multiples of 32, which kernels and quantised formats need.
-        left: what a stopped run has left in the output's work folder.
+        processes: how many processes share a machine's memory.
+        unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
+            formats.
+        left: the files of an interrupted run in the output's work folder.
     """
 
     target: Target
@@ -49,15 +50,15 @@ class Checked:
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False) -> Checked:
-    """Check all that can be known without running, and estimate what the run needs.
+    """Check a recipe as far as possible without running it, and estimate what the run needs.
 
     Args:
-        recipe: what is to be done.
-        overwrite: it may replace an output folder that flapkit wrote.
-        force: it may take more memory than there is.
+        recipe: the recipe.
+        overwrite: the run may replace an output folder that flapkit wrote.
+        force: the run may need more memory than is available.
 
     Raises:
-        FlapkitError: the recipe cannot be carried out.
+        FlapkitError: the recipe cannot be run.
     """
     asked = recipe.recipe
     check_output(Path(asked.output).expanduser(), overwrite=overwrite)
@@ -81,7 +82,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
-    # Last: it takes memory for every unit.
+    # Last: it needs memory for every unit.
     plan = _check_floors(recipe, target, budget)
     return Checked(
         target,
@@ -95,10 +96,10 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:
-    """Let the searcher try the budget on equal scores: whether the floors allow it depends on sizes alone.
+    """Search with made-up scores: whether the minimum sizes allow the budget depends only on sizes.
 
     Returns:
-        A plan of the widths that a run may come to, if not of its units.
+        A plan with probable widths; its units are arbitrary.
     """
     scores = {site.name: torch.arange(site.units, dtype=torch.float64).view(-1, 1) for site in target.sites}
     try:

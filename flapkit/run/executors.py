@@ -1,4 +1,4 @@
-"""Open what a recipe names: its model, whole, layer by layer, or sharded over processes."""
+"""Open a recipe's model: whole, layer by layer, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def open_runtime(asked: TrainerSection, progress: Progress | None = None) -> Runtime:
-    """Take over what a recipe says of the trainer; what it leaves open is Lightning's to choose.
+    """Build the runtime from a recipe's ``trainer`` section; Lightning chooses what the recipe does not set.
 
     Raises:
-        RecipeError: a device that this machine does not have, or another number of processes than were started.
+        RecipeError: this machine lacks the device, or the number of started processes differs.
     """
     options = asked.model_dump(exclude={"logger"})
     runtime = Runtime({name: value for name, value in options.items() if value is not None}, progress or Progress())
@@ -54,19 +54,19 @@ def open_executor(
     cache: Path | None = None,
     resume: Resume = make_without_store,
 ) -> Executor:
-    """Load a recipe's model to be pruned, or open it to be run layer by layer.
+    """Load a recipe's model for pruning, or open it to run layer by layer.
 
     Args:
-        recipe: what to do.
-        target: what it prunes.
+        recipe: the recipe.
+        target: the model's sites.
         text: the calibration text.
         runtime: what it runs on.
-        folder: the work folder, for layers that are finished.
-        cache: folder of cached statistics; None for none.
+        folder: the work folder, for finished layers.
+        cache: folder of cached statistics; None for no cache.
         resume: reads what an interrupted run has finished, and stores what this one finishes.
 
     Raises:
-        RecipeError: something that needs the whole model.
+        RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
     asked, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
@@ -77,7 +77,7 @@ def open_executor(
         target.adapter.confirm(model, target.sites)
         return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
     if runtime.sharded:
-        # Sharding is for what comes after: here each process streams its share of the windows.
+        # A model is sharded for recovery and evaluation; here every process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
     runtime.init_processes()
     on_disk = asked.execution.hidden_states == "disk"
@@ -88,13 +88,13 @@ def open_executor(
 
 
 def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
-    """Refuse what the recipe's way to hold the weights does not allow, and try a tiny model of the target's kind.
+    """Refuse what the recipe's ``execution`` does not allow; for layerwise execution, verify a tiny model.
 
     Returns:
-        In what form the layers return their hidden states, if they run one at a time; None where the model is whole.
+        The form in which the layers return their hidden states; None with the whole model.
 
     Raises:
-        RecipeError: something that needs the whole model.
+        RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: models of this type cannot be run layer by layer.
     """
     asked, method = recipe.recipe, recipe.method
@@ -113,36 +113,36 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
             asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
         ),
-        f"searcher {method.searcher.name!r} tries plans on the whole model; choose another": (
+        f"searcher {method.searcher.name!r} needs the whole model to evaluate plans; choose another": (
             isinstance(method.searcher, TrialSearcher)
         ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)
         ),
-        f"adapter {target.adapter.name!r} is confirmed on the whole model; give a declaration of its own": (
+        f"adapter {target.adapter.name!r} is verified on the whole model; use an adapter with a declaration": (
             type(target.adapter).confirm is not ArchitectureAdapter.confirm
         ),
         f"trainer.precision: {precision} is for the whole model; set model.dtype instead": precision.endswith("-true")
         and precision != "32-true",
     }
-    for why, is_refused in refused.items():
+    for reason, is_refused in refused.items():
         if is_refused:
-            raise RecipeError(f"{recipe.path}: execution: layerwise: {why}")
-    # Where processes have met already, transformers lets the first alone save the tiny model.
+            raise RecipeError(f"{recipe.path}: execution: layerwise: {reason}")
+    # Once the process group is initialised, transformers saves the tiny model only in the first process.
     return broadcast_from_rank0(lambda: verify(target.config, layers_of(target.sites)))
 
 
 def open_stream(
     asked: Recipe, target: Target, runtime: Runtime, forms: Forms | None = None, weights: Weights | None = None
 ) -> LayerStream:
-    """Build a recipe's model without its layers, which are read when their turn comes.
+    """Build a recipe's model without its layers, which are loaded one at a time.
 
     Args:
-        asked: names the model, and the type of its weights.
+        asked: the recipe's settings, of which the model and its dtype are used.
         target: its configuration and sites.
         runtime: what it runs on.
-        forms: what a trial has shown of the layers; None where none of them runs alone.
-        weights: the model's; by default those that the recipe names.
+        forms: the forms of the layers' outputs, from ``check_execution``; None where no layer runs alone.
+        weights: the model's weights; by default those of the recipe's model.
 
     Raises:
         ModelError: the model is missing or damaged.
@@ -153,15 +153,15 @@ def open_stream(
 
 
 def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
-    """Load the model that a recipe names: whole, or where its strategy shards models into each process its part.
+    """Load a recipe's model: whole, or sharded over the processes if its strategy is ``model_parallel``.
 
     Args:
-        recipe: names the model, and its type.
+        recipe: the recipe, of which the model and its dtype are used.
         runtime: what it will run on.
 
     Raises:
         ModelError: the model is missing or damaged.
-        RecipeError: zero-shot tasks of which each process would find a batch size for itself.
+        RecipeError: the batch size of zero-shot tasks is ``auto``, with a sharded model.
     """
     asked = recipe.recipe
     if not runtime.sharded:
@@ -172,10 +172,10 @@ def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
 
 
 def check_batch_size(recipe: LoadedRecipe) -> None:
-    """Refuse a batch size that each process would find for itself: with different ones they wait for each other."""
+    """Refuse ``batch_size: auto``: with different sizes the processes would wait for each other forever."""
     tasks = recipe.recipe.evaluate.zero_shot
     if tasks is not None and tasks.batch_size == "auto":
         raise RecipeError(
-            f"{recipe.path}: trainer.strategy: model_parallel: evaluate.zero_shot.batch_size has to be the same in "
-            "every process; set a number"
+            f"{recipe.path}: trainer.strategy: model_parallel: evaluate.zero_shot.batch_size must be the same in every "
+            "process; set a number"
         )

@@ -1,4 +1,4 @@
-"""The stages that only a run's report needs: the error of each site, and samples of text."""
+"""The stages for a run's report: the error of each site, and samples of text."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ if TYPE_CHECKING:
 
 
 def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
-    """Choose the text on which the error of every site is measured: held-out calibration windows.
+    """Create the trace that measures the error of every site, on held-out calibration windows.
 
     Returns:
-        An empty trace; None where it is not asked for, or where so little calibration text was drawn that none is held
-        out.
+        An empty trace; None if the recipe turns it off, or no calibration window is held out.
     """
     windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
     return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
 
 
 def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> None:
-    """Keep what the dense model's consumers take in and give out."""
+    """Store the inputs and outputs of the dense model's consumers."""
     if trace is None:
         return
     with progress.stage("trace dense"):
@@ -46,7 +45,7 @@ def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> 
 def compare_pruned(
     executor: Executor, trace: Trace | None, pruned: Pruned, progress: Progress
 ) -> Mapping[str, SiteError]:
-    """Measure how far the output of each pruned site is from the dense one."""
+    """Measure the error of each pruned site's output."""
     errors: dict[str, SiteError] = {}
     if trace is None:
         return errors
@@ -64,10 +63,10 @@ def sample(
 
     Args:
         model: dense or pruned.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         asked: the prompts; None for none.
         runtime: where it runs.
-        name: what the stage is called.
+        name: name of the stage.
     """
     if asked is None:
         return []
@@ -82,6 +81,6 @@ def sample(
 
 
 def pair_samples(asked: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
-    """Put both models' continuations beside each prompt."""
+    """Pair both models' continuations of each prompt."""
     prompts = asked.prompts if asked else ()
-    return [SampleRecord(*each) for each in zip(prompts, dense, pruned, strict=True)]
+    return [SampleRecord(*texts) for texts in zip(prompts, dense, pruned, strict=True)]

@@ -1,4 +1,4 @@
-"""The stage that asks a model lm-eval's zero-shot tasks."""
+"""The stage that evaluates lm-eval's zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_tasks(asked: ZeroShot) -> None:
-    """Raise ``InputError`` for what can be known to be wrong without reading any row."""
+    """Raise ``InputError`` for problems that are visible without reading any row."""
     check_installed()
     if asked.data_dir is not None:
         for name in asked.tasks:
@@ -28,10 +28,10 @@ def check_tasks(asked: ZeroShot) -> None:
 
 
 def load_tasks(asked: ZeroShot | None) -> Harness | None:
-    """Load a recipe's tasks and their rows; None where it asks for none.
+    """Load a recipe's tasks and their rows; None if it has no tasks.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be had.
+        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be read.
     """
     if asked is None:
         return None
@@ -39,21 +39,21 @@ def load_tasks(asked: ZeroShot | None) -> Harness | None:
     return load_harness(asked.tasks, data_dir=folder, limit=asked.limit, batch_size=asked.batch_size)
 
 
-def ask(
+def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     harness: Harness | None,
     runtime: Runtime,
     name: str = "zero-shot",
 ) -> Mapping[str, TaskScores]:
-    """Ask a model every task, in its own precision, whatever the trainer's.
+    """Evaluate every task on a model, in the model's precision rather than the trainer's.
 
     Args:
         model: dense or pruned.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         harness: the tasks; None for none.
-        runtime: on whose device it runs, and whom it tells how far it is.
-        name: what the stage is called.
+        runtime: its device, and its progress.
+        name: name of the stage.
 
     Raises:
         RunError: the model, or lm-eval, fails on a task.
