@@ -29,19 +29,19 @@ class Training:
     Gradient accumulation, clipping and precision are set in the recipe's ``trainer``.
     """
 
-    dataset: Annotated[Dataset | None, Field(description="Text to train on; the calibration's by default.")] = None
+    dataset: Annotated[Dataset | None, Field(description="Training text; by default the calibration text.")] = None
     subset: Subset = None
     split: Split = None
     field: TextField = None
     validation: Annotated[
         TextSource | None,
-        Field(description="Text that chooses what is kept; by default a tenth of the training text, held out."),
+        Field(description="Validation text, which chooses the best step; by default a tenth of the training text."),
     ] = None
-    validation_windows: Annotated[Count, Field(ge=1, description="Windows to validate on.")] = 64
+    validation_windows: Annotated[Count, Field(ge=1, description="Validation windows.")] = 64
     validate_every: Annotated[Count, Field(ge=1, description="Steps between validations.")] = 50
     patience: Annotated[
         int | None,
-        Field(ge=1, description="Stop after so many validations without a better one; by default never."),
+        Field(ge=1, description="Stop after this many validations without improvement; by default never."),
     ] = None
     length: Annotated[Count, Field(ge=2, description="Tokens in a window.")] = 256
     batch_size: Annotated[
@@ -50,11 +50,11 @@ class Training:
     steps: Annotated[Count, Field(ge=1, description="Optimizer steps.")] = 500
     lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
     warmup: Annotated[
-        float, Field(ge=0, lt=1, description="Fraction of the steps that the learning rate rises, before it falls.")
+        float, Field(ge=0, lt=1, description="Fraction of the steps in which the learning rate rises before it falls.")
     ] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay of matrices.")] = 0.0
     distill: Annotated[
-        bool, Field(description="Learn from the dense model's predictions too; it stays in memory meanwhile.")
+        bool, Field(description="Learn from the dense model's predictions as well; it stays in memory.")
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the windows and of the training.")] = 0
 
