@@ -172,7 +172,7 @@ def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
         )
     rare = {name: tokens for name, tokens in few.items() if tokens < FEW_TOKENS}
     if rare:
-        name = min(rare, key=lambda each: rare[each])
+        name = min(rare, key=rare.__getitem__)
         log.warning(
             "calibration: %d of %d experts received fewer than %d tokens (fewest: %s, %d); their scores are uncertain",
             len(rare),

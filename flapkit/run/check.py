@@ -60,25 +60,25 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     Raises:
         FlapkitError: the recipe cannot be run.
     """
-    asked = recipe.recipe
-    check_output(Path(asked.output).expanduser(), overwrite=overwrite)
+    settings = recipe.recipe
+    check_output(Path(settings.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
-    for text in (asked.calibration, *asked.evaluate.perplexity):
+    for text in (settings.calibration, *settings.evaluate.perplexity):
         text.check()
-    if asked.evaluate.zero_shot is not None:
-        check_tasks(asked.evaluate.zero_shot)
+    if settings.evaluate.zero_shot is not None:
+        check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
-    check_loggers(asked.trainer.logger)
-    load_tokenizer(asked.model.path, revision=asked.model.revision)
+    check_loggers(settings.trainer.logger)
+    load_tokenizer(settings.model.path, revision=settings.model.revision)
     recovery = recovery_of(recipe.compensators)
     if recovery is not None:
-        recovery_source(recovery.training, asked).check()
-    empty = empty_model(asked, target)
+        recovery_source(recovery.training, settings).check()
+    empty = empty_model(settings, target)
     params = empty.num_parameters()
-    budget = asked.budget.over(target.sites, params)
-    runtime = open_runtime(asked.trainer)
+    budget = settings.budget.over(target.sites, params)
+    runtime = open_runtime(settings.trainer)
     needs = estimate_needs(recipe, target, empty, budget, runtime.processes)
-    output = Path(asked.output).expanduser()
+    output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)

@@ -72,14 +72,14 @@ class Estimate:
     trained: int | None = None
 
 
-def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
+def empty_model(settings: Recipe, target: Target) -> PreTrainedModel:
     """Build a recipe's dense model on the meta device, in the dtype in which it will run.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     empty = build_empty(target.config)
-    return empty if asked.model.dtype == "auto" else empty.to(getattr(torch, asked.model.dtype))
+    return empty if settings.model.dtype == "auto" else empty.to(getattr(torch, settings.model.dtype))
 
 
 def estimate_needs(
@@ -94,7 +94,7 @@ def estimate_needs(
         budget: how much to remove.
         processes: how many processes share the windows.
     """
-    asked, size = recipe.recipe, empty.dtype.itemsize
+    settings, size = recipe.recipe, empty.dtype.itemsize
     own = psutil.Process().memory_info().rss + TEXT
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
     workload = Workload(
@@ -102,10 +102,10 @@ def estimate_needs(
         target.sites,
         recipe.method,
         budget.params,
-        _tokens_together(asked),
-        asked.calibration.statistics_bytes,
-        sequential=asked.calibration.sequential,
-        hidden_on_disk=asked.execution.hidden_states == "disk",
+        _tokens_together(settings),
+        settings.calibration.statistics_bytes,
+        sequential=settings.calibration.sequential,
+        hidden_on_disk=settings.execution.hidden_states == "disk",
         working=_trace_memory(recipe, target, size) + batch,
         processes=processes,
     )
@@ -118,7 +118,7 @@ def estimate_needs(
         # A process of a sharded model holds its part of every weight, the weights outside the layers, and two layers.
         gathered = outer + 2 * largest
         layerwise, sharded = own + layers.memory, own + weights // processes + gathered + batch
-        if asked.trainer.strategy == MODEL_PARALLEL:
+        if settings.trainer.strategy == MODEL_PARALLEL:
             on_device = weights // processes + gathered
     disk, trained = (layers or whole).disk if workload.hidden_on_disk else whole.disk, None
     if (recovery := recovery_of(recipe.compensators)) is not None:
@@ -143,17 +143,17 @@ def _layerwise_needs(workload: Workload) -> Needs | None:
         return None
 
 
-def _tokens_together(asked: Recipe) -> int:
+def _tokens_together(settings: Recipe) -> int:
     """Return how many tokens go through the layers together: those of calibration, or of evaluation."""
-    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
-    return max(asked.calibration.samples * asked.calibration.length, evaluated)
+    evaluated = sum((text.windows or 0) * text.length for text in settings.evaluate.perplexity)
+    return max(settings.calibration.samples * settings.calibration.length, evaluated)
 
 
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     """Estimate a run's needs, and raise ``RecipeError`` if it does not fit (``check_fits``)."""
-    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
-    empty = empty_model(asked, target)
-    budget = asked.budget.over(target.sites, empty.num_parameters())
+    settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
+    empty = empty_model(settings, target)
+    budget = settings.budget.over(target.sites, empty.num_parameters())
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)
 
 
@@ -252,9 +252,9 @@ def _evaluation_batch(recipe: LoadedRecipe, empty: PreTrainedModel) -> int:
 
 def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     """Return the bytes of the traces for the site errors, of the dense and of the pruned model."""
-    asked = recipe.recipe
-    windows = min(asked.report.error_windows, int(held_out(asked.calibration.samples).sum()))
-    tokens = trace_tokens(target.sites, windows, asked.calibration.length, size)
+    settings = recipe.recipe
+    windows = min(settings.report.error_windows, int(held_out(settings.calibration.samples).sum()))
+    tokens = trace_tokens(target.sites, windows, settings.calibration.length, size)
     return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
 
 

@@ -56,22 +56,22 @@ def evaluate_checkpoint(
     Raises:
         FlapkitError: the evaluation fails.
     """
-    asked = recipe.recipe
-    if not asked.evaluate.perplexity and asked.evaluate.zero_shot is None:
+    settings = recipe.recipe
+    if not settings.evaluate.perplexity and settings.evaluate.zero_shot is None:
         raise InputError(f"{recipe.path}: evaluate: nothing to evaluate; set `perplexity` or `zero_shot`")
-    runtime = open_runtime(asked.trainer, progress)
+    runtime = open_runtime(settings.trainer, progress)
     with lost_processes():
         return _evaluate(checkpoint, recipe, against, runtime)
 
 
 def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtime: Runtime) -> Evaluation:
-    asked = recipe.recipe
+    settings = recipe.recipe
     with runtime.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         check_unquantised(checkpoint, config)
         render = renderer(recipe.adapter, tokenizer)
-        texts = read_evaluations(asked.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
-        tasks = load_tasks(asked.evaluate.zero_shot)
+        texts = read_evaluations(settings.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
+        tasks = load_tasks(settings.evaluate.zero_shot)
     paths = {"model": checkpoint} if against is None else {"dense": against, "pruned": checkpoint}
     measured, answers = {}, {}
     for role, path in paths.items():

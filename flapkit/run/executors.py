@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def open_runtime(asked: TrainerSection, progress: Progress | None = None) -> Runtime:
+def open_runtime(settings: TrainerSection, progress: Progress | None = None) -> Runtime:
     """Build the runtime from a recipe's ``trainer`` section; Lightning chooses what the recipe does not set.
 
     Raises:
         RecipeError: this machine lacks the device, or the number of started processes differs.
     """
-    options = asked.model_dump(exclude={"logger"})
+    options = settings.model_dump(exclude={"logger"})
     runtime = Runtime({name: value for name, value in options.items() if value is not None}, progress or Progress())
     runtime.check_processes()
     return runtime
@@ -69,19 +69,19 @@ def open_executor(
         RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
-    asked, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
+    settings, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
     forms = check_execution(recipe, target)
     if forms is None:
         runtime.init_processes()
-        model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+        model = load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
         target.adapter.confirm(model, target.sites)
         return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
     if runtime.sharded:
         # A model is sharded for recovery and evaluation; here every process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
     runtime.init_processes()
-    on_disk = asked.execution.hidden_states == "disk"
-    stream = open_stream(asked, target, runtime, forms)
+    on_disk = settings.execution.hidden_states == "disk"
+    stream = open_stream(settings, target, runtime, forms)
     return LayerwiseExecutor(
         stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, resume=resume
     )
@@ -97,21 +97,21 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: models of this type cannot be run layer by layer.
     """
-    asked, method = recipe.recipe, recipe.method
-    if asked.execution.mode != "layerwise":
-        if asked.trainer.strategy == MODEL_PARALLEL:
+    settings, method = recipe.recipe, recipe.method
+    if settings.execution.mode != "layerwise":
+        if settings.trainer.strategy == MODEL_PARALLEL:
             raise RecipeError(
                 f"{recipe.path}: trainer.strategy: model_parallel shards evaluation and recovery; to prune a model "
                 "that no device holds, add `execution: layerwise`"
             )
         return None
-    precision = asked.trainer.precision or ""
+    precision = settings.trainer.precision or ""
     refused = {
         f"metric {method.metric.name!r} needs gradients of the whole model; choose another, such as wifv": (
             needs_gradient(method.statistics)
         ),
         "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
-            asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
+            settings.evaluate.zero_shot is not None or settings.evaluate.samples is not None
         ),
         f"searcher {method.searcher.name!r} needs the whole model to evaluate plans; choose another": (
             isinstance(method.searcher, TrialSearcher)
@@ -133,12 +133,12 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
 
 
 def open_stream(
-    asked: Recipe, target: Target, runtime: Runtime, forms: Forms | None = None, weights: Weights | None = None
+    settings: Recipe, target: Target, runtime: Runtime, forms: Forms | None = None, weights: Weights | None = None
 ) -> LayerStream:
     """Build a recipe's model without its layers, which are loaded one at a time.
 
     Args:
-        asked: the recipe's settings, of which the model and its dtype are used.
+        settings: the recipe's settings, of which the model and its dtype are used.
         target: its configuration and sites.
         runtime: what it runs on.
         forms: the forms of the layers' outputs, from ``check_execution``; None where no layer runs alone.
@@ -147,8 +147,8 @@ def open_stream(
     Raises:
         ModelError: the model is missing or damaged.
     """
-    dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
-    weights = weights or open_weights(asked.model.path, revision=asked.model.revision)
+    dtype: Any = target.config.dtype if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
+    weights = weights or open_weights(settings.model.path, revision=settings.model.revision)
     return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
 
 
@@ -163,12 +163,12 @@ def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
         ModelError: the model is missing or damaged.
         RecipeError: the batch size of zero-shot tasks is ``auto``, with a sharded model.
     """
-    asked = recipe.recipe
+    settings = recipe.recipe
     if not runtime.sharded:
-        return load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+        return load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
     check_batch_size(recipe)
     runtime.init_processes()
-    return shard(open_stream(asked, find_target(replace(recipe, exporters=())), runtime))
+    return shard(open_stream(settings, find_target(replace(recipe, exporters=())), runtime))
 
 
 def check_batch_size(recipe: LoadedRecipe) -> None:

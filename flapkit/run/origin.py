@@ -103,18 +103,18 @@ class Origin:
             record,
         )
 
-    def known(self, asked: Recipe, texts: Collection[str]) -> dict[str, Any]:
+    def known(self, settings: Recipe, texts: Collection[str]) -> dict[str, Any]:
         """Return the checkpoint's measurements, without perplexities and scores if a recipe measures others.
 
         Args:
-            asked: the recipe.
+            settings: the recipe.
             texts: the names of its evaluation texts.
 
         Raises:
             InputError: the perplexities are damaged.
         """
         known = {key: value for key, value in self.result.items() if value is not None}
-        if self.recipe.get("evaluate") != asked.evaluate.model_dump(mode="json"):
+        if self.recipe.get("evaluate") != settings.evaluate.model_dump(mode="json"):
             return {key: value for key, value in known.items() if key not in ("perplexity", "zero_shot")}
         if known.get("perplexity", {}).keys() != set(texts):
             known.pop("perplexity", None)

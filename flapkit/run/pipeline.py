@@ -140,7 +140,7 @@ def run(
     Raises:
         FlapkitError: the run fails; no output is written.
     """
-    output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
     target = find_target(recipe)
     if not force:
         refuse_too_large(recipe, target)
@@ -148,7 +148,7 @@ def run(
     with (
         open_workdir(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
         capture_warnings() as warnings,
-        open_log(asked.trainer.logger, asked) as journal,
+        open_log(settings.trainer.logger, settings) as journal,
         lost_processes(),
     ):
         if resume and not work.records():
@@ -168,39 +168,39 @@ def run(
 
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
     """Return the part of a recipe that an interrupted run must share to be resumed: everything up to pruning."""
-    asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
-    del asked["output"], asked["export"]
-    return asked
+    settings: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
+    del settings["output"], settings["export"]
+    return settings
 
 
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     """Return a recipe without its recovery and exports."""
-    asked = recipe.recipe
-    pairs = zip(recipe.compensators, asked.compensator, strict=True)
+    settings = recipe.recipe
+    pairs = zip(recipe.compensators, settings.compensator, strict=True)
     pruning = [(component, spec) for component, spec in pairs if component.corrects or component.recovery() is None]
     defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
     changed = {
         "compensator": tuple(spec for _, spec in pruning),
-        "trainer": asked.trainer.model_copy(update=defaults),
+        "trainer": settings.trainer.model_copy(update=defaults),
         "export": (),
         "output": str(output),
     }
     compensators = tuple(component for component, _ in pruning)
-    return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
+    return replace(recipe, recipe=settings.model_copy(update=changed), compensators=compensators, exporters=())
 
 
 def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
-    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
+    settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
     # Machines without a shared disk would disagree on what is finished, and wait for each other forever.
-    store = ResumeStore(context.work) if asked.trainer.num_nodes == 1 else None
+    store = ResumeStore(context.work) if settings.trainer.num_nodes == 1 else None
     subject = _read(recipe, target, runtime, context, store)
     executor, sites = subject.executor, subject.target.sites
     dense = _measure_dense(subject, runtime, store)
     context.journal.perplexity("dense", dense.perplexity)
-    trace = make_trace(sites, subject.text, asked.report, executor.model.dtype)
+    trace = make_trace(sites, subject.text, settings.report, executor.model.dtype)
     trace_dense(executor, trace, context.progress)
-    pruned = prune_(executor, recipe.method, subject.budget, sequential=asked.calibration.sequential)
+    pruned = prune_(executor, recipe.method, subject.budget, sequential=settings.calibration.sequential)
     warn_of_unaligned_widths(sites, pruned.plan)
     context.journal.structure(sites, pruned.plan)
     errors = compare_pruned(executor, trace, pruned, context.progress)
@@ -221,7 +221,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         zero_shot=side_by_side(dense.answers, after.answers),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
-        samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
+        samples=pair_samples(settings.evaluate.samples, dense.samples, after.samples),
     )
     return _write(record, executor, context, overwrite=overwrite)
 
@@ -230,29 +230,29 @@ def _read(
     recipe: LoadedRecipe, target: Target, runtime: Runtime, context: RunContext, store: ResumeStore | None
 ) -> Subject:
     """Read all text, then load the model, or open it to run layer by layer."""
-    asked = recipe.recipe
+    settings = recipe.recipe
     with context.progress.stage("text"):
-        tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
-        text = read_text(asked, target, tokenizer)
-        tasks = load_tasks(asked.evaluate.zero_shot)
-        context.work.claim(_fingerprints(asked, target, text))
+        tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+        text = read_text(settings, target, tokenizer)
+        tasks = load_tasks(settings.evaluate.zero_shot)
+        context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)
         resume = store.find if store else make_without_store
         folder = context.work.folder
         executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
-        budget = asked.budget.over(target.sites, params)
+        budget = settings.budget.over(target.sites, params)
     left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
     # A recovery writes the pruned model first, and its output at the end.
-    recovered = Path(asked.output).expanduser().resolve() != context.work.output
+    recovered = Path(settings.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
     return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget)
 
 
-def _fingerprints(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
+def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, Any]:
     """Identify the text, weights and plugins that a recipe names, so that a change is detected."""
-    folder = Path(asked.model.path).expanduser()
+    folder = Path(settings.model.path).expanduser()
     weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
     return {
         "text": {
@@ -261,7 +261,7 @@ def _fingerprints(asked: Recipe, target: Target, text: RunText) -> dict[str, Any
         },
         "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in weights},
         "model commit": getattr(target.config, "_commit_hash", None),
-        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in asked.plugins},
+        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in settings.plugins},
     }
 
 
@@ -299,8 +299,8 @@ def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, Tas
 
 
 def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
-    asked = subject.recipe.recipe.evaluate.samples
-    return sample(subject.executor.model, subject.tokenizer, asked, runtime, f"sample {which}")
+    settings = subject.recipe.recipe.evaluate.samples
+    return sample(subject.executor.model, subject.tokenizer, settings, runtime, f"sample {which}")
 
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:

@@ -91,17 +91,17 @@ class RunRecord:
 
     def metadata(self) -> dict[str, Any]:
         """Describe how the model was made, for ``flapkit.json``."""
-        asked, adapter = self.recipe.recipe, self.target.adapter
+        settings, adapter = self.recipe.recipe, self.target.adapter
         derived = adapter.family_of(self.target.config) if isinstance(adapter, Auto) else None
         return {
-            "model": asked.model.model_dump(),
+            "model": settings.model.model_dump(),
             "adapter": adapter.name,
             **({"declaration": asdict(derived)} if derived else {}),
-            "metric": asked.metric.model_dump(),
-            "searcher": asked.searcher.model_dump(),
-            "compensator": [spec.model_dump() for spec in asked.compensator],
-            "budget": asked.budget.model_dump(),
-            "calibration": {**asked.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
+            "metric": settings.metric.model_dump(),
+            "searcher": settings.searcher.model_dump(),
+            "compensator": [spec.model_dump() for spec in settings.compensator],
+            "budget": settings.budget.model_dump(),
+            "calibration": {**settings.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
             "params": dict(self.params),
             **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }

@@ -140,9 +140,9 @@ def recover(
         raise OutputError(f"output {output} is the checkpoint itself; choose another, such as --set output=recovered")
     # Refuse damaged files before training.
     Origin.of(checkpoint)
-    asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
+    settings, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
     with (
-        open_workdir(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
+        open_workdir(output, settings, check=check, resume=resume, overwrite=overwrite) as work,
         capture_warnings() as warnings,
         lost_processes(),
     ):
@@ -172,18 +172,20 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         )
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack the trained adapter")
-    asked, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
-    source = recovery_source(training, asked)
+    settings, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
+    source = recovery_source(training, settings)
     with progress.stage("recovery text"):
-        path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
+        path, revision = (
+            (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
+        )
         tokenizer = load_tokenizer(path, revision=revision)
         recovery.attach(build_empty(target.config), target.sites)
         text = read_recovery_text(training, source, target, tokenizer, runtime)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(asked.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
-    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(asked.evaluate.zero_shot), runtime)
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(settings.evaluate.zero_shot), runtime)
 
 
 def recover_checkpoint(
@@ -268,9 +270,9 @@ def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
 
 def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
     """Train a pruned model in place; ``folder`` is for checkpoints and logs."""
-    recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
+    recipe, settings, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
     sites = find_target(recipe.of_model(str(origin.folder))).sites
-    workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
+    workplace = Workplace(folder, _identity(recipe, origin), settings.trainer.logger)
     teacher = None
     if recovery.training.distill:
         teacher = load_model(recipe, prepared.runtime)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
+def make_trace(sites: Sequence[Site], text: RunText, settings: ReportSection, dtype: torch.dtype) -> Trace | None:
     """Create the trace that measures the error of every site, on held-out calibration windows.
 
     Returns:
         An empty trace; None if the recipe turns it off, or no calibration window is held out.
     """
-    windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
+    windows = text.calibration[held_out(len(text.calibration))][: settings.error_windows]
     return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
 
 
@@ -57,30 +57,30 @@ def compare_pruned(
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Samples | None, runtime: Runtime, name: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Samples | None, runtime: Runtime, name: str
 ) -> list[str]:
     """Let a model continue the recipe's prompts.
 
     Args:
         model: dense or pruned.
         tokenizer: the model's tokenizer.
-        asked: the prompts; None for none.
+        settings: the prompts; None for none.
         runtime: where it runs.
         name: name of the stage.
     """
-    if asked is None:
+    if settings is None:
         return []
     written = []
-    with runtime.progress.stage(name, len(asked.prompts), "prompts") as stage:
+    with runtime.progress.stage(name, len(settings.prompts), "prompts") as stage:
         runtime.place_(model)
-        options = asked.model_dump(exclude={"prompts"})
-        for text in write_samples(model, tokenizer, asked.prompts, **options):
+        options = settings.model_dump(exclude={"prompts"})
+        for text in write_samples(model, tokenizer, settings.prompts, **options):
             written.append(text)
             stage.advance()
     return written
 
 
-def pair_samples(asked: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
+def pair_samples(settings: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
     """Pair both models' continuations of each prompt."""
-    prompts = asked.prompts if asked else ()
+    prompts = settings.prompts if settings else ()
     return [SampleRecord(*texts) for texts in zip(prompts, dense, pruned, strict=True)]

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
 
 
-def check_tasks(asked: ZeroShot) -> None:
+def check_tasks(settings: ZeroShot) -> None:
     """Raise ``InputError`` for problems that are visible without reading any row."""
     check_installed()
-    if asked.data_dir is not None:
-        for name in asked.tasks:
+    if settings.data_dir is not None:
+        for name in settings.tasks:
             if name in TASKS:
-                find_task(name, Path(asked.data_dir).expanduser())
+                find_task(name, Path(settings.data_dir).expanduser())
 
 
-def load_tasks(asked: ZeroShot | None) -> Harness | None:
+def load_tasks(settings: ZeroShot | None) -> Harness | None:
     """Load a recipe's tasks and their rows; None if it has no tasks.
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown, or its rows cannot be read.
     """
-    if asked is None:
+    if settings is None:
         return None
-    folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
-    return load_harness(asked.tasks, data_dir=folder, limit=asked.limit, batch_size=asked.batch_size)
+    folder = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
+    return load_harness(settings.tasks, data_dir=folder, limit=settings.limit, batch_size=settings.batch_size)
 
 
 def evaluate_tasks(

@@ -74,16 +74,18 @@ def read_evaluations(
     Raises:
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
-    return {name: _evaluation(asked, tokenizer, render, vocab_size) for name, asked in name_evaluations(texts).items()}
+    return {
+        name: _evaluation(settings, tokenizer, render, vocab_size) for name, settings in name_evaluations(texts).items()
+    }
 
 
 def _evaluation(
-    asked: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+    settings: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
 ) -> EvaluationText:
-    documents = asked.documents("evaluation", render)
-    text = encode_measured(tokenizer, documents, asked.separator("evaluation") or "\n\n", vocab_size)
-    cut = cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id)
-    return EvaluationText(*cut, asked.batch_size)
+    documents = settings.documents("evaluation", render)
+    text = encode_measured(tokenizer, documents, settings.separator("evaluation") or "\n\n", vocab_size)
+    cut = cut_text(text, settings.length, settings.stride, settings.windows, bos=tokenizer.bos_token_id)
+    return EvaluationText(*cut, settings.batch_size)
 
 
 def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str) -> Overlap:
@@ -108,15 +110,15 @@ def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str)
     return overlap
 
 
-def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_windows(settings: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Draw the calibration windows of a recipe, [windows, tokens]."""
     return draw_windows(
         tokenizer,
-        asked.documents("calibration", renderer(target.adapter, tokenizer)),
-        asked.separator("calibration"),
-        samples=asked.samples,
-        length=asked.length,
-        seed=asked.seed,
+        settings.documents("calibration", renderer(target.adapter, tokenizer)),
+        settings.separator("calibration"),
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
         vocab_size=target.config.vocab_size,
     )
 
