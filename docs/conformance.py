@@ -1,7 +1,7 @@
-"""Check every law on the families that come with flapkit, and write the table: ``python docs/conformance.py``.
+"""Run every check on the families that come with flapkit, and write the table: ``python docs/conformance.py``.
 
-``python docs/conformance.py NAME ...`` measures some again. It takes minutes, so the table is not made anew with
-the other pages; ``make test-all`` checks the same laws.
+``python docs/conformance.py NAME ...`` repeats some. It takes minutes, so the table is not generated with the other
+pages; ``make test-all`` runs the same checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from flapkit.testing import LAWS, Outcome
+from flapkit.testing import CHECKS, Outcome
 
 PAGE = Path(__file__).parent / "families.md"
 HEAD = """# Families
@@ -23,8 +23,8 @@ CPU (`python docs/conformance.py`). An error is the largest difference of a logi
 model, as a fraction of the largest logit; rounding in float32 explains up to 1e-5. Random weights verify shapes and
 exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it.
 """
-TELLING = ("sliced is masked", "query heads", "constant channels", "bfloat16")
-"""Laws of which the worst figure is shown; of the others, whether they hold."""
+WITH_FIGURES = ("sliced is masked", "query heads", "constant channels", "bfloat16")
+"""Checks whose worst figure is shown; the others show whether they passed."""
 
 
 def measure(name: str) -> list[Outcome]:
@@ -40,15 +40,15 @@ def measure(name: str) -> list[Outcome]:
 
 
 def row(name: str, outcomes: Sequence[Outcome]) -> str:
-    """Write a family's row: its forms, and for each law the worst figure or whether it holds."""
+    """Write a family's row: its forms, and for each check the worst figure or whether it passed."""
     forms = dict.fromkeys(outcome.form for outcome in outcomes)
     cells = [f"`{name}`", ", ".join(forms)]
-    for law in LAWS:
-        found = [outcome for outcome in outcomes if outcome.law == law]
-        if broken := [outcome for outcome in found if not outcome.holds]:
-            cells.append(f"no: {broken[0].form}")
-        elif law in TELLING:
-            cells.append(max((outcome.figure for outcome in found), key=_size))
+    for check in CHECKS:
+        results = [outcome for outcome in outcomes if outcome.check == check]
+        if failed := [outcome for outcome in results if not outcome.passed]:
+            cells.append(f"no: {failed[0].form}")
+        elif check in WITH_FIGURES:
+            cells.append(max((outcome.figure for outcome in results), key=_size))
         else:
             cells.append("yes")
     return f"| {' | '.join(cells)} |"
@@ -62,7 +62,7 @@ def _size(figure: str) -> float:
 
 
 def main(names: Sequence[str]) -> None:
-    """Check families, two at a time; those that are not named keep the rows they have."""
+    """Check families, two at a time; the rows of the others stay."""
     from flapkit.registry import Registry
 
     known = [name for name in Registry.load().names("adapter") if name not in ("auto", "vicuna")]
@@ -73,7 +73,7 @@ def main(names: Sequence[str]) -> None:
         for name, outcomes in zip(chosen, pool.map(measure, chosen), strict=True):
             rows[name] = row(name, outcomes)
             print(rows[name], flush=True)
-    lines = [HEAD, f"| family | forms | {' | '.join(LAWS)} |", f"|{'---|' * (len(LAWS) + 2)}"]
+    lines = [HEAD, f"| family | forms | {' | '.join(CHECKS)} |", f"|{'---|' * (len(CHECKS) + 2)}"]
     PAGE.write_text("\n".join([*lines, *(rows[name] for name in known)]) + "\n", encoding="utf-8")
 
 

@@ -8,8 +8,8 @@ flapkit.save(model, "pruned", plan)
 model = flapkit.load("pruned")
 ```
 
-Importing flapkit makes transformers' Auto classes load pruned checkpoints. It imports neither torch nor transformers:
-public names are imported when they are first asked for.
+Importing flapkit lets transformers' Auto classes load pruned checkpoints. It imports neither torch nor transformers;
+public names are imported at first use.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name at its first use."""
     if name == "__version__":
         from importlib.metadata import version
 
@@ -81,5 +81,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# At once where transformers' module is imported already.
+# Runs immediately if the module is already imported.
 register_post_import_hook(register, "transformers.models.auto.configuration_auto")

@@ -1,4 +1,4 @@
-"""Pruning in one call from Python."""
+"""Prune in one call from Python."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions:
-    """What ``prune_`` can be told beside what to prune and how.
+    """Further options of ``prune_``.
 
     Args:
-        multiple_of: what the pruned widths are rounded to a multiple of.
+        multiple_of: round the pruned widths to multiples of this.
         batch_size: calibration windows that go through the model at once.
-        statistics_memory: bytes for statistics; where they need more, the text runs through the model several times.
-        sequential: measure each site in a model whose earlier sites are pruned, and repair what they lost as well.
-        recovery_text: tokens [windows, tokens] for a compensator that trains; one window in ten is held out, to
-            validate on.
+        statistics_memory: bytes for statistics; if they need more, the text runs through the model several times.
+        sequential: repair in one sweep over the layers, in which each site also repairs the error of the earlier ones.
+        recovery_text: tokens [windows, tokens] for a compensator that trains; one window in ten is held out for
+            validation.
     """
 
     multiple_of: int = 1
@@ -53,12 +53,12 @@ DEFAULTS = PruneOptions()
 
 
 def sites(model: PreTrainedModel, adapter: ArchitectureAdapter | Choice | None = None) -> tuple[Site, ...]:
-    """List the prunable places of a model.
+    """List the sites of a model.
 
     Args:
         model: a transformers causal language model.
         adapter: an adapter, a name, or a mapping of a name and options; by default (``auto``) the one that declares the
-            model's type, or else one that is derived and verified.
+            model's type, otherwise one that is derived and verified.
 
     Raises:
         ModelError: no adapter declares the model, and none can be derived.
@@ -78,9 +78,9 @@ def prune_(
     adapter: ArchitectureAdapter | Choice | None = None,
     options: PruneOptions = DEFAULTS,
 ) -> PruningPlan:
-    """Prune a model in place, on the device where it is.
+    """Prune a model in place, on its device.
 
-    A component is a name, such as ``"al_am"``; a mapping of its name and options, as a recipe has it, such as
+    A component is a name, such as ``"al_am"``; a mapping of its name and options, as in a recipe, such as
     ``{"name": "al_am", "attention_power": 1}``; or an object.
 
     Args:
@@ -88,19 +88,19 @@ def prune_(
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids`` [tokens] and, where rows
             are padded, ``attention_mask`` [tokens].
         metric: scores the units.
-        searcher: chooses the units that go.
-        compensator: repairs what is left; or several.
+        searcher: chooses the units to keep.
+        compensator: repairs the loss; one or several.
         ratio: fraction of the parameters to remove.
-        of: what the ratio counts.
+        of: the parameters that the ratio refers to.
         adapter: an adapter, a name, or a mapping of a name and options; by default (``auto``) the one that declares the
-            model's type, or else one that is derived and verified.
-        options: everything else.
+            model's type, otherwise one that is derived and verified.
+        options: further options.
 
     Returns:
-        The plan that was carried out.
+        The applied plan.
 
     Raises:
-        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+        FlapkitError: the model cannot be pruned; it is then unchanged.
     """
     registry = Registry.load()
     method = _method(registry, metric, searcher, compensator)
@@ -108,25 +108,25 @@ def prune_(
     recovery = recovery_of(method.compensators)
     if (recovery is None) != (recovery_text is None):
         raise RecipeError(
-            "recovery_text goes with a compensator that trains, such as `lora`, and none of them does"
+            "recovery_text needs a compensator that trains, such as `lora`"
             if recovery is None
-            else "a compensator trains: give prune_ PruneOptions(recovery_text=...), tokens [windows, tokens]"
+            else "a compensator trains: set PruneOptions(recovery_text=...) to tokens [windows, tokens]"
         )
     name = str(model.config.name_or_path or type(model).__name__)
     check_unquantised(name, model.config)
     check_weights(name, model.named_parameters())
-    found = registry.resolve(adapter, model.config)
-    places = found.sites(model.config)
-    budget = Budget.over(places, ratio, of, model.num_parameters(), options.multiple_of)
+    resolved = registry.resolve(adapter, model.config)
+    model_sites = resolved.sites(model.config)
+    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of)
     was_training = model.training
     model.eval()
     try:
-        found.confirm(model, places)
+        resolved.confirm(model, model_sites)
         text = CalibrationText(calibration, options.batch_size)
-        executor = WholeExecutor(model, places, text, memory=options.statistics_memory)
+        executor = WholeExecutor(model, model_sites, text, memory=options.statistics_memory)
         plan = run_pruning_(executor, method, budget, sequential=options.sequential).plan
         if recovery is not None and recovery_text is not None:
-            _recover_(model, places, recovery, recovery_text)
+            _recover_(model, model_sites, recovery, recovery_text)
     finally:
         model.train(was_training)
     return plan
@@ -150,28 +150,28 @@ def _method(
     return Method(
         registry.build(METRIC, metric),
         registry.build(SEARCHER, searcher),
-        tuple(registry.build(COMPENSATOR, chosen) for chosen in compensators),
+        tuple(registry.build(COMPENSATOR, choice) for choice in compensators),
     )
 
 
 class FlapPruning(PruneBeforeTraining):
-    """Prune a model before it is trained, in a script of your own: ``Trainer(callbacks=[FlapPruning(...)])``.
+    """Prune a model before it is trained, in your own script: ``Trainer(callbacks=[FlapPruning(...)])``.
 
-    Works in ``setup``, before the optimizer takes hold of the weights; the module keeps its transformers model in
-    the attribute ``model``.
+    It prunes in ``setup``, before the optimizer is created; the module has its transformers model in the attribute
+    ``model``.
 
     Args:
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.
-        ratio: fraction to remove.
-        metric: as ``prune_`` takes it, like all that follow.
-        searcher: chooses the units that go.
-        compensator: repairs what is left; or several.
-        of: what the ratio counts.
+        ratio: fraction of the parameters to remove.
+        metric: as for ``prune_``, like the following.
+        searcher: chooses the units to keep.
+        compensator: repairs the loss; one or several.
+        of: the parameters that the ratio refers to.
         adapter: describes the model.
-        options: everything else.
+        options: further options.
 
     Attributes:
-        plan: the plan that was carried out, once it was.
+        plan: the applied plan; None before.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The hooks by which a plugin offers components: one for each interface.
+"""The hooks with which a plugin offers components: one for each interface.
 
 ```python
 from flapkit import hookimpl

@@ -1,9 +1,9 @@
-"""All that a plugin may import: the interfaces, the data that they exchange, and helpers to write components with.
+"""Everything that a plugin may import: the interfaces, the data that they exchange, and functions for components.
 
-A component is a subclass written as a frozen dataclass: its fields are its options in a recipe, its class attribute
-``name`` is what a recipe calls it. Components hold options, never the state of a run.
+A component is a subclass, written as a frozen dataclass: its fields are its options in a recipe, and its class
+attribute ``name`` is its name there. Components hold options, never the state of a run.
 
-Plugins import from here and from nowhere else in flapkit; the rest may change at any time.
+Plugins import only from this module; the rest of flapkit may change at any time.
 """
 
 from __future__ import annotations

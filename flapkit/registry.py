@@ -1,6 +1,6 @@
-"""Find plugins and resolve the names of components.
+"""Find plugins, and create components by name.
 
-Defaults load through the same entry points (group ``flapkit``) as anyone's; a recipe can add local files.
+flapkit's own plugins are loaded through the same entry points (group ``flapkit``) as others; a recipe can add files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ComponentKind(Generic[C_co]):
     """A kind of component.
 
     Args:
-        name: what recipes and messages call it.
-        interface: what its components inherit.
+        name: its name in recipes and messages.
+        interface: the base class of its components.
     """
 
     name: str
@@ -66,26 +66,26 @@ KINDS: tuple[ComponentKind[Component], ...] = (METRIC, SEARCHER, COMPENSATOR, AD
 
 
 Choice: TypeAlias = str | Mapping[str, Any]
-"""A component by its name, or as a mapping of ``name`` and options."""
+"""A component's name, or a mapping of ``name`` and options."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A component that a plugin offers, and where it comes from: a distribution and its version, or a file."""
+    """A component that a plugin offers, and its origin: a distribution and its version, or a file."""
 
     component: type[Component]
     origin: str
 
 
 class Registry:
-    """The components that the installed plugins, and a recipe's local files, offer.
+    """The components of the installed plugins and of a recipe's local files.
 
     Args:
-        plugins: (module, where it comes from) pairs, in the order of loading.
+        plugins: pairs of module and origin, in the order of loading.
 
     Raises:
-        PluginError: a module without hooks, a misspelt hook, a hook that fails, a component that breaks its
-            interface's form, or two components of one name.
+        PluginError: a module has no hook or a misspelt one, a hook fails, a component does not fit its interface, or
+            two components have the same name.
     """
 
     def __init__(self, plugins: Iterable[tuple[ModuleType, str]]) -> None:
@@ -101,10 +101,10 @@ class Registry:
         return cls(_installed_plugins())
 
     def add_module(self, path: Path) -> None:
-        """Load a local Python file as one more plugin.
+        """Load a local Python file as a plugin.
 
         Raises:
-            PluginError: the file is missing, fails to import, or is no plugin.
+            PluginError: the file is missing, fails to import, or is not a plugin.
         """
         self._register(_import_file(path), str(path))
 
@@ -113,7 +113,7 @@ class Registry:
 
         Args:
             family: the declaration.
-            origin: where it comes from.
+            origin: its origin.
 
         Raises:
             PluginError: another adapter has its name.
@@ -121,11 +121,11 @@ class Registry:
         self._add(ADAPTER, family, origin)
 
     def names(self, kind: ComponentKind[C]) -> dict[str, type[C]]:
-        """Map the names of a kind of component to their classes, sorted by name."""
+        """Return the names of a kind of component and their classes, sorted by name."""
         return {name: self.get(kind, name) for name in sorted(self._offers[kind.name])}
 
     def origin(self, kind: ComponentKind[Component], name: str) -> str:
-        """Say where a component comes from: a distribution and its version, or a file."""
+        """Return the origin of a component: a distribution and its version, or a file."""
         return self._offers[kind.name][name].origin
 
     def get(self, kind: ComponentKind[C], name: str) -> type[C]:
@@ -137,14 +137,14 @@ class Registry:
         offers = self._offers[kind.name]
         if name not in offers:
             raise PluginError(f"unknown {kind.name} {name!r}{did_you_mean(name, offers)}")
-        # `_add` has checked that the class inherits the kind's interface.
+        # `_add` has checked that the class inherits from the kind's interface.
         return cast("type[C]", offers[name].component)
 
     def create(self, kind: ComponentKind[C], name: str, options: Mapping[str, Any] | None = None) -> C:
-        """Build a component with options from a recipe, which are checked and converted as its fields say.
+        """Build a component with options from a recipe, which are checked and converted by its fields' types.
 
         Raises:
-            PluginError: no plugin offers the name, or an option is unknown or of a wrong type or value.
+            PluginError: no plugin offers the name, or an option is unknown or has a wrong type or value.
         """
         component = self.get(kind, name)
         try:
@@ -155,10 +155,10 @@ class Registry:
             raise PluginError(f"{kind.name} {name!r}: {problems}") from error
 
     def build(self, kind: ComponentKind[C], chosen: C | Choice) -> C:
-        """Return a component that somebody chose.
+        """Return a component from a choice.
 
         Args:
-            kind: what it has to be.
+            kind: the kind of component.
             chosen: a component, a name, or a mapping of ``name`` and options.
 
         Raises:
@@ -182,47 +182,47 @@ class Registry:
         """Find the adapter of a model: the one that declares it, or ``auto``.
 
         Raises:
-            ModelError: the model is no decoder-only language model.
-            PluginError: several adapters declare it, and none specialises the others.
+            ModelError: the model is not a decoder-only language model.
+            PluginError: several adapters declare it, and none is a subclass of all others.
         """
         return self.resolve(None, config)
 
     def resolve(self, adapter: ArchitectureAdapter | Choice | None, config: PreTrainedConfig) -> ArchitectureAdapter:
-        """Find the adapter that is meant.
+        """Resolve the choice of an adapter.
 
         Args:
-            adapter: an adapter, its name, or a mapping of ``name`` and options. None or ``auto`` stands for the one
-                that declares the model's type, and where none does for a declaration that is derived and verified.
+            adapter: an adapter, its name, or a mapping of ``name`` and options. None or ``auto`` chooses the one that
+                declares the model's type; if there is none, a declaration is derived and verified.
             config: the model's configuration.
 
         Raises:
-            ModelError: the model is no decoder-only language model.
-            PluginError: no such adapter, or several declare the model, and none specialises the others.
+            ModelError: the model is not a decoder-only language model.
+            PluginError: there is no such adapter, or several declare the model, and none is a subclass of all others.
         """
-        found = Auto() if adapter is None else self.build(ADAPTER, adapter)
-        if not isinstance(found, Auto):
-            return found
+        chosen = Auto() if adapter is None else self.build(ADAPTER, adapter)
+        if not isinstance(chosen, Auto):
+            return chosen
         check_causal(config)
         declared = self._declared(config)
         if declared is None:
-            return found
-        options = {} if found == Auto() else {"unit": found.unit}
+            return chosen
+        options = {} if chosen == Auto() else {"unit": chosen.unit}
         return self.create(ADAPTER, declared, options)
 
     def _declared(self, config: PreTrainedConfig) -> str | None:
-        """Name the adapter that declares a model; of several, the one that specialises all others, as Vicuna LLaMA."""
-        found = [adapter for adapter in self.names(ADAPTER).values() if adapter.supports(config)]
-        if not found:
+        """Return the name of the adapter that declares a model; of several, the subclass of all others (Vicuna's)."""
+        candidates = [adapter for adapter in self.names(ADAPTER).values() if adapter.supports(config)]
+        if not candidates:
             return None
-        special = [adapter for adapter in found if all(issubclass(adapter, other) for other in found)]
+        special = [adapter for adapter in candidates if all(issubclass(adapter, other) for other in candidates)]
         if not special:
-            names = ", ".join(adapter.name for adapter in found)
-            raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; name one")
+            names = ", ".join(adapter.name for adapter in candidates)
+            raise PluginError(f"several adapters support models of type {config.model_type!r}: {names}; choose one")
         return special[0].name
 
     def _register(self, module: ModuleType, origin: str) -> None:
         if self._manager.has_plugin(module.__name__):
-            raise PluginError(f"plugin {origin} is loaded already; name it once")
+            raise PluginError(f"plugin {origin} is already loaded; list it once")
         self._manager.register(module)
         try:
             self._check_hooks(module, origin)
@@ -292,10 +292,10 @@ def _installed_plugins() -> list[tuple[ModuleType, str]]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a local plugin file under a name of its own, which ``sys.modules`` knows before the file executes."""
+    """Import a local plugin file under a unique name, which is in ``sys.modules`` before the file executes."""
     path = path.resolve()
     if not path.is_file():
-        raise PluginError(f"plugin {path}: there is no such file")
+        raise PluginError(f"plugin {path}: file not found")
     name = f"flapkit_local_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""Conformance checks for the authors of plugins.
+"""Conformance checks for plugin authors.
 
 ```python
 from flapkit.testing import check_adapter
@@ -47,20 +47,21 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "not tied": {"tie_word_embeddings": False},
 }
-"""Name -> what a tiny model's configuration changes, where its class has such an option."""
+"""Name -> changes of a tiny model's configuration, for classes with such options."""
 
 BFLOAT16_ERROR = 0.05
-"""Largest mean error that bfloat16 explains, as a fraction of the logits' mean size; it may route experts otherwise."""
+"""Largest mean error that bfloat16 explains, as a fraction of the logits' mean size; experts may be routed
+differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a law is checked on.
+    """A tiny model to check.
 
     Args:
         adapter: the adapter.
         config: a tiny model's configuration.
-        model: the tiny model, in float32, which a law copies before it changes it.
+        model: the tiny model, in float32; checks copy it before they change it.
         sites: its sites.
     """
 
@@ -76,7 +77,7 @@ class Subject:
         return torch.randint(2, size, (64, 12), generator=torch.Generator().manual_seed(1))
 
     def pruned(self, ratio: float = 0.4, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PruningPlan]:
-        """Prune a copy by flapkit's defaults."""
+        """Prune a copy with flapkit's defaults."""
         model: Any = copy.deepcopy(self.model)
         model = model.to(dtype=dtype)
         return model, prune_(model, self.tokens, ratio=ratio, adapter=self.adapter)
@@ -84,39 +85,38 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What checking one law on one form of a model gave.
+    """The outcome of one check on one form of a model.
 
     Args:
-        model_type: of the model.
-        form: which form of it, by the names of ``FORMS``.
-        law: the law's name.
-        figure: what was measured, in words; of a law that does not hold, why.
-        holds: whether it does.
+        model_type: type of the model.
+        form: its form, a name in ``FORMS``.
+        check: name of the check, in ``CHECKS``.
+        figure: the measurement, as text; if the check failed, the reason.
+        passed: whether the check passed.
     """
 
     model_type: str
     form: str
-    law: str
+    check: str
     figure: str
-    holds: bool = True
+    passed: bool = True
 
 
 def sliced_is_masked(subject: Subject) -> str:
-    """Compare a sliced with a masked model: padded, cached, by each attention implementation."""
+    """Compare a sliced with a masked model: padded, cached, with every attention implementation."""
     error, names = 0.0, []
     for name in IMPLEMENTATIONS:
         try:
             model = tiny_model(subject.config, attention=name)
         except ModelError:
             continue
-        proof = verify(model, subject.sites)
-        error = max(error, proof.error)
+        error = max(error, verify(model, subject.sites).error)
         names.append(name)
     return f"{error:.0e} ({', '.join(names)})"
 
 
 def query_heads(subject: Subject) -> str:
-    """Compare the same where single query heads go."""
+    """Compare them with single query heads as units."""
     if not isinstance(subject.adapter, FamilyAdapter):
         return "no declaration"
     try:
@@ -127,48 +127,49 @@ def query_heads(subject: Subject) -> str:
 
 
 def counts_are_exact(subject: Subject) -> str:
-    """Compare the parameters that go, the plan's count and what is asked for."""
+    """Compare the removed parameters with the plan's count, and the pruned sites with the plan."""
     model, plan = copy.deepcopy(subject.model), random_plan(subject.sites)
     apply_plan_(model, subject.sites, plan, {})
     removed = subject.model.num_parameters() - model.num_parameters()
     if removed != plan.removed_params(subject.sites):
-        raise ModelError(f"{removed} parameters went, and the plan says {plan.removed_params(subject.sites)}")
+        raise ModelError(f"{removed} parameters were removed; the plan counts {plan.removed_params(subject.sites)}")
     again = subject.adapter.sites(model.config)
-    kept = {site.name: len(plan.keep[site.name]) * site.channels_per_unit for site in subject.sites}
-    if {site.name: site.channels for site in again} != kept:
-        raise ModelError("the sites of the pruned model's configuration are not those that the plan left")
+    expected = {site.name: len(plan.keep[site.name]) * site.channels_per_unit for site in subject.sites}
+    if {site.name: site.channels for site in again} != expected:
+        raise ModelError("the sites of the pruned model's configuration differ from those of the plan")
     return "exact"
 
 
 @torch.no_grad()
 def constant_channels_cost_nothing(subject: Subject) -> str:
-    """Remove MLP channels that are constant, with their mean as a bias: the logits stay."""
+    """Remove constant MLP channels, with their mean as a bias: the logits must not change."""
     model = copy.deepcopy(subject.model)
     sites = [site for site in subject.sites if site.kind == "mlp"]
-    gone = range(8 if all(site.multiple > 1 for site in sites) else 3)
+    removed = range(8 if all(site.multiple > 1 for site in sites) else 3)
     for site in sites:
         for coupling in site.couplings:
             param = model.get_parameter(coupling.param)
             if coupling.numel > 1:
                 rows = param if site.expert is None else param[site.expert]
-                indices = torch.tensor(list(coupling.indices_of(gone)))
+                indices = torch.tensor(list(coupling.indices_of(removed)))
                 rows.index_fill_(coupling.dim - (site.expert is not None), indices, 0)
     statistics = measure(model, sites, [Moments], [{"input_ids": subject.tokens}])
-    plan = PruningPlan({site.name: tuple(range(len(gone), site.units)) for site in sites})
+    plan = PruningPlan({site.name: tuple(range(len(removed), site.units)) for site in sites})
     corrections = {}
     for site in sites:
         moments = statistics[site.name][Moments]
-        if moments.tokens > 1 and moments.variance[: len(gone)].abs().max() > 1e-12:
-            raise ModelError(f"{site.name}: channels without weights vary by {moments.variance[: len(gone)].max():.0e}")
-        weight = weight_of(model, site)[:, : len(gone)].double()
-        corrections[site.name] = Correction(None, weight @ moments.mean[: len(gone)])
+        if moments.tokens > 1 and moments.variance[: len(removed)].abs().max() > 1e-12:
+            largest = moments.variance[: len(removed)].max()
+            raise ModelError(f"{site.name}: channels without weights have a variance of {largest:.0e}")
+        weight = weight_of(model, site)[:, : len(removed)].double()
+        corrections[site.name] = Correction(None, weight @ moments.mean[: len(removed)])
     expected = model(subject.tokens[:4]).logits
     slice_(model, sites, plan, corrections)
     return _same(model(subject.tokens[:4]).logits, expected, 1e-4)
 
 
-def statistics_know_no_batches(subject: Subject) -> str:
-    """Measure in one batch and in shuffled small ones: the same figures."""
+def statistics_ignore_batches(subject: Subject) -> str:
+    """Measure in one batch and in small shuffled ones: the statistics must be equal."""
     tokens = subject.tokens
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(3))
     whole = measure(subject.model, subject.sites, [Moments], [{"input_ids": tokens}])
@@ -187,7 +188,7 @@ def statistics_know_no_batches(subject: Subject) -> str:
 
 @torch.no_grad()
 def nothing_removed_is_the_identity(subject: Subject) -> str:
-    """Carry out a plan that keeps all."""
+    """Apply a plan that keeps all units."""
     model = copy.deepcopy(subject.model)
     apply_plan_(model, subject.sites, PruningPlan({site.name: tuple(range(site.units)) for site in subject.sites}), {})
     if not torch.equal(logits_of(model), logits_of(subject.model)):
@@ -196,7 +197,7 @@ def nothing_removed_is_the_identity(subject: Subject) -> str:
 
 
 def saved_is_loaded(subject: Subject) -> str:
-    """Save and load in float32 and bfloat16, over several files: the same tensors, and the same logits."""
+    """Save and load in float32 and bfloat16, in several files: the tensors and the logits must be equal."""
     for dtype in (torch.float32, torch.bfloat16):
         model, plan = subject.pruned(dtype=dtype)
         with tempfile.TemporaryDirectory() as folder:
@@ -208,18 +209,18 @@ def saved_is_loaded(subject: Subject) -> str:
 
 
 def _check_loaded(model: PreTrainedModel, loaded: Any, dtype: torch.dtype) -> None:
-    expected, found = model.state_dict(), loaded.state_dict()
-    if expected.keys() != found.keys():
-        raise ModelError(f"loaded tensors differ: {sorted(expected.keys() ^ found.keys())}")
+    expected, tensors = model.state_dict(), loaded.state_dict()
+    if expected.keys() != tensors.keys():
+        raise ModelError(f"loaded tensors differ: {sorted(expected.keys() ^ tensors.keys())}")
     for name, tensor in expected.items():
-        if not torch.equal(tensor, found[name]):
-            raise ModelError(f"{name} is loaded otherwise than it was saved, in {dtype}")
-    # Loaded tensors lie anywhere in a mapped file, and some kernels round by alignment: copies lie alike. Buffers that
-    # no checkpoint holds are made in float32, and `to` has rounded them in the model that was pruned.
+        if not torch.equal(tensor, tensors[name]):
+            raise ModelError(f"{name} in {dtype} differs after saving and loading")
+    # Compare copies: some kernels round by alignment, which is arbitrary in a mapped file. Only in float32: buffers
+    # that are not in the checkpoint are created in float32, and `to` has rounded them in the pruned model.
     if dtype == torch.float32:
         one, other = logits_of(copy.deepcopy(model)), logits_of(copy.deepcopy(loaded.eval()))
         if not torch.equal(one, other):
-            raise ModelError(f"the loaded model's logits are off by {float((one - other).abs().max()):.0e}")
+            raise ModelError(f"the loaded model's logits differ by {float((one - other).abs().max()):.0e}")
 
 
 @torch.no_grad()
@@ -232,13 +233,13 @@ def generates(subject: Subject) -> str:
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     texts: list[Any] = [model.generate(subject.tokens[:2], **options) for model in (masked, sliced)]  # type: ignore[operator]
     if not torch.equal(*texts):
-        raise ModelError("the sliced model generates another text than the masked one")
-    return f"{texts[0].shape[1] - subject.tokens.shape[1]} tokens alike"
+        raise ModelError("the sliced and the masked model generate different texts")
+    return f"{texts[0].shape[1] - subject.tokens.shape[1]} equal tokens"
 
 
 @torch.no_grad()
 def runs_in_bfloat16(subject: Subject) -> str:
-    """Compare in bfloat16, where rounding is all that may differ."""
+    """Compare a sliced with a masked model in bfloat16: only rounding may differ."""
     model: Any = copy.deepcopy(subject.model)
     model, plan = model.to(dtype=torch.bfloat16), random_plan(subject.sites)
     masked = copy.deepcopy(model)
@@ -247,17 +248,17 @@ def runs_in_bfloat16(subject: Subject) -> str:
     expected = logits_of(masked)
     error = float((logits_of(model) - expected).abs().mean() / expected.abs().mean())
     if not error <= BFLOAT16_ERROR:
-        raise ModelError(f"the logits are off by {error:.0e} of their mean size, and {BFLOAT16_ERROR} is allowed")
+        raise ModelError(f"the logits differ by {error:.0e} of their mean size; {BFLOAT16_ERROR} is allowed")
     return f"{error:.0e}"
 
 
 def trains(subject: Subject) -> str:
-    """Train a pruned model for a few steps: its loss falls, and what was cut moves."""
+    """Train a pruned model for a few steps: its loss must fall, and its sliced weights change."""
     model, _ = subject.pruned()
-    watched = {site.weight: model.get_parameter(site.weight).detach().clone() for site in subject.sites}
+    before = {site.weight: model.get_parameter(site.weight).detach().clone() for site in subject.sites}
     first, last = _train(model, subject.tokens, 1e-2)
-    if still := [name for name, old in watched.items() if torch.equal(model.get_parameter(name), old)]:
-        raise ModelError(f"{still[0]} does not train")
+    if unchanged := [name for name, old in before.items() if torch.equal(model.get_parameter(name), old)]:
+        raise ModelError(f"training does not change {unchanged[0]}")
     return f"loss {first:.2f} to {last:.2f}"
 
 
@@ -276,14 +277,14 @@ def lora_trains(subject: Subject) -> str:
     return f"loss {first:.2f} to {last:.2f}"
 
 
-Law = Callable[[Subject], str]
+Check = Callable[[Subject], str]
 
-LAWS: Mapping[str, Law] = {
+CHECKS: Mapping[str, Check] = {
     "sliced is masked": sliced_is_masked,
     "query heads": query_heads,
     "counts": counts_are_exact,
     "constant channels": constant_channels_cost_nothing,
-    "statistics": statistics_know_no_batches,
+    "statistics": statistics_ignore_batches,
     "ratio 0": nothing_removed_is_the_identity,
     "save and load": saved_is_loaded,
     "generate": generates,
@@ -291,7 +292,7 @@ LAWS: Mapping[str, Law] = {
     "trains": trains,
     "LoRA": lora_trains,
 }
-"""Name -> the check of a law: it returns what it measured, and raises where the law does not hold."""
+"""Name -> check; a check returns its measurement, or raises an error if it fails."""
 
 
 def conformance(
@@ -299,16 +300,16 @@ def conformance(
     config: PreTrainedConfig | str | None = None,
     *,
     forms: Sequence[str] = tuple(FORMS),
-    laws: Sequence[str] = tuple(LAWS),
+    checks: Sequence[str] = tuple(CHECKS),
     **changes: Any,
 ) -> Iterator[Outcome]:
-    """Check every law on tiny random models of an adapter's classes.
+    """Run every check on tiny random models of an adapter's classes.
 
     Args:
         adapter: a declaration, or an adapter.
         config: a configuration or a model type; by default each model type of a declaration.
-        forms: which forms, by the names of ``FORMS``; those that a class has no option for are left out.
-        laws: which laws, by the names of ``LAWS``.
+        forms: names in ``FORMS``; forms for which a class has no option are skipped.
+        checks: names in ``CHECKS``.
         changes: options of the tiny models' configuration.
 
     Yields:
@@ -317,37 +318,37 @@ def conformance(
     Raises:
         ModelError: transformers does not know a model type.
     """
-    found = adapter_class(adapter)() if isinstance(adapter, Family) else adapter
-    if config is None and not isinstance(found, FamilyAdapter):
-        raise ModelError(f"adapter {found.name!r} declares no model types; give a configuration")
-    types: Sequence[Any] = [config] if config is not None else type(found).family.model_types  # type: ignore[attr-defined]
-    for each in types:
-        base = tiny_config(each, **changes)
-        for form, made in _forms(base, forms):
-            yield from _check(found, made, form, laws)
+    adapter = adapter_class(adapter)() if isinstance(adapter, Family) else adapter
+    if config is None and not isinstance(adapter, FamilyAdapter):
+        raise ModelError(f"adapter {adapter.name!r} declares no model types; give a configuration")
+    types: Sequence[Any] = [config] if config is not None else type(adapter).family.model_types  # type: ignore[attr-defined]
+    for model_type in types:
+        base = tiny_config(model_type, **changes)
+        for form, tiny in _forms(base, forms):
+            yield from _check(adapter, tiny, form, checks)
 
 
 def check_adapter(
     adapter: Family | ArchitectureAdapter, config: PreTrainedConfig | str | None = None, **options: Any
 ) -> None:
-    """Check that every law holds for an adapter, on tiny random models: the one line of a plugin author's test.
+    """Run every check for an adapter on tiny random models: a plugin author's test is this one call.
 
     Args:
         adapter: a declaration, or an adapter.
         config: a configuration or a model type; by default each model type of a declaration.
-        options: as ``conformance`` takes them.
+        options: as for ``conformance``.
 
     Raises:
-        ModelError: the laws that do not hold, each with what was found.
+        ModelError: checks failed; the message lists them with their reasons.
     """
-    broken = [outcome for outcome in conformance(adapter, config, **options) if not outcome.holds]
-    if broken:
-        lines = [f"{each.model_type} ({each.form}): {each.law}: {each.figure}" for each in broken]
+    failed = [outcome for outcome in conformance(adapter, config, **options) if not outcome.passed]
+    if failed:
+        lines = [f"{outcome.model_type} ({outcome.form}): {outcome.check}: {outcome.figure}" for outcome in failed]
         raise ModelError("\n".join(lines))
 
 
 def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Make the forms that a class has options for, each once."""
+    """Yield the forms for which a class has options, without duplicates."""
     values, seen = base.to_dict(), []
     for name in names:
         changes = {key: value for key, value in FORMS[name].items() if key in values}
@@ -357,42 +358,44 @@ def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, 
             continue
         if changes not in seen:
             seen.append(changes)
-            yield name, tiny_config(base, **{**_kept(base), **changes})
+            yield name, tiny_config(base, **{**_options(base), **changes})
 
 
-def _kept(base: PreTrainedConfig) -> dict[str, Any]:
+def _options(base: PreTrainedConfig) -> dict[str, Any]:
     values: dict[str, Any] = base.to_dict()
     return {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
 
 
-def _check(adapter: ArchitectureAdapter, config: PreTrainedConfig, form: str, laws: Sequence[str]) -> Iterator[Outcome]:
+def _check(
+    adapter: ArchitectureAdapter, config: PreTrainedConfig, form: str, checks: Sequence[str]
+) -> Iterator[Outcome]:
     try:
         subject = Subject(adapter, config, tiny_model(config), adapter.sites(config))
     except FlapkitError as error:
-        yield Outcome(config.model_type, form, "sites", str(error), holds=False)
+        yield Outcome(config.model_type, form, "sites", str(error), passed=False)
         return
-    for law in laws:
+    for check in checks:
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                figure = LAWS[law](subject)
-            yield Outcome(config.model_type, form, law, figure)
+                figure = CHECKS[check](subject)
+            yield Outcome(config.model_type, form, check, figure)
         except (FlapkitError, RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
-            said = str(error) if isinstance(error, FlapkitError) else f"{type(error).__name__}: {error}"
-            yield Outcome(config.model_type, form, law, said, holds=False)
+            reason = str(error) if isinstance(error, FlapkitError) else f"{type(error).__name__}: {error}"
+            yield Outcome(config.model_type, form, check, reason, passed=False)
 
 
-def _same(found: Tensor, expected: Tensor, tolerance: float) -> str:
-    error = float((found - expected).abs().max() / expected.abs().max())
+def _same(logits: Tensor, expected: Tensor, tolerance: float) -> str:
+    error = float((logits - expected).abs().max() / expected.abs().max())
     if not error <= tolerance:
-        raise ModelError(f"the logits are off by {error:.0e} of the largest, and {tolerance:.0e} is allowed")
+        raise ModelError(f"the logits differ by {error:.0e} of the largest; {tolerance:.0e} is allowed")
     return f"{error:.0e}"
 
 
 def _train(model: Any, tokens: Tensor, rate: float) -> tuple[float, float]:
     """Take ten steps of AdamW, and return the first and the last loss."""
     model.train()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=rate)
     losses = []
     for _ in range(10):
         optimizer.zero_grad()

@@ -39,9 +39,9 @@ def check(
     table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{passes}")
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
-    if outcome.odd:
+    if outcome.unaligned:
         table.add_row(
-            "widths", f"{len(outcome.odd)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
+            "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
         )
     table.add_row("budget", f"{outcome.budget.params:,} of {outcome.budget.base:,} parameters of {settings.budget.of}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"

@@ -38,8 +38,8 @@ def check_adapter(
     table = Table("form", "check", "", title=f"{config.model_type}: adapter {chosen.name}")
     failed = 0
     for outcome in conformance(chosen, config):
-        failed += not outcome.holds
-        table.add_row(outcome.form, outcome.law, outcome.figure if outcome.holds else f"FAILED: {outcome.figure}")
+        failed += not outcome.passed
+        table.add_row(outcome.form, outcome.check, outcome.figure if outcome.passed else f"FAILED: {outcome.figure}")
     print_(table)
     if failed:
         raise RunError(f"adapter {chosen.name!r}: {failed} of {table.row_count} checks failed")

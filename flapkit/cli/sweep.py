@@ -29,15 +29,17 @@ def sweep(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
 ) -> None:
     """Run a recipe with many settings, calibrated once; an interrupted sweep resumes."""
-    from flapkit.execution.cache import cache_folder
     from flapkit.recipe.files import find_sweep
     from flapkit.run.sweep.load import label, load_sweep
-    from flapkit.run.sweep.results import Results
-    from flapkit.run.sweep.run import run_sweep
     from flapkit.system.progress import Progress
     from flapkit.system.workdir import open_workdir
 
     loaded = load_sweep(find_sweep(sweep), overrides or [])
+    # A mistake in the sweep is reported before the rest is imported.
+    from flapkit.execution.cache import cache_folder
+    from flapkit.run.sweep.results import Results
+    from flapkit.run.sweep.run import run_sweep
+
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.file.output).expanduser()
     progress = Progress(progress_listener(quiet=quiet))

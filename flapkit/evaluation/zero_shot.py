@@ -92,16 +92,6 @@ def describe(scores: TaskScores) -> dict[str, Any]:
     return {name: value for name, value in asdict(scores).items() if name != "scores"}
 
 
-def mean_accuracy(scores: Mapping[str, TaskScores]) -> float | None:
-    """Return the mean over tasks of ``acc_norm``, or of ``acc`` for tasks without it, as in published tables.
-
-    None if a task has neither.
-    """
-    accuracies = [task.scores.get("acc_norm", task.scores.get("acc")) for task in scores.values()]
-    values = [score.value for score in accuracies if score is not None]
-    return sum(values) / len(values) if values and len(values) == len(accuracies) else None
-
-
 def _metrics(models: Mapping[str, TaskScores]) -> dict[str, Any]:
     return {
         name: _by_model({model: task.scores[name] for model, task in models.items()})

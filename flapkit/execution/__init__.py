@@ -1,20 +1,19 @@
-"""Execution: what holds a model's weights and runs them, and the algorithm that is written against it.
+"""Execution: executors, which hold a model's weights and run them, and the pruning algorithm.
 
-``executor.prune_`` is the whole of pruning; ``whole`` and ``layerwise`` are the two executors. Nothing here knows a
-recipe.
+``executor.prune_`` is the algorithm; ``whole`` and ``layerwise`` are the two executors. Nothing here takes a recipe.
 
 Modules:
-    cache: statistics that were measured before
+    cache: statistics of earlier runs
     executor: the interface of executors, and `prune_`
     layerwise: one decoder layer in memory at a time
-    needs: memory, disk and passes, from sizes alone
-    records: the one format of what is kept on the disk
-    resume: what an interrupted run has finished
-    runtime: run a model over text under Lightning
+    needs: memory, disk and passes, computed from sizes
+    records: the file format of the cache and of unfinished runs
+    resume: reuse what an interrupted run has finished
+    runtime: run a model over text with Lightning
     shards: shard a model over processes, for evaluation and recovery
     stream: run decoder layers one at a time
     student: the pruned model that a recovery trains
-    training: the recovery itself
-    whole: the model in memory
+    training: run a recovery
+    whole: the whole model in memory
     lightning: everything that imports Lightning
 """

@@ -1,10 +1,10 @@
-"""Statistics that were measured once are found again: calibration is what a run costs, the rest is cheap.
+"""A cache of statistics, so that later runs skip calibration, the expensive part of a run.
 
-A file holds one statistic of all sites. Its name is a hash of everything that the statistic depends on: the weights,
-byte for byte in the type in which they run; the configuration and class of the model, its attention implementation,
-Lightning's precision and the kind of device; the calibration rows with masks and marks; the sites; the name and the
-``version`` of the statistic; the format of records; the versions of torch and transformers. The batch size is left out,
-as statistics do not depend on it but for rounding.
+A file holds one statistic of all sites. Its name is a hash of everything that the statistic depends on: the weights, in
+the dtype in which they run; the configuration and class of the model, its attention implementation, Lightning's
+precision and the type of device; the calibration rows with their masks and marks; the sites; the name and ``version``
+of the statistic; the format of records; the versions of torch and transformers. The batch size is left out: it changes
+statistics only by rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SiteStates = Mapping[str, Statistic]
 
 
 def cache_folder() -> Path:
-    """Return where statistics are kept: ``$FLAPKIT_CACHE``, or ``flapkit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the cache folder: ``$FLAPKIT_CACHE``, or ``flapkit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if chosen := os.environ.get("FLAPKIT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flapkit"
@@ -55,12 +55,12 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """A calibration, as a hash of all that its statistics depend on but for the statistics themselves.
+    """A calibration, identified by a hash of everything that its statistics depend on except their classes.
 
     Args:
-        sites: where is measured.
+        sites: the sites to measure.
         digest: hexadecimal SHA-256.
-        metadata: where a file comes from, for whoever lists the cache.
+        metadata: the origin of a file, for listing the cache.
     """
 
     sites: tuple[Site, ...]
@@ -75,9 +75,9 @@ class Calibrated:
 
         Args:
             model: the dense model, as it will run.
-            sites: where is measured.
-            rows: the calibration windows, with whatever marks they carry.
-            numerics: what else changes the numbers: the kind of device, Lightning's precision.
+            sites: the sites to measure.
+            rows: the calibration windows, with their marks.
+            numerics: what else changes the numbers: the type of device, Lightning's precision.
         """
         config = {key: value for key, value in model.config.to_dict().items() if key not in _UNRELATED}
         parts = {
@@ -96,7 +96,7 @@ class Calibrated:
         return cls(tuple(sites), digest, metadata)
 
     def file(self, folder: Path, statistic: type[Statistic]) -> Path:
-        """Return the file of a statistic, whether or not there is one."""
+        """Return the path of a statistic's file; the file may not exist."""
         parents = [parent for parent in statistic.__mro__ if issubclass(parent, Statistic)]
         names = (f"{parent.__module__}.{parent.__qualname__} {parent.version}" for parent in parents)
         digest = hashlib.sha256(" ".join([self.digest, *names]).encode())
@@ -104,25 +104,25 @@ class Calibrated:
 
 
 _UNRELATED = ("_name_or_path", "transformers_version", "dtype")
-"""What a configuration says beside what the model computes; the dtype is that of the weights."""
+"""Configuration entries that do not change what the model computes; the dtype is that of the weights."""
 
 
 def read_statistic(
     folder: Path, calibrated: Calibrated, statistic: type[Statistic], device: torch.device
 ) -> SiteStates | None:
-    """Find a statistic that was measured before.
+    """Read a statistic from the cache.
 
     Args:
         folder: the cache.
         calibrated: what the statistic depends on.
         statistic: its class.
-        device: where it goes.
+        device: the device to load it to.
 
     Returns:
-        None where there is none, or where its file is damaged: then a warning says so.
+        The statistic of each site; None if it is not in the cache, or, with a warning, if its file is damaged.
     """
     path = calibrated.file(folder, statistic)
-    if not _is_kept(statistic) or not path.is_file():
+    if not _is_cached(statistic) or not path.is_file():
         return None
     try:
         saved = grouped(read_record(path).tensors)
@@ -130,25 +130,25 @@ def read_statistic(
     except OtherFormatError:
         return None
     except (RecordError, KeyError) as error:
-        log.warning("%s: damaged (%s); %s is measured anew", path, error, statistic.__name__)
+        log.warning("%s is damaged (%s); measuring %s again", path, error, statistic.__name__)
         return None
 
 
-def _is_kept(statistic: type[Statistic]) -> bool:
-    """Tell whether a statistic has a name for good: another class may have the same one in the next notebook."""
+def _is_cached(statistic: type[Statistic]) -> bool:
+    """Tell whether a statistic may be cached: a class of a script or notebook has no unique name."""
     return statistic.__module__ != "__main__"
 
 
 def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statistic], measured: SiteStates) -> None:
-    """Keep a statistic for later runs: the whole file or none. Where it cannot be written, a warning says so.
+    """Write a statistic to the cache, atomically. If it cannot be written, log a warning.
 
     Args:
         folder: the cache.
         calibrated: what the statistic depends on.
         statistic: its class.
-        measured: site name -> what was measured.
+        measured: site name -> the statistic.
     """
-    if not _is_kept(statistic):
+    if not _is_cached(statistic):
         return
     tensors = {f"{site}/{name}": value for site, states in measured.items() for name, value in states.state.items()}
     path = calibrated.file(folder, statistic)
@@ -156,7 +156,7 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
         remove_abandoned(path.parent)
         write_record(path, Record(tensors, {**calibrated.metadata, "statistic": statistic.__qualname__}))
     except OutputError as error:
-        log.warning("%s cannot be kept for later runs: %s", statistic.__name__, error)
+        log.warning("%s cannot be cached: %s", statistic.__name__, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,10 @@ class Entry:
     """A file of the cache.
 
     Args:
-        path: where it is.
+        path: its path.
         size: bytes.
-        statistic: what it holds; nothing where it cannot be read.
-        model: the model that was measured, as it was called.
+        statistic: class of the statistic; empty where the file cannot be read.
+        model: name of the measured model.
     """
 
     path: Path
@@ -177,7 +177,7 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """List what the cache holds, also what a killed run has left half-written; the newest first."""
+    """List the files of the cache, the newest first, including partial files of killed runs."""
     files = [path for path in (folder / "statistics").glob("*") if path.suffix in (".safetensors", ".partial")]
     return [_entry(path) for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)]
 
@@ -192,7 +192,7 @@ def _entry(path: Path) -> Entry:
 
 
 def clear(folder: Path) -> list[Entry]:
-    """Remove all statistics, and nothing else; return what was removed."""
+    """Remove all statistics, and nothing else; return the removed files."""
     removed = entries(folder)
     for entry in removed:
         entry.path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The algorithm, once, and what it is written against: an executor, which holds a model's weights and runs them.
+"""The pruning algorithm, and the interface of executors, which hold a model's weights and run them.
 
-``WholeExecutor`` has the model in memory, ``LayerwiseExecutor`` one decoder layer at a time. Both measure, repair,
-slice and evaluate; ``prune_`` puts these together, whatever holds the weights.
+``WholeExecutor`` holds the whole model in memory, ``LayerwiseExecutor`` one decoder layer at a time. Both measure,
+repair, slice and evaluate; ``prune_`` is the same for both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.records import Record
-from flapkit.execution.resume import Keep, make_without_store
+from flapkit.execution.resume import Resume, make_without_store
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
@@ -36,10 +36,10 @@ Scores = Mapping[str, Tensor]
 """Site name -> scores [units, k], float64 on the CPU."""
 
 Score = Callable[[Sequence[Site], Statistics], Scores]
-"""Scores some sites, whose weights are in memory, from what was measured there: site name -> scores [units, k]."""
+"""Scores some sites, whose weights are in memory, from their statistics: site name -> scores [units, k]."""
 
 Repair = Callable[[Sequence[Site], Statistics], Repairs]
-"""Computes the corrections of some sites, whose weights are in memory, from what was measured there."""
+"""Computes the corrections of some sites, whose weights are in memory, from their statistics."""
 
 Correct = Callable[[Sequence[Site], Statistics, PruningPlan], Mapping[str, Correction]]
 """Computes the corrections of some sites for a plan: site name -> correction."""
@@ -47,7 +47,7 @@ Correct = Callable[[Sequence[Site], Statistics, PruningPlan], Mapping[str, Corre
 
 @dataclass(frozen=True, slots=True)
 class CalibrationText:
-    """The text that statistics are measured on.
+    """The text on which statistics are measured.
 
     Args:
         windows: tokens [windows, tokens], or a dataset of mappings with ``input_ids`` [tokens] and, where rows are
@@ -59,10 +59,10 @@ class CalibrationText:
     batch_size: int = 8
 
     def data(self, share: Mapping[str, int] | None = None) -> PruningData:
-        """Return the windows as Lightning loads them.
+        """Return the windows as a data module of Lightning.
 
         Args:
-            share: which are this process's, where no trainer deals them out; None for all.
+            share: selects this process's windows, where no trainer distributes them; None for all.
         """
         return PruningData(self.windows, batch_size=self.batch_size, share=share)
 
@@ -77,7 +77,7 @@ class Executor(ABC):
     Attributes:
         model: the model, pruned in place.
         sites: the dense model's sites.
-        progress: what its stages report to.
+        progress: receives the progress of its stages.
     """
 
     model: PreTrainedModel
@@ -86,42 +86,43 @@ class Executor(ABC):
 
     @abstractmethod
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
-        """Measure every site of the dense model, and score each while its weights are in memory.
+        """Measure every site of the dense model, and score it while its weights are in memory.
 
         Args:
             score: scores some sites.
-            scoring: what it needs, as classes.
-            repairing: what ``repair_`` will need; measured in the same pass and kept, if memory holds it.
+            scoring: classes of the statistics that it needs.
+            repairing: classes of the statistics that ``repair_`` will need; measured in the same pass if they fit in
+                memory.
         """
 
     @abstractmethod
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
-        """Return what plans are tried by: each is carried out on a copy that shares the model's weights.
+        """Return the objective of trial searchers. Each plan is applied to a copy that shares the model's weights.
 
         Args:
             kind: what is minimised.
             correct: computes the corrections of some sites.
-            repairing: what it needs, as classes.
+            repairing: classes of the statistics that it needs.
 
         Raises:
-            RecipeError: plans cannot be tried here.
+            RecipeError: this executor cannot evaluate candidate plans.
         """
 
     @abstractmethod
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
-        """Carry a plan out in place: measure what repairs need, compute them, and slice.
+        """Apply a plan in place: measure the statistics for the corrections, compute these, and slice.
 
         Args:
             plan: the units to keep.
             repair: computes the corrections of some sites.
-            repairing: what it needs, as classes.
+            repairing: classes of the statistics that it needs.
         """
 
     @abstractmethod
     def repair_in_sequence_(self, plan: PruningPlan, compensators: Sequence[Compensator]) -> Repairs:
-        """The same in one sweep over the layers, in which each site makes good what the earlier ones lost.
+        """Apply a plan in place, in one sweep over the layers; each site also repairs the error of the earlier ones.
 
         Args:
             plan: the units to keep.
@@ -132,24 +133,24 @@ class Executor(ABC):
     def observe(
         self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
     ) -> Iterator[Statistics]:
-        """Measure one statistic of the model as it is now, and yield it for sites whose weights are in memory.
+        """Measure one statistic of the model in its current state; yield it for the sites whose weights are in memory.
 
         Args:
-            sites: where to measure.
-            statistic: what to measure.
+            sites: the sites to measure.
+            statistic: class of the statistic.
             batches: the text.
         """
 
     @abstractmethod
     def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, MeasuredPerplexity]:
-        """Measure the perplexity of the model as it is now.
+        """Measure the perplexity of the model in its current state.
 
         Args:
             texts: name -> text.
-            name: what the stage is called.
+            name: name of the stage.
 
         Raises:
-            RunError: a loss that is not finite, or a window that the device's memory does not hold.
+            RunError: a loss is not finite, or a window does not fit in the device's memory.
         """
 
     @classmethod
@@ -163,7 +164,7 @@ class Executor(ABC):
 
     @property
     def shards(self) -> Sequence[Path]:
-        """The files that hold the pruned weights already; empty where they are in memory."""
+        """The files that already hold the pruned weights; empty where these are in memory."""
         return ()
 
 
@@ -174,10 +175,10 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
         executor: holds the dense model.
         method: the components.
         budget: how much to remove.
-        sequential: repair in one sweep over the layers, in which each site makes good what the earlier ones lost.
+        sequential: repair in one sweep over the layers, in which each site also repairs the error of the earlier ones.
 
     Raises:
-        FlapkitError: whatever keeps the model from being pruned; it is then as it was.
+        FlapkitError: the model cannot be pruned; it is then unchanged.
     """
 
     def score(sites: Sequence[Site], statistics: Statistics) -> Scores:
@@ -226,9 +227,9 @@ def sweep(
     compensators: Sequence[Compensator],
     batches: Sequence[Batch],
     hidden: Callable[[str], Hidden],
-    keep: Keep = make_without_store,
+    resume: Resume = make_without_store,
 ) -> Iterator[tuple[int, Repairs]]:
-    """Repair layer by layer, and yield each layer, loaded and dense, with the corrections of its sites.
+    """Repair layer by layer. Yield the index of each layer, which is loaded and dense, and the repairs of its sites.
 
     Args:
         runner: runs the dense model's layers.
@@ -236,14 +237,14 @@ def sweep(
         plan: the units to keep.
         compensators: at most one corrects.
         batches: the calibration text, or this process's share of it.
-        hidden: makes a place for hidden states, by a name.
-        keep: finds what a stopped run has finished, and keeps what this one finishes.
+        hidden: creates a store of hidden states, given its name.
+        resume: reads what an interrupted run has finished, and stores what this one finishes.
     """
     dense, pruned = hidden("dense"), hidden("pruned")
     for number, batch in enumerate(batches):
-        arrived = runner.embed(batch)
-        dense.put(number, arrived)
-        pruned.put(number, arrived)
+        embedded = runner.embed(batch)
+        dense.put(number, embedded)
+        pruned.put(number, embedded)
     dense.advance()
     pruned.advance()
     for index in range(len(runner)):
@@ -254,7 +255,7 @@ def sweep(
             repair.run_dense()
             runner.layers[index] = copy_layer(runner.model, layer, in_layer)
             try:
-                record = keep(f"repair of layer {index}", lambda: record_of(repair.repair(compensators, plan)))  # noqa: B023
+                record = resume(f"repair of layer {index}", lambda: record_of(repair.repair(compensators, plan)))  # noqa: B023
                 repairs = repairs_of(record)
                 if in_layer and not repair.masked:
                     repair.mask_(in_layer, plan, repairs)
@@ -271,7 +272,7 @@ def sweep(
 
 
 def record_of(repairs: Repairs) -> Record:
-    """Write repairs as tensors and JSON."""
+    """Convert repairs to tensors and JSON."""
     parts = {f"{name}/weight": correction.weight for name, correction in repairs.corrections.items()}
     parts |= {f"{name}/bias": correction.bias for name, correction in repairs.corrections.items()}
     notes = {name: correction.note for name, correction in repairs.corrections.items()}
@@ -280,7 +281,7 @@ def record_of(repairs: Repairs) -> Record:
 
 
 def repairs_of(record: Record) -> Repairs:
-    """Read what ``record_of`` wrote."""
+    """Convert a record of ``record_of`` back to repairs."""
     corrections = {
         name: Correction(record.tensors.get(f"{name}/weight"), record.tensors.get(f"{name}/bias"), note)
         for name, note in record.metadata["notes"].items()

@@ -1,7 +1,7 @@
-"""The executor of a model that is never whole in memory: one decoder layer at a time.
+"""The executor that holds one decoder layer in memory at a time.
 
-A layer's weights are read once in calibration, once in pruning and once in each evaluation, however many windows there
-are. Pruned layers are written as they are made: the weights lie in a file for each layer, and one for the rest.
+A layer's weights are read once in calibration, once in pruning and once in every evaluation, regardless of the number
+of windows. A pruned layer is written at once: there is one file of weights per layer, and one for the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flapkit.execution.executor import (
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.records import Record, write_record
-from flapkit.execution.resume import Keep, make_without_store, read_finished
+from flapkit.execution.resume import Resume, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
 from flapkit.model.classes import set_pruned_config_
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 NOTES = "notes"
 EXPECTED = "expected"
-"""What the metadata of a layer's file holds of its sites, as JSON: see ``Pruned``."""
+"""Keys in the metadata of a layer's file, whose values are JSON; the names are those of ``Pruned``."""
 
 
 class LayerwiseExecutor(Executor):
@@ -60,11 +60,11 @@ class LayerwiseExecutor(Executor):
         stream: the dense model; afterwards it reads the pruned layers.
         sites: the dense model's sites.
         text: the calibration text.
-        runtime: what it runs on, and whom it tells how far it is.
-        folder: for what is finished, and for hidden states where they live on the disk.
+        runtime: the devices and the progress.
+        folder: where finished layers are written, and hidden states if they are on the disk.
         memory: bytes of statistics at a time.
-        hidden_on_disk: hidden states of all windows live on the disk.
-        keep: finds the corrections of layers that an interrupted sweep has finished, and keeps those of this one.
+        hidden_on_disk: store the hidden states of all windows on the disk.
+        resume: reads the repairs of layers that an interrupted sweep has finished, and stores those of this one.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LayerwiseExecutor(Executor):
         *,
         memory: float = 4e9,
         hidden_on_disk: bool = False,
-        keep: Keep = make_without_store,
+        resume: Resume = make_without_store,
     ) -> None:
         self.model: PreTrainedModel = stream.model
         self.progress = runtime.progress
@@ -88,18 +88,18 @@ class LayerwiseExecutor(Executor):
         self._folder = folder
         self._memory = memory
         self._hidden_on_disk = hidden_on_disk
-        self._keep = keep
+        self._resume = resume
         self._measured: Statistics | None = None
 
     @property
     def shards(self) -> list[Path]:
-        """The files of the pruned model's weights: one for each layer, and one for what stands outside the layers."""
+        """The files of the pruned model's weights: one per layer, and one for the weights outside the layers."""
         return shards_of(self._folder / "weights", len(self._stream))
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
-        """Measure and score layer by layer; what is measured is written as it comes, and read by a resumed run."""
-        kept = repairing if size_of(repairing, self.sites) <= self._memory else ()
-        needed = tuple(dict.fromkeys([*scoring, *kept]))
+        """Measure and score layer by layer; each layer's measurements are written at once, for resumed runs."""
+        stored = repairing if size_of(repairing, self.sites) <= self._memory else ()
+        needed = tuple(dict.fromkeys([*scoring, *stored]))
         batches = self._batches() if needed else []
         files = [self._folder / "calibration" / f"{index:05}.safetensors" for index in range(len(self._stream))]
         with lost_processes(), self._runtime.progress.stage("calibrate", len(files), "layers") as stage:
@@ -107,26 +107,26 @@ class LayerwiseExecutor(Executor):
                 tensors: dict[str, torch.Tensor] = {}
                 for part, measured in self._measure(index, batches, hidden, needed):
                     tensors |= {f"{name}/scores": values for name, values in score(part, measured).items()}
-                    tensors |= _saved(measured, kept)
+                    tensors |= _saved(measured, stored)
                 broadcast_from_rank0(partial(write_record, files[index], Record(tensors)))
                 stage.advance()
         records = grouped({name: tensor for file in files for name, tensor in read_finished(file).tensors.items()})
-        self._measured = self._restore(records, kept)
+        self._measured = self._restore(records, stored)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
 
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
-        """Refuse: plans are tried on the whole model."""
-        raise RecipeError("execution: layerwise: the searcher tries plans on the whole model; choose another")
+        """Refuse: candidate plans are evaluated on a whole model."""
+        raise RecipeError("execution: layerwise: the searcher needs the whole model to evaluate plans; choose another")
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Repair and slice layer by layer.
 
-        Where repairs need more than calibration kept, the calibration text goes through the dense layers once more.
+        If repairs need statistics that are not in memory, the calibration text runs through the dense layers once more.
         """
         measured, repairing = self._measured, tuple(repairing)
-        again = measured is None or any(not set(repairing) <= set(found) for found in measured.values())
+        again = measured is None or any(not set(repairing) <= set(statistics) for statistics in measured.values())
         batches = self._batches() if again and repairing else []
         shards = self.shards
         finished = range(broadcast_from_rank0(lambda: _count_finished(shards[:-1])))
@@ -147,7 +147,7 @@ class LayerwiseExecutor(Executor):
             return self._hidden(f"sweep-{name}")
 
         with lost_processes(), self._runtime.progress.stage("prune", len(stream), "layers") as stage:
-            for index, repairs in sweep(stream, self.sites, plan, compensators, batches, hidden, self._keep):
+            for index, repairs in sweep(stream, self.sites, plan, compensators, batches, hidden, self._resume):
                 self._slice_and_write(index, plan, repairs)
                 stage.advance()
         return self._finish(plan, range(0))
@@ -165,13 +165,13 @@ class LayerwiseExecutor(Executor):
         hidden.clear()
 
     def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, MeasuredPerplexity]:
-        """Measure the perplexity of each text, all of them in one pass over the layers."""
+        """Measure the perplexity of all texts, in one pass over the layers."""
         with lost_processes():
             return self._runtime.measure_texts(self.model, texts, name, lambda sizes: self._test(texts, sizes, name))
 
     @classmethod
     def needs(cls, workload: Workload) -> Needs:
-        """Return what one layer at a time needs: the dense layer, and what is left of it."""
+        """Return the needs of one layer at a time: the dense layer and the pruned one are in memory together."""
         outer, largest = workload.layers
         memory = outer + 2 * largest + workload.statistics + workload.working
         if workload.hidden_on_disk:
@@ -206,36 +206,36 @@ class LayerwiseExecutor(Executor):
         return [site for site in self.sites if site.layer == index]
 
     def _hidden(self, name: str, layers: int = 0) -> HiddenStates:
-        """Return the hidden states of one pass over the layers.
+        """Return the store of hidden states of one pass over the layers.
 
         Args:
-            name: of the pass.
-            layers: how many layers an interrupted run finished; where its hidden states are lost, the pass begins anew.
+            name: name of the pass.
+            layers: how many layers an interrupted run finished; if its hidden states are lost, the pass starts over.
         """
         return HiddenStates(self._folder / "hidden" / f"{name}-{rank()}" if self._hidden_on_disk else None, layers)
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file of the pruned model's weights: the first process for all, which wait until it is there."""
+        """Write a file of the pruned model's weights in the first process; the others wait."""
         broadcast_from_rank0(lambda: write_tensors(path, tensors, metadata))
 
     def _measure(
         self, index: int, batches: Sequence[Batch], hidden: HiddenStates, statistics: Sequence[type[Statistic]]
     ) -> Iterator[tuple[list[Site], Statistics]]:
-        """Measure a loaded layer, some sites at a time, within the memory for statistics; then go on behind it."""
+        """Measure a loaded layer, a few sites at a time within the memory for statistics; store its output."""
         parts = split_by_memory(self._in_layer(index), statistics, self._memory) or [[]]
         for part in parts:
             with Collector(self._stream.model, part, statistics) as collector:
-                step_all(self._stream, index, batches, hidden, collector, keep=part is parts[-1])
+                step_all(self._stream, index, batches, hidden, collector, store=part is parts[-1])
                 collector.merge()
             yield part, collector.statistics
 
     def _resumed(
         self, name: str, files: Sequence[Path], batches: Sequence[Batch]
     ) -> Iterator[tuple[int, HiddenStates]]:
-        """Load each layer that has no file yet, with the batches before it, and free its memory afterwards.
+        """Load each layer that has no file yet, yield it with its input, and free its memory afterwards.
 
-        Where the hidden states of an interrupted run are not on the disk, the batches run through the finished layers
-        once more.
+        If the hidden states of an interrupted run are not on the disk, the batches run through the finished layers
+        again.
         """
         done = broadcast_from_rank0(lambda: _count_finished(files))
         if done == len(files):
@@ -249,18 +249,18 @@ class LayerwiseExecutor(Executor):
         hidden.clear()
 
     def _restore(
-        self, records: Mapping[str, Mapping[str, torch.Tensor]], kept: Sequence[type[Statistic]]
+        self, records: Mapping[str, Mapping[str, torch.Tensor]], stored: Sequence[type[Statistic]]
     ) -> dict[str, SiteStatistics]:
         device = float64_device(self._runtime.device)
         return {
             site.name: SiteStatistics(
-                statistic.restored(site, records[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in kept
+                statistic.restored(site, records[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in stored
             )
             for site in self.sites
         }
 
     def _slice_and_write(self, index: int, plan: PruningPlan, repairs: Repairs) -> None:
-        """Slice a loaded layer, and write what is left of it."""
+        """Slice a loaded layer, and write it."""
         self._slice_(index, plan, repairs.corrections)
         metadata = {"format": "pt", NOTES: json.dumps(repairs.notes), EXPECTED: json.dumps(dict(repairs.expected))}
         self._write(self.shards[index], self._stream.tensors_of(index), metadata)
@@ -270,17 +270,17 @@ class LayerwiseExecutor(Executor):
         slice_(self.model, sites, PruningPlan({site.name: plan.keep[site.name] for site in sites}), corrections)
 
     def _finish(self, plan: PruningPlan, finished: Sequence[int]) -> Repairs:
-        """Write what stands outside the layers, and read the pruned model from now on.
+        """Write the weights outside the layers, and read the pruned model from now on.
 
         Args:
-            plan: the units that are kept.
-            finished: layers that an interrupted run had written.
+            plan: the units to keep.
+            finished: layers that an interrupted run has written.
         """
         shards = self.shards
         self._write(shards[-1], self._stream.tensors_of(None), {"format": "pt"})
         written = Weights.of(shards)
         for index in finished:
-            # It gets the shapes, and the biases, that it has in its file.
+            # Give the layer the shapes and the biases that it has in its file.
             biased = (site for site in self._in_layer(index) if site.bias in written)
             empty = {site.name: Correction(bias=torch.zeros(site.out_features, device="meta")) for site in biased}
             self._slice_(index, plan, empty)
@@ -291,13 +291,13 @@ class LayerwiseExecutor(Executor):
 
 
 def shards_of(folder: Path, layers: int) -> list[Path]:
-    """Name the files of a model's weights: one for each layer, and one for what stands outside the layers."""
+    """Name the files of a model's weights: one per layer, and one for the weights outside the layers."""
     count = layers + 1
     return [folder / f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
 
 
 def _count_finished(files: Sequence[Path]) -> int:
-    """Count the layers, from the first, that have their file already.
+    """Count the layers, from the first, whose files exist.
 
     Raises:
         OutputError: one of the files is damaged.
@@ -311,7 +311,7 @@ def _count_finished(files: Sequence[Path]) -> int:
 
 
 def _gathered(files: Sequence[Path], key: str) -> dict[str, Any]:
-    """Gather what the layers' files hold of their sites under a key of their metadata."""
+    """Merge the JSON objects under a key of the files' metadata."""
     values: dict[str, Any] = {}
     for file in files:
         with damaged_as_output_error(file):
@@ -319,11 +319,11 @@ def _gathered(files: Sequence[Path], key: str) -> dict[str, Any]:
     return values
 
 
-def _saved(measured: Statistics, kept: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
+def _saved(measured: Statistics, stored: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{_key(statistic)}/{part}": tensor
         for name, statistics in measured.items()
-        for statistic in kept
+        for statistic in stored
         for part, tensor in statistics[statistic].state.items()
     }
 

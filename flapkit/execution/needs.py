@@ -1,4 +1,4 @@
-"""What executors need: memory, disk, and passes over the calibration text, from sizes alone."""
+"""What executors need: memory, disk, and passes over the calibration text, computed from sizes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SWEEP_PASSES = 4
-"""Forward passes of a sweep: the dense layer, the pruned one as each of two sites is measured, and once more after."""
+"""Forward passes of a sweep: the dense layer, one to measure each of two sites in the pruned layer, and the result."""
 
 SWEEP_STREAMS = 4
-"""Hidden states that a sweep holds: of the dense and the pruned model, and what two sites are fitted to."""
+"""Hidden states that a sweep stores: those of the dense and of the pruned model, and the targets of two sites."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What an executor would be given, as far as it is known before the weights are read.
+    """The work of an executor, as far as it is known before the weights are read.
 
     Args:
-        model: the dense model without memory, in the type in which it will run.
+        model: the dense model on the meta device, in the dtype in which it will run.
         sites: its sites.
         method: the components.
         removed: parameters that the budget removes.
         tokens: tokens whose hidden states go through the layers together.
         memory: bytes of statistics at a time.
-        sequential: repairs are computed in one sweep over the layers.
-        hidden_on_disk: hidden states live on the disk where layers run one at a time.
-        working: bytes of batches, logits and whatever else stands beside the weights meanwhile.
-        processes: how many share the windows.
+        sequential: repair in one sweep over the layers.
+        hidden_on_disk: store hidden states on the disk if layers run one at a time.
+        working: bytes of batches, logits and other data in memory beside the weights.
+        processes: how many processes share the windows.
     """
 
     model: PreTrainedModel
@@ -68,9 +68,9 @@ class Workload:
 
     @property
     def statistics(self) -> int:
-        """Bytes of the most statistics that are in memory together, and of what one correction is solved with."""
+        """Bytes of the most statistics that are in memory together, and of the solution of one correction."""
         sites, method, memory = self.sites, self.method, self.memory
-        # Least squares works on copies of its products: of all, of the fitted and the held-out windows, and the kept.
+        # Least squares copies its products: those of all, of the fitted and of the held-out windows.
         solving = 3 * max(size_of(method.repairing, [site]) for site in sites)
         if not self.sequential and size_of(method.statistics, sites) <= memory:
             return size_of(method.statistics, sites) + solving
@@ -85,16 +85,16 @@ class Workload:
 
     @property
     def waiting_weights(self) -> int:
-        """Bytes of corrected weights, which wait until all are computed."""
+        """Bytes of corrected weights that stay in memory until all are computed."""
         consumers = sum(site.channels * site.out_features for site in self.sites) * self.model.dtype.itemsize
         return consumers * (int(Gram in self.method.repairing) + int(self.sequential))
 
     @property
     def layers(self) -> tuple[int, int]:
-        """Bytes outside the decoder layers, and those of the largest layer.
+        """Bytes of the weights outside the decoder layers, and of the largest layer.
 
         Raises:
-            ModelError: the sites lie in no list of layers.
+            ModelError: the sites are not in a list of layers.
         """
         path = f"{layers_of(self.sites)}."
         outer, layers = 0, dict[str, int]()
@@ -124,8 +124,8 @@ class Needs:
 
     Args:
         memory: resident peak, in bytes.
-        least: the part of it that the system cannot do without: pages of the dense weights' file can go.
-        disk: bytes that are written at most.
+        least: the part of it that cannot be reclaimed: the system can drop pages of the dense weights' file.
+        disk: the most bytes written.
     """
 
     memory: int

@@ -1,4 +1,4 @@
-"""The one format of what runs keep: statistics in the cache, finished work in work folders, measurements of layers.
+"""Records: the file format of cached statistics, of finished stages in work folders, and of layers' measurements.
 
 A record is a safetensors file. The metadata in its header holds the version of the format, a checksum of everything in
 the record, and the record's own metadata as JSON.
@@ -23,13 +23,13 @@ from flapkit.checkpoint.weights import write_tensors
 from flapkit.system.json_files import parse_json
 
 FORMAT = 1
-"""Version of the format: raise it when the layout of records changes, or what calibration shows to statistics."""
+"""Version of the format: raise it when the layout of records changes, or the data that statistics receive."""
 
 _FORMAT, _CHECKSUM, _METADATA = "record_format", "checksum", "metadata"
 
 
 class RecordError(ValueError):
-    """A file is no record, or holds something else than was written."""
+    """A file is not a record, or is damaged."""
 
 
 class OtherFormatError(Exception):
@@ -38,7 +38,7 @@ class OtherFormatError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Tensors, and what is known of them.
+    """Tensors with metadata.
 
     Args:
         tensors: by name.
@@ -50,10 +50,10 @@ class Record:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record: the whole file or none.
+    """Write a record, atomically.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         record: what to write.
 
     Raises:
@@ -69,13 +69,13 @@ def read_record(path: Path) -> Record:
 
     Raises:
         OtherFormatError: its format has another version.
-        RecordError: the file cannot be read, is damaged, or is no record.
+        RecordError: the file cannot be read, is damaged, or is not a record.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             metadata = _metadata(header)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise RecordError(str(error)) from error
     if header.get(_CHECKSUM) != _checksum(tensors, header[_METADATA]):
@@ -84,7 +84,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_record_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata of a record, and none of its tensors; the checksum is not verified.
+    """Read the metadata of a record without its tensors; the checksum is not verified.
 
     Raises:
         OtherFormatError: as ``read_record``.
@@ -100,9 +100,9 @@ def read_record_metadata(path: Path) -> dict[str, Any]:
 def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
     version = header.get(_FORMAT)
     if version is None or _METADATA not in header:
-        raise RecordError("it is no record of flapkit")
+        raise RecordError("not a record of flapkit")
     if version != str(FORMAT):
-        raise OtherFormatError(f"its format has version {version}, and this flapkit reads version {FORMAT}")
+        raise OtherFormatError(f"its format version is {version}; this flapkit reads version {FORMAT}")
     try:
         metadata = parse_json(header[_METADATA])
     except ValueError as error:
@@ -117,7 +117,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: str) -> str:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names, types, shapes and bytes of tensors; large ones are hashed on several threads."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors; they are hashed on several threads."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         digests = pool.map(lambda item: _hash(*item), tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run keeps in its work folder as it comes, and finds there when it goes on after it was stopped."""
+"""Store what a run finishes in its work folder, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from flapkit.system.workdir import WorkDir, damaged_as_output_error, write_file
 
 T = TypeVar("T")
 
-Keep = Callable[[str, Callable[[], Record]], Record]
-"""Finds a piece of a name, or makes it and keeps it."""
+Resume = Callable[[str, Callable[[], Record]], Record]
+"""Reads the record of this name if an interrupted run has finished it; otherwise makes and stores it."""
 
 
 def make_without_store(name: str, make: Callable[[], Record]) -> Record:
-    """Make a piece, and keep nothing: for work without a folder."""
+    """Make a record, and store nothing: for work without a folder."""
     return make()
 
 
 def read_finished(path: Path) -> Record:
-    """Read a record that an interrupted run has left.
+    """Read a record that an interrupted run has finished.
 
     Raises:
-        OutputError: the file is damaged, or of a version of flapkit whose records have another format.
+        OutputError: the file is damaged, or was written by a version of flapkit with another format.
     """
     try:
         with damaged_as_output_error(path):
             return read_record(path)
     except OtherFormatError as error:
         raise OutputError(
-            f"{path}: another version of flapkit left it there: {error}; resume with that version, or begin anew with "
+            f"{path}: written by another version of flapkit: {error}; resume with that version, or start over with "
             "--overwrite"
         ) from error
 
 
 class ResumeStore:
-    """The pieces of a run in its work folder.
+    """What a run has finished, in its work folder.
 
     Args:
         work: the folder.
@@ -54,10 +54,10 @@ class ResumeStore:
         self._work = work
 
     def find(self, name: str, make: Callable[[], Record]) -> Record:
-        """Find what a stopped run has finished, or finish it now and keep it.
+        """Read a record that an interrupted run has finished; otherwise make and store it.
 
         Args:
-            name: what the piece is called.
+            name: name of the record.
             make: makes it.
 
         Raises:
@@ -66,21 +66,21 @@ class ResumeStore:
         path = self._work.path(f"{name.replace('/', '_')}.safetensors")
         if self._has(path):
             return read_finished(path)
-        piece = make()
+        record = make()
         if is_rank_zero():
-            write_record(path, piece)
-        return piece
+            write_record(path, record)
+        return record
 
     def _has(self, path: Path) -> bool:
-        """Tell whether a stopped run has left a file; all processes get the first one's answer."""
+        """Tell whether an interrupted run has written a file; all processes get the first one's answer."""
         return broadcast_from_rank0(lambda: self._work.resumed and path.is_file())
 
     def figures(self, name: str, kind: Any, measure: Callable[[], T]) -> T:
-        """Find figures that a stopped run has measured, or measure them now and keep them.
+        """Read figures that an interrupted run has measured; otherwise measure and store them.
 
         Args:
-            name: what they are called.
-            kind: their type, made of dataclasses and of what JSON holds.
+            name: name of the figures.
+            kind: their type, built from dataclasses and JSON's types.
             measure: measures them.
 
         Raises:
@@ -89,9 +89,9 @@ class ResumeStore:
         path = self._work.path(f"{name}.json")
         if self._has(path):
             with damaged_as_output_error(path):
-                found: T = TypeAdapter(kind).validate_python(parse_json(path.read_text(encoding="utf-8")))
-            return found
-        found = measure()
-        if found and is_rank_zero():
-            write_file(path, json.dumps(found, default=asdict))
-        return found
+                figures: T = TypeAdapter(kind).validate_python(parse_json(path.read_text(encoding="utf-8")))
+            return figures
+        figures = measure()
+        if figures and is_rank_zero():
+            write_file(path, json.dumps(figures, default=asdict))
+        return figures

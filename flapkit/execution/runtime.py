@@ -1,4 +1,4 @@
-"""What runs models over text under Lightning: calibration, evaluation, and trainers for all else."""
+"""Run models over text with Lightning: calibration, evaluation, and trainers for everything else."""
 
 from __future__ import annotations
 
@@ -32,56 +32,56 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What Lightning's loops run on, and whom they tell how far they are; every stage builds its own trainer.
+    """The devices and precision of Lightning's loops, and their progress; every stage builds its own trainer.
 
     Args:
-        options: ``accelerator``, ``devices``, ``precision``, as Lightning takes them.
-        progress: the run's.
+        options: ``accelerator``, ``devices``, ``precision`` and others, as in Lightning.
+        progress: receives the progress of the stages.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
 
     def check_processes(self) -> None:
-        """Raise ``RecipeError`` where another number of processes was started than the options name."""
+        """Raise ``RecipeError`` if the number of started processes differs from the options."""
         check_started(self.processes)
 
     @cached_property
-    def _asked(self) -> Any:
-        """A trainer that is asked what Lightning chose, and never run."""
+    def _resolved(self) -> Any:
+        """A trainer that is never run: it holds the devices and the precision that Lightning chose."""
         return self.trainer([])
 
     @property
     def device(self) -> torch.device:
         """The device that the loops run on."""
-        device: torch.device = self._asked.strategy.root_device
+        device: torch.device = self._resolved.strategy.root_device
         return device
 
     @property
     def processes(self) -> int:
         """How many processes share the windows, on all machines together."""
-        # Not its world size, which under torchrun is what was started.
-        return int(self._asked.num_devices * self._asked.num_nodes)
+        # Not its world size, which under torchrun is the number of started processes.
+        return int(self._resolved.num_devices * self._resolved.num_nodes)
 
     @property
     def per_machine(self) -> int:
         """How many of the processes share a machine."""
-        return int(self._asked.num_devices)
+        return int(self._resolved.num_devices)
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds its share of the model's weights, and no more."""
+        """Whether every process holds only its share of the model's weights."""
         return self.options.get("strategy") == MODEL_PARALLEL
 
     @property
     def numerics(self) -> str:
-        """What the numbers of a loop depend on beside the model: the kind of device, and the precision."""
-        return f"{self.device.type} {self._asked.precision}"
+        """What the results of a loop depend on beside the model: the type of device, and the precision."""
+        return f"{self.device.type} {self._resolved.precision}"
 
     @property
     def precision(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Makes the context of a forward pass, such as autocast, for what runs outside a trainer's loop."""
-        make: Callable[[], AbstractContextManager[Any]] = self._asked.precision_plugin.forward_context
+        """Creates the context of a forward pass, such as autocast, for code outside a trainer's loop."""
+        make: Callable[[], AbstractContextManager[Any]] = self._resolved.precision_plugin.forward_context
         return make
 
     def place_(self, model: PreTrainedModel) -> None:
@@ -89,10 +89,10 @@ class Runtime:
         model.to(self.device)  # type: ignore[arg-type]
 
     def init_processes(self) -> None:
-        """Wait until all processes of the run know of each other; Lightning starts them where nothing else did.
+        """Initialise the process group; Lightning starts the processes unless a launcher did.
 
         Raises:
-            RecipeError: the machines and devices are not those that SLURM gave.
+            RecipeError: the machines and devices differ from SLURM's allocation.
         """
         if self.processes == 1 and not self.sharded:
             return
@@ -106,11 +106,11 @@ class Runtime:
         """Build the trainer of one stage.
 
         Args:
-            callbacks: what it does.
-            options: more options of Lightning's, for this stage.
+            callbacks: the work of the stage.
+            options: additional Lightning options for this stage.
 
         Raises:
-            RecipeError: a device that this machine does not have.
+            RecipeError: this machine lacks the device.
         """
         return build_trainer(callbacks, **{**self.options, **options})
 
@@ -127,14 +127,14 @@ class Runtime:
 
         Args:
             model: the dense model.
-            sites: where to measure.
-            statistics: what to measure, as classes.
+            sites: the sites to measure.
+            statistics: classes of the statistics.
             data: the calibration text.
-            stop_early: leave each forward pass after the last of the sites.
+            stop_early: end every forward pass after the last of the sites.
 
         Raises:
-            CalibrationError: an input that is not finite.
-            RunError: the loop was stopped before its end.
+            CalibrationError: an input is not finite.
+            RunError: the loop stopped before its end.
         """
         calibrate = Calibrate(sites, statistics, stop_early=stop_early)
         module = CausalLM(model, calibrate_gradient=needs_gradient(statistics))
@@ -142,7 +142,7 @@ class Runtime:
             trainer = self.trainer([calibrate, ProgressCallback(stage)])
             quietly(trainer.predict, module, data, return_predictions=False)
         if not calibrate.statistics:
-            raise RunError("the run was stopped before the model was calibrated")
+            raise RunError("the run stopped before calibration was finished")
         return calibrate.statistics
 
     def evaluate(
@@ -153,10 +153,10 @@ class Runtime:
         Args:
             model: dense or pruned.
             texts: name -> text.
-            name: what the stage is called.
+            name: name of the stage.
 
         Raises:
-            RunError: a loss that is not finite, or a window that the device's memory does not hold.
+            RunError: a loss is not finite, or a window does not fit in the device's memory.
         """
 
         def test(sizes: Mapping[str, int]) -> dict[str, PerplexityValues]:
@@ -177,16 +177,16 @@ class Runtime:
         name: str,
         test: Callable[[Mapping[str, int]], Mapping[str, PerplexityValues]],
     ) -> dict[str, MeasuredPerplexity]:
-        """Measure the perplexity of each text with as many windows at once as it asks for, or as fit.
+        """Measure the perplexity of each text with its batch size, or the largest that fits.
 
         Args:
             model: the model, for its sizes.
             texts: name -> text.
-            name: what the stage is called.
-            test: measures, given how many windows of each text go through the model at once.
+            name: name of the stage.
+            test: measures all texts, given the batch size of each.
 
         Raises:
-            RunError: a window that the device's memory does not hold; of several processes, also a batch.
+            RunError: a window does not fit in the device's memory; with several processes, also if a batch does not.
         """
         if not texts:
             return {}
@@ -197,14 +197,16 @@ class Runtime:
             else text.batch_size
             for name, text in texts.items()
         }
-        # Where processes wait for each other in each forward pass, all have to take as many windows at once.
+        # Where processes wait for each other in every forward pass, all need the same batch size.
         sizes = broadcast_from_rank0(lambda: sizes)
         try:
             results, sizes = (test(sizes), sizes) if self.processes > 1 else halving(sizes, test)
         except torch.OutOfMemoryError as error:
-            # One that began anew with smaller batches would be waited for by the others.
-            wanted = ", ".join(map(str, sizes.values()))
-            raise RunError(f"{name}: {wanted} windows at once do not fit; set `batch_size` in `evaluate`") from error
+            # With several processes there is no second attempt: the others would wait for the one that retries.
+            tried = ", ".join(map(str, sizes.values()))
+            raise RunError(
+                f"{name}: out of memory with a batch size of {tried}; set a smaller `batch_size` in `evaluate`"
+            ) from error
         return {
             text: MeasuredPerplexity(
                 texts[text],
@@ -217,9 +219,9 @@ class Runtime:
 
 
 def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call Lightning without its advice on loader workers, which windows in memory do not need, and on ranks.
+    """Call Lightning without its warnings about loader workers, samplers and others that do not apply here.
 
-    Ctrl-C stays a ``KeyboardInterrupt``: Lightning would exit with code 1 and leave SIGINT ignored.
+    Ctrl-C stays a ``KeyboardInterrupt``; Lightning would exit with code 1 and leave SIGINT ignored.
     """
     handler = signal.getsignal(signal.SIGINT)
     with lost_processes(), warnings.catch_warnings():

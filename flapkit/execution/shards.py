@@ -1,8 +1,8 @@
-"""Shard a model over the processes of a run: each holds a part of every weight, and no process ever the whole model.
+"""Shard a model over the processes of a run: every process holds a part of each weight, and never the whole model.
 
-The sharding is PyTorch's own (FSDP2, ``torch.distributed.fsdp.fully_shard``), a group of weights for each decoder layer
-and one for what stands outside them. In a forward pass every process gathers a layer when its turn comes, and gives the
-others' parts back behind it; therefore all processes have to run equally many forward passes.
+The sharding is PyTorch's (FSDP2, ``torch.distributed.fsdp.fully_shard``), with one group of weights per decoder layer
+and one for the weights outside the layers. In a forward pass every process gathers a layer before it runs, and frees
+the other parts afterwards. All processes must therefore run the same number of forward passes.
 
 ```python
 model = shard(LayerStream(config, open_weights(path), "model.layers", device=device))
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 
 def shard(stream: LayerStream, prepare: Callable[[PreTrainedModel], object] | None = None) -> PreTrainedModel:
-    """Load a model into the processes of a run, which have met already: each keeps its part of every weight.
+    """Load a model into the processes of a run: every process keeps its part of each weight.
 
-    A decoder layer at a time is read and sharded. What the stream holds outside the layers stays in memory for as long
-    as the stream does.
+    The process group must be initialised. One decoder layer at a time is read and sharded. The stream's weights outside
+    the layers stay in memory as long as the stream.
 
     Args:
         stream: the model.
-        prepare: puts more into the model before it is sharded, such as low-rank updates. Its layers' weights hold
-            nothing then, but for their shapes, types and device.
+        prepare: adds to the model before it is sharded, such as LoRA adapters. At that time the layers' weights have
+            shapes, dtypes and a device, but no values.
 
     Returns:
-        The model; no weight of the checkpoint's is trained.
+        The model; the checkpoint's weights are frozen.
     """
     model = copy_sharing_weights(stream.model, ()).requires_grad_(False)
     layers = list(model.get_submodule(stream.path).children())
-    # Whatever wraps a module later, it is still the one that holds the weight.
+    # ``prepare`` may wrap modules; these are the ones that hold the weights.
     owners = [{name: _owner(layer, name) for name, _ in layer.named_parameters()} for layer in layers]
     if prepare is not None:
         for layer, holders in zip(layers, owners, strict=True):
@@ -58,7 +58,7 @@ def shard(stream: LayerStream, prepare: Callable[[PreTrainedModel], object] | No
             for name, parameter in loaded.named_parameters():
                 _put(*holders[name], parameter.detach())
         fully_shard(layer, mesh=mesh)
-    # Behind the model as well: what stands outside the layers would otherwise stay whole in every process.
+    # Reshard after the forward pass as well: the weights outside the layers would otherwise stay whole everywhere.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
@@ -72,14 +72,14 @@ def _put(owner: nn.Module, leaf: str, value: Tensor) -> None:
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, on its own device: a sharded one is gathered, in every process at once."""
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a whole tensor on its device; a sharded one is gathered, which all processes must do together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def fill_(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole value into a parameter: of a sharded one each process writes its part."""
+    """Write a whole value into a parameter; if it is sharded, every process writes its part."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)

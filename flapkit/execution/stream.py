@@ -1,7 +1,7 @@
 """Run a model one decoder layer at a time: a model in memory, or one that is never whole in memory.
 
-A ``LayerStream`` builds the model without memory; what stands outside its decoder layers is loaded and stays. Each
-layer is loaded from the checkpoint's safetensors, runs on all windows, and frees its memory before the next.
+A ``LayerStream`` builds the model on the meta device and loads the weights outside its decoder layers. A layer is
+loaded from the checkpoint's safetensors, runs on all windows, and frees its memory before the next.
 
 ```python
 stream = LayerStream(config, open_weights(path), "model.layers")
@@ -46,26 +46,26 @@ from flapkit.system.errors import ModelError
 from flapkit.system.workdir import damaged_as_output_error
 
 Forms = Mapping[str, bool]
-"""Name of the class of a layer -> whether it gives its hidden states in a tuple."""
+"""Name of a layer's class -> whether it returns its hidden states in a tuple."""
 
-_Answer = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
+_Forward = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class LayerRunner:
-    """Runs the decoder layers of a model one at a time, each with the masks and positions that the model gives it.
+    """Runs the decoder layers of a model one at a time, with the masks and positions that the model computes.
 
     Args:
         model: the model, in evaluation mode.
         layers: full name of its list of decoder layers.
         device: where the layers run.
         precision: context of every forward pass, such as autocast.
-        forms: name of the class of a layer -> whether it returns its hidden states in a tuple, as far as that is known
-            already; a class is known once a layer of it has run.
+        forms: name of a layer's class -> whether it returns its hidden states in a tuple, as far as known; a class
+            becomes known when a layer of it runs.
 
     Attributes:
         model: the model.
         path: full name of the list of decoder layers.
-        layers: the decoder layers; one may be replaced by a copy for a while.
+        layers: the decoder layers; one may be replaced by a copy temporarily.
         device: where the layers run.
     """
 
@@ -89,42 +89,42 @@ class LayerRunner:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Have a layer's weights in memory."""
+        """Hold a layer's weights in memory."""
         yield self.layers[index]
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return what arrives at the first layer, [windows, tokens, hidden].
+        """Return the input of the first layer, [windows, tokens, hidden].
 
         Args:
             batch: ``input_ids`` [windows, tokens], and perhaps ``attention_mask``.
         """
 
-        def stop(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            raise _LayerDone(arrived)
+        def stop(current: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _LayerDone(current)
 
         return self._run(batch, 0, stop)
 
     def step(self, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Run one layer on a batch, as the model around it would: with its own masks and positions.
+        """Run one layer on a batch, with the masks and positions that the model computes.
 
         Args:
-            index: a layer that is loaded.
+            index: a loaded layer.
             batch: ``input_ids`` [windows, tokens], and perhaps ``attention_mask``.
-            hidden: what the layer before returned, [windows, tokens, hidden]; None for the first layer.
+            hidden: output of the layer before, [windows, tokens, hidden]; None for the first layer.
 
         Returns:
-            What the layer returns, [windows, tokens, hidden].
+            The layer's output, [windows, tokens, hidden].
         """
 
-        def run(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = self.layers[index](arrived if hidden is None else hidden.to(arrived.device), *args, **kwargs)
-            self.forms[type(self.layers[index]).__name__] = isinstance(given, tuple)
-            raise _LayerDone(given[0] if isinstance(given, tuple) else given)
+        def run(current: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = self.layers[index](current if hidden is None else hidden.to(current.device), *args, **kwargs)
+            self.forms[type(self.layers[index]).__name__] = isinstance(output, tuple)
+            raise _LayerDone(output[0] if isinstance(output, tuple) else output)
 
         return self._run(batch, index, run)
 
-    def _run(self, batch: Batch, index: int, run: _Answer) -> Tensor:
-        with self._staged({index: run}):
+    def _run(self, batch: Batch, index: int, run: _Forward) -> Tensor:
+        with self._replaced({index: run}):
             try:
                 self.model.base_model(**self._inputs(batch), use_cache=False)
             except _LayerDone as done:
@@ -132,21 +132,21 @@ class LayerRunner:
         raise ModelError(f"{self.path}.{index}: the model did not run this layer; it cannot be run layer by layer")
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Run what comes after the layers: the last norm and the head.
+        """Run the final norm and the head.
 
         Args:
             batch: as for ``step``.
-            hidden: what the last layer returned, [windows, tokens, hidden].
+            hidden: output of the last layer, [windows, tokens, hidden].
 
         Returns:
             [windows, tokens, vocabulary].
         """
         last = len(self) - 1
 
-        def answer(arrived: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._given(last, hidden.to(arrived.device))
+        def insert(current: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._as_output(last, hidden.to(current.device))
 
-        with self._staged({last: answer}):
+        with self._replaced({last: insert}):
             logits: Tensor = self.model(**self._inputs(batch), use_cache=False).logits
             return logits
 
@@ -154,42 +154,42 @@ class LayerRunner:
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask") if name in batch}
 
     @contextmanager
-    def _staged(self, answers: Mapping[int, _Answer]) -> Iterator[None]:
-        """Put stages in the layers' places: those without an answer pass on what arrives."""
+    def _replaced(self, forwards: Mapping[int, _Forward]) -> Iterator[None]:
+        """Replace the layers by stand-ins; those without a given forward return their input."""
 
-        def passing(index: int) -> _Answer:
-            return lambda arrived, args, kwargs: self._given(index, arrived)
+        def identity(index: int) -> _Forward:
+            return lambda current, args, kwargs: self._as_output(index, current)
 
-        stages = [_Stage(layer, answers.get(i) or passing(i)) for i, layer in enumerate(self.layers)]
+        stand_ins = [_StandIn(layer, forwards.get(i) or identity(i)) for i, layer in enumerate(self.layers)]
         path, _, name = self.path.rpartition(".")
         owner = self.model.get_submodule(path)
-        setattr(owner, name, nn.ModuleList(stages))
+        setattr(owner, name, nn.ModuleList(stand_ins))
         try:
             with torch.no_grad(), self._precision():
                 yield
         finally:
             setattr(owner, name, self.layers)
 
-    def _given(self, index: int, hidden: Tensor) -> Any:
-        """Return hidden states in the form in which a layer does."""
+    def _as_output(self, index: int, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which the layer returns them."""
         return (hidden,) if self.forms[type(self.layers[index]).__name__] else hidden
 
 
 class LayerStream(LayerRunner):
-    """A model of which one decoder layer at a time is in memory.
+    """A model with one decoder layer in memory at a time.
 
     Args:
         config: the model's configuration.
         weights: its checkpoint.
         layers: full name of the list of decoder layers.
-        dtype: type of the weights in memory; that of the checkpoint if not given.
-        device, precision, forms: as of ``LayerRunner``.
+        dtype: dtype of the weights in memory; by default that of the checkpoint.
+        device, precision, forms: as for ``LayerRunner``.
 
     Attributes:
-        model: the model, its layers without memory while they are not loaded.
+        model: the model; layers that are not loaded are on the meta device.
 
     Raises:
-        ModelError: the checkpoint's tensors do not go by the names of the model's parameters.
+        ModelError: the checkpoint lacks a tensor of the model.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class LayerStream(LayerRunner):
             _put(self.model, name, buffer.to(self.device))
 
     def read_from(self, weights: Weights) -> None:
-        """Load layers from another checkpoint from now on; what stands outside the layers is kept.
+        """Load layers from another checkpoint from now on; the weights outside the layers are not loaded again.
 
         Raises:
-            ModelError: a tensor of the model is not there.
+            ModelError: the checkpoint lacks a tensor of the model.
         """
         self._weights = weights
         self._conversions: list[Any] = get_model_conversion_mapping(self.model)
@@ -226,7 +226,7 @@ class LayerStream(LayerRunner):
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Load a layer's weights, and give their memory back at the end; what was sliced keeps its new shape."""
+        """Load a layer's weights, and free their memory at the end; sliced weights keep their new shapes."""
         self._fill(list(self.tensors_of(index)))
         layer = self.layers[index]
         try:
@@ -239,25 +239,25 @@ class LayerStream(LayerRunner):
         """Map the full names of a layer's tensors to their values, as a checkpoint holds them.
 
         Args:
-            index: the layer; None for all that stands outside the layers.
+            index: the layer; None for the tensors outside the layers.
         """
         return {name: tensor for name, tensor in self._tensors().items() if self.holds(index, name)}
 
     def holds(self, index: int | None, name: str) -> bool:
-        """Tell whether a tensor is a layer's; ``index`` as of ``tensors_of``."""
+        """Tell whether a tensor belongs to a layer; ``index`` as for ``tensors_of``."""
         start = f"{self.path}." if index is None else f"{self.path}.{index}."
         return name.startswith(start) == (index is not None)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Map the full names of all tensors to their values; tied ones come once."""
+        """Map the full names of all tensors to their values; tied ones appear once."""
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied -= {name for name, _ in self.model.named_parameters()}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
 
     def _find_sources(self) -> dict[str, list[str]]:
-        """Map each tensor of the model to those of the checkpoint that it is made of, as transformers would."""
-        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        """Map each tensor of the model to its source tensors in the checkpoint, by transformers' conversions."""
+        renamings = [rule for rule in self._conversions if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self._conversions if isinstance(rule, WeightConverter)]
         state, sources = self.model.state_dict(), defaultdict(list)
         for key in self._weights:
             name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
@@ -265,77 +265,75 @@ class LayerStream(LayerRunner):
         for name in self._tensors():
             if name not in sources:
                 raise ModelError(
-                    f"the checkpoint holds nothing that {name} is made of: it is not whole, or cannot be read layer by "
-                    "layer"
+                    f"the checkpoint has no tensor for {name}: it is incomplete, or cannot be read layer by layer"
                 )
         return sources
 
     def _fill(self, names: Sequence[str]) -> None:
-        """Load some tensors of the model, with the conversions and types that transformers has for them."""
+        """Load some tensors of the model, with transformers' conversions and dtypes."""
         keys = [key for name in names for key in self._sources[name]]
-        asked = LoadStateDictConfig(
+        options = LoadStateDictConfig(
             dtype=self.model.dtype,
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
             device_map={"": self.device},
             weight_mapping=self._conversions,
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, self._weights.read(keys), asked)
-        for name, found, expected in info.mismatched_keys:
-            raise ModelError(f"{name}: the checkpoint has the shape {list(found)}, the model {list(expected)}")
-        for name, why in info.conversion_errors.items():
-            raise ModelError(f"{name}: cannot be made of what the checkpoint holds: {why}")
+        info, _ = convert_and_load_state_dict_in_model(self.model, self._weights.read(keys), options)
+        for name, shape, expected in info.mismatched_keys:
+            raise ModelError(f"{name}: the checkpoint has the shape {list(shape)}, the model {list(expected)}")
+        for name, problem in info.conversion_errors.items():
+            raise ModelError(f"{name}: cannot be converted from the checkpoint's tensors: {problem}")
 
 
 class HiddenStates:
-    """What every batch is at, between two layers: [windows, tokens, hidden], on the CPU.
+    """The hidden states of all batches between two layers: [windows, tokens, hidden], on the CPU.
 
-    On the disk, what a layer gives stands beside what it was given until ``advance``, so that a run that was stopped
-    can go on from there.
+    On the disk, a layer's input is kept beside its output until ``advance``, so that an interrupted run can resume.
 
     Args:
-        folder: where they lie, in a file for each batch; None for memory.
-        layers: how many layers the batches of a stopped run went through; where the folder does not hold what they
-            gave, the batches are at the beginning.
+        folder: where they are stored, one file per batch; None for memory.
+        layers: how many layers the batches of an interrupted run have passed; if the folder lacks the output of the
+            last one, the batches start over.
 
     Attributes:
-        layers: how many layers all batches went through.
+        layers: how many layers all batches have passed.
     """
 
     def __init__(self, folder: Path | None = None, layers: int = 0) -> None:
         self._folder = folder
-        self._kept: dict[int, Tensor] = {}
+        self._in_memory: dict[int, Tensor] = {}
         self.layers = layers if folder is not None and (folder / str(layers)).is_dir() else 0
         if folder is not None and not self.layers:
             self.clear()
 
     def __getitem__(self, batch: int) -> Tensor:
         if self._folder is None:
-            return self._kept[batch]
+            return self._in_memory[batch]
         path = self._file(self.layers, batch)
         with damaged_as_output_error(path):
             return load_file(path)["hidden"]
 
     def put(self, batch: int, hidden: Tensor) -> None:
-        """Keep what a layer gave for a batch."""
+        """Store a layer's output for a batch."""
         if self._folder is None:
-            self._kept[batch] = hidden.cpu()
+            self._in_memory[batch] = hidden.cpu()
         else:
             write_tensors(self._file(self.layers + 1, batch), {"hidden": hidden}, {})
 
     def advance(self) -> None:
-        """Note that all batches went through another layer."""
-        self._forget(self.layers)
+        """Move on: all batches have passed another layer."""
+        self._remove(self.layers)
         self.layers += 1
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self._forget()
+        """Remove all hidden states."""
+        self._in_memory.clear()
+        self._remove()
 
-    def _forget(self, *layers: int) -> None:
-        gone = self._folder.joinpath(*map(str, layers)) if self._folder else None
-        if gone is not None and gone.exists():
-            shutil.rmtree(gone)
+    def _remove(self, *layers: int) -> None:
+        folder = self._folder.joinpath(*map(str, layers)) if self._folder else None
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder)
 
     def _file(self, layers: int, batch: int) -> Path:
         assert self._folder is not None
@@ -343,12 +341,12 @@ class HiddenStates:
 
 
 def walk(stream: LayerRunner, hidden: HiddenStates, first: int | None = None) -> Iterator[int]:
-    """Load each layer, and give its memory back when the next is asked for.
+    """Load each layer, yield its index, and free its memory before the next.
 
     Args:
         stream: the model.
-        hidden: what the batches are at; goes on with the layers.
-        first: the layer to begin with, where no batch goes through; by default the one that the batches are before.
+        hidden: the hidden states; advanced after each layer.
+        first: the first layer, for a walk without batches; by default the next one for the hidden states.
     """
     for index in range(hidden.layers if first is None else first, len(stream)):
         with stream.loaded(index):
@@ -363,46 +361,46 @@ def step_all(
     hidden: HiddenStates,
     collector: Collector | None = None,
     *,
-    keep: bool = True,
+    store: bool = True,
 ) -> None:
     """Run one loaded layer on every batch, and let a collector measure it.
 
     Args:
         stream: the model.
-        index: a layer that is loaded.
+        index: a loaded layer.
         batches: as for ``LayerStream.step``.
-        hidden: what the batches are at.
+        hidden: the hidden states before the layer.
         collector: measures the layer.
-        keep: take note of what the layer gives; else it was run to be measured alone.
+        store: store the layer's output; if false, the layer runs only to be measured.
     """
     for number, batch in enumerate(batches):
         if collector:
             collector.begin(batch)
-        given = stream.step(index, batch, hidden[number] if hidden.layers else None)
+        output = stream.step(index, batch, hidden[number] if hidden.layers else None)
         if collector:
             collector.check()
-        if keep:
-            hidden.put(number, given)
+        if store:
+            hidden.put(number, output)
 
 
-class _LayerDone(Exception):  # noqa: N818 - not an error: it leaves the model once the layer has run
+class _LayerDone(Exception):  # noqa: N818 - not an error: it ends the forward pass after the layer
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
 
-class _Stage(nn.Module):
-    """What stands in a layer's place while the rest of the model runs."""
+class _StandIn(nn.Module):
+    """Stands in for a layer while the rest of the model runs."""
 
-    def __init__(self, layer: nn.Module, answer: _Answer) -> None:
+    def __init__(self, layer: nn.Module, forward: _Forward) -> None:
         super().__init__()
-        # Not a submodule: what the model asks of a layer, such as its attention type, is asked of the real one.
+        # Not a submodule: attributes that the model reads, such as the attention type, come from the real layer.
         self.__dict__["_hidden_layer"] = layer
-        self._answer = answer
+        self._forward = forward
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Answer in the layer's place."""
-        return self._answer(hidden_states, args, kwargs)
+        """Call the given function instead of the layer."""
+        return self._forward(hidden_states, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -412,7 +410,7 @@ class _Stage(nn.Module):
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter or of a buffer."""
+    """Replace a parameter or a buffer."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -422,32 +420,32 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def layers_of(sites: Sequence[Site]) -> str:
-    """Return the full name of the list of decoder layers that some sites are in.
+    """Return the full name of the list of decoder layers that contains some sites.
 
     Raises:
-        ModelError: a site lies in no such list.
+        ModelError: a site is not in such a list.
     """
     first = sites[0]
     path = first.consumer.partition(f".{first.layer}.")[0]
     for site in sites:
         if not site.consumer.startswith(f"{path}.{site.layer}."):
-            raise ModelError(f"{site.consumer} lies in no list of layers {path}; run it whole")
+            raise ModelError(f"{site.consumer} is not in a list of layers {path}; use `execution: whole`")
     return path
 
 
 @torch.no_grad()
 def verify(config: PreTrainedConfig, layers: str) -> Forms:
-    """Compare a tiny model of a configuration's kind, run layer by layer, with the same one run whole.
+    """Compare a tiny model that runs layer by layer with the same model run whole.
 
     Args:
-        config: of the model that shall run layer by layer.
+        config: configuration of the model that will run layer by layer.
         layers: full name of its list of decoder layers.
 
     Returns:
-        In what form its layers give their hidden states.
+        The form in which its layers return their hidden states.
 
     Raises:
-        ModelError: the two differ, or the class cannot be run layer by layer.
+        ModelError: the two differ, or the model cannot run layer by layer.
     """
     whole = tiny_model(tiny_config(config))
     tokens = torch.randint(whole.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -458,10 +456,10 @@ def verify(config: PreTrainedConfig, layers: str) -> Forms:
         hidden = HiddenStates()
         for index in walk(stream, hidden):
             step_all(stream, index, [batch], hidden)
-    found, expected = stream.logits(batch, hidden[0]), whole(**batch).logits
-    if not torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())):
+    logits, expected = stream.logits(batch, hidden[0]), whole(**batch).logits
+    if not torch.allclose(logits, expected, atol=1e-4 * float(expected.abs().max())):
         raise ModelError(
-            f"models of type {config.model_type!r} cannot be run layer by layer: a tiny one's logits are "
-            f"{float((found - expected).abs().max()):.1e} off; run it whole"
+            f"models of type {config.model_type!r} cannot be run layer by layer: the logits of a tiny model differ by "
+            f"{float((logits - expected).abs().max()):.1e}; use `execution: whole`"
         )
     return stream.forms

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OpenStream = Callable[[Weights | None], LayerStream]
-"""Opens a checkpoint to be read layer by layer: the pruned one, or other weights of its shapes."""
+"""Opens a checkpoint to be read layer by layer: the pruned one (None), or other weights of its shapes."""
 
 
 class Student(Protocol):
@@ -32,8 +32,8 @@ class Student(Protocol):
 
     Attributes:
         model: the model.
-        trainable: what is trained, if it had to be put into the model as it was loaded.
-        shards: the files that hold the trained model's weights already.
+        trainable: the trainable part, if it was attached when the model was loaded.
+        shards: the files that already hold the trained model's weights.
     """
 
     model: PreTrainedModel
@@ -41,10 +41,10 @@ class Student(Protocol):
     shards: Sequence[Path]
 
     def finish(self, recovered: Recovered) -> None:
-        """Have the model as it shall be written and measured, once it was trained."""
+        """Bring the trained model into the form in which it is written and measured."""
 
     def adapter(self, recovered: Recovered) -> Mapping[str, bytes]:
-        """Return what was trained as files, name -> content, and take it out of the model, where it is not merged."""
+        """Return the trained part as files, name -> content, and remove it from the model; empty if it is merged."""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class WholeStudent:
 
     Args:
         model: the model.
-        merge: what is trained is merged, at the end of the training already.
+        merge: the trained part is merged at the end of the training.
     """
 
     model: PreTrainedModel
@@ -62,10 +62,10 @@ class WholeStudent:
     shards: Sequence[Path] = ()
 
     def finish(self, recovered: Recovered) -> None:
-        """Leave the model as the training left it."""
+        """Do nothing: the model is already in its final form."""
 
     def adapter(self, recovered: Recovered) -> Mapping[str, bytes]:
-        """Return what was trained, and take it out of the model."""
+        """Return the trained part, and remove it from the model."""
         if self.merge:
             return {}
         files = recovered.trainable.files()
@@ -75,15 +75,15 @@ class WholeStudent:
 
 @dataclass(slots=True)
 class ShardedStudent:
-    """A pruned model of which each process has its part; what is trained is sharded with the layers it is in.
+    """A pruned model that is sharded over the processes; the trainable part is sharded with its layers.
 
     Args:
-        model: the model, with what is trained.
+        model: the model, with the trainable part.
         sites: its sites.
-        recovery: what is trained.
+        recovery: the recovery.
         folder: where the trained weights are written.
         open: opens the pruned checkpoint to be read layer by layer.
-        trainable: what is trained.
+        trainable: the trainable part.
     """
 
     model: PreTrainedModel
@@ -95,7 +95,7 @@ class ShardedStudent:
     shards: Sequence[Path] = ()
 
     def finish(self, recovered: Recovered) -> None:
-        """Write the weights layer by layer, with what was trained folded in; where it was, shard what was written."""
+        """Write the weights layer by layer; if the recovery merges, load and shard the merged weights."""
         stream = self.open(None)
         files = shards_of(self.folder, len(stream))
         broadcast_from_rank0(lambda: write_trained(stream, self.recovery, self.sites, recovered.weights, files))
@@ -104,7 +104,7 @@ class ShardedStudent:
             self.model = shard(self.open(Weights.of(files)))
 
     def adapter(self, recovered: Recovered) -> Mapping[str, bytes]:
-        """Return what was trained; its files are made of a model whose layers are empty."""
+        """Return the trained part; its files are built from a model whose layers are not loaded."""
         if self.recovery.merge:
             return {}
         stream = self.open(None)
@@ -117,14 +117,14 @@ class ShardedStudent:
 def shard_student(
     open_stream: OpenStream, sites: Sequence[Site], recovery: Recovery, folder: Path, name: str
 ) -> ShardedStudent:
-    """Load a pruned checkpoint to be trained into all processes, each its part.
+    """Load a pruned checkpoint for training, sharded over all processes.
 
     Args:
         open_stream: opens the checkpoint to be read layer by layer.
         sites: its sites.
-        recovery: what will be trained.
-        folder: where trained weights are written that no process holds whole.
-        name: what an adapter that is saved beside the model calls it.
+        recovery: the recovery.
+        folder: where the trained weights are written.
+        name: name of the base model in an adapter that is saved beside it.
     """
     attached: list[Trainable] = []
 
@@ -143,14 +143,14 @@ def write_trained(
     trained: Mapping[str, Tensor],
     files: Sequence[Path],
 ) -> None:
-    """Write a model layer by layer, with what was trained folded into it where the recovery asks for that.
+    """Write a model layer by layer, with the trained part merged if the recovery merges.
 
     Args:
-        stream: the model before it was trained.
-        recovery: what was trained.
+        stream: the model before training.
+        recovery: the recovery.
         sites: the model's sites.
-        trained: name of a parameter that was trained -> its value.
-        files: a file for each layer, and one for what stands outside the layers.
+        trained: name of a trained parameter -> its value.
+        files: one file per layer, and one for the weights outside the layers.
     """
     for index, file in zip([*range(len(stream)), None], files, strict=True):
         with nullcontext() if index is None else stream.loaded(index):
@@ -162,7 +162,7 @@ def write_trained(
 
 
 def fill_trained_(model: PreTrainedModel, trained: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Give some of the parameters of what is trained their values, those without memory too."""
+    """Set some of the trained parameters, including those on the meta device, to their values."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""The stage that trains a pruned model, under Lightning."""
+"""The stage that trains a pruned model with Lightning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOG_POINTS = 100
-"""How many training losses the loggers get, about."""
+"""How many training losses the loggers receive, approximately."""
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class RecoveryText:
     """The text of a recovery, as tokens.
 
     Args:
-        windows: to train on, each once and in order [windows, tokens].
-        validation: to validate on [windows, tokens].
+        windows: training windows, each used once and in order [windows, tokens].
+        validation: validation windows [windows, tokens].
     """
 
     windows: Tensor
@@ -51,14 +51,14 @@ class RecoveryText:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a recovery did.
+    """The result of a recovery.
 
     Args:
-        trainable: what was trained; it is still in the model unless the recovery merged it.
-        parameters: how many were trained.
+        trainable: the trained part; it is still in the model unless the recovery merged it.
+        parameters: number of trained parameters.
         validations: optimizer step -> mean cross-entropy of the validation text, in nats.
-        best_step: the step whose weights were kept.
-        weights: name of a parameter that was trained -> its value in that step, whole, on the CPU.
+        best_step: the step whose weights were chosen.
+        weights: name of a trained parameter -> its value at that step, whole, on the CPU.
     """
 
     trainable: Trainable
@@ -68,7 +68,7 @@ class Recovered:
     weights: Mapping[str, Tensor]
 
     def summary(self) -> dict[str, Any]:
-        """Say what happened, for ``result.json``."""
+        """Summarise it for ``result.json``."""
         return {
             "parameters": self.parameters,
             "best_step": self.best_step,
@@ -79,11 +79,11 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """Where a recovery keeps what it needs to go on after a kill.
+    """Where a recovery stores what it needs to resume.
 
     Args:
-        folder: is made if need be.
-        identity: what the training depends on, as JSON holds it; a checkpoint of another is not gone on with.
+        folder: the folder; created if missing.
+        identity: what the training depends on, as JSON; a checkpoint with another identity is not resumed.
         loggers: names of Lightning's loggers.
     """
 
@@ -97,12 +97,12 @@ class Workplace:
         return self.folder / f"{LAST}.ckpt"
 
     def open(self) -> Path | None:
-        """Make the folder, and return the checkpoint to go on from, if there is one of this training.
+        """Create the folder, and return the checkpoint to resume from, if there is one of this training.
 
-        One process does it for all.
+        Call it in one process only.
 
         Raises:
-            OutputError: what was left of the training is damaged.
+            OutputError: the checkpoint is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "training.json"
@@ -114,7 +114,7 @@ class Workplace:
             _check_whole(self.checkpoint)
             return self.checkpoint
         if self.checkpoint.is_file():
-            log.warning("recover: begins anew, since the training that was stopped was another: %s", "; ".join(changes))
+            log.warning("recover: starting over, since the interrupted training differs: %s", "; ".join(changes))
             self.checkpoint.unlink()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         write_file(mark, json.dumps(self.identity, indent=2))
@@ -124,26 +124,26 @@ class Workplace:
 def _check_whole(checkpoint: Path) -> None:
     with damaged_as_output_error(checkpoint):
         try:
-            # Mapped, and nothing of it is looked at: what was cut short shows all the same.
+            # Memory-mapped: a truncated file fails without being read.
             torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
             raise ValueError(" ".join(str(error).split())) from error
 
 
 def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
-    """Part given windows into some to train on, repeated in random orders as often as needed, and some to validate on.
+    """Split windows into training windows, repeated in random orders as often as needed, and validation windows.
 
     Args:
-        training: how many are needed, and the seed.
-        tokens: [windows, tokens]; one in ten is held out.
+        training: the number of windows, and the seed.
+        tokens: [windows, tokens]; one window in ten is held out.
 
     Raises:
-        DataError: fewer than ten windows, or tokens of a wrong shape or type.
+        DataError: there are fewer than ten windows, or the tokens have a wrong shape or dtype.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.long or len(tokens) < HELD_OUT_ONE_IN:
         raise DataError(
             f"recovery text: expected tokens as a LongTensor [windows, tokens] of at least {HELD_OUT_ONE_IN} windows, "
-            f"found {tokens.dtype} {list(tokens.shape)}"
+            f"got {tokens.dtype} {list(tokens.shape)}"
         )
     held_out = torch.arange(len(tokens)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
     seen, generator = tokens.cpu()[~held_out], torch.Generator().manual_seed(training.seed)
@@ -153,7 +153,7 @@ def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
 
 
 def windows_per_step(training: Training, runtime: Runtime) -> int:
-    """Count the windows of an optimizer step on all devices together: the effective batch size."""
+    """Return the windows of an optimizer step on all devices together: the effective batch size."""
     accumulated: int = runtime.options.get("accumulate_grad_batches", 1)
     return training.batch_size * accumulated * runtime.processes
 
@@ -169,20 +169,20 @@ def recover_(
     teacher: PreTrainedModel | None = None,
     trainable: Trainable | None = None,
 ) -> Recovered:
-    """Train a pruned model in place, and keep the best of it by validation, the beginning included.
+    """Train a pruned model in place, and use the step with the lowest validation loss; step 0 is the pruned model.
 
     Args:
         model: the pruned model.
         sites: its sites.
-        recovery: what is trained, and how.
+        recovery: the recovery.
         text: as many windows as the steps need.
         runtime: what it runs on.
-        workplace: where checkpoints and logs are kept, and a training that was stopped is gone on with.
-        teacher: the dense model, to learn from its predictions as well.
-        trainable: what is trained, where it is in the model already and is not to be merged here.
+        workplace: where checkpoints and logs are written, and an interrupted training is resumed from.
+        teacher: the dense model, whose predictions are learned as well.
+        trainable: the trainable part, if it is already attached; it is then not merged.
 
     Raises:
-        RunError: a loss that is not finite.
+        RunError: a loss is not finite.
     """
     training = recovery.training
     recover = Recover(recovery, sites, trainable)
@@ -200,12 +200,12 @@ def recover_(
         quietly(trainer.validate, module, data, verbose=False)
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if resumed:
-            log.info("recover: going on from %s", resumed)
+            log.info("recover: resuming from %s", resumed)
         quietly(trainer.fit, module, data, ckpt_path=resumed, weights_only=True)
     assert recover.trainable is not None
     assert recover.best_step is not None
     recovered = Recovered(recover.trainable, parameters, recover.validations, recover.best_step, recover.best)
-    _say(recovered)
+    _log_result(recovered)
     return recovered
 
 
@@ -220,12 +220,12 @@ def _options(training: Training) -> dict[str, Any]:
 
 
 def _precision(model: PreTrainedModel, runtime: Runtime) -> dict[str, Any]:
-    """Choose mixed precision for a model in float16, whose gradients would vanish, where the recipe says nothing."""
+    """Choose mixed precision for a float16 model, whose gradients would vanish, unless the recipe sets a precision."""
     if "precision" in runtime.options or model.dtype != torch.float16:
         return {}
     on_cuda = runtime.device.type == "cuda"
     precision = "16-mixed" if on_cuda and not runtime.sharded else "bf16-mixed"
-    log.info("recover: the weights are float16; trained in %s (trainer.precision is another choice)", precision)
+    log.info("recover: the weights are float16; training in %s (trainer.precision overrides this)", precision)
     return {"precision": precision}
 
 
@@ -235,12 +235,12 @@ def _logging(workplace: Workplace | None) -> dict[str, Any]:
     return {"enable_checkpointing": True, "logger": build_loggers(workplace.loggers, workplace.folder)}
 
 
-def _say(recovered: Recovered) -> None:
+def _log_result(recovered: Recovered) -> None:
     first, best = (math.exp(recovered.validations[step]) for step in (0, recovered.best_step))
     if recovered.best_step == 0:
         log.warning(
-            "recovery: no step was better than the pruned model (validation perplexity %.3f), which is kept as it was; "
-            "try another lr, more steps, or text that is more like the validation's",
+            "recovery: no step was better than the pruned model (validation perplexity %.3f), which stays unchanged; "
+            "try another lr, more steps, or text closer to the validation text",
             first,
         )
     else:

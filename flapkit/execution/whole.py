@@ -1,4 +1,4 @@
-"""The executor of a model that is whole in memory."""
+"""The executor that holds the whole model in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flapkit.execution.executor import (
 )
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.records import Record
-from flapkit.execution.resume import Keep, make_without_store
+from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
 from flapkit.model.plan import PruningPlan
@@ -51,20 +51,20 @@ log = logging.getLogger(__name__)
 
 
 class WholeExecutor(Executor):
-    """Holds a model that is whole in memory, and runs it under Lightning.
+    """Holds the whole model in memory, and runs it with Lightning.
 
-    Statistics are measured in one pass over the calibration text where all of them fit in memory together; otherwise in
-    several, each for a few sites.
+    Statistics are measured in one pass over the calibration text if they fit in memory together; otherwise in several
+    passes, each for a few sites.
 
     Args:
         model: the dense model, pruned in place.
         sites: its sites.
         text: the calibration text.
-        runtime: what it runs on; None to run batches in a plain loop where the model is, as inside a trainer.
+        runtime: what it runs on; None to run batches in a plain loop on the model's device, as inside a trainer.
         memory: bytes of statistics at a time.
-        cache: folder of cached statistics; None for none.
-        keep: finds what a stopped run has finished, and keeps what this one finishes.
-        statistics: site name -> what was measured already.
+        cache: folder of cached statistics; None for no cache.
+        resume: reads what an interrupted run has finished, and stores what this one finishes.
+        statistics: site name -> statistics that are measured already.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class WholeExecutor(Executor):
         *,
         memory: float = 4e9,
         cache: Path | None = None,
-        keep: Keep = make_without_store,
+        resume: Resume = make_without_store,
         statistics: Statistics | None = None,
     ) -> None:
         self.model = model
@@ -86,7 +86,7 @@ class WholeExecutor(Executor):
         self._runtime = runtime
         self._memory = memory
         self._cache = cache
-        self._keep = keep
+        self._resume = resume
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
@@ -97,20 +97,20 @@ class WholeExecutor(Executor):
         scores: dict[str, Tensor] = {}
         for part in split_by_memory(self.sites, scoring, self._memory):
             make = partial(self._make, part, scoring, lambda *measured: Record(score(*measured)))
-            scores |= self._keep(f"scores from {part[0].name}", make).tensors
+            scores |= self._resume(f"scores from {part[0].name}", make).tensors
         return scores
 
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
-        """Return what plans are tried by, on held-out calibration windows."""
+        """Return the objective of trial searchers, on held-out calibration windows."""
         if self._missing(repairing):
             raise RecipeError(
-                "the searcher tries plans, which needs the statistics of all sites in memory together; raise "
+                "the searcher evaluates plans, which needs the statistics of all sites in memory together; raise "
                 "calibration.statistics_memory"
             )
         statistics = self._measured
-        # All processes have to find the same plan: the windows are those of all.
+        # All processes must find the same plan, so each uses the windows of all.
         windows = held_out_windows(self._text.batches())
 
         def correct_(sites: Sequence[Site], plan: PruningPlan) -> Mapping[str, Correction]:
@@ -124,20 +124,20 @@ class WholeExecutor(Executor):
             def make() -> Record:
                 return Record({"value": torch.tensor(trials(plan, share), dtype=torch.float64)})
 
-            return float(self._keep(f"trial {digest} {share:g}", make).tensors["value"])
+            return float(self._resume(f"trial {digest} {share:g}", make).tensors["value"])
 
         return tried
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
-        """Measure what repairs need, compute them, and slice."""
+        """Measure the statistics for the corrections, compute these, and slice."""
         with self.progress.stage("prune"):
             if self._fits(repairing):
                 repairs = repair(self.sites, self._measure_all(repairing))
             else:
-                repairs, cut = Repairs(), [site for site in self.sites if plan.removed_units(site)]
-                for part in split_by_memory(cut, repairing, self._memory):
+                repairs, pruned = Repairs(), [site for site in self.sites if plan.removed_units(site)]
+                for part in split_by_memory(pruned, repairing, self._memory):
                     make = partial(self._make, part, repairing, lambda *measured: record_of(repair(*measured)))
-                    repairs = repairs.merged(repairs_of(self._keep(f"repair from {part[0].name}", make)))
+                    repairs = repairs.merged(repairs_of(self._resume(f"repair from {part[0].name}", make)))
             apply_plan_(self.model, self.sites, plan, repairs.corrections)
             return repairs
 
@@ -149,7 +149,7 @@ class WholeExecutor(Executor):
             precision = self._runtime.precision if self._runtime else nullcontext
             runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
             batches, repairs = self._text.batches(window_share()), Repairs()
-            sweeping = sweep(runner, self.sites, plan, compensators, batches, lambda name: HiddenStates(), self._keep)
+            sweeping = sweep(runner, self.sites, plan, compensators, batches, lambda name: HiddenStates(), self._resume)
             for _, repaired in sweeping:
                 repairs = repairs.merged(repaired)
             apply_plan_(self.model, self.sites, plan, repairs.corrections)
@@ -158,29 +158,29 @@ class WholeExecutor(Executor):
     def observe(
         self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
     ) -> Iterator[Statistics]:
-        """Measure one statistic of the model as it is now."""
+        """Measure one statistic of the model in its current state."""
         self._place()
         yield measure(self.model, sites, [statistic], batches)
 
     def evaluate(self, texts: Mapping[str, EvaluationText], name: str) -> dict[str, MeasuredPerplexity]:
-        """Measure the perplexity of the model as it is now."""
+        """Measure the perplexity of the model in its current state."""
         return (self._runtime or Runtime()).evaluate(self.model, texts, name)
 
     @classmethod
     def needs(cls, workload: Workload) -> Needs:
-        """Return what a model in memory needs."""
+        """Return the needs of a whole model in memory."""
         least = workload.weights + workload.waiting_weights + workload.statistics + workload.working
         least += workload.hidden if workload.sequential else 0
-        # What is pruned stands beside the file that the dense weights are mapped from.
+        # The pruned weights are in memory beside the file from which the dense weights are mapped.
         blocks = sum(site.params for site in workload.sites) - workload.removed
         return Needs(least + blocks * workload.model.dtype.itemsize, least, workload.pruned_weights)
 
     def calibrate(self, statistics: Sequence[type[Statistic]]) -> Statistics | None:
-        """Measure statistics of all sites in one pass; None where memory does not hold them together."""
+        """Measure statistics of all sites in one pass; None if they do not fit in memory together."""
         return self._measure_all(statistics) if self._fits(statistics) else None
 
     def _fits(self, statistics: Sequence[type[Statistic]]) -> bool:
-        """Tell whether statistics of all sites fit in memory together: those that are there already take nothing."""
+        """Tell whether statistics of all sites fit in memory together, not counting those that are there already."""
         missing = self._missing(statistics)
         return not missing or size_of(tuple(statistics), self.sites) <= self._memory
 
@@ -191,18 +191,19 @@ class WholeExecutor(Executor):
     def _make(
         self, sites: Sequence[Site], statistics: Sequence[type[Statistic]], work: Callable[..., Record]
     ) -> Record:
-        """Measure some sites, and let their statistics be worked on."""
-        # What is measured at all sites goes to the cache.
-        of_all = len(sites) == len(self.sites)
-        measured = self._measure_all(statistics) if of_all else self._measure(sites, statistics)
+        """Measure some sites, and pass them and their statistics to ``work``."""
+        # Statistics of all sites are cached.
+        all_sites = len(sites) == len(self.sites)
+        measured = self._measure_all(statistics) if all_sites else self._measure(sites, statistics)
         self._place()
         return work(sites, measured)
 
     def _measure_all(self, statistics: Sequence[type[Statistic]]) -> Statistics:
-        """Measure at all sites what is not measured yet; it stays in memory."""
+        """Measure the missing statistics at all sites; they stay in memory."""
         if missing := self._missing(statistics):
             cached = self._look_up(missing)
-            measured = self._measure(self.sites, [each for each in missing if each not in cached])
+            new = [statistic for statistic in missing if statistic not in cached]
+            measured = self._measure(self.sites, new)
             self._measured = {
                 site.name: SiteStatistics(
                     [
@@ -213,7 +214,7 @@ class WholeExecutor(Executor):
                 )
                 for site in self.sites
             }
-            self._write({each: measured for each in missing if each not in cached})
+            self._write(new, measured)
         self._place()
         return self._measured
 
@@ -225,30 +226,30 @@ class WholeExecutor(Executor):
         return measure(self.model, sites, statistics, self._text.data().predict_dataloader(), stop_early=True)
 
     def _look_up(self, statistics: Sequence[type[Statistic]]) -> dict[type[Statistic], SiteStates]:
-        """Find cached statistics. Of several processes all find a statistic, or none does."""
+        """Read cached statistics: those that all processes find."""
         if self._cache is None or self._runtime is None:
             return {}
         with self._runtime.progress.stage("find statistics"):
             key, device = self._calibration_key, float64_device(self._runtime.device)
-            cached = keep_common({each: read_statistic(self._cache, key, each, device) for each in statistics})
+            cached = keep_common({kind: read_statistic(self._cache, key, kind, device) for kind in statistics})
         if len(cached) == len(statistics):
-            log.info("calibration: all statistics were found in %s; --no-cache measures anew", self._cache)
+            log.info("calibration: all statistics are from the cache, %s; --no-cache measures them again", self._cache)
         return cached
 
-    def _write(self, measured: Mapping[type[Statistic], Statistics]) -> None:
+    def _write(self, statistics: Sequence[type[Statistic]], measured: Statistics) -> None:
         if self._cache is None or self._runtime is None or not is_rank_zero():
             return
-        for each, statistics in measured.items():
-            states = {name: found[each] for name, found in statistics.items()}
-            write_statistic(self._cache, self._calibration_key, each, states)
+        for kind in statistics:
+            states = {name: of_site[kind] for name, of_site in measured.items()}
+            write_statistic(self._cache, self._calibration_key, kind, states)
 
     @cached_property
     def _calibration_key(self) -> Calibrated:
-        """What cached statistics depend on; the model is still dense when this is first asked for."""
+        """What cached statistics depend on; first used while the model is still dense."""
         assert self._runtime is not None
         return Calibrated.of(self.model, self.sites, self._text.data().calibration_rows(), self._runtime.numerics)
 
     def _place(self) -> None:
-        """Move the model to where it runs: Lightning leaves it on the CPU when a loop ends."""
+        """Move the model to its device: Lightning leaves it on the CPU when a loop ends."""
         if self._runtime:
             self._runtime.place_(self.model)

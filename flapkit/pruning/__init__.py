@@ -1,18 +1,18 @@
-"""The method: statistics, scores, plans and corrections, as functions that know neither recipes nor what holds weights.
+"""The method: statistics, scores, plans and corrections, as functions independent of recipes and executors.
 
-Components (metrics, searchers, compensators) are interfaces here; the defaults are plugins. What runs the model and
-applies a plan is an executor, in ``flapkit.execution``.
+Components (metrics, searchers, compensators) are interfaces here; the defaults are plugins. Executors, which run the
+model and apply a plan, are in ``flapkit.execution``.
 
 Modules:
     collector: measure the consumers' inputs while batches run
     components: the interfaces of metrics, searchers and compensators
-    experts: see what the experts of a mixture take in
+    experts: observe the consumers of a mixture's experts
     method: scores, plan and corrections from statistics
-    ranking: from scores to a plan, what searchers share
+    ranking: from scores to a plan; shared by searchers
     recovery: the training that a compensator describes
     rounding: round a plan's widths
-    sequential: repair layer by layer, each site after those before it
-    site_errors: how far a consumer's output moves, predicted and measured
+    sequential: repair one site after another, in one sweep over the layers
+    site_errors: the error of a consumer's output, predicted and measured
     statistics: what calibration measures
-    trials: the perplexity that searchers with trials go by
+    trials: the objectives of trial searchers
 """

@@ -1,4 +1,4 @@
-"""Metrics, structure searchers and compensators: the interfaces of what prunes."""
+"""The interfaces of metrics, structure searchers and compensators."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flapkit.system.errors import RecipeError
 
 
 class CalibratedComponent(Component):
-    """A component that works from statistics of the calibration text."""
+    """A component that uses statistics of the calibration text."""
 
     statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    """What must be measured on the calibration text; nothing else is."""
+    """The statistics to measure on the calibration text; no others are measured."""
 
     def measures(self) -> tuple[type[Statistic], ...]:
-        """List what must be measured: ``statistics``, unless that depends on the options."""
+        """List the statistics to measure; override this where they depend on the options."""
         return self.statistics
 
 
 def needed_statistics(components: Iterable[CalibratedComponent]) -> tuple[type[Statistic], ...]:
-    """List the statistics that some components need, each once."""
+    """List the statistics that components need, without duplicates."""
     return tuple(dict.fromkeys(statistic for component in components for statistic in component.measures()))
 
 
 class ImportanceMetric(CalibratedComponent):
-    """How much each unit matters.
+    """Scores how important each unit is.
 
-    A whole metric of your own:
+    A complete metric:
 
     ```python
     @dataclass(frozen=True)
@@ -51,33 +51,32 @@ class ImportanceMetric(CalibratedComponent):
 
     @abstractmethod
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
-        """Score the units of one site; low goes first.
+        """Score the units of one site; units with low scores are removed first.
 
         Args:
-            site: the place to score.
-            stats: what was measured about the consumer's input.
+            site: the site to score.
+            stats: the statistics of the consumer's input.
             weight: the consumer's weight [out_features, channels], in the model's dtype.
 
         Returns:
-            Scores [units, k]: k is ``site.channels_per_unit`` for a score of every channel, or 1 for one of the
-            whole unit.
+            Scores [units, k]: k is ``site.channels_per_unit`` for one score per channel, or 1 for one score per unit.
         """
 
 
 class StructureSearcher(Component):
-    """Which units go: it owns standardisation and ranking."""
+    """Chooses the units to keep; standardisation and ranking are its responsibility."""
 
     uses_scores: ClassVar[bool] = True
-    """Whether it looks at the metric's scores; where it does not, nothing is measured for them, and it gets none."""
+    """Whether it uses the metric's scores; if false, nothing is measured for them and ``scores`` is empty."""
 
     @property
     def uniform(self) -> bool:
-        """Tell whether every plan leaves all layers alike, which some export formats need."""
+        """Tell whether all layers have the same sizes under every plan, as some export formats require."""
         return False
 
     @abstractmethod
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Find the units to keep.
+        """Choose the units to keep.
 
         Args:
             sites: the prunable sites, in the model's order.
@@ -85,7 +84,7 @@ class StructureSearcher(Component):
             budget: how many parameters to remove.
 
         Returns:
-            A plan over exactly these sites.
+            A plan for exactly these sites.
 
         Raises:
             BudgetError: the budget cannot be met.
@@ -93,10 +92,10 @@ class StructureSearcher(Component):
 
 
 class Objective(Protocol):
-    """What plans are tried by; lower is better. Text that the recipe evaluates is never used."""
+    """The objective of trial searchers; lower is better. The recipe's evaluation text is never used."""
 
     def __call__(self, plan: PruningPlan, share: float = 1.0) -> float:
-        """Carry a plan out on a copy of the model, with the recipe's compensators, and judge the copy.
+        """Apply a plan to a copy of the model, with the recipe's compensators, and evaluate the copy.
 
         Args:
             plan: over exactly the sites that the searcher got.
@@ -109,9 +108,9 @@ class Objective(Protocol):
 
 
 class TrialSearcher(StructureSearcher):
-    """A searcher that tries plans out.
+    """A searcher that evaluates candidate plans.
 
-    ``search`` gives the plan that the trials start from; it is what ``flapkit check`` judges a budget by.
+    ``search`` returns the plan that the trials start from; ``flapkit check`` uses it to check the budget.
     """
 
     objective: Literal["perplexity", "kl"] = "perplexity"
@@ -126,13 +125,13 @@ class TrialSearcher(StructureSearcher):
     def search_by_trials(
         self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, objective: Objective
     ) -> PruningPlan:
-        """Find the units to keep.
+        """Choose the units to keep.
 
         Args:
             sites: the prunable sites, in the model's order.
-            scores: as ``search`` gets them.
+            scores: as for ``search``.
             budget: how many parameters to remove.
-            objective: says what a plan over exactly these sites is worth.
+            objective: evaluates a plan for exactly these sites.
 
         Raises:
             BudgetError: the budget cannot be met.
@@ -140,17 +139,17 @@ class TrialSearcher(StructureSearcher):
 
 
 class Compensator(CalibratedComponent):
-    """How the loss is repaired: in closed form before slicing, by a training after it, or both.
+    """Repairs the loss: in closed form before slicing, by training after it, or both.
 
-    A compensator overrides ``correct`` or ``recovery``. A recipe can name several: at most one of them corrects, and at
-    most one recovers.
+    A compensator overrides ``correct`` or ``recovery``. A recipe can name several: at most one of them may override
+    ``correct``, and at most one ``recovery``.
     """
 
     def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
-        """List what must be measured of a site whose earlier sites are pruned already.
+        """List the statistics to measure at a site during sequential repair, when the sites before it are pruned.
 
-        The statistics are then those of the pruned model's inputs. A compensator that can make good what the earlier
-        sites lost names statistics with targets here, such as ``TargetGram``.
+        The statistics are then those of the pruned model's inputs. A compensator that can also repair the error of the
+        earlier sites returns statistics with targets, such as ``TargetGram``.
         """
         return self.measures()
 
@@ -161,20 +160,20 @@ class Compensator(CalibratedComponent):
 
     @property
     def adds_bias(self) -> bool:
-        """Tell whether pruned consumers get a bias, which some export formats cannot hold."""
+        """Tell whether pruned consumers get a bias, which some export formats cannot store."""
         return self.corrects
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
-        """Compute the repair of one site.
+        """Compute the correction of one site.
 
         Args:
-            site: the place that is pruned.
-            stats: what was measured about the consumer's input.
+            site: the pruned site.
+            stats: the statistics of the consumer's input.
             weight: the consumer's dense weight [out_features, channels], in the model's dtype.
             keep: the kept units, ascending.
 
         Returns:
-            The correction; its tensors may be of any floating dtype, and are cast to the model's.
+            The correction; its tensors may have any floating dtype, and are cast to the model's.
         """
         return Correction()
 
@@ -184,7 +183,7 @@ class Compensator(CalibratedComponent):
 
 
 def repairs_nothing(compensator: type[Compensator]) -> bool:
-    """Tell whether a compensator overrides neither of the two ways to repair, as one with a misspelt method does."""
+    """Tell whether a compensator overrides neither ``correct`` nor ``recovery``, for instance by a misspelt name."""
     return compensator.correct is Compensator.correct and compensator.recovery is Compensator.recovery
 
 
@@ -192,7 +191,7 @@ def corrector_of(compensators: Sequence[Compensator]) -> Compensator | None:
     """Return the compensator that corrects weights in closed form, if there is one.
 
     Raises:
-        RecipeError: several do, and each would repair the whole loss once more.
+        RecipeError: there are several; each would repair the same loss again.
     """
     correctors = [compensator for compensator in compensators if compensator.corrects]
     if len(correctors) > 1:
@@ -205,7 +204,7 @@ def recovery_of(compensators: Sequence[Compensator]) -> Recovery | None:
     """Return the training that a compensator describes, if there is one.
 
     Raises:
-        RecipeError: several describe one.
+        RecipeError: there are several.
     """
     described = [(compensator.name, compensator.recovery()) for compensator in compensators]
     recoveries = [(name, recovery) for name, recovery in described if recovery is not None]

@@ -1,4 +1,4 @@
-"""Watch the experts of a mixture: their consumers are slices of one tensor, whose inputs no hook sees."""
+"""Observe the experts of a mixture: their consumers are slices of one tensor, whose inputs a hook cannot see."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ NEEDED = ("has_gate", "has_bias", "is_transposed")
 
 
 def watch(experts: nn.Module, see: See) -> None:
-    """Compute a module's experts one by one, and show what each consumer sees, until ``unwatch``.
+    """Compute a module's experts one at a time and call ``see`` for each, until ``unwatch``.
 
     Args:
-        experts: a module made by transformers' ``use_experts_implementation``, which says how its tensors are laid out.
-        see: is shown what goes into every expert's consumer.
+        experts: a module made by transformers' ``use_experts_implementation``, whose attributes give the layout of its
+            tensors.
+        see: called with the input and output of each expert's consumer.
 
     Raises:
-        ModelError: the module does not say how its experts are laid out.
+        ModelError: the module lacks an attribute for its layout.
     """
     if missing := [name for name in NEEDED if not hasattr(experts, name)]:
-        raise ModelError(f"the experts of {type(experts).__name__} do not say {', '.join(missing)}; leave them alone")
+        raise ModelError(
+            f"the experts of {type(experts).__name__} cannot be pruned: missing attributes {', '.join(missing)}"
+        )
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _forward(experts, hidden_states, top_k_index, top_k_weights, see)
@@ -37,12 +40,12 @@ def watch(experts: nn.Module, see: See) -> None:
 
 
 def unwatch(experts: nn.Module) -> None:
-    """Give a module its own forward back."""
+    """Restore a module's own forward."""
     vars(experts).pop("forward", None)
 
 
 def _forward(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, see: See) -> Tensor:
-    """Follow transformers' own ``batched_mm_experts_forward``, an expert at a time."""
+    """Do what transformers' ``batched_mm_experts_forward`` does, one expert at a time."""
     output = torch.zeros_like(hidden)
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     for expert in range(len(experts.down_proj)):

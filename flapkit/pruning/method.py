@@ -1,4 +1,4 @@
-"""From statistics to a pruned model: scores, plan, corrections, slice; one plain function for each stage."""
+"""From statistics to scores, plan and corrections: one function for each stage."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FEW_TOKENS = 128
-"""An expert that calibration routed fewer tokens to is named in a warning."""
+"""An expert that receives fewer calibration tokens causes a warning."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What prunes: the components that a recipe chooses.
+    """The components that prune.
 
     Args:
         metric: scores the units.
         searcher: chooses the units to keep.
-        compensators: repair the loss; at most one corrects.
+        compensators: repair the loss; at most one overrides ``correct``.
     """
 
     metric: ImportanceMetric
@@ -55,28 +55,28 @@ class Method:
 
     @property
     def scoring(self) -> tuple[type[Statistic], ...]:
-        """What must be measured for the scores; nothing where the searcher uses none."""
+        """The statistics to measure for the scores; empty where the searcher uses no scores."""
         return self.metric.measures() if self.searcher.uses_scores else ()
 
     @property
     def repairing(self) -> tuple[type[Statistic], ...]:
-        """What must be measured for the corrections."""
+        """The statistics to measure for the corrections."""
         return needed_statistics(self.compensators)
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
-        """All that must be measured, each statistic once."""
+        """All statistics to measure, without duplicates."""
         return tuple(dict.fromkeys([*self.scoring, *self.repairing]))
 
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """What some sites get for the units that they lose.
+    """The repair of some sites.
 
     Args:
-        corrections: site name -> what a compensator does to the consumer.
-        expected: site name -> squared error of the consumer's output per token that the statistics predict; None
-            where they do not allow it.
+        corrections: site name -> the consumer's correction.
+        expected: site name -> predicted squared error of the consumer's output per token; None where the statistics do
+            not allow a prediction.
     """
 
     corrections: Mapping[str, Correction] = field(default_factory=dict)
@@ -94,14 +94,14 @@ class Repairs:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was decided when a model was pruned.
+    """The result of pruning a model.
 
     Args:
         scores: site name -> scores [units, k], float64 on the CPU; empty where the searcher uses none.
-        plan: the plan that was carried out.
-        notes: site name -> what the compensator has to say about it.
-        expected: site name -> squared error of the consumer's output per token that the statistics predict; None
-            where they do not allow it.
+        plan: the applied plan.
+        notes: site name -> the compensator's remark about it.
+        expected: site name -> predicted squared error of the consumer's output per token; None where the statistics do
+            not allow a prediction.
     """
 
     scores: Mapping[str, Tensor]
@@ -112,7 +112,7 @@ class Pruned:
 
 @contextmanager
 def _as_plugin_error(where: str) -> Iterator[None]:
-    """Name the component, and the site, in whatever goes wrong inside a component."""
+    """Turn an unexpected exception inside a component into one error that names the component and the site."""
     try:
         yield
     except (FlapkitError, torch.OutOfMemoryError):
@@ -140,17 +140,16 @@ def score_sites(
         with _as_plugin_error(f"metric {metric.name!r} at {site.name}"):
             score = metric.score(site, statistics[site.name].only(metric.measures()), weight)
         shapes = [(site.units, site.channels_per_unit), (site.units, 1)]
-        found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        if found not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-            raise PluginError(f"metric {metric.name!r} at {site.name}: expected scores {wanted}, found {found}")
+        shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        if shape not in shapes:
+            allowed = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            raise PluginError(f"metric {metric.name!r} at {site.name}: expected scores {allowed}, got {shape}")
         if not torch.isfinite(score).all():
             raise PluginError(f"metric {metric.name!r} at {site.name}: some scores are not finite")
         scores[site.name] = score.double().cpu()
     if equal := [name for name, score in scores.items() if score.numel() > 1 and score.max() == score.min()]:
         log.warning(
-            "scores: metric %r cannot tell the units of %s apart: all of a site score the same; AL-AM ranks them as "
-            "average ones",
+            "scores: metric %r gives all units of a site the same score at %s; AL-AM ranks them as average",
             metric.name,
             ", ".join(equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else ""),
         )
@@ -158,10 +157,10 @@ def score_sites(
 
 
 def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
-    """Refuse experts that calibration routed next to nothing to, and warn of those that saw little.
+    """Refuse experts that received too few calibration tokens, and warn of those that received few.
 
     Raises:
-        CalibrationError: an expert of which no variance is known.
+        CalibrationError: an expert received fewer than two tokens, so that its variance is undefined.
     """
     few = {}
     for site in sites:
@@ -169,14 +168,14 @@ def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
             few[site.name] = statistics[site.name][Moments].tokens
     if unseen := [name for name, tokens in few.items() if tokens < 2]:
         raise CalibrationError(
-            f"calibration: {len(unseen)} experts saw fewer than two tokens, {unseen[0]} the first of them; "
-            "give more text (calibration.samples)"
+            f"calibration: {len(unseen)} experts received fewer than two tokens (first: {unseen[0]}); "
+            "use more text (calibration.samples)"
         )
     rare = {name: tokens for name, tokens in few.items() if tokens < FEW_TOKENS}
     if rare:
-        name = min(rare, key=lambda each: rare[each])
+        name = min(rare, key=rare.__getitem__)
         log.warning(
-            "calibration: %d of %d experts saw fewer than %d tokens (%s the fewest: %d); their scores are uncertain",
+            "calibration: %d of %d experts received fewer than %d tokens (fewest: %s, %d); their scores are uncertain",
             len(rare),
             len(few),
             FEW_TOKENS,
@@ -192,15 +191,15 @@ def find_plan(
     budget: Budget,
     objective: Objective | None = None,
 ) -> PruningPlan:
-    """Let a searcher choose the units to keep; sites that the budget leaves out keep all of theirs.
+    """Let a searcher choose the units to keep; sites outside the budget keep all of theirs.
 
     Args:
         sites: the model's sites.
         scores: site name -> scores [units, k].
-        searcher: chooses.
+        searcher: chooses the units.
         budget: how much to remove.
-        objective: what a searcher that tries plans goes by; without it there are no trials, and such a searcher gives
-            the plan that it would start from.
+        objective: what a ``TrialSearcher`` minimises; if None, it runs no trials and returns the plan that it would
+            start from.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -209,40 +208,40 @@ def find_plan(
     if budget.params == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
     pruned = prunable(sites, budget.of)
-    whose = f"searcher {searcher.name!r}"
+    where = f"searcher {searcher.name!r}"
     known = {site.name: scores[site.name] for site in pruned if site.name in scores}
     if objective is not None and isinstance(searcher, TrialSearcher):
         value = objective
 
         def judge(plan: PruningPlan, share: float = 1.0) -> float:
-            return value(_whole(plan, pruned, sites, whose, known, budget), share)
+            return value(_complete(plan, pruned, sites, where, known, budget), share)
 
-        with _as_plugin_error(whose):
-            found = searcher.search_by_trials(pruned, known, budget, judge)
+        with _as_plugin_error(where):
+            plan = searcher.search_by_trials(pruned, known, budget, judge)
     else:
-        with _as_plugin_error(whose):
-            found = searcher.search(pruned, known, budget)
-    return _whole(found, pruned, sites, whose, known, budget)
+        with _as_plugin_error(where):
+            plan = searcher.search(pruned, known, budget)
+    return _complete(plan, pruned, sites, where, known, budget)
 
 
-def _whole(
-    found: PruningPlan,
+def _complete(
+    plan: PruningPlan,
     pruned: Sequence[Site],
     sites: Sequence[Site],
-    whose: str,
+    where: str,
     scores: Mapping[str, Tensor],
     budget: Budget,
 ) -> PruningPlan:
-    """Check a searcher's plan, round it, and let the sites that the budget leaves out keep all of their units."""
-    if not isinstance(found, PruningPlan):
-        raise PluginError(f"{whose}: expected a PruningPlan, got a {type(found).__name__}")
+    """Check a searcher's plan, round it, and add the sites outside the budget, which keep all of their units."""
+    if not isinstance(plan, PruningPlan):
+        raise PluginError(f"{where}: expected a PruningPlan, got a {type(plan).__name__}")
     try:
-        found.check(pruned)
+        plan.check(pruned)
     except InputError as error:
-        raise PluginError(f"{whose}: {error}") from error
+        raise PluginError(f"{where}: {error}") from error
     if budget.multiple_of > 1:
-        found = round_plan(pruned, found, scores, budget.multiple_of)
-    return PruningPlan({site.name: found.keep.get(site.name, tuple(range(site.units))) for site in sites})
+        plan = round_plan(pruned, plan, scores, budget.multiple_of)
+    return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
 
 
 def repair_sites(
@@ -252,17 +251,17 @@ def repair_sites(
     compensators: Sequence[Compensator],
     plan: PruningPlan,
 ) -> Repairs:
-    """Compute the corrections of some sites, and predict what error they leave.
+    """Compute the corrections of some sites, and predict the error that remains.
 
     Args:
-        model: the dense model, which has the weights of these sites in memory.
+        model: the dense model, with the weights of these sites in memory.
         sites: some of its sites.
-        statistics: site name -> what was measured there.
+        statistics: site name -> its statistics.
         compensators: at most one corrects.
         plan: the units to keep.
 
     Raises:
-        FlapkitError: a correction that cannot be computed, or does not fit.
+        FlapkitError: a correction cannot be computed, or does not fit.
     """
     corrections = find_corrections(model, sites, statistics, compensators, plan)
     return Repairs(corrections, expect_errors(model, sites, statistics, plan, corrections))
@@ -276,10 +275,10 @@ def find_corrections(
     compensators: Sequence[Compensator],
     plan: PruningPlan,
 ) -> dict[str, Correction]:
-    """Compute the correction of every site that loses units, by the one compensator that corrects.
+    """Compute the correction of every site that loses units.
 
     Raises:
-        PluginError: a correction of a wrong shape, or one that is not finite.
+        PluginError: a correction has a wrong shape, or is not finite.
         RecipeError: several compensators correct.
     """
     compensator = corrector_of(compensators)
@@ -303,17 +302,14 @@ def find_corrections(
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape:
-                raise PluginError(
-                    f"compensator {compensator.name!r} at {site.name}: expected a {part} {list(shape)}, "
-                    f"found {list(tensor.shape)}"
-                )
+                raise PluginError(f"{where}: expected a {part} {list(shape)}, got {list(tensor.shape)}")
             if not torch.isfinite(tensor).all():
-                raise PluginError(f"compensator {compensator.name!r} at {site.name}: its {part} is not finite")
+                raise PluginError(f"{where}: its {part} is not finite")
         if correction.note:
             log.info("%s: %s", site.name, correction.note)
-        # Least squares is solved in a wider type than the weights have; they are all kept until the model is sliced.
-        narrow = None if correction.weight is None else correction.weight.to(weight.dtype)
-        corrections[site.name] = replace(correction, weight=narrow)
+        # Corrections may be float64, and all stay in memory until the model is sliced: cast them now.
+        cast = None if correction.weight is None else correction.weight.to(weight.dtype)
+        corrections[site.name] = replace(correction, weight=cast)
     return corrections
 
 
@@ -324,10 +320,10 @@ def expect_errors(
     plan: PruningPlan,
     corrections: Mapping[str, Correction],
 ) -> dict[str, float | None]:
-    """Predict what a plan and its corrections will do to the output of every site that loses units.
+    """Predict the error of the consumer's output at every site that loses units.
 
     Returns:
-        Site name -> squared error per token, or None where the statistics do not allow it.
+        Site name -> squared error per token, or None where the statistics do not allow a prediction.
     """
     return {
         site.name: predict_squared_error(

@@ -1,4 +1,4 @@
-"""From scores to a plan: what structure searchers share."""
+"""From scores to a plan: functions that structure searchers share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError, InputError
 
-_FLOOR = "with every site at its floor only"
+_FLOOR = "with every site at its minimum"
 
 
 def standardise(scores: Tensor) -> Tensor:
     """Subtract the mean of a site's scores and divide by their standard deviation.
 
-    FLAP (arXiv 2312.11983), equation 7: it makes layers and modules comparable. The deviation is the unbiased one;
-    scores that are all equal become zeros.
+    FLAP (arXiv 2312.11983), equation 7: it makes layers and modules comparable. The standard deviation is the unbiased
+    one. If all scores are equal, the result is zero.
 
     Args:
         scores: scores of one site, any shape.
@@ -30,7 +30,7 @@ def standardise(scores: Tensor) -> Tensor:
     """
     if scores.numel() < 2 or scores.max() == scores.min():
         return torch.zeros_like(scores)
-    # A power of two changes no digit, and keeps the squares of very small and very large scores within range.
+    # Scaling by a power of two is exact, and keeps the squares of very small and very large scores within range.
     exponent = math.frexp(float(scores.abs().max()))[1]
     scaled = scores * 2.0 ** max(-1000, min(1000, -exponent))
     return (scaled - scaled.mean()) / scaled.std()
@@ -42,15 +42,15 @@ def raise_attention(sites: Sequence[Site], scores: Mapping[str, Tensor], power: 
     FLAP's released code squares them; the paper (arXiv 2312.11983) does not say so.
 
     Args:
-        sites: the sites that are pruned.
+        sites: the pruned sites.
         scores: site name -> scores [units, k].
         power: the power.
 
     Returns:
-        Site name -> scores [units, k], those of the MLP as they were.
+        Site name -> scores [units, k]; those of the MLPs are unchanged.
 
     Raises:
-        InputError: the power takes a score beyond what a float64 holds.
+        InputError: a result is out of float64's range.
     """
     raised = {}
     for site in sites:
@@ -58,16 +58,16 @@ def raise_attention(sites: Sequence[Site], scores: Mapping[str, Tensor], power: 
         if site.kind == "attention":
             score = score.sign() * score.abs().pow(power)
         if not torch.isfinite(score).all():
-            raise InputError(f"{site.name}: attention_power {power:g} takes its scores out of range; choose 1 or 2")
+            raise InputError(f"{site.name}: scores to the attention_power {power:g} are out of range; choose 1 or 2")
         raised[site.name] = score
     return raised
 
 
 def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], list[Site]]:
-    """Part the sites into attention and MLP.
+    """Split the sites into attention and MLP.
 
     Raises:
-        BudgetError: there are none of one kind, so that a budget cannot be split between them.
+        BudgetError: one of the two is empty, so that the budget cannot be split between them.
     """
     attention = [site for site in sites if site.kind == "attention"]
     mlp = [site for site in sites if site.kind != "attention"]
@@ -80,44 +80,44 @@ def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], li
 
 
 def whole_units(sites: Sequence[Site], ratio: float) -> int:
-    """Count the whole units, all of one size, that a ratio of some sites' parameters takes."""
+    """Return how many whole units, all of one size, a ratio of the sites' parameters amounts to."""
     params = sum(site.params for site in sites)
     return round(ratio * params) * sum(site.units for site in sites) // max(params, 1)
 
 
 def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float] = ()) -> dict[int, float]:
-    """Share a budget among the layers.
+    """Divide a budget among the layers.
 
     Args:
-        sites: the sites that are pruned.
+        sites: the pruned sites.
         budget: how many parameters to remove.
-        profile: what the ratios of the layers are to be in proportion to, in order; empty for equal ones.
+        profile: relative ratios of the layers, in order; empty for equal ratios.
 
     Returns:
-        Layer -> the fraction of its sites' parameters to remove; over all layers they add up to the budget.
+        Layer -> the fraction of its sites' parameters to remove; together they meet the budget.
 
     Raises:
-        BudgetError: the profile has another length, is all zero, or takes more than all of a layer.
+        BudgetError: the profile has the wrong length, is all zero, or removes more than a whole layer.
     """
     params: dict[int, int] = {}
     for site in sites:
         params[site.layer] = params.get(site.layer, 0) + site.params
     if profile and (len(profile) != len(params) or not any(profile)):
         shown = ", ".join(f"{ratio:g}" for ratio in profile)
-        raise BudgetError(f"profile: expected {len(params)} ratios, one a layer and not all of them 0, got {shown}")
+        raise BudgetError(f"profile: expected {len(params)} ratios, one per layer and not all 0, got {shown}")
     weights = dict(zip(params, profile or [1.0] * len(params), strict=True))
     total = sum(weight * params[layer] for layer, weight in weights.items())
     ratios = {layer: weight * budget.params / total for layer, weight in weights.items()}
     for layer, ratio in ratios.items():
         if ratio > 1:
-            raise BudgetError(f"profile: scaled to the budget, it takes {ratio:.0%} of layer {layer}")
+            raise BudgetError(f"profile: scaled to the budget, it removes {ratio:.0%} of layer {layer}")
     return ratios
 
 
 def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: int, min_units: int = 1) -> PruningPlan:
-    """Remove a number of units, the lowest of all sites together, whatever their parameters.
+    """Remove a number of units, the lowest of all sites together, regardless of their sizes.
 
-    Where several go at once (the query heads of each key/value head), fewer may go than were asked for.
+    Where several units are removed at once (one query head of each key/value head), fewer than ``count`` may go.
 
     Args:
         sites: the sites to prune, in the model's order.
@@ -129,12 +129,14 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
         The units to keep at each site.
 
     Raises:
-        BudgetError: the floors do not allow so many.
+        BudgetError: ``min_units`` does not allow so many.
     """
     queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
     possible = sum(sum(queue.sizes) * len(queue.lots) for queue in queues)
     if count > possible:
-        raise BudgetError(f"{count} units are to go from {_named(sites)}, but {_FLOOR} {possible} can")
+        raise BudgetError(
+            f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
+        )
     return _take(sites, queues, count, [len(queue.lots) for queue in queues])
 
 
@@ -143,21 +145,21 @@ def remove_lowest(
 ) -> PruningPlan:
     """Remove the lowest units of all sites together until the budget is met.
 
-    Units go in ascending order, each at the cost of its real parameters. A unit that no longer fits is passed over
-    for the cheaper ones after it, so that what is removed falls short of the budget by less than one smallest unit.
-    Ties go in the order of the sites, then of the units.
+    Units are removed in ascending order; each costs its actual number of parameters. A unit that no longer fits is
+    skipped in favour of cheaper ones after it, so that the result falls short of the budget by less than the smallest
+    unit. Ties are broken by the order of the sites, then of the units.
 
     Args:
         sites: the sites to prune, in the model's order.
         ranking: site name -> one value per unit [units]; low goes first.
-        budget: how much to remove; or a number of parameters.
+        budget: how much to remove; an int is a number of parameters.
         min_units: units that every site keeps.
 
     Returns:
         The units to keep at each site.
 
     Raises:
-        BudgetError: the floors do not allow the budget.
+        BudgetError: ``min_units`` does not allow the budget.
     """
     queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
     _check_possible(queues, budget)
@@ -166,7 +168,7 @@ def remove_lowest(
 
 
 def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, step_costs: Sequence[int]) -> PruningPlan:
-    """Take blocks in ascending order as long as they can be paid for."""
+    """Remove blocks of units in ascending order while ``left`` covers their cost."""
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
     taken = [0] * len(queues)
@@ -178,16 +180,16 @@ def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, step_costs
             left -= size * step_costs[owner]
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
-        keep |= queue.kept(sum(queue.sizes[:count]))
+        keep |= queue.keep_after(sum(queue.sizes[:count]))
     return PruningPlan({site.name: keep[site.name] for site in sites})
 
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The units of a site, ascending, and the blocks of them that may go, in that order.
+    """The units of a site in ascending order, and the blocks of units that may be removed, in that order.
 
-    Where several lots of units have to keep the same number (the experts of a layer, the query heads of each key/value
-    head), one unit of each lot goes at a time, and the mean of their values ranks them.
+    Where several lots of units must keep the same number (the experts of a layer, the query heads of each key/value
+    head), one unit of each lot is removed at a time, ranked by the mean of their values.
     """
 
     lots: list[tuple[Site, list[int]]]
@@ -200,35 +202,35 @@ class _Queue:
         multiple = site.multiple if site.kind == "mlp" else 1
         length = site.units // site.runs
         lots, columns = [], []
-        for each in together:
-            values, order = ranking[each.name].cpu().view(site.runs, length).sort(dim=1, stable=True)
-            lots += [(each, (order[run] + run * length).tolist()) for run in range(site.runs)]
+        for member in together:
+            values, order = ranking[member.name].cpu().view(site.runs, length).sort(dim=1, stable=True)
+            lots += [(member, (order[run] + run * length).tolist()) for run in range(site.runs)]
             columns.append(values)
         values = torch.cat(columns).mean(dim=0)
         floor = math.ceil(math.ceil(min_units / site.runs) / multiple) * multiple
         removable = values[: max(length - floor, 0)]
-        odd = len(removable) % multiple
-        means = removable[odd:].view(-1, multiple).mean(dim=1)
-        if odd:
-            means = torch.cat([removable[:odd].mean().view(1), means])
-        return cls(lots, [odd] * bool(odd) + [multiple] * (len(removable) // multiple), means)
+        rest = len(removable) % multiple
+        means = removable[rest:].view(-1, multiple).mean(dim=1)
+        if rest:
+            means = torch.cat([removable[:rest].mean().view(1), means])
+        return cls(lots, [rest] * bool(rest) + [multiple] * (len(removable) // multiple), means)
 
     @property
     def params_per_step(self) -> int:
-        """Parameters that one unit of each lot saves."""
+        """Parameters of one unit of each lot."""
         return sum(site.params_per_unit for site, _ in self.lots)
 
     @property
     def params(self) -> int:
-        """Parameters that can go."""
+        """Parameters that can be removed."""
         return sum(self.sizes) * self.params_per_step
 
-    def kept(self, removed: int) -> dict[str, tuple[int, ...]]:
-        """Return the units that each site keeps once so many of each lot are removed."""
-        kept: dict[str, list[int]] = {}
+    def keep_after(self, removed: int) -> dict[str, tuple[int, ...]]:
+        """Return the units that each site keeps when ``removed`` units of each lot are removed."""
+        keep: dict[str, list[int]] = {}
         for site, units in self.lots:
-            kept.setdefault(site.name, []).extend(units[removed:])
-        return {name: tuple(sorted(units)) for name, units in kept.items()}
+            keep.setdefault(site.name, []).extend(units[removed:])
+        return {name: tuple(sorted(units)) for name, units in keep.items()}
 
 
 def _check_possible(queues: Sequence[_Queue], budget: Budget | int) -> None:
@@ -236,12 +238,14 @@ def _check_possible(queues: Sequence[_Queue], budget: Budget | int) -> None:
     if isinstance(budget, int):
         if budget > possible:
             names = _named([site for queue in queues for site, _ in queue.lots])
-            raise BudgetError(f"{budget:,} parameters are to go from {names}, but {_FLOOR} {possible:,} can")
+            raise BudgetError(
+                f"cannot remove {budget:,} parameters from {names}: {_FLOOR}, at most {possible:,} can be removed"
+            )
     elif budget.params > possible:
         largest = math.floor(1e4 * possible / budget.base) / 1e4
         raise BudgetError(
-            f"budget.ratio: {budget.ratio} asks for {budget.params:,} parameters, but {_FLOOR} {possible:,} can go; "
-            f"the largest ratio of {budget.of} is {largest}"
+            f"budget.ratio: {budget.ratio} means {budget.params:,} parameters, but {_FLOOR}, at most {possible:,} can "
+            f"be removed; the largest ratio of {budget.of} is {largest}"
         )
 
 

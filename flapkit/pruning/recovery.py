@@ -1,4 +1,4 @@
-"""Recovery: a short training of the pruned model, which a compensator describes and the core runs."""
+"""Recovery: a short training of the pruned model. A compensator describes it; the core runs it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HELD_OUT_ONE_IN = 10
-"""Of the recovery text one part in so many is never trained on, but chooses what is kept."""
+"""One document in this many is held out of the recovery text, to choose the best step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a pruned model is trained: the options that every recovering compensator has in a recipe.
+    """How a pruned model is trained: the options that every compensator with a recovery has in a recipe.
 
-    How much is accumulated, clipped, and in which precision is in the recipe's ``trainer``.
+    Gradient accumulation, clipping and precision are set in the recipe's ``trainer``.
     """
 
-    dataset: Annotated[Dataset | None, Field(description="Text to train on; the calibration's by default.")] = None
+    dataset: Annotated[Dataset | None, Field(description="Training text; by default the calibration text.")] = None
     subset: Subset = None
     split: Split = None
     field: TextField = None
     validation: Annotated[
         TextSource | None,
-        Field(description="Text that chooses what is kept; by default a tenth of the training text, held out."),
+        Field(description="Validation text, which chooses the best step; by default a tenth of the training text."),
     ] = None
-    validation_windows: Annotated[Count, Field(ge=1, description="Windows to validate on.")] = 64
+    validation_windows: Annotated[Count, Field(ge=1, description="Validation windows.")] = 64
     validate_every: Annotated[Count, Field(ge=1, description="Steps between validations.")] = 50
     patience: Annotated[
         int | None,
-        Field(ge=1, description="Stop after so many validations without a better one; by default never."),
+        Field(ge=1, description="Stop after this many validations without improvement; by default never."),
     ] = None
     length: Annotated[Count, Field(ge=2, description="Tokens in a window.")] = 256
     batch_size: Annotated[
@@ -50,24 +50,24 @@ class Training:
     steps: Annotated[Count, Field(ge=1, description="Optimizer steps.")] = 500
     lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
     warmup: Annotated[
-        float, Field(ge=0, lt=1, description="Fraction of the steps that the learning rate rises, before it falls.")
+        float, Field(ge=0, lt=1, description="Fraction of the steps in which the learning rate rises before it falls.")
     ] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay of matrices.")] = 0.0
     distill: Annotated[
-        bool, Field(description="Learn from the dense model's predictions too; it stays in memory meanwhile.")
+        bool, Field(description="Learn from the dense model's predictions as well; it stays in memory.")
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the windows and of the training.")] = 0
 
     def __post_init__(self) -> None:
-        """Refuse what would be ignored."""
+        """Refuse options that would be ignored."""
         if self.dataset is None and (self.subset or self.split or self.field):
-            raise ValueError("`subset`, `split` and `field` say more of `dataset`, which is not given")
+            raise ValueError("`subset`, `split` and `field` need `dataset`")
 
     def source(self, calibration: TextSource) -> TextSource:
-        """Say where the text to train on comes from.
+        """Return the source of the training text.
 
         Args:
-            calibration: the source that is meant where none is named.
+            calibration: the source to use where ``dataset`` is not given.
         """
         if self.dataset is None:
             return calibration
@@ -75,16 +75,16 @@ class Training:
 
 
 class Trainable(Protocol):
-    """What a recovery has put into a model to train it."""
+    """The trainable part that a recovery adds to a model, such as a LoRA adapter."""
 
     def merge_(self) -> None:
-        """Fold what was trained into the model's own weights, in place, and leave nothing else behind."""
+        """Merge the trained part into the model's own weights, in place, and remove it."""
 
     def remove_(self) -> None:
-        """Take out what was trained, in place: the model is as it was before."""
+        """Remove the trained part, in place, so that the model is as before."""
 
     def files(self) -> Mapping[str, bytes]:
-        """Return what was trained as files, name -> content."""
+        """Return the trained part as files, name -> content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,10 @@ class Recovery:
     """A training of the pruned model.
 
     Args:
-        training: on what text, how long and how fast.
-        attach: puts what is trained into the pruned model, in place, and leaves only that to be trained. It computes
-            the same as before then. Takes the model, and its sites before pruning, of which the names count.
-        merge: fold what was trained into the weights at the end; otherwise it is saved beside them.
+        training: the text, the number of steps, the learning rate.
+        attach: adds the trainable part to the pruned model, in place, and freezes everything else. The model's output
+            must not change. Takes the model, and the sites of the dense model, of which only the names matter.
+        merge: merge the trained part into the weights at the end; otherwise it is saved beside them.
     """
 
     training: Training
@@ -103,35 +103,35 @@ class Recovery:
     merge: bool = True
 
     def begin(self, model: PreTrainedModel, sites: Sequence[Site]) -> Trainable:
-        """Attach what is trained, as the training's seed has it, whatever was drawn before."""
+        """Attach the trainable part, initialised from the training's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.training.seed)
             return self.attach(model, sites)
 
 
 def divergence(student: Tensor, teacher: Tensor, attended: Tensor) -> Tensor:
-    """Measure how far predictions are from a teacher's: the mean of KL(teacher || student) over predicted tokens.
+    """Return the mean of KL(teacher || student) over predicted tokens.
 
     Hinton et al. (arXiv 1503.02531), section 2, at temperature 1.
 
     Args:
         student: logits [windows, tokens, vocabulary].
         teacher: logits of the same shape.
-        attended: which tokens are no padding, bool [windows, tokens]. The last token of a window predicts nothing that
-            counts, and neither does one before padding.
+        attended: which tokens are not padding, bool [windows, tokens]. The last token of a window, and the last one
+            before padding, are left out: they have no next token to predict.
 
     Returns:
-        Nats for each predicted token, a scalar in float32.
+        Nats per predicted token, a scalar in float32.
     """
     counts = attended[:, :-1] & attended[:, 1:]
-    log_student, log_teacher = (each[:, :-1][counts].float().log_softmax(-1) for each in (student, teacher))
+    log_student, log_teacher = (logits[:, :-1][counts].float().log_softmax(-1) for logits in (student, teacher))
     return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def hold_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part documents into some to train on and some to validate on: one in ten.
+    """Split documents into training and validation: one in ten validates.
 
-    Where there are fewer than ten, the last tenth of each is held out.
+    If there are fewer than ten, the last tenth of each document is held out instead.
 
     Returns:
         The documents to train on, and those to validate on.

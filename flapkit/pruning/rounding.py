@@ -1,4 +1,4 @@
-"""Round a plan's widths, so that they suit kernels and quantised formats."""
+"""Round a plan's widths to multiples that suit kernels and quantised formats."""
 
 from __future__ import annotations
 
@@ -16,65 +16,64 @@ from flapkit.model.site import Site, groups
 log = logging.getLogger(__name__)
 
 KERNELS = 32
-"""Widths of this multiple suit vector units, matrix kernels, and the blocks of quantised formats."""
+"""Multiples of this suit vector units, matrix kernels, and the blocks of quantised formats."""
 
 
 def round_plan(sites: Sequence[Site], plan: PruningPlan, scores: Mapping[str, Tensor], multiple_of: int) -> PruningPlan:
-    """Project a plan onto widths that are a multiple of a number; any searcher's plan will do.
+    """Round the widths of a plan to multiples of a number.
 
-    What is rounded is the consumer's input: an MLP's channels, an attention's heads times their size. A site goes to
-    the multiple below or above it, or stays whole. As few as possible go up: those that lose least by going down do, as
-    long as no more parameters go than before. The units that are given back are those of the highest scores, and those
-    that are taken of the lowest.
+    The width of a site is the size of its consumer's input: an MLP's channels, or an attention's heads times their
+    size. A site is rounded down or up, or stays whole. As few as possible are rounded up: sites are rounded down, those
+    that lose the fewest units first, while no more parameters are removed than before. Rounding up restores the units
+    with the highest scores; rounding down removes those with the lowest.
 
     Args:
-        sites: the sites that the plan is for.
+        sites: the sites of the plan.
         plan: the units kept.
-        scores: site name -> scores [units, k]; a site without any is taken in its units' order, last to first.
+        scores: site name -> scores [units, k]; at a site without scores, later units are removed first.
         multiple_of: the number.
 
     Returns:
-        The rounded plan; the parameters that it removes are at most the plan's, and short of them by less than the
-        largest step.
+        The rounded plan. It removes at most as many parameters as the plan, and fewer by less than the largest step.
     """
     roundings = [_Rounding.of(together, plan, multiple_of) for together in groups(sites)]
-    left = sum(each.step_cost * (each.up - each.kept) for each in roundings)
-    counts = {id(each): each.up for each in roundings}
-    for each in sorted(roundings, key=lambda each: each.kept - each.down):
-        cost = each.step_cost * (each.up - each.down)
-        if each.down < each.up and cost <= left:
-            counts[id(each)] = each.down
+    left = sum(rounding.step_cost * (rounding.up - rounding.before) for rounding in roundings)
+    counts = {id(rounding): rounding.up for rounding in roundings}
+    for rounding in sorted(roundings, key=lambda rounding: rounding.before - rounding.down):
+        cost = rounding.step_cost * (rounding.up - rounding.down)
+        if rounding.down < rounding.up and cost <= left:
+            counts[id(rounding)] = rounding.down
             left -= cost
     keep: dict[str, tuple[int, ...]] = {}
-    for each in roundings:
-        for site in each.together:
-            keep[site.name] = _kept(site, plan.keep[site.name], scores.get(site.name), counts[id(each)])
+    for rounding in roundings:
+        for site in rounding.together:
+            keep[site.name] = _choose(site, plan.keep[site.name], scores.get(site.name), counts[id(rounding)])
     return PruningPlan({name: keep[name] for name in plan.keep if name in keep})
 
 
-def odd_widths(sites: Sequence[Site], plan: PruningPlan, multiple_of: int = KERNELS) -> list[int]:
-    """List the widths of pruned MLPs that are no multiple of a number."""
+def unaligned_widths(sites: Sequence[Site], plan: PruningPlan, multiple_of: int = KERNELS) -> list[int]:
+    """List the widths of pruned MLPs that are not multiples of a number."""
     kept = {site.name: len(plan.keep[site.name]) for site in sites if site.kind == "mlp"}
     pruned = [kept[site.name] for site in sites if kept.get(site.name, site.units) < site.units]
     return [width for width in pruned if width % multiple_of]
 
 
-def warn_of_odd(sites: Sequence[Site], plan: PruningPlan) -> None:
-    """Warn of widths that kernels and quantised formats handle slowly."""
-    if odd := odd_widths(sites, plan):
+def warn_of_unaligned_widths(sites: Sequence[Site], plan: PruningPlan) -> None:
+    """Warn of widths that are slow in kernels and quantised formats."""
+    if widths := unaligned_widths(sites, plan):
         log.warning(
-            "%d pruned MLPs are of a width that is no multiple of %d (%d, ...), which kernels and quantised formats "
-            "handle slowly; budget.multiple_of rounds them",
-            len(odd), KERNELS, odd[0],
+            "the widths of %d pruned MLPs are not multiples of %d (the first is %d), which is slow in kernels and "
+            "quantised formats; budget.multiple_of rounds them",
+            len(widths), KERNELS, widths[0],
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """Sites that keep the same number of units in each of their runs: that number, and the ones below and above."""
+    """Sites that keep the same number of units in each of their runs: that number, rounded down, and rounded up."""
 
     together: list[Site]
-    kept: int
+    before: int
     down: int
     up: int
 
@@ -90,12 +89,12 @@ class _Rounding:
 
     @property
     def step_cost(self) -> int:
-        """Parameters of one unit more in each run."""
+        """Parameters of one additional unit in each run."""
         return sum(site.runs * site.params_per_unit for site in self.together)
 
 
-def _kept(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) -> tuple[int, ...]:
-    """Choose so many units of each run: the plan's first, and among those, and beyond them, the highest scores."""
+def _choose(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) -> tuple[int, ...]:
+    """Choose ``count`` units of each run: the plan's first, then others; of either, those with the highest scores."""
     value = torch.arange(site.units, 0, -1.0) if scores is None else scores.double().mean(dim=1)
     kept = set(keep)
     run = site.units // site.runs

@@ -1,8 +1,8 @@
-"""Sequential repair: one sweep over the decoder layers, in which each site also makes good what the earlier ones lost.
+"""Sequential repair: one sweep over the decoder layers, in which each site also repairs the error of the earlier sites.
 
-Two streams of hidden states go through the layers: the dense model's, and that of the model as it is pruned so far. In
-each layer, site by site, the consumer is fitted so that the pruned stream comes back to the dense one behind it. The
-sweep costs a few forward passes of the calibration text, whatever the depth.
+Two streams of hidden states pass through the layers: the dense model's, and that of the model as pruned so far. In each
+layer, site by site, the consumer is fitted so that the pruned stream matches the dense one after it. The sweep costs a
+few forward passes of the calibration text, regardless of the depth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 0.02
-"""How far a layer's change may be from the sum of its consumers' outputs, as a share of it: room for bfloat16."""
+"""Largest difference of a layer's change from the sum of its consumers' outputs, relative to the change; it allows for
+bfloat16."""
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class Runner(Protocol):
         """Return the number of layers."""
 
     def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Have a layer's weights in memory."""
+        """Hold a layer's weights in memory."""
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return what arrives at the first layer, [windows, tokens, hidden]."""
+        """Return the input of the first layer, [windows, tokens, hidden]."""
 
     def step(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
         """Run one layer, [windows, tokens, hidden]."""
@@ -60,13 +61,13 @@ class Hidden(Protocol):
         """Return those of a batch, [windows, tokens, hidden]."""
 
     def put(self, batch: int, hidden: Tensor) -> None:
-        """Keep what the layer returned for a batch; it is read after ``advance``."""
+        """Store a layer's output for a batch; it is read after ``advance``."""
 
     def advance(self) -> None:
-        """Note that all batches went through another layer."""
+        """Move on: all batches have gone through the layer."""
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all hidden states."""
 
 
 class LayerRepair:
@@ -74,12 +75,16 @@ class LayerRepair:
 
     Args:
         runner: runs the layer.
-        index: the layer.
+        index: index of the layer.
         sites: its sites.
         batches: the calibration text.
         dense: hidden states of the dense model before the layer.
-        pruned: those of the pruned model.
-        targets: where what each site's output is fitted to is kept meanwhile; site name -> batches.
+        pruned: hidden states of the pruned model before the layer.
+        targets: site name -> where the targets of its fit are stored.
+
+    Attributes:
+        adds: whether the layer adds its consumers' outputs to the hidden state, and nothing else.
+        masked: whether the plan is applied to any site of the layer.
     """
 
     def __init__(
@@ -103,11 +108,11 @@ class LayerRepair:
         self.masked = False
 
     def run_dense(self) -> None:
-        """Run the dense layer, and keep what each consumer's output is fitted to.
+        """Run the dense layer, and store the target that each consumer's output is fitted to.
 
-        The target of a consumer is its own output and what the pruned stream lacks before it. That holds where a layer
-        adds its consumers' outputs to the hidden state, and does nothing else to them; in other layers (those that norm
-        or scale an output, experts) the target is the dense consumer's own output.
+        The target of a consumer is its dense output plus the difference between the dense and the pruned stream before
+        it. This holds in layers that add their consumers' outputs to the hidden state unchanged. In other layers (those
+        that normalise or scale an output, experts) the target is the dense consumer's output alone.
         """
         sites = [site for site in self._sites if site.expert is None]
         outputs: dict[str, Tensor] = {}
@@ -126,31 +131,31 @@ class LayerRepair:
             target.advance()
 
     def repair(self, compensators: Sequence[Compensator], plan: PruningPlan) -> Repairs:
-        """Compute the corrections of the layer's sites, each after those before it; they are masked as they come."""
+        """Compute the corrections of the layer's sites one after another; each site is masked before the next."""
         corrector = corrector_of(compensators)
         repairs = Repairs()
         for together in groups(self._sites):
             if not plan.removed_units(together[0]):
                 continue
             statistics = self._measure(together, corrector)
-            found = find_corrections(self._runner.model, together, statistics, compensators, plan)
-            repairs = repairs.merged(Repairs(found))
+            corrections = find_corrections(self._runner.model, together, statistics, compensators, plan)
+            repairs = repairs.merged(Repairs(corrections))
             self.mask_(together, plan, repairs)
         return repairs
 
     def mask_(self, sites: Sequence[Site], plan: PruningPlan, repairs: Repairs) -> None:
-        """Zero what the plan removes of some of the layer's sites, and correct the rest; once for each site."""
+        """Zero the removed channels of some of the layer's sites, and correct the rest; call it once per site."""
         part = PruningPlan({site.name: plan.keep[site.name] for site in sites})
         mask_(self._runner.model, sites, part, repairs.corrections)
         self.masked = True
 
     def run_pruned(self) -> None:
-        """Run the layer as it is pruned by now."""
+        """Run the layer as pruned so far."""
         for number, batch in enumerate(self._batches):
             self._pruned.put(number, self._runner.step(self._index, batch, self._pruned[number]))
 
     def _measure(self, sites: Sequence[Site], corrector: Compensator | None) -> Statistics:
-        """Measure a site, or the experts of one stack, in the pruned stream."""
+        """Measure a site, or the experts of a layer, in the pruned stream."""
         fits_targets = sites[0].expert is None
         needed: tuple[type[Statistic], ...] = ()
         if corrector is not None:
@@ -174,7 +179,7 @@ class LayerRepair:
 
 
 class TargetCollector(Collector):
-    """Measure consumers in the pruned stream, with what their outputs should be."""
+    """Measures the inputs of consumers in the pruned stream, with targets for their outputs."""
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[Site], statistics: Sequence[type[Statistic]]) -> None:
         super().__init__(model, sites, statistics, stop_early=True)
@@ -183,12 +188,12 @@ class TargetCollector(Collector):
         self._earlier: Mapping[str, Tensor] = {}
 
     def aim(self, target: Tensor, before: Tensor | None, earlier: Mapping[str, Tensor]) -> None:
-        """Take what the site's output is fitted to in this batch.
+        """Set the target of the site's output for a batch.
 
         Args:
-            target: the dense stream behind the site, [windows, tokens, out_features]; or the dense consumer's output.
-            before: the pruned stream before the layer; None where the target is the consumer's own output.
-            earlier: the outputs of the layer's earlier consumers in the pruned stream, which are filled in as it runs.
+            target: the dense stream after the site, [windows, tokens, out_features]; or the dense consumer's output.
+            before: the pruned stream before the layer; None where the target is the consumer's output.
+            earlier: outputs of the layer's earlier consumers in the pruned stream; filled in as the layer runs.
         """
         self._target, self._before, self._earlier = target, before, earlier
 
@@ -214,7 +219,7 @@ class TargetCollector(Collector):
 
 @contextmanager
 def follow_outputs(model: PreTrainedModel, sites: Sequence[Site], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Keep the output of each site's consumer in its last run: site name -> [windows, tokens, out_features]."""
+    """Store the latest output of each site's consumer: site name -> [windows, tokens, out_features]."""
 
     def keep(name: str) -> Any:
         def hook(consumer: nn.Module, args: Any, output: Tensor) -> None:
@@ -234,9 +239,9 @@ def adds_outputs(before: Tensor, after: Tensor, outputs: Any) -> bool:
     """Tell whether a layer adds its consumers' outputs to the hidden state, and nothing else.
 
     Args:
-        before: the hidden state that the layer took, [windows, tokens, hidden].
-        after: what it returned, of the same shape.
-        outputs: of its consumers, of the same shape each.
+        before: the layer's input, [windows, tokens, hidden].
+        after: its output, of the same shape.
+        outputs: the outputs of its consumers, of the same shape.
     """
     change = after.float() - before.to(after.device).float()
     added = torch.stack([output.float() for output in outputs]).sum(dim=0)
@@ -244,7 +249,7 @@ def adds_outputs(before: Tensor, after: Tensor, outputs: Any) -> bool:
 
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module, sites: Sequence[Site]) -> nn.Module:
-    """Copy a layer but for its parameters, which the two share; only the consumers' are copies."""
+    """Copy a layer; the copy has its own consumers, and shares all other parameters with the original."""
     own = {id(parameter) for site in sites for parameter in consumer_of(model, site).parameters()}
-    shared: dict[int, Any] = {id(each): each for each in layer.parameters() if id(each) not in own}
+    shared: dict[int, Any] = {id(weight): weight for weight in layer.parameters() if id(weight) not in own}
     return copy.deepcopy(layer, {**shared, id(model.config): model.config})

@@ -1,4 +1,4 @@
-"""How far a consumer's output moves when its site is pruned: predicted from statistics, and measured."""
+"""The error of a consumer's output when its site is pruned: predicted from statistics, and measured."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGEST_TRACE = 2**26
-"""Bytes of inputs and outputs that a trace keeps at most: 64 MiB."""
+"""Largest size of a trace's inputs and outputs, in bytes: 64 MiB."""
 
 FEWEST_TRACED = 64
-"""Tokens that a trace keeps at least, whatever they take."""
+"""Smallest number of tokens in a trace, even where they exceed ``LARGEST_TRACE``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteError:
-    """How far a site's consumer is from the dense one: root of the squared error over the squared output.
+    """Relative error of a consumer's output: the root of the squared error over the squared dense output.
 
-    Both squares are summed over tokens and output features; 0 is the dense model, 1 an output of nothing.
+    Both squares are summed over tokens and output features; 0 equals the dense model, 1 equals an output of zeros.
 
     Args:
-        predicted: from the calibration statistics; None where they do not allow it.
-        alone: measured, with the dense model's own input: what pruning this site does.
-        in_model: measured in the pruned model, with the errors of the sites before it; None where the tokens that
-            reach the site are others than in the dense model (experts).
+        predicted: from the calibration statistics; None where they do not allow a prediction.
+        alone: measured with the dense model's input: the effect of pruning this site only.
+        in_model: measured in the pruned model, including the errors of the sites before it; None where other tokens
+            reach the site than in the dense model (experts).
     """
 
     predicted: float | None
@@ -51,16 +51,17 @@ def predict_squared_error(
 ) -> float | None:
     """Predict the squared error of a consumer's output per token, on text like the calibration text.
 
-    With D the change of the weight (the removed columns, less what a correction adds to the kept ones) and b the added
-    bias it is E|D x - b|² = tr(D Cov(x) D') + |D E[x] - b|². Where moments alone were measured, channels are taken as
-    uncorrelated, and the first term is FLAP's own sum of scores: Σ Var(x_j) |D_:j|² (arXiv 2312.11983, equation 5).
+    Let D be the change of the weight (the removed columns, minus what a correction adds to the kept ones) and b the
+    added bias. The error is E|D x - b|² = tr(D Cov(x) D') + |D E[x] - b|². If only moments were measured, channels are
+    treated as uncorrelated, and the first term is FLAP's sum of scores: Σ Var(x_j) |D_:j|² (arXiv 2312.11983,
+    equation 5).
 
     Args:
-        site: the place that is pruned.
-        stats: what was measured there.
+        site: the pruned site.
+        stats: its statistics.
         weight: the consumer's dense weight [out_features, channels].
         keep: the kept units, ascending.
-        correction: what a compensator does to the consumer.
+        correction: the consumer's correction.
 
     Returns:
         The error, or None where neither a Gram nor moments were measured.
@@ -93,17 +94,17 @@ def _gram_of(stats: SiteStatistics) -> Spread | None:
 
 
 class _Inputs(Statistic):
-    """The inputs themselves, of the first ``most`` tokens that come."""
+    """The inputs of the first ``limit`` tokens."""
 
-    most: ClassVar[int]
+    limit: ClassVar[int]
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.rows: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        """Keep ``x`` [tokens, channels] while there is room."""
-        room = self.most - sum(map(len, self.rows))
+        """Store ``x`` [tokens, channels] up to the limit."""
+        room = self.limit - sum(map(len, self.rows))
         self.rows.append(x[:room].cpu())
 
     @property
@@ -117,8 +118,8 @@ class _Inputs(Statistic):
 
 
 def _inputs_up_to(tokens: int) -> type[_Inputs]:
-    # Statistics are chosen by class, so the limit is a class's.
-    return type("_Inputs", (_Inputs,), {"most": tokens})
+    # Statistics are chosen by class, so the limit is a class attribute.
+    return type("_Inputs", (_Inputs,), {"limit": tokens})
 
 
 def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) -> int:
@@ -128,33 +129,33 @@ def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) ->
         sites: the dense model's sites.
         windows: windows of text.
         length: tokens of a window.
-        size: bytes of one of the model's numbers.
+        size: bytes per element of the model's dtype.
     """
-    each = sum(site.channels + 2 * site.out_features for site in sites) * size
-    return min(windows * length, max(LARGEST_TRACE // each, FEWEST_TRACED))
+    per_token = sum(site.channels + 2 * site.out_features for site in sites) * size
+    return min(windows * length, max(LARGEST_TRACE // per_token, FEWEST_TRACED))
 
 
 class Trace:
-    """What the dense model's consumers take in and give out on a little text, to compare the pruned model with.
+    """Inputs and outputs of the dense model's consumers on a short text, to compare the pruned model with.
 
-    Let ``statistic`` be measured on ``batches`` and shown to ``see``, of all sites or of a few at a time; then once
-    more in the pruned model, at the sites of ``left``, and shown to ``compare``.
+    Measure ``statistic`` on ``batches`` in the dense model and pass it to ``see``, for all sites or a few at a time.
+    Then measure it again in the pruned model, at the sites of ``pruned_sites``, and pass it to ``compare``.
 
     Args:
         sites: the dense model's sites.
         windows: the text, tokens [windows, tokens].
-        dtype: of the model.
+        dtype: the model's.
         batch_size: windows that go through the model at once.
 
     Attributes:
         batches: the text.
-        statistic: what is to be measured.
-        tokens: tokens that are compared, at most; fewer than the text's where they would take too much memory.
+        statistic: the statistic to measure.
+        tokens: largest number of tokens to compare; less than the text's where that would need too much memory.
     """
 
     def __init__(self, sites: Sequence[Site], windows: Tensor, dtype: torch.dtype, batch_size: int = 8) -> None:
         self._sites = {site.name: site for site in sites}
-        # Several sites of a kind in a layer are experts: other tokens reach them in the pruned model.
+        # Several sites of a kind in a layer are experts: different tokens reach them in the pruned model.
         self._alike = Counter((site.layer, site.kind) for site in sites)
         self.batches: list[Batch] = [{"input_ids": part} for part in windows.split(batch_size)]
         self.tokens = trace_tokens(sites, windows.shape[0], windows.shape[1], dtype.itemsize)
@@ -162,41 +163,41 @@ class Trace:
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(self, model: PreTrainedModel, measured: Statistics) -> None:
-        """Take in what was measured of the dense model at some sites, whose weights it has in memory."""
-        for name, found in measured.items():
-            inputs = found[self.statistic].inputs
+        """Store what was measured in the dense model at some sites, whose weights are in memory."""
+        for name, statistics in measured.items():
+            inputs = statistics[self.statistic].inputs
             self._seen[name] = inputs, _output(model, self._sites[name], inputs)
 
-    def left(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
-        """List what a plan leaves of some sites."""
+    def pruned_sites(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
+        """Return sites with the number of units that a plan keeps."""
         return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in sites]
 
     def compare(
         self, model: PreTrainedModel, measured: Statistics, plan: PruningPlan, predicted: Mapping[str, float | None]
     ) -> dict[str, SiteError]:
-        """Compare the pruned model, at those of some sites that lost units.
+        """Compare the pruned model with the dense one at the sites that lost units.
 
         Args:
-            model: the pruned model, which has the weights of these sites in memory.
-            measured: site name -> what was measured there.
-            plan: what it keeps.
+            model: the pruned model, with the weights of these sites in memory.
+            measured: site name -> its statistics in the pruned model.
+            plan: the units kept.
             predicted: site name -> predicted squared error per token, or None.
         """
         errors = {}
-        for name, found in measured.items():
-            dense, (inputs, wanted) = self._sites[name], self._seen[name]
-            (site,) = self.left(plan, [dense])
-            power = float(wanted.square().sum()) / max(len(wanted), 1)
+        for name, statistics in measured.items():
+            dense, (inputs, outputs) = self._sites[name], self._seen[name]
+            (site,) = self.pruned_sites(plan, [dense])
+            power = float(outputs.square().sum()) / max(len(outputs), 1)
             if site.units == dense.units or not power:
                 continue
             alone = inputs[:, dense.channels_of(plan.keep[name])]
             expected = predicted.get(name)
             same = self._alike[site.layer, site.kind] == 1
-            now = found[self.statistic].inputs
+            in_model = statistics[self.statistic].inputs
             errors[name] = SiteError(
                 predicted=None if expected is None else (expected / power) ** 0.5,
-                alone=_relative_error(_output(model, site, alone), wanted),
-                in_model=_relative_error(_output(model, site, now), wanted) if same else None,
+                alone=_relative_error(_output(model, site, alone), outputs),
+                in_model=_relative_error(_output(model, site, in_model), outputs) if same else None,
             )
         return errors
 
@@ -208,5 +209,5 @@ def _output(model: PreTrainedModel, site: Site, x: Tensor) -> Tensor:
     return functional.linear(x.to(weight), weight, bias).float().cpu()
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def _relative_error(pruned: Tensor, dense: Tensor) -> float:
+    return float((pruned - dense).norm() / dense.norm())

@@ -1,4 +1,4 @@
-"""What searchers that try plans go by: perplexity, or KL divergence from the dense model, on trial windows."""
+"""The objectives of trial searchers: perplexity, or KL divergence from the dense model, on held-out windows."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ AT_ONCE = 2**25
 """Logits that are normalised at once: 128 MiB in float32."""
 
 TRIAL_WINDOWS = 8
-"""Windows that go through a tried model at once."""
+"""Windows in a batch."""
 
 
 def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
     """Take the held-out windows of the calibration text, some in each batch.
 
-    The statistics that scores and corrections are made of see these windows too; what is chosen by trials is not fitted
-    on the other windows alone.
+    The statistics behind scores and corrections include these windows too.
 
     Raises:
         CalibrationError: there is none.
@@ -49,17 +48,18 @@ def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
         rows += [{name: batch[name][index] for name in names} for index in chosen.nonzero().squeeze(1).tolist()]
     if not rows:
         raise CalibrationError(
-            "calibration: plans are tried on held-out windows, one in four, and there is none; give at least four"
+            "calibration: plans are evaluated on held-out windows, one in four, and there are none; use at least "
+            "four windows"
         )
     parts = [rows[start : start + TRIAL_WINDOWS] for start in range(0, len(rows), TRIAL_WINDOWS)]
     return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
 
 
 class Trials:
-    """Tries plans: carries each out on a copy of the model that shares its weights, and judges the copy.
+    """Evaluates plans, each on a copy of the model that shares its weights.
 
-    The corrections of a site are computed once for each set of kept units, and kept as far as memory goes: a searcher
-    that returns to the same sets pays for slices and forward passes alone.
+    The corrections of a site are computed once for each set of kept units, and cached within the memory limit, so that
+    a searcher that returns to the same sets pays only for slicing and forward passes.
 
     Args:
         model: the dense model.
@@ -116,7 +116,7 @@ class Trials:
 
 
 class _Corrections:
-    """Corrections by site and kept units; those that were not used for the longest time go when memory is full."""
+    """Corrections by site and kept units; the least recently used ones are dropped when memory is full."""
 
     def __init__(self, memory: float) -> None:
         self._left = memory
@@ -142,7 +142,7 @@ def _bytes(correction: Correction) -> int:
 
 @torch.no_grad()
 def perplexity_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Return the perplexity over all tokens of some windows, on the device where the model is.
+    """Return the perplexity over all tokens of some windows, on the model's device.
 
     Args:
         model: in evaluation mode.

@@ -22,7 +22,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     Raises:
         PluginError: a component has an option that JSON cannot express.
     """
-    components = {(kind.name, name): found for kind in KINDS for name, found in registry.names(kind).items()}
+    components = {(kind.name, name): component for kind in KINDS for name, component in registry.names(kind).items()}
     types: dict[Any, type[Any]] = {"recipe": Recipe, **components}
     inputs: list[tuple[Any, Any, pydantic.TypeAdapter[Any]]] = [
         (key, "validation", pydantic.TypeAdapter(of)) for key, of in types.items()

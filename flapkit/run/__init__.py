@@ -1,18 +1,18 @@
-"""Runs: a recipe from its first word to its output folder. Nothing below this package takes a recipe.
+"""Runs: from a recipe to its output folder. The packages below take no recipe.
 
-``pipeline.run`` puts the stages in a row; ``executors`` opens what the recipe names.
+``pipeline.run`` is the sequence of stages; ``executors`` opens the recipe's model.
 
 Modules:
     bench: time checkpoints
     captured: collect the warnings of a run
     check: what a recipe will do, without running it
-    estimate: what a run takes
+    estimate: memory, disk and compute of a run
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
     journal: log figures as stages finish
-    origin: what a pruned checkpoint says of its making
+    origin: read the files of a pruned checkpoint
     pipeline: run a recipe
-    record: what a run leaves, and its output folder
+    record: the results of a run, and its output folder
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
     target: the model's sites, from its configuration

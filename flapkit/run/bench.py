@@ -28,18 +28,18 @@ RATIOS: Mapping[str, Callable[[Speed], float | None]] = {
     "decode": lambda speed: speed.decode.median,
     "first_token": lambda speed: speed.first_token.median,
 }
-"""What is compared, the checkpoint's value over the dense model's."""
+"""The ratios: the checkpoint's value over the dense model's."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """What was measured, and how.
+    """The result of a benchmark.
 
     Args:
-        checkpoint: the model that was asked about.
-        against: the dense model beside it; None where it stood alone.
+        checkpoint: the measured model.
+        against: the dense model it is compared with; None for none.
         workload: what was timed.
-        environment: device, threads, type of the weights, whether they were compiled, versions.
+        environment: device, threads, dtype of the weights, whether the models were compiled, versions.
         speeds: path -> figures.
     """
 
@@ -51,7 +51,7 @@ class BenchResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The checkpoint's figures over the dense model's; empty where it stood alone."""
+        """The checkpoint's figures over the dense model's; empty without one."""
         if self.against is None:
             return {}
         ours, dense = self.speeds[self.checkpoint], self.speeds[self.against]
@@ -60,11 +60,11 @@ class BenchResult:
 
     @property
     def expected(self) -> float | None:
-        """How many times as fast the checkpoint would be if time went by the parameters that each token reads."""
+        """The speedup that would follow if time were proportional to the parameters read per token."""
         return 1 / self.ratios["read_params"] if self.against is not None else None
 
     def to_json(self) -> str:
-        """Write everything as JSON."""
+        """Convert the result to JSON."""
         data = asdict(self) | {"ratios": self.ratios, "expected": self.expected}
         return json.dumps(data, indent=2) + "\n"
 
@@ -83,25 +83,25 @@ def bench(
 
     Args:
         checkpoint: a folder, a hub id, or ``builtin:NAME``.
-        against: the same of the dense model, if there is one to compare with.
-        workload: what is timed.
-        device: where; ``auto`` is a GPU where there is one.
-        dtype: type of the weights of both.
+        against: the dense model to compare with, likewise; None for none.
+        workload: what to time.
+        device: the device; ``auto`` is a GPU if there is one.
+        dtype: dtype of the weights of both.
         compiled: run both through torch.compile.
         tick: called after each turn.
 
     Raises:
-        InputError: a model that cannot be loaded, a device that is not there, or a context that is too short.
+        InputError: a model cannot be loaded, the device is missing, or the context is too short.
     """
     if against == checkpoint:
-        raise InputError(f"bench: {checkpoint} against itself says nothing; name the dense model")
+        raise InputError(f"bench: {checkpoint} cannot be compared with itself; give the dense model")
     place = _device(device)
     models = {path: load(path, dtype) for path in (against, checkpoint) if path is not None}
     for model in models.values():
         nn.Module.to(model, place)
     types = {str(model.dtype).removeprefix("torch.") for model in models.values()}
     if len(types) > 1:
-        raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype, so that both are alike")
+        raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype to run both in the same")
     speeds = measure_speed(models, workload, compiled=compiled, tick=tick)
     environment = {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU",
@@ -119,5 +119,5 @@ def _device(device: Device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("bench: there is no GPU here that torch can use; leave --device out, or say cpu")
+        raise InputError("bench: torch finds no GPU; leave --device out, or use --device cpu")
     return torch.device(device)

@@ -1,4 +1,4 @@
-"""What a run notes of its own warnings."""
+"""Collect the warnings of a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def capture_warnings() -> Iterator[list[str]]:
-    """Keep the messages of what flapkit's own loggers warn of, besides showing them.
+    """Collect the warnings of flapkit's loggers; they are still shown.
 
     Yields:
-        The messages so far, in the order in which they came.
+        The messages so far, in order.
     """
     messages: list[str] = []
-    handler, root = _Noted(messages), logging.getLogger("flapkit")
+    handler, root = _Collector(messages), logging.getLogger("flapkit")
     root.addHandler(handler)
     try:
         yield messages
@@ -23,7 +23,7 @@ def capture_warnings() -> Iterator[list[str]]:
         root.removeHandler(handler)
 
 
-class _Noted(logging.Handler):
+class _Collector(logging.Handler):
     def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
         self._messages = messages

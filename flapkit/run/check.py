@@ -1,4 +1,4 @@
-"""Say what a recipe will do, from its text and the model's configuration alone."""
+"""Check what a recipe will do, from the recipe and the model's configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flapkit.execution.lightning.loggers import check_loggers
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
-from flapkit.pruning.rounding import odd_widths
+from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
@@ -32,11 +32,12 @@ class Checked:
     Args:
         target: the model's configuration, adapter and sites.
         params: parameters of the dense model.
-        budget: how many parameters will go.
+        budget: how many parameters will be removed.
         needs: memory, disk and compute.
-        processes: how many share a machine's memory.
-        odd: widths of MLPs that will probably be no multiple of 32, where kernels and quantised formats are fast.
-        left: what a stopped run has left in the output's work folder.
+        processes: how many processes share a machine's memory.
+        unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
+            formats.
+        left: the files of an interrupted run in the output's work folder.
     """
 
     target: Target
@@ -44,55 +45,61 @@ class Checked:
     budget: Budget
     needs: Estimate
     processes: int = 1
-    odd: Sequence[int] = ()
+    unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False) -> Checked:
-    """Check all that can be known without running, and estimate what the run needs.
+    """Check a recipe as far as possible without running it, and estimate what the run needs.
 
     Args:
-        recipe: what is to be done.
-        overwrite: it may replace an output folder that flapkit wrote.
-        force: it may take more memory than there is.
+        recipe: the recipe.
+        overwrite: the run may replace an output folder that flapkit wrote.
+        force: the run may need more memory than is available.
 
     Raises:
-        FlapkitError: the recipe cannot be carried out.
+        FlapkitError: the recipe cannot be run.
     """
-    asked = recipe.recipe
-    check_output(Path(asked.output).expanduser(), overwrite=overwrite)
+    settings = recipe.recipe
+    check_output(Path(settings.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
-    for text in (asked.calibration, *asked.evaluate.perplexity):
+    for text in (settings.calibration, *settings.evaluate.perplexity):
         text.check()
-    if asked.evaluate.zero_shot is not None:
-        check_tasks(asked.evaluate.zero_shot)
+    if settings.evaluate.zero_shot is not None:
+        check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
-    check_loggers(asked.trainer.logger)
-    load_tokenizer(asked.model.path, revision=asked.model.revision)
+    check_loggers(settings.trainer.logger)
+    load_tokenizer(settings.model.path, revision=settings.model.revision)
     recovery = recovery_of(recipe.compensators)
     if recovery is not None:
-        recovery_source(recovery.training, asked).check()
-    empty = empty_model(asked, target)
+        recovery_source(recovery.training, settings).check()
+    empty = empty_model(settings, target)
     params = empty.num_parameters()
-    budget = asked.budget.over(target.sites, params)
-    runtime = open_runtime(asked.trainer)
+    budget = settings.budget.over(target.sites, params)
+    runtime = open_runtime(settings.trainer)
     needs = estimate_needs(recipe, target, empty, budget, runtime.processes)
-    output = Path(asked.output).expanduser()
+    output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
-    # Last: it takes memory for every unit.
+    # Last: it needs memory for every unit.
     plan = _check_floors(recipe, target, budget)
     return Checked(
-        target, params, budget, needs, runtime.per_machine, odd_widths(target.sites, plan), WorkDir(output).records()
+        target,
+        params,
+        budget,
+        needs,
+        runtime.per_machine,
+        unaligned_widths(target.sites, plan),
+        WorkDir(output).records(),
     )
 
 
 def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:
-    """Let the searcher try the budget on equal scores: whether the floors allow it depends on sizes alone.
+    """Search with made-up scores: whether the minimum sizes allow the budget depends only on sizes.
 
     Returns:
-        A plan of the widths that a run may come to, if not of its units.
+        A plan with probable widths; its units are arbitrary.
     """
     scores = {site.name: torch.arange(site.units, dtype=torch.float64).view(-1, 1) for site in target.sites}
     try:

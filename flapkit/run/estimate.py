@@ -1,4 +1,4 @@
-"""What a run takes: memory, disk, and compute, from the recipe and the model's configuration alone."""
+"""Estimate what a run needs: memory, disk and compute, from the recipe and the model's configuration."""
 
 from __future__ import annotations
 
@@ -35,28 +35,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TEXT = 100_000_000
-"""Bytes that reading and tokenising text leaves behind, as measured with 9 MB of it."""
+"""Bytes in use after reading and tokenising text, measured with 9 MB of it."""
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux says how much memory a container has, new and old."""
+"""Linux's files with the memory limit of a container, of cgroup version 2 and 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run takes. Memory is the resident peak of a process, in bytes.
+    """What a run needs. Memory is the resident peak of a process, in bytes.
 
     Args:
         weights: bytes of the dense weights.
-        own: memory of the program itself, its libraries and the text.
-        whole: memory with the model whole, ``own`` included.
-        least: the part of ``whole`` that the system cannot do without: pages of the dense weights' file whose layers
-            are pruned already can go.
-        layerwise: memory with one decoder layer at a time; None where the model has no list of layers.
-        sharded: memory of each process that has its part of the weights (``strategy: model_parallel``); None as above.
-        device: bytes on a GPU with the model whole; with its part, where the recipe shards it.
-        disk: bytes that are written at most: weights, and with ``execution`` on the disk the hidden states of all
-            processes.
-        flops: floating-point operations of calibration, two for each multiplication with its addition.
+        own: memory of Python, the libraries and the text.
+        whole: memory with the whole model, including ``own``.
+        least: the part of ``whole`` that cannot be reclaimed: the system can drop pages of the dense weights' file.
+        layerwise: memory with one decoder layer at a time; None if the model has no list of layers.
+        sharded: memory of each process with its part of the weights (``strategy: model_parallel``); None as above.
+        device: bytes on a GPU with the whole model, or with its part if the recipe shards it.
+        disk: the most bytes written: weights, and hidden states of all processes if they are on the disk.
+        flops: floating-point operations of calibration; a multiply-accumulate counts as two.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains; None without one.
     """
@@ -74,29 +72,29 @@ class Estimate:
     trained: int | None = None
 
 
-def empty_model(asked: Recipe, target: Target) -> PreTrainedModel:
-    """Build a recipe's dense model without memory, in the type in which it will run.
+def empty_model(settings: Recipe, target: Target) -> PreTrainedModel:
+    """Build a recipe's dense model on the meta device, in the dtype in which it will run.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     empty = build_empty(target.config)
-    return empty if asked.model.dtype == "auto" else empty.to(getattr(torch, asked.model.dtype))
+    return empty if settings.model.dtype == "auto" else empty.to(getattr(torch, settings.model.dtype))
 
 
 def estimate_needs(
     recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget, processes: int = 1
 ) -> Estimate:
-    """Estimate what a run takes on a CPU, and what of it stands on a GPU if there is one.
+    """Estimate what a run needs on a CPU, and on a GPU if there is one.
 
     Args:
-        recipe: what to do.
-        target: what it prunes.
-        empty: the dense model without memory, in the type in which it will run.
-        budget: how much is to go.
-        processes: how many share the windows.
+        recipe: the recipe.
+        target: the model's sites.
+        empty: the dense model on the meta device, in the dtype in which it will run.
+        budget: how much to remove.
+        processes: how many processes share the windows.
     """
-    asked, size = recipe.recipe, empty.dtype.itemsize
+    settings, size = recipe.recipe, empty.dtype.itemsize
     own = psutil.Process().memory_info().rss + TEXT
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
     workload = Workload(
@@ -104,10 +102,10 @@ def estimate_needs(
         target.sites,
         recipe.method,
         budget.params,
-        _tokens_together(asked),
-        asked.calibration.statistics_bytes,
-        sequential=asked.calibration.sequential,
-        hidden_on_disk=asked.execution.hidden_states == "disk",
+        _tokens_together(settings),
+        settings.calibration.statistics_bytes,
+        sequential=settings.calibration.sequential,
+        hidden_on_disk=settings.execution.hidden_states == "disk",
         working=_trace_memory(recipe, target, size) + batch,
         processes=processes,
     )
@@ -117,10 +115,10 @@ def estimate_needs(
     gathered, on_device = 0, weights
     if layers is not None:
         outer, largest = workload.layers
-        # Of a sharded model: its part of every weight; what stands outside the layers, a layer, and the next.
+        # A process of a sharded model holds its part of every weight, the weights outside the layers, and two layers.
         gathered = outer + 2 * largest
         layerwise, sharded = own + layers.memory, own + weights // processes + gathered + batch
-        if asked.trainer.strategy == MODEL_PARALLEL:
+        if settings.trainer.strategy == MODEL_PARALLEL:
             on_device = weights // processes + gathered
     disk, trained = (layers or whole).disk if workload.hidden_on_disk else whole.disk, None
     if (recovery := recovery_of(recipe.compensators)) is not None:
@@ -138,60 +136,60 @@ def estimate_needs(
 
 
 def _layerwise_needs(workload: Workload) -> Needs | None:
-    """Return what one layer at a time needs; None where the model has no list of layers."""
+    """Return the needs of one layer at a time; None if the model has no list of layers."""
     try:
         return LayerwiseExecutor.needs(workload)
     except ModelError:
         return None
 
 
-def _tokens_together(asked: Recipe) -> int:
+def _tokens_together(settings: Recipe) -> int:
     """Return how many tokens go through the layers together: those of calibration, or of evaluation."""
-    evaluated = sum((text.windows or 0) * text.length for text in asked.evaluate.perplexity)
-    return max(asked.calibration.samples * asked.calibration.length, evaluated)
+    evaluated = sum((text.windows or 0) * text.length for text in settings.evaluate.perplexity)
+    return max(settings.calibration.samples * settings.calibration.length, evaluated)
 
 
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
-    """Do as ``check_fits`` does, where nothing is known yet but what is pruned."""
-    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
-    empty = empty_model(asked, target)
-    budget = asked.budget.over(target.sites, empty.num_parameters())
+    """Estimate a run's needs, and raise ``RecipeError`` if it does not fit (``check_fits``)."""
+    settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
+    empty = empty_model(settings, target)
+    budget = settings.budget.over(target.sites, empty.num_parameters())
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)
 
 
 def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
-    """Raise ``RecipeError`` where the machine has less memory than a run takes.
+    """Raise ``RecipeError`` if a run needs more memory than the machine has.
 
     Args:
-        recipe: what to do.
-        needs: what each process takes.
+        recipe: the recipe.
+        needs: what each process needs.
         runtime: what it runs on.
     """
     layerwise, device, processes = recipe.recipe.execution.mode == "layerwise", runtime.device, runtime.per_machine
     # Processes map the same pages of the dense weights' file.
     needed, limit = needs.least - needs.weights + needs.weights // processes, memory_limit(processes)
-    whose = "there are"
+    where = ""
     if layerwise:
         needed = needs.layerwise or 0
     elif runtime.sharded and device.type != "cuda":
         needed = needs.sharded or 0
     elif device.type == "cuda":
-        needed, limit, whose = needs.device, torch.cuda.get_device_properties(device).total_memory, "the GPU has"
+        needed, limit, where = needs.device, torch.cuda.get_device_properties(device).total_memory, " on the GPU"
     if needed <= limit:
         return
-    each = f" in each of {processes} processes" if processes > 1 else ""
-    way = "" if layerwise or not needs.layerwise else f"`execution: layerwise` takes {_gigabytes(needs.layerwise)}; "
+    shared = f" in each of {processes} processes" if processes > 1 else ""
+    way = "" if layerwise or not needs.layerwise else f"`execution: layerwise` needs {_gigabytes(needs.layerwise)}; "
     raise RecipeError(
-        f"{recipe.path}: the run takes about {_gigabytes(needed)} of memory{each}, and {whose} {_gigabytes(limit)}"
-        f"{' for it' if each else ''}; {way}--force goes on nevertheless"
+        f"{recipe.path}: the run needs about {_gigabytes(needed)} of memory{where}{shared}; {_gigabytes(limit)} "
+        f"available{' to each' if shared else ''}; {way}--force runs it anyway"
     )
 
 
 def memory_limit(processes: int = 1) -> int:
-    """Return the bytes of memory that a process may have: its part of the machine's or container's, or its own limit.
+    """Return the bytes of memory available to a process: its share of the machine's or container's, or its own limit.
 
     Args:
-        processes: how many share the machine.
+        processes: how many processes share the machine.
     """
     limits = [psutil.virtual_memory().total // processes]
     limits += [int(text) // processes for text in map(_read, CGROUPS) if text.isdigit()]
@@ -212,8 +210,8 @@ def _gigabytes(size: int) -> str:
 def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
     """Return the floating-point operations of one pass of the calibration text through the blocks.
 
-    Every weight that a token meets is multiplied and added once; attention compares each token of a window with each
-    other, in scores and in values. A backward pass for gradients costs twice as much again.
+    Every weight is multiplied and added once per token; attention multiplies each token of a window with every other,
+    for scores and for values. A backward pass costs twice as much in addition.
     """
     text = recipe.recipe.calibration
     weights = sum(site.params * _routed(site, target) for site in target.sites)
@@ -223,7 +221,7 @@ def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
 
 
 def _routed(site: Site, target: Target) -> float:
-    """Return the share of the tokens that reach a site: all of them, but for experts."""
+    """Return the fraction of the tokens that reach a site: 1 except for experts."""
     if site.expert is None:
         return 1.0
     experts = sum(other.layer == site.layer and other.expert is not None for other in target.sites)
@@ -234,12 +232,12 @@ def _calibration_batch(recipe: LoadedRecipe, target: Target, size: int) -> int:
     """Return the bytes of a calibration batch's activations."""
     text, widest = recipe.recipe.calibration, max(site.channels for site in target.sites)
     hidden = int(target.config.get_text_config().hidden_size)
-    # A layer's inputs and outputs, and the MLP's three products; the statistics' copy of an input in float64.
+    # A layer's inputs and outputs, and the MLP's three products; the statistics' float64 copy of an input.
     return text.batch_size * text.length * (size * (4 * hidden + 3 * widest) + 8 * 2 * widest)
 
 
 def _evaluation_batch(recipe: LoadedRecipe, empty: PreTrainedModel) -> int:
-    """Return the bytes of an evaluation batch's logits, and of what their cross-entropy is computed from in pieces."""
+    """Return the bytes of an evaluation batch's logits, and of one chunk of their cross-entropy."""
     size, vocabulary = empty.dtype.itemsize, int(empty.config.get_text_config().vocab_size)
 
     def bytes_of(text: Perplexity) -> int:
@@ -253,19 +251,19 @@ def _evaluation_batch(recipe: LoadedRecipe, empty: PreTrainedModel) -> int:
 
 
 def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
-    """Return the bytes of what the site errors are measured from, in the dense and in the pruned model."""
-    asked = recipe.recipe
-    windows = min(asked.report.error_windows, int(held_out(asked.calibration.samples).sum()))
-    tokens = trace_tokens(target.sites, windows, asked.calibration.length, size)
+    """Return the bytes of the traces for the site errors, of the dense and of the pruned model."""
+    settings = recipe.recipe
+    windows = min(settings.report.error_windows, int(held_out(settings.calibration.samples).sum()))
+    tokens = trace_tokens(target.sites, windows, settings.calibration.length, size)
     return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
 
 
 def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:
-    """Return the bytes that a recovery takes beside the weights."""
+    """Return the bytes that a recovery needs beside the weights."""
     tokens, config = training.batch_size * training.length, target.config.get_text_config()
-    # What the backward pass needs of each block: its input and its norm's, and about four tensors of its own width.
-    kept: int = sum(6 * config.hidden_size + 4 * site.channels for site in target.sites)
-    # Logits, their float copy and its gradient; the teacher's, and both logarithms.
+    # The backward pass needs of each block: its input and its norm's, and about four tensors of its width.
+    activations: int = sum(6 * config.hidden_size + 4 * site.channels for site in target.sites)
+    # Logits, their float32 copy and its gradient; the teacher's logits, and both log-softmaxes.
     copies: int = size + 8 + (size + 12 if training.distill else 0)
-    # Weights, gradients and AdamW's two moments, and the best so far.
-    return 20 * trained + tokens * (size * kept + copies * int(config.vocab_size))
+    # Weights, gradients, AdamW's two moments, and the best step.
+    return 20 * trained + tokens * (size * activations + copies * int(config.vocab_size))

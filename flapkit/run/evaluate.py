@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint as a recipe says, without pruning anything."""
+"""Evaluate a checkpoint by a recipe's ``evaluate`` section, without pruning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flapkit.model.soundness import check_unquantised
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.executors import load_model, open_runtime
 from flapkit.run.record import put_texts_beside
-from flapkit.run.tasks import ask, load_tasks
+from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, renderer
 from flapkit.system.errors import InputError
 from flapkit.system.processes import lost_processes
@@ -23,13 +23,13 @@ from flapkit.system.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured of a checkpoint, alone or beside a dense model.
+    """The evaluation of a checkpoint, with or without a dense model.
 
     Args:
-        checkpoint: the model that was asked about.
-        against: the dense model beside it; None where it stood alone.
-        perplexity: as in ``result.json``; where the model stood alone with ``model`` for ``dense`` and ``pruned``.
-        zero_shot: the same of the tasks.
+        checkpoint: the evaluated model.
+        against: the dense model it is compared with; None for none.
+        perplexity: as in ``result.json``; without a dense model, ``model`` replaces ``dense`` and ``pruned``.
+        zero_shot: the scores of the tasks, likewise.
     """
 
     checkpoint: str
@@ -38,44 +38,44 @@ class Evaluation:
     zero_shot: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """Write everything as JSON."""
+        """Convert the evaluation to JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def evaluate_checkpoint(
     checkpoint: str, recipe: LoadedRecipe, against: str | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Measure what a recipe's ``evaluate`` section asks for.
+    """Evaluate a checkpoint by a recipe's ``evaluate`` section.
 
     Args:
         checkpoint: a folder, a hub id, or ``builtin:NAME``.
-        recipe: its ``evaluate``, ``trainer``, ``adapter`` and ``model.dtype`` count.
-        against: the dense model, if there is one to compare with; it is given the checkpoint's tokens.
-        progress: whom the stages tell how far they are.
+        recipe: its ``evaluate``, ``trainer``, ``adapter`` and ``model.dtype`` are used.
+        against: a dense model to compare with; it gets the checkpoint's tokens.
+        progress: receives the progress of the stages.
 
     Raises:
-        FlapkitError: whatever keeps the evaluation from its end.
+        FlapkitError: the evaluation fails.
     """
-    asked = recipe.recipe
-    if not asked.evaluate.perplexity and asked.evaluate.zero_shot is None:
-        raise InputError(f"{recipe.path}: evaluate: it asks for nothing; give texts in `perplexity`, or `zero_shot`")
-    runtime = open_runtime(asked.trainer, progress)
+    settings = recipe.recipe
+    if not settings.evaluate.perplexity and settings.evaluate.zero_shot is None:
+        raise InputError(f"{recipe.path}: evaluate: nothing to evaluate; set `perplexity` or `zero_shot`")
+    runtime = open_runtime(settings.trainer, progress)
     with lost_processes():
         return _evaluate(checkpoint, recipe, against, runtime)
 
 
 def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtime: Runtime) -> Evaluation:
-    asked = recipe.recipe
+    settings = recipe.recipe
     with runtime.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         check_unquantised(checkpoint, config)
         render = renderer(recipe.adapter, tokenizer)
-        texts = read_evaluations(asked.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
-        tasks = load_tasks(asked.evaluate.zero_shot)
+        texts = read_evaluations(settings.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
+        tasks = load_tasks(settings.evaluate.zero_shot)
     paths = {"model": checkpoint} if against is None else {"dense": against, "pruned": checkpoint}
     measured, answers = {}, {}
     for role, path in paths.items():
         model = load_model(recipe.of_model(path), runtime)
         measured[role] = runtime.evaluate(model, texts, f"evaluate {role}")
-        answers[role] = ask(model, tokenizer, tasks, runtime, f"zero-shot {role}")
+        answers[role] = evaluate_tasks(model, tokenizer, tasks, runtime, f"zero-shot {role}")
     return Evaluation(checkpoint, against, put_texts_beside(measured), by_task(answers))

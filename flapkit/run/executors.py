@@ -1,4 +1,4 @@
-"""Open what a recipe names: its model, whole, layer by layer, or sharded over processes."""
+"""Open a recipe's model: whole, layer by layer, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
 from flapkit.execution.layerwise import LayerwiseExecutor
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
-from flapkit.execution.resume import Keep, make_without_store
+from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def open_runtime(asked: TrainerSection, progress: Progress | None = None) -> Runtime:
-    """Take over what a recipe says of the trainer; what it leaves open is Lightning's to choose.
+def open_runtime(settings: TrainerSection, progress: Progress | None = None) -> Runtime:
+    """Build the runtime from a recipe's ``trainer`` section; Lightning chooses what the recipe does not set.
 
     Raises:
-        RecipeError: a device that this machine does not have, or another number of processes than were started.
+        RecipeError: this machine lacks the device, or the number of started processes differs.
     """
-    options = asked.model_dump(exclude={"logger"})
+    options = settings.model_dump(exclude={"logger"})
     runtime = Runtime({name: value for name, value in options.items() if value is not None}, progress or Progress())
     runtime.check_processes()
     return runtime
@@ -52,130 +52,130 @@ def open_executor(
     folder: Path,
     *,
     cache: Path | None = None,
-    keep: Keep = make_without_store,
+    resume: Resume = make_without_store,
 ) -> Executor:
-    """Load a recipe's model to be pruned, or open it to be run layer by layer.
+    """Load a recipe's model for pruning, or open it to run layer by layer.
 
     Args:
-        recipe: what to do.
-        target: what it prunes.
+        recipe: the recipe.
+        target: the model's sites.
         text: the calibration text.
         runtime: what it runs on.
-        folder: the work folder, for layers that are finished.
-        cache: folder of cached statistics; None for none.
-        keep: finds what an interrupted run has finished, and keeps what this one finishes.
+        folder: the work folder, for finished layers.
+        cache: folder of cached statistics; None for no cache.
+        resume: reads what an interrupted run has finished, and stores what this one finishes.
 
     Raises:
-        RecipeError: something that needs the whole model.
+        RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
-    asked, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
+    settings, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
     forms = check_execution(recipe, target)
     if forms is None:
         runtime.init_processes()
-        model = load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+        model = load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
         target.adapter.confirm(model, target.sites)
-        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, keep=keep)
+        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
     if runtime.sharded:
-        # Sharding is for what comes after: here each process streams its share of the windows.
+        # A model is sharded for recovery and evaluation; here every process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
     runtime.init_processes()
-    on_disk = asked.execution.hidden_states == "disk"
-    stream = open_stream(asked, target, runtime, forms)
+    on_disk = settings.execution.hidden_states == "disk"
+    stream = open_stream(settings, target, runtime, forms)
     return LayerwiseExecutor(
-        stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, keep=keep
+        stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, resume=resume
     )
 
 
 def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
-    """Refuse what the recipe's way to hold the weights does not allow, and try a tiny model of the target's kind.
+    """Refuse what the recipe's ``execution`` does not allow; for layerwise execution, verify a tiny model.
 
     Returns:
-        In what form the layers return their hidden states, if they run one at a time; None where the model is whole.
+        The form in which the layers return their hidden states; None with the whole model.
 
     Raises:
-        RecipeError: something that needs the whole model.
+        RecipeError: the recipe needs the whole model, but runs layer by layer.
         ModelError: models of this type cannot be run layer by layer.
     """
-    asked, method = recipe.recipe, recipe.method
-    if asked.execution.mode != "layerwise":
-        if asked.trainer.strategy == MODEL_PARALLEL:
+    settings, method = recipe.recipe, recipe.method
+    if settings.execution.mode != "layerwise":
+        if settings.trainer.strategy == MODEL_PARALLEL:
             raise RecipeError(
                 f"{recipe.path}: trainer.strategy: model_parallel shards evaluation and recovery; to prune a model "
                 "that no device holds, add `execution: layerwise`"
             )
         return None
-    precision = asked.trainer.precision or ""
+    precision = settings.trainer.precision or ""
     refused = {
         f"metric {method.metric.name!r} needs gradients of the whole model; choose another, such as wifv": (
             needs_gradient(method.statistics)
         ),
         "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
-            asked.evaluate.zero_shot is not None or asked.evaluate.samples is not None
+            settings.evaluate.zero_shot is not None or settings.evaluate.samples is not None
         ),
-        f"searcher {method.searcher.name!r} tries plans on the whole model; choose another": (
+        f"searcher {method.searcher.name!r} needs the whole model to evaluate plans; choose another": (
             isinstance(method.searcher, TrialSearcher)
         ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)
         ),
-        f"adapter {target.adapter.name!r} is confirmed on the whole model; give a declaration of its own": (
+        f"adapter {target.adapter.name!r} is verified on the whole model; use an adapter with a declaration": (
             type(target.adapter).confirm is not ArchitectureAdapter.confirm
         ),
         f"trainer.precision: {precision} is for the whole model; set model.dtype instead": precision.endswith("-true")
         and precision != "32-true",
     }
-    for why, is_refused in refused.items():
+    for reason, is_refused in refused.items():
         if is_refused:
-            raise RecipeError(f"{recipe.path}: execution: layerwise: {why}")
-    # Where processes have met already, transformers lets the first alone save the tiny model.
+            raise RecipeError(f"{recipe.path}: execution: layerwise: {reason}")
+    # Once the process group is initialised, transformers saves the tiny model only in the first process.
     return broadcast_from_rank0(lambda: verify(target.config, layers_of(target.sites)))
 
 
 def open_stream(
-    asked: Recipe, target: Target, runtime: Runtime, forms: Forms | None = None, weights: Weights | None = None
+    settings: Recipe, target: Target, runtime: Runtime, forms: Forms | None = None, weights: Weights | None = None
 ) -> LayerStream:
-    """Build a recipe's model without its layers, which are read when their turn comes.
+    """Build a recipe's model without its layers, which are loaded one at a time.
 
     Args:
-        asked: names the model, and the type of its weights.
+        settings: the recipe's settings, of which the model and its dtype are used.
         target: its configuration and sites.
         runtime: what it runs on.
-        forms: what a trial has shown of the layers; None where none of them runs alone.
-        weights: the model's; by default those that the recipe names.
+        forms: the forms of the layers' outputs, from ``check_execution``; None where no layer runs alone.
+        weights: the model's weights; by default those of the recipe's model.
 
     Raises:
         ModelError: the model is missing or damaged.
     """
-    dtype: Any = target.config.dtype if asked.model.dtype == "auto" else getattr(torch, asked.model.dtype)
-    weights = weights or open_weights(asked.model.path, revision=asked.model.revision)
+    dtype: Any = target.config.dtype if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
+    weights = weights or open_weights(settings.model.path, revision=settings.model.revision)
     return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
 
 
 def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
-    """Load the model that a recipe names: whole, or where its strategy shards models into each process its part.
+    """Load a recipe's model: whole, or sharded over the processes if its strategy is ``model_parallel``.
 
     Args:
-        recipe: names the model, and its type.
+        recipe: the recipe, of which the model and its dtype are used.
         runtime: what it will run on.
 
     Raises:
         ModelError: the model is missing or damaged.
-        RecipeError: zero-shot tasks of which each process would find a batch size for itself.
+        RecipeError: the batch size of zero-shot tasks is ``auto``, with a sharded model.
     """
-    asked = recipe.recipe
+    settings = recipe.recipe
     if not runtime.sharded:
-        return load(asked.model.path, asked.model.dtype, revision=asked.model.revision)
+        return load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
     check_batch_size(recipe)
     runtime.init_processes()
-    return shard(open_stream(asked, find_target(replace(recipe, exporters=())), runtime))
+    return shard(open_stream(settings, find_target(replace(recipe, exporters=())), runtime))
 
 
 def check_batch_size(recipe: LoadedRecipe) -> None:
-    """Refuse a batch size that each process would find for itself: with different ones they wait for each other."""
+    """Refuse ``batch_size: auto``: with different sizes the processes would wait for each other forever."""
     tasks = recipe.recipe.evaluate.zero_shot
     if tasks is not None and tasks.batch_size == "auto":
         raise RecipeError(
-            f"{recipe.path}: trainer.strategy: model_parallel: evaluate.zero_shot.batch_size has to be the same in "
-            "every process; set a number"
+            f"{recipe.path}: trainer.strategy: model_parallel: evaluate.zero_shot.batch_size must be the same in every "
+            "process; set a number"
         )

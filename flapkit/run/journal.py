@@ -1,4 +1,4 @@
-"""What a run tells its loggers as its stages finish."""
+"""Log the figures of a run as its stages finish."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from flapkit.recipe.schema import Recipe
 from flapkit.run.report.view import short
 
 FOLDER = "pruning"
-"""Below ``logs``: a recovery's training writes beside it."""
+"""Folder below ``logs``; a recovery's training writes beside it."""
 
 
 class RunLog:
     """A run's loggers.
 
     Args:
-        loggers: Lightning's.
-        folder: where those of them write that write files.
+        loggers: Lightning's loggers.
+        folder: folder of the loggers that write files.
     """
 
     def __init__(self, loggers: Sequence[Any], folder: Path) -> None:
@@ -38,15 +38,16 @@ class RunLog:
 
         Args:
             which: ``dense`` or ``pruned``.
-            measured: name of the text -> what was measured.
+            measured: name of the text -> its perplexity.
         """
-        self._log({f"perplexity/{_name(text)}/{which}": found.perplexity for text, found in measured.items()})
+        self._log({f"perplexity/{_name(text)}/{which}": value.perplexity for text, value in measured.items()})
 
     def structure(self, sites: Sequence[Site], plan: PruningPlan) -> None:
-        """Log the ratio that each layer keeps; the step is the layer."""
+        """Log the fraction of units kept in each layer; the step is the layer."""
         for layer in sorted({site.layer for site in sites}):
             of_layer = [site for site in sites if site.layer == layer]
-            self._log({f"kept/{kind}": _kept(of_layer, kind, plan) for kind in {site.kind for site in of_layer}}, layer)
+            kinds = {site.kind for site in of_layer}
+            self._log({f"kept/{kind}": _fraction(of_layer, kind, plan) for kind in kinds}, layer)
 
     def errors(self, sites: Sequence[Site], errors: Mapping[str, SiteError]) -> None:
         """Log the error of each site with the dense input; the step is the layer."""
@@ -56,12 +57,12 @@ class RunLog:
                 self._log({f"error/{name}": errors[site.name].alone}, site.layer)
 
     def totals(self, params: Mapping[str, int], seconds: Mapping[str, float]) -> None:
-        """Log what is known at the end."""
+        """Log parameters and times at the end."""
         self._log({f"parameters/{name}": float(value) for name, value in params.items()})
         self._log({f"seconds/{name}": value for name, value in seconds.items()})
 
     def files(self) -> dict[str, bytes]:
-        """Return what was written so far, by its path."""
+        """Return the files written so far, path -> content."""
         for logger in self._loggers:
             logger.save()
         paths = sorted(path for path in (self._folder / "logs").rglob("*") if path.is_file())
@@ -74,16 +75,16 @@ class RunLog:
 
 @contextmanager
 def open_log(names: Sequence[LoggerName], recipe: Recipe) -> Iterator[RunLog]:
-    """Open a run's loggers, and close them when the run ends, well or not.
+    """Open a run's loggers, and close them when the run ends, also when it fails.
 
     Args:
-        names: which loggers.
-        recipe: the resolved recipe, as their hyperparameters.
+        names: names of the loggers.
+        recipe: the resolved recipe, logged as hyperparameters.
 
     Raises:
         RecipeError: a logger's package is not installed.
     """
-    # Files are written aside: the output folder appears when it is complete, with them in it.
+    # In a temporary folder: the output folder appears when it is complete, logs included.
     with tempfile.TemporaryDirectory(prefix="flapkit-logs-") as folder:
         loggers = build_loggers(names, Path(folder), FOLDER)
         for logger in loggers:
@@ -97,11 +98,11 @@ def open_log(names: Sequence[LoggerName], recipe: Recipe) -> Iterator[RunLog]:
                 logger.finalize(status)
 
 
-def _kept(sites: Sequence[Site], kind: str, plan: PruningPlan) -> float:
+def _fraction(sites: Sequence[Site], kind: str, plan: PruningPlan) -> float:
     of_kind = [site for site in sites if site.kind == kind]
     return sum(len(plan.keep[site.name]) for site in of_kind) / sum(site.units for site in of_kind)
 
 
 def _name(text: str) -> str:
-    """Name a text by the characters that every logger takes."""
+    """Return a text's name with characters that every logger accepts."""
     return re.sub(r"[^\w.\- ]", "_", short(text))

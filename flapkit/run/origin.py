@@ -1,4 +1,4 @@
-"""What a pruned checkpoint says beside the model: read, and found to be right, before any work is done on it."""
+"""Read and check the files of a pruned checkpoint beside the model, before any work starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Named(TypedDict):
 
 
 class _Mark(TypedDict, total=False):
-    """What is read of ``flapkit.json``; there is more in it."""
+    """The entries of ``flapkit.json`` that are read; it has others."""
 
     files: list[str]
     model: _Model
@@ -46,7 +46,7 @@ class _Mark(TypedDict, total=False):
 
 
 class _Figures(TypedDict):
-    """What the figures of a recovered model are put beside."""
+    """The figures of ``result.json`` that those of a recovered model are added to."""
 
     bits_per_byte: Mapping[str, float | None]
     batch_size: Mapping[str, int]
@@ -58,16 +58,16 @@ _FIGURES = pydantic.TypeAdapter(dict[str, _Figures])
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A pruned checkpoint but for its model.
+    """A pruned checkpoint without its model.
 
     Args:
-        folder: where it is.
-        plan: what was kept.
-        made: what made it, as ``flapkit.json`` says.
-        carried: name -> path of each file that it says it has beside the model: all of them inside it.
-        result: what was measured of it, as in ``result.json``; empty where nothing was.
-        recipe: the settings of the recipe that made it; empty where there is none.
-        record: what its report is made of, if it has one.
+        folder: its folder.
+        plan: the units kept.
+        made: the components and options that made it, from ``flapkit.json``.
+        carried: name -> path of every additional file listed in ``flapkit.json``; all are inside the folder.
+        result: its measurements, from ``result.json``; empty if there are none.
+        recipe: the settings of its recipe; empty if there is none.
+        record: the data of its report; None if it has none.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ class Origin:
         result, recipe = folder / RESULT, folder / RECIPE
         carried, record = carried_by(folder, mark), None
         if RECORD in carried:
-            # The report will be drawn again.
+            # The report will be rendered again.
             record = read_record(folder / RECORD)
             read_made(folder / MARK)
         return cls(
@@ -103,18 +103,18 @@ class Origin:
             record,
         )
 
-    def known(self, asked: Recipe, texts: Collection[str]) -> dict[str, Any]:
-        """Return what was measured, without perplexities and scores if a recipe measures other ones.
+    def known(self, settings: Recipe, texts: Collection[str]) -> dict[str, Any]:
+        """Return the checkpoint's measurements, without perplexities and scores if a recipe measures others.
 
         Args:
-            asked: the recipe.
+            settings: the recipe.
             texts: the names of its evaluation texts.
 
         Raises:
             InputError: the perplexities are damaged.
         """
         known = {key: value for key, value in self.result.items() if value is not None}
-        if self.recipe.get("evaluate") != asked.evaluate.model_dump(mode="json"):
+        if self.recipe.get("evaluate") != settings.evaluate.model_dump(mode="json"):
             return {key: value for key, value in known.items() if key not in ("perplexity", "zero_shot")}
         if known.get("perplexity", {}).keys() != set(texts):
             known.pop("perplexity", None)
@@ -134,31 +134,31 @@ def plan_of(checkpoint: Path) -> PruningPlan:
         ModelError: the folder is not one that flapkit wrote.
     """
     if not (checkpoint / MARK).is_file() or not (checkpoint / PLAN).is_file():
-        raise ModelError(f"{checkpoint}: is no pruned checkpoint of flapkit's: it holds no {MARK} and {PLAN}")
+        raise ModelError(f"{checkpoint} is not a pruned checkpoint of flapkit: it has no {MARK} or no {PLAN}")
     return PruningPlan.read(checkpoint / PLAN)
 
 
 def read_mark(checkpoint: Path) -> dict[str, Any]:
-    """Read what ``flapkit.json`` says.
+    """Read ``flapkit.json``.
 
     Raises:
         ModelError: it is damaged.
     """
-    found = read_object(checkpoint / MARK, ModelError)
+    mark = read_object(checkpoint / MARK, ModelError)
     try:
-        _MARK.validate_python(found, strict=True)
+        _MARK.validate_python(mark, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{checkpoint / MARK}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return found
+    return mark
 
 
 def carried_by(checkpoint: Path, mark: Mapping[str, Any]) -> dict[str, Path]:
-    """Find the files that a checkpoint says it has beside the model.
+    """Return the paths of a checkpoint's additional files.
 
     Args:
         checkpoint: the folder.
-        mark: what ``flapkit.json`` says.
+        mark: the content of ``flapkit.json``.
 
     Raises:
         ModelError: a name leads out of the folder.

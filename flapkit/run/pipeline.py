@@ -1,4 +1,4 @@
-"""Run a recipe: its stages in a row."""
+"""Run a recipe: the sequence of its stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.model.plan import Budget
 from flapkit.pruning.components import recovery_of
-from flapkit.pruning.rounding import warn_of_odd
+from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
@@ -36,7 +36,7 @@ from flapkit.run.record import RunRecord, compare, count_params, save_run
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
-from flapkit.run.tasks import ask, load_tasks
+from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import RunText, read_text
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
@@ -49,19 +49,19 @@ if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
 
 FOR_TRAINING = ("accumulate_grad_batches", "gradient_clip_val", "logger")
-"""Options of the trainer that pruning has no use for: another value of theirs needs no other pruned model."""
+"""Options of the trainer that do not affect pruning."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What surrounds a run, whatever its recipe.
+    """The parts of a run that do not depend on its recipe.
 
     Args:
-        progress: whom the stages tell how far they are.
-        cache: folder of the statistics; None for none.
-        warnings: what flapkit warned of so far.
+        progress: receives the progress of the stages.
+        cache: folder of cached statistics; None for no cache.
+        warnings: flapkit's warnings so far.
         journal: the run's loggers.
         work: the output's work folder.
     """
@@ -75,17 +75,17 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model and all that is asked of it, before and after it is pruned in place.
+    """A model and everything to prune and measure it, before and after it is pruned in place.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         target: the model's sites.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         text: the run's text, as tokens.
         tasks: zero-shot tasks; None for none.
-        executor: holds the model, and runs it.
-        dense_params: its parameters before.
-        budget: how much is to go.
+        executor: holds and runs the model.
+        dense_params: its number of parameters before pruning.
+        budget: how much to remove.
     """
 
     recipe: LoadedRecipe
@@ -100,12 +100,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Args:
-        perplexity: by the name of the text.
+        perplexity: name of the text -> perplexity.
         answers: zero-shot task -> scores.
-        samples: text that it wrote, a continuation of each prompt.
+        samples: its continuation of each prompt.
     """
 
     perplexity: Mapping[str, MeasuredPerplexity]
@@ -122,25 +122,25 @@ def run(
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> RunRecord | RecoveryRecord:
-    """Carry out a recipe, and write its output folder as the last thing.
+    """Run a recipe, and write its output folder at the end.
 
-    Of several processes that share the work, each comes to the same plan, and the first alone writes.
+    With several processes, all find the same plan, and only the first writes.
 
-    While it runs, what is finished is kept in the output's work folder (``flapkit.system.workdir``). Where a
-    compensator trains, the pruned model is first written there, and recovered from there.
+    During the run, finished work is stored in the output's work folder (``flapkit.system.workdir``). If a compensator
+    trains, the pruned model is first written there, and recovered from there.
 
     Args:
-        recipe: what to do.
-        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
-        resume: go on with what a stopped run of the same recipe has left.
-        force: begin though the run takes more memory than there is.
-        progress: whom the stages tell how far they are.
-        cache: folder of cached statistics (``flapkit.execution.cache.cache_folder``); None for none.
+        recipe: the recipe.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also an interrupted run's work.
+        resume: resume an interrupted run of the same recipe.
+        force: run even if the estimate exceeds the available memory.
+        progress: receives the progress of the stages.
+        cache: folder of cached statistics (``flapkit.execution.cache.cache_folder``); None for no cache.
 
     Raises:
-        FlapkitError: whatever keeps the run from its end; no output is written then.
+        FlapkitError: the run fails; no output is written.
     """
-    output, asked = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
     target = find_target(recipe)
     if not force:
         refuse_too_large(recipe, target)
@@ -148,11 +148,11 @@ def run(
     with (
         open_workdir(output, _identity(recipe), check=check, resume=resume, overwrite=overwrite) as work,
         capture_warnings() as warnings,
-        open_log(asked.trainer.logger, asked) as journal,
+        open_log(settings.trainer.logger, settings) as journal,
         lost_processes(),
     ):
         if resume and not work.records():
-            log.info("no stopped run has left anything to go on with: begins at the beginning")
+            log.info("there is no interrupted run to resume; starting from the beginning")
         context = RunContext(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:
             return _prune(recipe, target, context, overwrite=overwrite)
@@ -160,48 +160,48 @@ def run(
         prepared.runtime.init_processes()
         first = _without_recovery(recipe, work.path("pruned"))
         if broadcast_from_rank0(work.path("pruned").is_dir):
-            log.info("going on from the pruned model in %s", first.recipe.output)
+            log.info("resuming from the pruned model in %s", first.recipe.output)
         else:
             _prune(first, target, context, overwrite=False)
         return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
 
 
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
-    """Say what a stopped run must have been to be gone on with: what prunes counts, and what is done later does not."""
-    asked: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
-    del asked["output"], asked["export"]
-    return asked
+    """Return the part of a recipe that an interrupted run must share to be resumed: everything up to pruning."""
+    settings: dict[str, Any] = yaml.safe_load(dump_recipe(_without_recovery(recipe, Path())))
+    del settings["output"], settings["export"]
+    return settings
 
 
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
-    """Return the part of a recipe that prunes."""
-    asked = recipe.recipe
-    pairs = zip(recipe.compensators, asked.compensator, strict=True)
-    kept = [(each, spec) for each, spec in pairs if each.corrects or each.recovery() is None]
+    """Return a recipe without its recovery and exports."""
+    settings = recipe.recipe
+    pairs = zip(recipe.compensators, settings.compensator, strict=True)
+    pruning = [(component, spec) for component, spec in pairs if component.corrects or component.recovery() is None]
     defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
     changed = {
-        "compensator": tuple(spec for _, spec in kept),
-        "trainer": asked.trainer.model_copy(update=defaults),
+        "compensator": tuple(spec for _, spec in pruning),
+        "trainer": settings.trainer.model_copy(update=defaults),
         "export": (),
         "output": str(output),
     }
-    compensators = tuple(each for each, _ in kept)
-    return replace(recipe, recipe=asked.model_copy(update=changed), compensators=compensators, exporters=())
+    compensators = tuple(component for component, _ in pruning)
+    return replace(recipe, recipe=settings.model_copy(update=changed), compensators=compensators, exporters=())
 
 
 def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Prune the recipe's model, measure it before and after, and write the recipe's output."""
-    asked, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
-    # Machines that do not share their disks would disagree on what is left to do, and wait for each other.
-    store = ResumeStore(context.work) if asked.trainer.num_nodes == 1 else None
+    settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, context.progress)
+    # Machines without a shared disk would disagree on what is finished, and wait for each other forever.
+    store = ResumeStore(context.work) if settings.trainer.num_nodes == 1 else None
     subject = _read(recipe, target, runtime, context, store)
     executor, sites = subject.executor, subject.target.sites
     dense = _measure_dense(subject, runtime, store)
     context.journal.perplexity("dense", dense.perplexity)
-    trace = make_trace(sites, subject.text, asked.report, executor.model.dtype)
+    trace = make_trace(sites, subject.text, settings.report, executor.model.dtype)
     trace_dense(executor, trace, context.progress)
-    pruned = prune_(executor, recipe.method, subject.budget, sequential=asked.calibration.sequential)
-    warn_of_odd(sites, pruned.plan)
+    pruned = prune_(executor, recipe.method, subject.budget, sequential=settings.calibration.sequential)
+    warn_of_unaligned_widths(sites, pruned.plan)
     context.journal.structure(sites, pruned.plan)
     errors = compare_pruned(executor, trace, pruned, context.progress)
     context.journal.errors(sites, errors)
@@ -221,7 +221,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         zero_shot=side_by_side(dense.answers, after.answers),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
-        samples=pair_samples(asked.evaluate.samples, dense.samples, after.samples),
+        samples=pair_samples(settings.evaluate.samples, dense.samples, after.samples),
     )
     return _write(record, executor, context, overwrite=overwrite)
 
@@ -229,62 +229,62 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
 def _read(
     recipe: LoadedRecipe, target: Target, runtime: Runtime, context: RunContext, store: ResumeStore | None
 ) -> Subject:
-    """Read all text, and then load the model, or open it to be run layer by layer."""
-    asked = recipe.recipe
+    """Read all text, then load the model, or open it to run layer by layer."""
+    settings = recipe.recipe
     with context.progress.stage("text"):
-        tokenizer = load_tokenizer(asked.model.path, revision=asked.model.revision)
-        text = read_text(asked, target, tokenizer)
-        tasks = load_tasks(asked.evaluate.zero_shot)
-        context.work.claim(_found(asked, target, text))
+        tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+        text = read_text(settings, target, tokenizer)
+        tasks = load_tasks(settings.evaluate.zero_shot)
+        context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)
-        keep = store.find if store else make_without_store
+        resume = store.find if store else make_without_store
         folder = context.work.folder
-        executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, keep=keep)
+        executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
-        budget = asked.budget.over(target.sites, params)
+        budget = settings.budget.over(target.sites, params)
     left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
-    # A recovery writes the pruned model, and in the end its output.
-    recovered = Path(asked.output).expanduser().resolve() != context.work.output
+    # A recovery writes the pruned model first, and its output at the end.
+    recovered = Path(settings.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
     return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget)
 
 
-def _found(asked: Recipe, target: Target, text: RunText) -> dict[str, Any]:
-    """Say what a recipe names and does not hold: text, weights and plugins, each so that a change is seen."""
-    folder = Path(asked.model.path).expanduser()
+def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, Any]:
+    """Identify the text, weights and plugins that a recipe names, so that a change is detected."""
+    folder = Path(settings.model.path).expanduser()
     weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
     return {
         "text": {
             "calibration": tokens_hash(text.calibration),
-            **{name: tokens_hash(each.windows.labels) for name, each in text.evaluations.items()},
+            **{name: tokens_hash(evaluation.windows.labels) for name, evaluation in text.evaluations.items()},
         },
-        "model files": {name: [found.st_size, found.st_mtime_ns] for name, found in weights},
+        "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in weights},
         "model commit": getattr(target.config, "_commit_hash", None),
-        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in asked.plugins},
+        "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in settings.plugins},
     }
 
 
 def _measure_dense(subject: Subject, runtime: Runtime, store: ResumeStore | None) -> Measurements:
-    """Measure the dense model, or find what a stopped run has measured of it."""
+    """Measure the dense model, or read the measurements of an interrupted run."""
     if store is None:
         return _measure(subject, runtime, "dense")
     texts = subject.text.evaluations
 
     def perplexity() -> dict[str, tuple[float, float | None, int]]:
-        found = _perplexity(subject, "dense")
-        return {name: (each.perplexity, each.bits_per_byte, each.batch_size) for name, each in found.items()}
+        measured = _perplexity(subject, "dense")
+        return {name: (text.perplexity, text.bits_per_byte, text.batch_size) for name, text in measured.items()}
 
     values = store.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
     return Measurements(
-        {name: MeasuredPerplexity(texts[name], *each) for name, each in values.items()},
+        {name: MeasuredPerplexity(texts[name], *figures) for name, figures in values.items()},
         store.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, runtime, "dense")),
         store.figures("samples", list[str], partial(_samples, subject, runtime, "dense")),
     )
 
 
 def _measure(subject: Subject, runtime: Runtime, which: str) -> Measurements:
-    """Measure what the recipe's ``evaluate`` asks for, of the ``dense`` or of the ``pruned`` model."""
+    """Measure the ``dense`` or the ``pruned`` model by the recipe's ``evaluate`` section."""
     return Measurements(
         _perplexity(subject, which), _answers(subject, runtime, which), _samples(subject, runtime, which)
     )
@@ -295,16 +295,16 @@ def _perplexity(subject: Subject, which: str) -> Mapping[str, MeasuredPerplexity
 
 
 def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, TaskScores]:
-    return ask(subject.executor.model, subject.tokenizer, subject.tasks, runtime, f"zero-shot {which}")
+    return evaluate_tasks(subject.executor.model, subject.tokenizer, subject.tasks, runtime, f"zero-shot {which}")
 
 
 def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
-    asked = subject.recipe.recipe.evaluate.samples
-    return sample(subject.executor.model, subject.tokenizer, asked, runtime, f"sample {which}")
+    settings = subject.recipe.recipe.evaluate.samples
+    return sample(subject.executor.model, subject.tokenizer, settings, runtime, f"sample {which}")
 
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:
-    """Write the output, and its exports: the first process for all, which wait until the output is complete."""
+    """Write the output and its exports in the first process; the others wait until the output is complete."""
     progress, recipe = context.progress, record.recipe
 
     def save() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves: its record, and the output folder that is written from it."""
+"""The record of a run, and the output folder that is written from it."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All that is known at the end of a run, but for the model itself: what reports and exports are made of.
+    """The results of a run, without the model.
 
     Args:
-        recipe: what was asked for.
-        target: what was pruned.
-        tokenizer: the model's.
+        recipe: the recipe.
+        target: the model's sites.
+        tokenizer: the model's tokenizer.
         text: the run's text, as tokens.
-        budget: how much was to go.
-        pruned: the scores, and the plan that was carried out.
-        params: parameters of the dense model, of the pruned one (added biases included), and of the blocks, with what
-            the plan removed of them.
+        budget: how much was to be removed.
+        pruned: the scores, and the applied plan.
+        params: parameters of the dense model, of the pruned one (including added biases), of the blocks, and those
+            removed from the blocks.
         perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and how it was measured, as in
             ``result.json``.
         seconds: stage -> wall time.
-        warnings: what flapkit warned of.
-        exports: name of the file or folder below ``exports`` -> what agreed to what.
-        zero_shot: task -> what was asked, and the scores of both models, as in ``result.json``.
-        errors: site name -> how far its consumer's output moved.
-        error_tokens: held-out calibration tokens that the errors were measured on.
+        warnings: flapkit's warnings.
+        exports: name of the file or folder below ``exports`` -> the result of its check.
+        zero_shot: task -> its settings, and the scores of both models, as in ``result.json``.
+        errors: site name -> the error of its consumer's output.
+        error_tokens: held-out calibration tokens on which the errors were measured.
         samples: text that both models wrote.
     """
 
@@ -76,11 +76,11 @@ class RunRecord:
 
     @property
     def plan(self) -> PruningPlan:
-        """The plan that was carried out."""
+        """The applied plan."""
         return self.pruned.plan
 
     def result(self) -> dict[str, Any]:
-        """Gather what was measured, for ``result.json``."""
+        """Gather the measurements for ``result.json``."""
         return {
             "params": dict(self.params),
             "perplexity": self.perplexity,
@@ -90,18 +90,18 @@ class RunRecord:
         }
 
     def metadata(self) -> dict[str, Any]:
-        """Say what made the model, for ``flapkit.json``."""
-        asked, adapter = self.recipe.recipe, self.target.adapter
+        """Describe how the model was made, for ``flapkit.json``."""
+        settings, adapter = self.recipe.recipe, self.target.adapter
         derived = adapter.family_of(self.target.config) if isinstance(adapter, Auto) else None
         return {
-            "model": asked.model.model_dump(),
+            "model": settings.model.model_dump(),
             "adapter": adapter.name,
             **({"declaration": asdict(derived)} if derived else {}),
-            "metric": asked.metric.model_dump(),
-            "searcher": asked.searcher.model_dump(),
-            "compensator": [each.model_dump() for each in asked.compensator],
-            "budget": asked.budget.model_dump(),
-            "calibration": {**asked.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
+            "metric": settings.metric.model_dump(),
+            "searcher": settings.searcher.model_dump(),
+            "compensator": [spec.model_dump() for spec in settings.compensator],
+            "budget": settings.budget.model_dump(),
+            "calibration": {**settings.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
             "params": dict(self.params),
             **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }
@@ -121,16 +121,16 @@ def compare(
 
 
 def put_texts_beside(models: Mapping[str, Mapping[str, MeasuredPerplexity]]) -> dict[str, dict[str, Any]]:
-    """Put the figures of some models side by side, as in ``result.json``.
+    """Put the figures of several models side by side, as in ``result.json``.
 
     Args:
-        models: model -> text -> what was measured; the same texts of every model.
+        models: model -> text -> its perplexity; all models have the same texts.
 
     Returns:
         Text -> the perplexity of each model by its name, and how it was measured.
     """
     texts = next(iter(models.values()))
-    return {name: _text_beside({model: found[name] for model, found in models.items()}) for name in texts}
+    return {name: _text_beside({model: of_model[name] for model, of_model in models.items()}) for name in texts}
 
 
 def _text_beside(models: Mapping[str, MeasuredPerplexity]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _text_beside(models: Mapping[str, MeasuredPerplexity]) -> dict[str, Any]:
 
 
 def add_text_beside(known: Mapping[str, Any], model: str, measured: MeasuredPerplexity) -> dict[str, Any]:
-    """Put the figures of one more model beside those of one text that are known, as ``put_texts_beside`` gives them."""
+    """Add the figures of another model to a text's entry in the result of ``put_texts_beside``."""
     added = _text_beside({model: measured})
     figures = {name: {**known[name], **added[name]} for name in ("bits_per_byte", "batch_size")}
     return {**known, model: added[model], **figures}
@@ -160,15 +160,15 @@ def save_run(
     overwrite: bool = False,
     work: WorkDir | None = None,
 ) -> None:
-    """Write the output folder of a run: the checkpoint, and the files that say what made it.
+    """Write the output folder of a run: the checkpoint, and the files that describe how it was made.
 
     Args:
-        record: what was done.
+        record: the results of the run.
         model: the pruned model.
-        files: more files, by their path in the folder.
-        weights: files that hold the model's weights already.
+        files: additional files, path in the folder -> content.
+        weights: files that already hold the model's weights.
         overwrite: replace a folder that flapkit wrote.
-        work: the output's work folder, where it is held already.
+        work: the output's work folder, if it is open.
 
     Raises:
         OutputError: the folder exists, or cannot be written.
@@ -187,8 +187,8 @@ def save_run(
 
 
 def run_files(record: RunRecord) -> dict[str, str | bytes]:
-    """Write what stands beside the checkpoint: what was asked, what was measured, and the report of it."""
-    noted = make_record(
+    """Return the files beside the checkpoint: the recipe, the measurements, and the report."""
+    report = make_record(
         record.recipe.recipe.model.path,
         record.target.sites,
         record.pruned.scores,
@@ -198,12 +198,12 @@ def run_files(record: RunRecord) -> dict[str, str | bytes]:
         error_tokens=record.error_tokens,
         samples=record.samples,
     )
-    document = RunDocument(record.output.name, noted, record.result(), dump_recipe(record.recipe), record.metadata())
+    document = RunDocument(record.output.name, report, record.result(), dump_recipe(record.recipe), record.metadata())
     forms = record.recipe.recipe.report.figures
     return {
         "result.json": json.dumps(document.result, indent=2) + "\n",
         "recipe.yaml": document.recipe,
-        RECORD: noted.to_json(),
+        RECORD: report.to_json(),
         PAGE: render_run(document),
         "structure.png": draw_structure(document),
         **{f"figures/{name}": content for name, content in draw_figures([document], forms).items()},

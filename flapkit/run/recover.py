@@ -1,4 +1,4 @@
-"""Recover a pruned checkpoint: train it as a recipe's compensator says, and write a checkpoint again."""
+"""Recover a pruned checkpoint: train it by a recipe's compensator, and write the trained checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from flapkit.run.record import add_text_beside, put_texts_beside
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
 from flapkit.run.target import Target, find_target
-from flapkit.run.tasks import ask, load_tasks
+from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap
 from flapkit.system.errors import OutputError, RecipeError, RunError
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
@@ -48,19 +48,19 @@ if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
 
 RECOVERY = "recovery"
-"""The folder within the work folder that a training keeps."""
+"""Folder of a training in the work folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """A recovery whose recipe is known to be right, and all that it needs beside the pruned model.
+    """A recovery whose recipe is checked, and everything that it needs beside the pruned model.
 
     Args:
-        recipe: what to do.
-        recovery: what is trained, and how.
-        text: to train and to validate on.
-        evaluations: name -> what perplexity is measured of.
-        tokenizer: the model's.
+        recipe: the recipe.
+        recovery: the recovery.
+        text: training and validation text.
+        evaluations: name -> evaluation text.
+        tokenizer: the model's tokenizer.
         tasks: zero-shot tasks; None for none.
         runtime: what it runs on.
     """
@@ -81,19 +81,19 @@ class Preparation:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRecord:
-    """All that is known at the end of a recovery, but for the model itself.
+    """The results of a recovery, without the model.
 
     Args:
-        output: the folder that is written.
-        plan: the plan that was carried out when the model was pruned.
-        params: as the pruned checkpoint says.
-        perplexity: name of the text -> ``dense`` where it is known, ``pruned`` and ``recovered`` -> perplexity, and
-            how it was measured, as in ``result.json``.
-        zero_shot: task -> what was asked, and the scores of the models that it was asked of.
-        recovery: what the training did.
-        seconds: stage -> wall time, those of the pruning included.
-        warnings: what flapkit warned of.
-        exports: name of the file or folder below ``exports`` -> what agreed to what.
+        output: the output folder.
+        plan: the plan by which the model was pruned.
+        params: the pruned checkpoint's counts of parameters.
+        perplexity: name of the text -> ``dense`` if known, ``pruned`` and ``recovered`` -> perplexity, and how it was
+            measured, as in ``result.json``.
+        zero_shot: task -> its settings, and the scores of the models that were measured.
+        recovery: summary of the training.
+        seconds: stage -> wall time, including those of pruning.
+        warnings: flapkit's warnings.
+        exports: name of the file or folder below ``exports`` -> the result of its check.
     """
 
     output: Path
@@ -107,7 +107,7 @@ class RecoveryRecord:
     exports: Mapping[str, str] = field(default_factory=dict)
 
     def result(self) -> dict[str, Any]:
-        """Gather what was measured, for ``result.json``."""
+        """Gather the measurements for ``result.json``."""
         names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
         return {name: getattr(self, name) for name in names}
 
@@ -120,29 +120,29 @@ def recover(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> RecoveryRecord:
-    """Train a pruned checkpoint by the recipe's recovering compensator, and write the recipe's output folder.
+    """Train a pruned checkpoint by the recipe's compensator with a recovery, and write the recipe's output folder.
 
-    Of the recipe count: that compensator, ``evaluate``, ``trainer`` and ``output``; ``model`` where the dense model is
-    the teacher; ``calibration`` where the compensator names no text.
+    Used of the recipe: that compensator, ``evaluate``, ``trainer`` and ``output``; ``model`` if the dense model is the
+    teacher; ``calibration`` if the compensator names no text.
 
     Args:
         checkpoint: a folder that flapkit wrote.
-        recipe: what to do.
-        overwrite: replace an output folder that flapkit wrote; without ``resume``, also what a stopped run has left.
-        resume: go on with the training that a stopped run has left.
-        progress: whom the stages tell how far they are.
+        recipe: the recipe.
+        overwrite: replace an output folder that flapkit wrote; without ``resume``, also an interrupted run's work.
+        resume: resume an interrupted training.
+        progress: receives the progress of the stages.
 
     Raises:
-        FlapkitError: whatever keeps the recovery from its end. The checkpoint is as it was.
+        FlapkitError: the recovery fails; the checkpoint is unchanged.
     """
     output = Path(recipe.recipe.output).expanduser()
     if output.resolve() == checkpoint.resolve():
-        raise OutputError(f"output {output}: is the checkpoint itself; choose another, as in --set output=recovered")
-    # Whatever is damaged is known before anything is trained.
+        raise OutputError(f"output {output} is the checkpoint itself; choose another, such as --set output=recovered")
+    # Refuse damaged files before training.
     Origin.of(checkpoint)
-    asked, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
+    settings, check = {"recover": str(checkpoint.resolve())}, partial(check_output, output, overwrite=overwrite)
     with (
-        open_workdir(output, asked, check=check, resume=resume, overwrite=overwrite) as work,
+        open_workdir(output, settings, check=check, resume=resume, overwrite=overwrite) as work,
         capture_warnings() as warnings,
         lost_processes(),
     ):
@@ -152,56 +152,60 @@ def recover(
 
 
 def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint: Path | None = None) -> Preparation:
-    """Read the text of a recovery, and try the recovery on an empty model, before anything is run.
+    """Read the text of a recovery, and try the recovery on an empty model, before any stage runs.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         target: the model, dense or pruned.
-        progress: whom the stages tell how far they are.
-        checkpoint: the pruned model, if there is one already.
+        progress: receives the progress of the stages.
+        checkpoint: the pruned model, if it exists already.
 
     Raises:
-        RecipeError: no compensator trains, a target that the model has not, or text that is evaluated too.
-        DataError: a text that cannot be read or is too short.
+        RecipeError: no compensator trains, the model lacks a module to train, or the text is evaluated too.
+        DataError: a text cannot be read or is too short.
         ModelError: the model's configuration or tokenizer cannot be read.
     """
     recovery = recovery_of(recipe.compensators)
     if recovery is None:
-        raise RecipeError(f"{recipe.path}: no compensator of it trains; for example --set 'compensator=[bias, lora]'")
+        raise RecipeError(
+            f"{recipe.path}: none of its compensators trains; add one, for example --set 'compensator=[bias, lora]'"
+        )
     if recipe.exporters and not recovery.merge:
-        raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack what was trained")
-    asked, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
-    source = recovery_source(training, asked)
+        raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack the trained adapter")
+    settings, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
+    source = recovery_source(training, settings)
     with progress.stage("recovery text"):
-        path, revision = (asked.model.path, asked.model.revision) if checkpoint is None else (str(checkpoint), None)
+        path, revision = (
+            (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
+        )
         tokenizer = load_tokenizer(path, revision=revision)
         recovery.attach(build_empty(target.config), target.sites)
         text = read_recovery_text(training, source, target, tokenizer, runtime)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(asked.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
-    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(asked.evaluate.zero_shot), runtime)
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(settings.evaluate.zero_shot), runtime)
 
 
 def recover_checkpoint(
     checkpoint: Path, prepared: Preparation, warnings: Sequence[str], work: WorkDir, *, overwrite: bool
 ) -> RecoveryRecord:
-    """Train a pruned checkpoint, and write the output folder; of several processes the first alone writes.
+    """Train a pruned checkpoint, and write the output folder; with several processes, only the first writes.
 
     Args:
         checkpoint: a folder that flapkit wrote; all processes read it.
-        prepared: what to do.
-        warnings: what flapkit warns of meanwhile.
-        work: the output's work folder; a training that it holds is gone on with.
+        prepared: the recovery and its text.
+        warnings: flapkit's warnings, collected during the run.
+        work: the output's work folder; a training in it is resumed.
         overwrite: replace an output folder that flapkit wrote.
 
     Raises:
-        RunError: a loss that is not finite.
+        RunError: a loss is not finite.
     """
     recipe, progress = prepared.recipe, prepared.runtime.progress
     prepared.runtime.init_processes()
-    # What the processes do next depends on it.
+    # All processes must agree on it: their next steps depend on it.
     origin = broadcast_from_rank0(lambda: Origin.of(checkpoint))
     known = origin.known(recipe.recipe, prepared.evaluations)
     with progress.stage("load pruned"):
@@ -212,7 +216,7 @@ def recover_checkpoint(
     recovered = _train(student, origin, prepared, work.path(RECOVERY))
     student.finish(recovered)
     after = prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate recovered")
-    answers = ask(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
+    answers = evaluate_tasks(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
         prepared.output,
         origin.plan,
@@ -249,7 +253,7 @@ def recover_checkpoint(
 
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
-    """Load the pruned model; an adapter that is saved beside it names the output."""
+    """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
     recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
     if not prepared.runtime.sharded:
         model = load(str(checkpoint), recipe.recipe.model.dtype)
@@ -265,10 +269,10 @@ def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
 
 
 def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:
-    """Train a pruned model in place; what the training keeps is in a folder."""
-    recipe, asked, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
+    """Train a pruned model in place; ``folder`` is for checkpoints and logs."""
+    recipe, settings, recovery = prepared.recipe, prepared.recipe.recipe, prepared.recovery
     sites = find_target(recipe.of_model(str(origin.folder))).sites
-    workplace = Workplace(folder, _identity(recipe, origin), asked.trainer.logger)
+    workplace = Workplace(folder, _identity(recipe, origin), settings.trainer.logger)
     teacher = None
     if recovery.training.distill:
         teacher = load_model(recipe, prepared.runtime)
@@ -284,11 +288,11 @@ def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path
             trainable=student.trainable,
         )
     except RunError as error:
-        raise RunError(f"{error}; the pruned model is whole in {origin.folder}") from error
+        raise RunError(f"{error}; the pruned model in {origin.folder} is unchanged") from error
 
 
 def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
-    """Say all that a training depends on."""
+    """Return everything that a training depends on."""
     specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
     return {
         "compensator": next(spec.model_dump(mode="json") for component, spec in specs if component.recovery()),
@@ -301,7 +305,7 @@ def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
 
 
 def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: Path) -> dict[str, bytes | str]:
-    """Gather the files that go beside the model: the pruned checkpoint's own, the logs, and what was measured."""
+    """Gather the files beside the model: the pruned checkpoint's files, the logs, the measurements and the report."""
     files: dict[str, bytes | str] = {
         **{name: path.read_bytes() for name, path in origin.carried.items() if path.is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},

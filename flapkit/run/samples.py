@@ -1,4 +1,4 @@
-"""The stages that only a run's report needs: the error of each site, and samples of text."""
+"""The stages for a run's report: the error of each site, and samples of text."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def make_trace(sites: Sequence[Site], text: RunText, asked: ReportSection, dtype: torch.dtype) -> Trace | None:
-    """Choose the text on which the error of every site is measured: held-out calibration windows.
+def make_trace(sites: Sequence[Site], text: RunText, settings: ReportSection, dtype: torch.dtype) -> Trace | None:
+    """Create the trace that measures the error of every site, on held-out calibration windows.
 
     Returns:
-        An empty trace; None where it is not asked for, or where so little calibration text was drawn that none is held
-        out.
+        An empty trace; None if the recipe turns it off, or no calibration window is held out.
     """
-    windows = text.calibration[held_out(len(text.calibration))][: asked.error_windows]
+    windows = text.calibration[held_out(len(text.calibration))][: settings.error_windows]
     return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
 
 
 def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> None:
-    """Keep what the dense model's consumers take in and give out."""
+    """Store the inputs and outputs of the dense model's consumers."""
     if trace is None:
         return
     with progress.stage("trace dense"):
@@ -46,42 +45,42 @@ def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> 
 def compare_pruned(
     executor: Executor, trace: Trace | None, pruned: Pruned, progress: Progress
 ) -> Mapping[str, SiteError]:
-    """Measure how far the output of each pruned site is from the dense one."""
+    """Measure the error of each pruned site's output."""
     errors: dict[str, SiteError] = {}
     if trace is None:
         return errors
     with progress.stage("site errors"):
-        sites = trace.left(pruned.plan, executor.sites)
+        sites = trace.pruned_sites(pruned.plan, executor.sites)
         for measured in executor.observe(sites, trace.statistic, trace.batches):
             errors |= trace.compare(executor.model, measured, pruned.plan, pruned.expected)
     return errors
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Samples | None, runtime: Runtime, name: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Samples | None, runtime: Runtime, name: str
 ) -> list[str]:
     """Let a model continue the recipe's prompts.
 
     Args:
         model: dense or pruned.
-        tokenizer: the model's.
-        asked: the prompts; None for none.
+        tokenizer: the model's tokenizer.
+        settings: the prompts; None for none.
         runtime: where it runs.
-        name: what the stage is called.
+        name: name of the stage.
     """
-    if asked is None:
+    if settings is None:
         return []
     written = []
-    with runtime.progress.stage(name, len(asked.prompts), "prompts") as stage:
+    with runtime.progress.stage(name, len(settings.prompts), "prompts") as stage:
         runtime.place_(model)
-        options = asked.model_dump(exclude={"prompts"})
-        for text in write_samples(model, tokenizer, asked.prompts, **options):
+        options = settings.model_dump(exclude={"prompts"})
+        for text in write_samples(model, tokenizer, settings.prompts, **options):
             written.append(text)
             stage.advance()
     return written
 
 
-def pair_samples(asked: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
-    """Put both models' continuations beside each prompt."""
-    prompts = asked.prompts if asked else ()
-    return [SampleRecord(*each) for each in zip(prompts, dense, pruned, strict=True)]
+def pair_samples(settings: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
+    """Pair both models' continuations of each prompt."""
+    prompts = settings.prompts if settings else ()
+    return [SampleRecord(*texts) for texts in zip(prompts, dense, pruned, strict=True)]

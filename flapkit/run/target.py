@@ -1,4 +1,4 @@
-"""What a recipe prunes, from the model's configuration alone."""
+"""What a recipe prunes, from the model's configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a recipe prunes, as far as the model's configuration tells.
+    """What a recipe prunes, as far as the model's configuration shows it.
 
     Args:
         config: the dense model's configuration.
         adapter: describes the model.
-        sites: its prunable places.
+        sites: the model's sites.
     """
 
     config: PreTrainedConfig
@@ -38,7 +38,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.
 
     Raises:
-        ModelError: the model is missing, has no adapter, or could not be saved or exported once pruned.
+        ModelError: the model is missing or has no adapter, or the pruned model could not be saved or exported.
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
@@ -50,8 +50,8 @@ def find_target(recipe: LoadedRecipe) -> Target:
         raise ModelError(f"model {model.path}: {error}") from error
     if any(site.block is None for site in sites):
         raise ModelError(
-            f"models pruned by adapter {adapter.name!r} cannot be saved: its sites come from no declaration "
-            "(flapkit.model.declaration.Family), so that there is no class to load them by"
+            f"models pruned by adapter {adapter.name!r} cannot be saved: its sites have no declaration "
+            "(flapkit.interfaces.Family), which the class that loads them needs"
         )
     if recipe.exporters:
         check_exports(recipe.exporters, _prospect(recipe, config, sites))
@@ -64,13 +64,13 @@ def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site
     except AttributeError as error:
         raise ModelError(
             f"adapter {adapter.name!r} does not fit models of type {config.model_type!r} "
-            f"({error}); leave `adapter` out, or name the right one"
+            f"({error}); leave `adapter` out, or choose another"
         ) from error
 
 
 def _prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
-    """Say what the pruned model will be, as far as the recipe tells."""
+    """Describe the pruned model, as far as the recipe determines it."""
     biases = biased_kinds(config, sites)
-    if any(each.adds_bias for each in recipe.compensators):
+    if any(compensator.adds_bias for compensator in recipe.compensators):
         biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.of)}
     return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases)

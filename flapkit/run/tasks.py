@@ -1,4 +1,4 @@
-"""The stage that asks a model lm-eval's zero-shot tasks."""
+"""The stage that evaluates lm-eval's zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
 
 
-def check_tasks(asked: ZeroShot) -> None:
-    """Raise ``InputError`` for what can be known to be wrong without reading any row."""
+def check_tasks(settings: ZeroShot) -> None:
+    """Raise ``InputError`` for problems that are visible without reading any row."""
     check_installed()
-    if asked.data_dir is not None:
-        for name in asked.tasks:
+    if settings.data_dir is not None:
+        for name in settings.tasks:
             if name in TASKS:
-                find_task(name, Path(asked.data_dir).expanduser())
+                find_task(name, Path(settings.data_dir).expanduser())
 
 
-def load_tasks(asked: ZeroShot | None) -> Harness | None:
-    """Load a recipe's tasks and their rows; None where it asks for none.
+def load_tasks(settings: ZeroShot | None) -> Harness | None:
+    """Load a recipe's tasks and their rows; None if it has no tasks.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be had.
+        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be read.
     """
-    if asked is None:
+    if settings is None:
         return None
-    folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
-    return load_harness(asked.tasks, data_dir=folder, limit=asked.limit, batch_size=asked.batch_size)
+    folder = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
+    return load_harness(settings.tasks, data_dir=folder, limit=settings.limit, batch_size=settings.batch_size)
 
 
-def ask(
+def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     harness: Harness | None,
     runtime: Runtime,
     name: str = "zero-shot",
 ) -> Mapping[str, TaskScores]:
-    """Ask a model every task, in its own precision, whatever the trainer's.
+    """Evaluate every task on a model, in the model's precision rather than the trainer's.
 
     Args:
         model: dense or pruned.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         harness: the tasks; None for none.
-        runtime: on whose device it runs, and whom it tells how far it is.
-        name: what the stage is called.
+        runtime: its device, and its progress.
+        name: name of the stage.
 
     Raises:
         RunError: the model, or lm-eval, fails on a task.

@@ -1,4 +1,4 @@
-"""The text of a run, as tokens: read before any model is loaded, so that what is wrong with it is known at once."""
+"""The text of a run, as tokens; it is read before any model is loaded, so that problems show early."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunText:
     Args:
         calibration: tokens [windows, tokens].
         batch_size: calibration windows that go through the model at once.
-        evaluations: name -> what perplexity is measured of, in the recipe's order.
+        evaluations: name -> evaluation text, in the recipe's order.
     """
 
     calibration: Tensor
@@ -48,7 +48,7 @@ def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase
     """Read the calibration text and every evaluation text of a recipe.
 
     Raises:
-        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+        DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
     evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
@@ -67,33 +67,35 @@ def read_evaluations(
 
     Args:
         texts: the recipe's entries.
-        tokenizer: the model's.
-        render: turns a conversation into text; None where nothing can.
+        tokenizer: the model's tokenizer.
+        render: converts a conversation to text; None if conversations are not supported.
         vocab_size: the model's.
 
     Raises:
-        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+        DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
-    return {name: _evaluation(asked, tokenizer, render, vocab_size) for name, asked in name_evaluations(texts).items()}
+    return {
+        name: _evaluation(settings, tokenizer, render, vocab_size) for name, settings in name_evaluations(texts).items()
+    }
 
 
 def _evaluation(
-    asked: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+    settings: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
 ) -> EvaluationText:
-    documents = asked.documents("evaluation", render)
-    text = encode_measured(tokenizer, documents, asked.separator("evaluation") or "\n\n", vocab_size)
-    cut = cut_text(text, asked.length, asked.stride, asked.windows, bos=tokenizer.bos_token_id)
-    return EvaluationText(*cut, asked.batch_size)
+    documents = settings.documents("evaluation", render)
+    text = encode_measured(tokenizer, documents, settings.separator("evaluation") or "\n\n", vocab_size)
+    cut = cut_text(text, settings.length, settings.stride, settings.windows, bos=tokenizer.bos_token_id)
+    return EvaluationText(*cut, settings.batch_size)
 
 
 def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str) -> Overlap:
-    """Find what a text shares with windows that the model was pruned or trained by, and warn where it is much.
+    """Find the overlap of an evaluation text with calibration or training windows, and warn if it is large.
 
     Args:
-        name: the evaluation's.
-        text: what is measured.
-        seen: tokens [windows, tokens].
-        purpose: what they were for, ``calibration`` or ``recovery``.
+        name: name of the evaluation.
+        text: the evaluation text.
+        seen: tokens of the other windows [windows, tokens].
+        purpose: their purpose, ``calibration`` or ``recovery``.
     """
     overlap = find_overlap(seen, text.windows)
     if overlap.share >= NOTEWORTHY:
@@ -108,24 +110,24 @@ def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str)
     return overlap
 
 
-def calibration_windows(asked: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_windows(settings: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Draw the calibration windows of a recipe, [windows, tokens]."""
     return draw_windows(
         tokenizer,
-        asked.documents("calibration", renderer(target.adapter, tokenizer)),
-        asked.separator("calibration"),
-        samples=asked.samples,
-        length=asked.length,
-        seed=asked.seed,
+        settings.documents("calibration", renderer(target.adapter, tokenizer)),
+        settings.separator("calibration"),
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
         vocab_size=target.config.vocab_size,
     )
 
 
 def recovery_source(training: Training, recipe: Recipe) -> TextSource:
-    """Say where the text of a recovery comes from.
+    """Return the source of a recovery's training text.
 
     Raises:
-        RecipeError: text to train or to validate on is evaluated as well: the figure would say nothing.
+        RecipeError: training or validation text is evaluated as well, which would make the figure meaningless.
     """
     source = training.source(recipe.calibration)
     for used, purpose in ((source, "train"), (training.validation, "validate")):
@@ -139,7 +141,7 @@ def recovery_source(training: Training, recipe: Recipe) -> TextSource:
 
 
 def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:
-    """Name evaluations by what they are, and number those that would be called the same."""
+    """Name evaluations by their settings, and number those with equal names."""
     names: dict[str, Perplexity] = {}
     for text in texts:
         name = f"{text.dataset}{f' {text.split}' if text.split else ''}, {text.length} tokens"
@@ -152,17 +154,17 @@ def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:
 def renderer(
     adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Conversation], str] | None:
-    """Choose how conversations become text: by the adapter, or else by the tokenizer's chat template.
+    """Choose how conversations are converted to text: by the adapter, otherwise by the tokenizer's chat template.
 
-    A rendered conversation begins with the tokenizer's start token, if it has one, as in training.
+    A rendered conversation starts with the tokenizer's start token, if it has one, as in training.
 
     Args:
-        adapter: the model's adapter, whose ``render`` comes first.
+        adapter: the model's adapter, whose ``render`` has precedence.
         tokenizer: the model's tokenizer.
 
     Returns:
-        A function that raises ``DataError`` for a conversation that the format does not allow, or None where neither
-        the adapter nor the tokenizer has a format.
+        A function that raises ``DataError`` for a conversation that the format does not allow; None if neither the
+        adapter nor the tokenizer has a format.
     """
     adapted = adapter is not None and type(adapter).render is not ArchitectureAdapter.render
     if not adapted and not tokenizer.chat_template:
@@ -184,23 +186,23 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
     try:
         return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
     except Exception as error:
-        raise DataError(f"the tokenizer's chat template refuses it: {type(error).__name__}: {error}") from error
+        raise DataError(f"the tokenizer's chat template fails on it: {type(error).__name__}: {error}") from error
 
 
 def read_recovery_text(
     training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
 ) -> RecoveryText:
-    """Draw the windows of a recovery: as many as its steps need, and as many to validate on as its devices can share.
+    """Draw the windows of a recovery: as many as its steps need; validation windows are a multiple of the devices.
 
     Args:
-        training: how many windows, how long they are, and the seed.
-        source: text to train on.
+        training: the number and length of the windows, and the seed.
+        source: the training text.
         target: the model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         runtime: what the recovery runs on.
 
     Raises:
-        DataError: a text that cannot be read or is too short, or a tokenizer that does not fit the model.
+        DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
     documents, held_out = hold_out(source.documents("calibration", render))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256
-"""Rows that are converted at once: 22 MB of LLaMA-7B's widest consumer."""
+"""Rows converted at a time: 22 MB for LLaMA-7B's widest consumer."""
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -22,7 +22,7 @@ def with_float64(tensor: Tensor) -> Tensor:
 
 
 def float64_rows(weight: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a weight [out_features, channels] in float64, some at a time.
+    """Yield the rows of a weight [out_features, channels] in float64, at most ``ROWS`` at a time.
 
     ```python
     products = torch.cat([rows @ x for rows in float64_rows(weight)])
@@ -32,7 +32,7 @@ def float64_rows(weight: Tensor) -> Iterator[Tensor]:
 
 
 def column_sums(weight: Tensor, power: int) -> Tensor:
-    """Sum the absolute values of each column, each raised to a power; float64 [channels]."""
+    """Sum the absolute values of each column, raised to a power; float64 [channels]."""
     total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for rows in float64_rows(weight):
         total += rows.abs_().pow_(power).sum(dim=0)

@@ -13,7 +13,7 @@ from flapkit.system.errors import ModelError
 from flapkit.testing import check_adapter
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
-LAWS = ("sliced is masked", "query heads", "counts", "save and load")
+CHECKS = ("sliced is masked", "query heads", "counts", "save and load")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def yaml(tmp_path) -> Path:
 
 
 def test_the_yaml_is_exact(yaml):
-    check_adapter(load_family(yaml), forms=["as it is", "one key/value head"], laws=LAWS)
+    check_adapter(load_family(yaml), forms=["as it is", "one key/value head"], checks=CHECKS)
     assert load_registry([yaml]).origin(ADAPTER, "my_glm") == str(yaml)
 
 
@@ -32,12 +32,12 @@ def test_the_python_is_exact(tmp_path):
     (text,) = re.findall(r"```python\n(from flapkit import hookimpl.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "glm.py").write_text(text)
     adapter = load_registry([tmp_path / "glm.py"]).create(ADAPTER, "my_glm", {"unit": "query_head"})
-    check_adapter(adapter, forms=["as it is"], laws=LAWS)
+    check_adapter(adapter, forms=["as it is"], checks=CHECKS)
 
 
 def test_a_forgotten_parameter_is_named(yaml):
     yaml.write_text(yaml.read_text().replace("{gate_up_proj: i+i}", "{}"))
     (said,) = re.findall(r"```\n(layers\.0\.mlp: .*?)\n```", PAGE)
     with pytest.raises(ModelError) as caught:
-        check_adapter(load_family(yaml), forms=["as it is"], laws=["sliced is masked"])
+        check_adapter(load_family(yaml), forms=["as it is"], checks=["sliced is masked"])
     assert said.replace("name mlp", "name model.layers.0.mlp") in str(caught.value)

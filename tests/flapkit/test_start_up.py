@@ -69,10 +69,11 @@ print("imported:", sorted({"torch", "transformers"} & set(sys.modules)))
     assert python(source, tmp_path) == "run\nimported: []\n"
 
 
-@pytest.mark.parametrize("command", [["list"], ["check", "recipe.yaml"], ["run", "recipe.yaml"]])
+@pytest.mark.parametrize("command", ["list", "check recipe.yaml", "run recipe.yaml", "sweep sweep.yaml"])
 def test_lists_and_mistakes_import_no_models(command, tmp_path):
     (tmp_path / "recipe.yaml").write_text(TYPO)
-    assert imported(command, HEAVY, tmp_path).endswith("imported: []\n")
+    (tmp_path / "sweep.yaml").write_text(TYPO)
+    assert imported(command.split(), HEAVY, tmp_path).endswith("imported: []\n")
 
 
 def test_show_imports_no_trainer(pruned_folder):

@@ -1,6 +1,6 @@
-"""Lightning: the only place that imports it.
+"""Lightning: the only package that imports it.
 
-The callbacks do in a script of your own what ``flapkit run`` does.
+With the callbacks, your own script can do what ``flapkit run`` does.
 
 Modules:
     callbacks: calibrate, evaluate, report progress, recover
@@ -8,5 +8,5 @@ Modules:
     loggers: Lightning's loggers by name
     module: the language model as a LightningModule
     prune: prune and save
-    trainer: build trainers, and let processes meet
+    trainer: build trainers, and initialise processes
 """

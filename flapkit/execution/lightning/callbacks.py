@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flapkit.evaluation.perplexity import Perplexity, PerplexityValues
-from flapkit.execution.shards import fill_, whole
+from flapkit.execution.shards import fill_, gathered
 from flapkit.model.site import Site
 from flapkit.pruning.collector import Collector, Statistics
 from flapkit.pruning.recovery import Recovery, Trainable, Training
@@ -24,13 +24,13 @@ from flapkit.system.float64 import float64_device
 from flapkit.system.progress import Stage
 
 LAST = "last"
-"""Name of the checkpoint, without its suffix, from which a recovery goes on."""
+"""Name of the checkpoint, without its suffix, from which a recovery resumes."""
 
 
 class ProgressCallback(Callback):
-    """Tell a stage of each batch that calibration or evaluation is done with.
+    """Report finished batches to a stage.
 
-    Of several processes each tells of its own share, as of a share of all: they keep step, more or less.
+    With several processes, every process multiplies its own count by their number, since they advance together.
 
     Args:
         stage: counts windows.
@@ -52,7 +52,7 @@ class ProgressCallback(Callback):
         self._count(trainer, len(batch["input_ids"]))
 
     def on_train_batch_end(self, trainer: Trainer, *what: Any) -> None:
-        """Count optimizer steps; a resumed training begins with those that were done before."""
+        """Count optimizer steps; a resumed training starts with those done before."""
         self._stage.advance(trainer.global_step - self._stage.done)
 
     def _count(self, trainer: Trainer, windows: int) -> None:
@@ -64,12 +64,12 @@ class Calibrate(Callback):
     """Measure statistics while ``trainer.predict`` runs the calibration text through the backbone.
 
     Args:
-        sites: where to measure.
-        statistics: what to measure, as classes.
-        stop_early: leave each forward pass after the last of the sites.
+        sites: the sites to measure.
+        statistics: classes of the statistics.
+        stop_early: end every forward pass after the last of the sites.
 
     Attributes:
-        statistics: site name -> what was measured; merged over ranks at the end.
+        statistics: site name -> its statistics, merged over ranks; empty until the loop ends.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Calibrate(Callback):
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take note of which tokens count."""
+        """Select the tokens that count."""
         if self._collector:
             self._collector.begin(batch)
 
@@ -107,19 +107,19 @@ class Calibrate(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop at the first input that is not finite."""
+        """Raise an error at the first input that is not finite."""
         if self._collector:
             self._collector.check()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge what the ranks measured."""
+        """Merge the statistics of all ranks."""
         if self._collector:
             self._collector.merge()
             self.statistics = self._collector.statistics
         self._unhook()
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Leave no hook behind."""
+        """Remove the hooks."""
         self._unhook()
 
     def _unhook(self) -> None:
@@ -132,7 +132,7 @@ class Evaluate(Callback):
     """Measure perplexity while ``trainer.test`` runs.
 
     Args:
-        names: what the evaluation texts are called, in the order of the loaders.
+        names: names of the evaluation texts, in the order of the loaders.
 
     Attributes:
         results: name -> both perplexities of the last test.
@@ -144,7 +144,7 @@ class Evaluate(Callback):
         self.results: dict[str, PerplexityValues] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Start new metrics."""
         self._metrics = [Perplexity().to(float64_device(pl_module.device)) for _ in self._names]
 
     def on_test_batch_end(
@@ -156,31 +156,31 @@ class Evaluate(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in a batch, and stop where a loss is not finite."""
+        """Add a batch; raise an error if a loss is not finite."""
         metric = self._metrics[dataloader_idx]
         metric.update(outputs["nll"], outputs["targets"])
         metric.check(self._names[dataloader_idx])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the ranks."""
+        """Merge the metrics of all ranks."""
         self.results = {name: metric.compute() for name, metric in zip(self._names, self._metrics, strict=True)}
 
 
 class Recover(Callback):
-    """Train a pruned model by a recovery while ``trainer.fit`` runs, and keep the best of it by validation.
+    """Train a pruned model by a recovery while ``trainer.fit`` runs, and use the step with the lowest validation loss.
 
-    What is trained is put into the model in ``setup``, before the optimizer takes hold of the weights. ``fit`` may
-    follow ``validate``, so that the pruned model itself is in the contest. Lightning's checkpoints hold the best so
-    far, so that a resumed training ends as one that was not stopped.
+    The trainable part is attached in ``setup``, before the optimizer is created. If ``validate`` runs before ``fit``,
+    the untrained model takes part in the comparison. Lightning's checkpoints contain the best step so far, so that a
+    resumed training ends like an uninterrupted one.
 
     Args:
-        recovery: what is trained, and how.
+        recovery: the recovery.
         sites: the model's sites.
-        trainable: what is in the model already, as it has to be where the model is sharded; it is then left there.
+        trainable: the trainable part, if it is already attached, as in a sharded model; it is then not merged.
 
     Attributes:
-        trainable: what was put into the model; taken out again at the end where the recovery is to be merged.
-        best: name of a parameter of the model that was trained -> its value in the best step, whole, on the CPU.
+        trainable: the trainable part; merged at the end if the recovery merges.
+        best: name of a trained parameter -> its value at the best step, whole, on the CPU.
         validations: optimizer step -> mean cross-entropy of the validation text, in nats.
     """
 
@@ -194,11 +194,11 @@ class Recover(Callback):
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss, the first of several; None before there is one."""
+        """The first step with the lowest validation loss; None before the first validation."""
         return min(self.validations, key=self.validations.__getitem__, default=None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put in what is trained, once."""
+        """Attach the trainable part, once."""
         if self.trainable is None:
             self.trainable = self._recovery.begin(model_of(pl_module), self._sites)
 
@@ -207,7 +207,7 @@ class Recover(Callback):
         pl_module.train()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed the dropout, so that a resumed training is as one that was not stopped."""
+        """Seed the dropout, so that a resumed training equals an uninterrupted one."""
         torch.manual_seed(
             self._recovery.training.seed + trainer.current_epoch * trainer.world_size + trainer.global_rank
         )
@@ -215,22 +215,22 @@ class Recover(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop at the first loss that is not finite, on every device."""
+        """Raise an error on every device at the first loss that is not finite."""
         finite = bool(torch.isfinite(outputs["loss"]))
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise not_finite(trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the loss, and keep what was trained if it is the best."""
+        """Store the loss, and the trained parameters if it is the lowest."""
         loss = float(trainer.callback_metrics["validation/loss"])
         if not math.isfinite(loss):
             raise not_finite(trainer.global_step)
         self.validations[trainer.global_step] = loss
         if self.best_step == trainer.global_step:
-            self.best = {name: whole(value.detach()).cpu().clone() for name, value in _trained(pl_module)}
+            self.best = {name: gathered(value.detach()).cpu().clone() for name, value in _trained(pl_module)}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to the best, and merge it where that is asked for."""
+        """Restore the best step, and merge it if the recovery merges."""
         for name, value in _trained(pl_module):
             if name in self.best:
                 fill_(value, self.best[name])
@@ -239,22 +239,22 @@ class Recover(Callback):
             self.trainable.merge_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training has to know."""
+        """Return the state for a resumed training."""
         return {"validations": self.validations, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.validations = dict(state_dict["validations"])
         self.best = dict(state_dict["best"])
 
 
 def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: bool) -> list[Callback]:
-    """List what watches over a recovery beside ``Recover``.
+    """List the other callbacks of a recovery: checkpoints, early stopping, learning rate.
 
     Args:
-        training: may say when to stop early.
-        folder: where Lightning's checkpoint ``last.ckpt`` is written after each validation; None for nowhere.
-        log_rate: log the learning rate; there must be a logger then.
+        training: its ``patience`` enables early stopping.
+        folder: where Lightning's checkpoint ``last.ckpt`` is written after each validation; None for no checkpoint.
+        log_rate: log the learning rate; this needs a logger.
     """
     callbacks: list[Callback] = [LearningRateMonitor("step")] if log_rate else []
     if training.patience is not None:
@@ -267,7 +267,7 @@ def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: boo
 
 
 def not_finite(step: int) -> RunError:
-    """Say that a training has failed, and what may help."""
+    """Build the error of a training that diverged."""
     return RunError(
         f"the recovery's loss is not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or choose "
         "another trainer.precision (bf16-mixed, 32-true)"
@@ -280,7 +280,7 @@ def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:
 
 
 def model_of(module: LightningModule) -> PreTrainedModel:
-    """Return the transformers model of a LightningModule, which keeps it in its attribute ``model``."""
+    """Return the transformers model in the attribute ``model`` of a LightningModule."""
     model = getattr(module, "model", None)
     if not isinstance(model, PreTrainedModel):
         raise RunError(f"{type(module).__name__} has no transformers model in its attribute `model`")

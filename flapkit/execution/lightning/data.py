@@ -21,22 +21,22 @@ Row = Mapping[str, Any]
 Batch = dict[str, Tensor]
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
-"""What batches hold for every token; other columns of a dataset are not for the model."""
+"""Keys of a batch with one value per token; other columns of a dataset are ignored."""
 
 MARKS = ("held_out", COUNTED)
-"""What batches hold for every window, where rows say it."""
+"""Keys of a batch with one value per window, if the rows have them."""
 
 HELD_OUT_ONE_IN = 4
-"""Of the calibration windows one in so many is held out, to judge what was fitted on the others."""
+"""One calibration window in this many is held out, to evaluate what was fitted on the others."""
 
 
 def held_out(windows: int) -> Tensor:
-    """Tell which of so many calibration windows are held out, bool [windows]: the last of each four."""
+    """Mark the held-out calibration windows, bool [windows]: the last of every four."""
     return torch.arange(windows) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
 
 
 class WindowRows(Dataset[Row]):
-    """Windows as a dataset of mappings, each a row of its tensors.
+    """Windows as a dataset of mappings, one per window.
 
     Args:
         tensors: name -> [windows, tokens].
@@ -54,7 +54,7 @@ class WindowRows(Dataset[Row]):
 
 
 class _CalibrationRows(Dataset[Row]):
-    """Calibration windows, each marked as held out or not by its place."""
+    """Calibration windows, marked as held out or not by their index."""
 
     def __init__(self, rows: Dataset[Row]) -> None:
         self._rows = rows
@@ -71,7 +71,7 @@ class _CalibrationRows(Dataset[Row]):
 
 
 class _FilledRows(Dataset[Row]):
-    """Rows whose number is a multiple of the devices: behind the last comes the first again, which does not count."""
+    """Rows padded to a multiple of the devices by repeating the first ones, which do not count."""
 
     def __init__(self, rows: Dataset[Row], devices: int) -> None:
         self._rows = rows
@@ -92,24 +92,24 @@ class _FilledRows(Dataset[Row]):
 
 
 class PruningData(LightningDataModule):
-    """The text of a run: ``predict_dataloader`` is calibration, ``test_dataloader`` a loader for each evaluation.
+    """The text of a run: ``predict_dataloader`` loads calibration, ``test_dataloader`` returns a loader per evaluation.
 
     Batches are mappings with ``input_ids`` and ``attention_mask`` [windows, tokens], ``labels`` for evaluation, and
-    ``held_out`` [windows] for calibration: whether a window is kept to judge what was fitted on the others.
+    ``held_out`` [windows] for calibration: whether a window is held out to evaluate what was fitted on the others.
     On several devices each window counts exactly once. Under a strategy whose devices wait for each other in every
-    forward pass, their shares are made equal by windows that do not count, as ``counted`` [windows] says.
+    forward pass, the shares are padded to equal size; ``counted`` [windows] is false for the padding.
 
     Args:
         calibration: tokens [windows, tokens]; or a dataset of mappings with ``input_ids`` [tokens] and, where rows
             are padded, ``attention_mask`` [tokens].
         evaluations: name -> windows, in the order of the loaders.
         batch_size: calibration windows that go through the model at once.
-        evaluation_batch_size: the same for evaluation, or name -> the same for each.
-        share: which windows are this process's, where no trainer deals them out
+        evaluation_batch_size: evaluation windows that go through the model at once, or a mapping from names.
+        share: selects this process's windows, where no trainer distributes them
             (``flapkit.system.processes.window_share``); None for all.
 
     Raises:
-        DataError: calibration tokens of a wrong shape or type, or no window at all.
+        DataError: the calibration tokens have a wrong shape or dtype, or there are no windows.
     """
 
     def __init__(
@@ -130,16 +130,16 @@ class PruningData(LightningDataModule):
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:
-        """The evaluations' names; ``dataloader_idx`` of a test step counts through them."""
+        """The evaluations' names; ``dataloader_idx`` of a test step is an index into them."""
         return tuple(self.evaluations)
 
     @property
     def calibration_windows(self) -> int:
-        """How many calibration windows there are."""
+        """The number of calibration windows."""
         return 0 if self.calibration is None else _count(self.calibration)
 
     def calibration_rows(self) -> Iterator[Row]:
-        """Yield the calibration windows one by one, as the model gets them."""
+        """Yield the calibration windows one by one, as they reach the model."""
         rows = self.calibration
         return (rows[index] for index in range(_count(rows))) if rows is not None else iter(())
 
@@ -147,17 +147,17 @@ class PruningData(LightningDataModule):
         """Load the calibration windows, in their order.
 
         Raises:
-            DataError: there are none, or fewer than devices.
+            DataError: there are none, or fewer than the devices.
         """
         if self.calibration is None:
-            raise DataError("calibration: there is no calibration text; give PruningData some")
+            raise DataError("calibration: PruningData has no calibration text")
         return self._loader("calibration", self.calibration, self._batch_size)
 
     def test_dataloader(self) -> list[DataLoader[Row]]:
         """Load the windows of each evaluation, in their order.
 
         Raises:
-            DataError: an evaluation has fewer windows than there are devices.
+            DataError: an evaluation has fewer windows than the devices.
         """
         return [
             self._loader(name, _evaluation_rows(windows), self._size(name))
@@ -170,25 +170,25 @@ class PruningData(LightningDataModule):
 
     def _loader(self, name: str, rows: Dataset[Row], batch_size: int) -> DataLoader[Row]:
         rows = _filled(self, rows)
-        # No workers: the windows are in memory already. Keywords: Lightning builds the loader anew to predict, and
-        # then mistakes a positional batch size for a second one.
+        # No workers: the windows are in memory. Keywords: Lightning rebuilds the loader to predict, and then mistakes a
+        # positional batch size for a second one.
         sampler = _sampler(name, rows, self._share or _share_of(self))
         return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
 
 
 class RecoveryData(LightningDataModule):
-    """The text of a recovery: windows to train on, each seen once and in order, and windows to validate on.
+    """The text of a recovery: training windows, each used once and in order, and validation windows.
 
-    On several devices the windows are dealt out in turn: what all devices take in one optimizer step is what one device
-    would take with so many times the batch size. Each window to validate on is seen exactly once.
+    On several devices the windows are distributed in turn: all devices together take in one optimizer step what one
+    device would take with as many times the batch size. Every validation window is used exactly once.
 
-    An epoch of the trainer is what lies between two validations. The trainer has to ask for the loader of each epoch
-    anew (``reload_dataloaders_every_n_epochs=1``); a training that is resumed then goes on with the next windows.
+    An epoch of the trainer lasts from one validation to the next. The trainer must reload the loader in every epoch
+    (``reload_dataloaders_every_n_epochs=1``); a resumed training then continues with the next windows.
 
     Args:
-        windows: tokens to train on [windows, tokens].
-        validation: tokens to validate on [windows, tokens]; a multiple of the devices, for one that had a batch more
-            than the others would wait for them.
+        windows: training tokens [windows, tokens].
+        validation: validation tokens [windows, tokens]; a multiple of the devices, since a device with an additional
+            batch would wait for the others.
         batch_size: windows that go through the model at once, on each device.
         per_epoch: windows of one epoch, on all devices together; a multiple of the devices.
     """
@@ -206,7 +206,7 @@ class RecoveryData(LightningDataModule):
         return self._loader("recovery", self._windows[first : first + self._per_epoch])
 
     def val_dataloader(self) -> DataLoader[Row]:
-        """Load the windows to validate on."""
+        """Load the validation windows."""
         return self._loader("validation", self._validation)
 
     def _loader(self, name: str, windows: Tensor) -> DataLoader[Row]:
@@ -216,26 +216,27 @@ class RecoveryData(LightningDataModule):
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows into a batch; rows without an attention mask are attended in full.
+    """Stack rows into a batch; without an attention mask, all tokens are attended.
 
     Args:
         rows: mappings with ``input_ids`` [tokens], and perhaps ``attention_mask`` and ``labels`` of the same length.
 
     Raises:
-        DataError: a row of another form, or rows of different lengths.
+        DataError: a row has another form, or rows have different lengths.
     """
-    found: list[tuple[str, ...]] = []
+    keys: list[tuple[str, ...]] = []
     for row in rows:
         if not isinstance(row, Mapping) or "input_ids" not in row:
-            has = f"a mapping of {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
-            raise DataError(f"a dataset's rows must be mappings with `input_ids` and `attention_mask`; found {has}")
-        found.append(tuple(name for name in BATCH_KEYS if name in row))
-    columns = {name: [torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in found[0]}
+            got = f"a mapping of {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise DataError(f"a dataset's rows must be mappings with `input_ids` and `attention_mask`; got {got}")
+        keys.append(tuple(name for name in BATCH_KEYS if name in row))
+    columns = {name: [torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in keys[0]}
     shapes = sorted({tuple(value.shape) for column in columns.values() for value in column})
-    if len(set(found)) > 1 or len(shapes) > 1 or len(shapes[0]) != 1:
+    if len(set(keys)) > 1 or len(shapes) > 1 or len(shapes[0]) != 1:
         raise DataError(
-            f"a dataset's rows must be alike, each [tokens]; found shapes {', '.join(map(str, map(list, shapes)))} "
-            "in one batch; pad them, and give an `attention_mask` that is 0 on the padding"
+            "a dataset's rows must have the same keys and the same shape [tokens]; got shapes "
+            f"{', '.join(map(str, map(list, shapes)))} in one batch; pad them, and give an `attention_mask` that is 0 "
+            "on the padding"
         )
     batch = {name: torch.stack(column) for name, column in columns.items()}
     batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -243,7 +244,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def _filled(data: LightningDataModule, rows: Dataset[Row]) -> Dataset[Row]:
-    """Make the shares of devices equal that wait for each other in every forward pass."""
+    """Pad the rows where devices wait for each other in every forward pass."""
     trainer = data.trainer
     if trainer is None or not isinstance(getattr(trainer, "strategy", None), ModelParallelStrategy):
         return rows
@@ -255,7 +256,7 @@ def _share_of(data: LightningDataModule) -> Mapping[str, int] | None:
 
 
 def _sampler(name: str, rows: Dataset[Row], share: Mapping[str, int] | None) -> Sampler[int] | None:
-    """Deal windows out to the devices, in order; Lightning's own samplers would shuffle them, or repeat some."""
+    """Distribute windows over the devices, in order; Lightning's own samplers would shuffle or repeat them."""
     if not share or share["num_replicas"] == 1:
         return None
     if _count(rows) < share["num_replicas"]:
@@ -271,13 +272,13 @@ def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:
         if calibration.dim() != 2 or calibration.dtype != torch.long or not calibration.shape[1]:
             raise DataError(
                 "calibration: expected tokens as a LongTensor [windows, tokens], "
-                f"found {calibration.dtype} {list(calibration.shape)}"
+                f"got {calibration.dtype} {list(calibration.shape)}"
             )
         calibration = WindowRows({"input_ids": calibration})
     if not hasattr(calibration, "__len__") or not hasattr(calibration, "__getitem__"):
         raise DataError("calibration: expected a tensor or a dataset with a length, so that devices can share it")
     if _count(calibration) == 0:
-        raise DataError("calibration: there is no window in it")
+        raise DataError("calibration: there are no windows")
     return _CalibrationRows(calibration)
 
 

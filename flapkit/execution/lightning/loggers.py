@@ -1,4 +1,4 @@
-"""Lightning's loggers by name: files of one's own, and the services that are installed."""
+"""Lightning's loggers by name: files, and the services that are installed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 PROJECT = "flapkit"
-"""What the project is called where a service asks and its environment says nothing."""
+"""Default name of the project in services."""
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raise ``RecipeError``, which says what to install, where a logger's package is missing."""
+    """Raise ``RecipeError``, with what to install, if a logger's package is missing."""
     for name in names:
         if name != "csv" and importlib.util.find_spec(name) is None:
             raise RecipeError(
@@ -32,25 +32,25 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
 def build_loggers(names: Sequence[LoggerName], folder: Path, version: str | None = None) -> list[Logger]:
     """Build loggers.
 
-    ``csv`` and ``tensorboard`` write into ``folder/logs``. ``wandb`` and ``mlflow`` take where to write from their own
-    environment (``WANDB_PROJECT``, ``WANDB_MODE``; ``MLFLOW_TRACKING_URI``).
+    ``csv`` and ``tensorboard`` write to ``folder/logs``. ``wandb`` and ``mlflow`` are configured by their own
+    environment variables (``WANDB_PROJECT``, ``WANDB_MODE``; ``MLFLOW_TRACKING_URI``).
 
     Args:
-        names: which.
-        folder: for those that write files.
-        version: the folder below ``logs``; by default ``version_0``, or the next that is free.
+        names: names of the loggers.
+        folder: folder of those that write files.
+        version: the folder below ``logs``; by default ``version_0``, or the next free one.
 
     Raises:
         RecipeError: a logger's package is not installed.
     """
     check_loggers(names)
-    # Chosen here, so that several loggers share a folder.
+    # Set here, so that several loggers share a folder.
     version = version or f"version_{len(list((folder / 'logs').glob('version_*')))}"
     return [_build(name, folder, version) for name in names]
 
 
 def _build(name: LoggerName, folder: Path, version: str) -> Logger:
-    # Lightning takes seconds to import; what only checks a recipe does without.
+    # Lightning takes seconds to import; checking a recipe does not need it.
     from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
     if name == "csv":
@@ -59,5 +59,5 @@ def _build(name: LoggerName, folder: Path, version: str) -> Logger:
         return TensorBoardLogger(folder, name="logs", version=version)
     if name == "wandb":
         return WandbLogger(project=os.environ.get("WANDB_PROJECT", PROJECT), save_dir=folder)
-    # Lightning's own default is a folder of files, which MLflow no longer writes.
+    # Lightning's default is a folder of files, which MLflow no longer writes.
     return MLFlowLogger(PROJECT, tracking_uri=importlib.import_module("mlflow").get_tracking_uri())

@@ -25,7 +25,7 @@ class Optimization:
     Args:
         lr: peak learning rate.
         weight_decay: decoupled weight decay of matrices; vectors (norms, biases) get none.
-        warmup: fraction of the steps that the learning rate rises.
+        warmup: fraction of the steps in which the learning rate rises.
     """
 
     lr: float = 1e-4
@@ -34,22 +34,22 @@ class Optimization:
 
 
 class CausalLM(LightningModule):
-    """A causal language model under Lightning.
+    """A causal language model as a LightningModule.
 
     Batches are mappings with ``input_ids`` [windows, tokens] and ``attention_mask`` of the same shape.
 
-    - ``predict_step`` is the calibration forward: the backbone alone, without logits; with ``calibrate_gradient`` the
-      loss and its backward pass too.
+    - ``predict_step`` is the calibration forward pass: the backbone without logits; with ``calibrate_gradient``, also
+      the loss and its backward pass.
     - ``test_step`` returns each window's cross-entropy in nats.
-    - ``training_step`` is the language-modelling loss; with a teacher, the divergence from it is added.
+    - ``training_step`` returns the language-modelling loss; with a teacher, plus the divergence from it.
 
-    Checkpoints of Lightning's hold only what is trained.
+    Lightning's checkpoints contain only trained parameters.
 
     Args:
         model: the language model.
         optimization: how it is trained.
         calibrate_gradient: calibration needs a backward pass.
-        teacher: a model whose predictions are to be matched in training; it is no part of the module.
+        teacher: a model whose predictions are matched in training; not a submodule.
     """
 
     def __init__(
@@ -64,23 +64,23 @@ class CausalLM(LightningModule):
         self.model = model
         self.calibrate_gradient = calibrate_gradient
         self.optimization = optimization or Optimization()
-        # In a tuple, so that torch takes it for no submodule.
+        # In a tuple, so that torch does not register it as a submodule.
         self._teachers = () if teacher is None else (teacher,)
 
     def configure_model(self) -> None:
-        """Leave the model as it is: what is to be sharded was sharded as it was loaded (``flapkit.execution.shards``).
+        """Leave the model as it is: a sharded model is sharded when it is loaded (``flapkit.execution.shards``).
 
-        In a checkpoint of Lightning's no parameter is expected that is frozen.
+        Lightning's checkpoints need not contain frozen parameters.
         """
         self.strict_loading = not self._frozen()
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
-        """Run the decoder layers, so that whatever hooks them sees the calibration text; return the windows."""
+        """Run the decoder layers for the hooks that measure them; return the number of windows."""
         run_batch(self.model, batch, gradient=self.calibrate_gradient)
         return len(batch["input_ids"])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return each window's summed cross-entropy in nats and how many tokens it scores, both [windows]."""
+        """Return each window's summed cross-entropy in nats and its number of scored tokens, both [windows]."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = self.model(**inputs, use_cache=False).logits
         nll, targets = cross_entropy(logits, batch["labels"])
@@ -108,12 +108,12 @@ class CausalLM(LightningModule):
         self.log("validation/perplexity", loss.exp(), sync_dist=True)
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the model's device."""
+        """Move the teacher to the model's device."""
         for teacher in self._teachers:
             nn.Module.to(teacher, self.device)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what is trained, for Lightning's checkpoints: what is frozen is most of the model."""
+        """Return the trained parameters, for Lightning's checkpoints; the frozen ones are most of the model."""
         frozen = self._frozen()
         return {name: value for name, value in super().state_dict(*args, **options).items() if name not in frozen}
 
@@ -122,7 +122,7 @@ class CausalLM(LightningModule):
         return {name for name, parameter in named if not parameter.requires_grad}
 
     def configure_optimizers(self) -> Any:
-        """Build AdamW and its schedule over the trainer's own number of steps."""
+        """Build AdamW and its schedule over the trainer's number of steps."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.optimization.weight_decay},

@@ -1,4 +1,4 @@
-"""Lightning callbacks that prune and save a model: in one script with ``Calibrate`` they do what a recipe does."""
+"""Lightning callbacks that prune and save a model; together with ``Calibrate`` they do what a recipe does."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Prune(Callback):
-    """Score, search, correct and slice when calibration ends. Comes after ``Calibrate`` in the trainer's list.
+    """Score, search, correct and slice when calibration ends. Put it after ``Calibrate`` in the trainer's list.
 
     Args:
-        calibrate: where the statistics come from.
+        calibrate: provides the statistics.
         sites: the model's sites.
         method: the metric, the searcher and the compensators.
         budget: how much to remove.
 
     Attributes:
-        pruned: the scores, and the plan that was carried out, once it was.
+        pruned: the scores and the applied plan; None before.
     """
 
     def __init__(self, calibrate: Calibrate, sites: Sequence[Site], method: Method, budget: Budget) -> None:
@@ -54,13 +54,13 @@ class Prune(Callback):
 
 
 class SaveCheckpoint(Callback):
-    """Save the pruned model when a loop of the trainer ends. Comes after ``Prune`` in the trainer's list.
+    """Save the pruned model when a loop of the trainer ends. Put it after ``Prune`` in the trainer's list.
 
     Args:
-        prune: where the plan comes from.
+        prune: provides the plan.
         path: the folder to write.
-        after: the loop whose end it waits for: ``predict`` right after pruning, ``fit`` after a recovery.
-        options: as ``flapkit.save`` takes them: ``tokenizer``, ``metadata``, ``files``, ``overwrite``.
+        after: the loop: ``predict`` saves right after pruning, ``fit`` after a recovery.
+        options: options of ``flapkit.save``: ``tokenizer``, ``metadata``, ``files``, ``overwrite``.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class SaveCheckpoint(Callback):
         self._options = options
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after pruning, if that was asked for."""
+        """Save after pruning, if ``after`` is ``predict``."""
         if self._after == "predict":
             self._save(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after training, if that was asked for."""
+        """Save after training, if ``after`` is ``fit``."""
         if self._after == "fit":
             self._save(trainer, pl_module)
 
@@ -89,19 +89,19 @@ class SaveCheckpoint(Callback):
 
 
 class PruneBeforeTraining(Callback):
-    """Prune a model before it is trained: in ``setup``, before the optimizer takes hold of the weights.
+    """Prune a model before it is trained: in ``setup``, before the optimizer is created.
 
-    The module keeps its transformers model in the attribute ``model``.
+    The module has its transformers model in the attribute ``model``.
 
     Attributes:
-        plan: the plan that was carried out, once it was.
+        plan: the applied plan; None before.
     """
 
     plan: PruningPlan | None = None
 
     @abstractmethod
     def prune(self, model: PreTrainedModel) -> PruningPlan:
-        """Prune the model in place, on the device where it is."""
+        """Prune the model in place, on its device."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune once, on the device of the trainer."""

@@ -12,8 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from flapkit.system.errors import RecipeError
 
 MODEL_PARALLEL = "model_parallel"
-"""The strategy under which each process holds its share of every weight."""
-
+"""The strategy under which every process holds its share of each weight."""
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "logger": False,
@@ -26,38 +25,38 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
 
 
 def build_trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
-    """Build the trainer of a run: no logger, no checkpoints and no progress bar of Lightning's own, unless asked for.
+    """Build a trainer; by default without Lightning's logger, checkpoints and progress bar.
 
     Args:
-        callbacks: the stages.
-        options: ``accelerator``, ``devices``, ``precision`` and all else as Lightning takes it.
+        callbacks: the work of the stage.
+        options: ``accelerator``, ``devices``, ``precision`` and others, as in Lightning.
 
     Raises:
-        RecipeError: a device that this machine does not have.
+        RecipeError: this machine lacks the device.
     """
     try:
         if options.get("strategy") == MODEL_PARALLEL:
             options["strategy"] = _model_parallel(options)
         return Trainer(callbacks=list(callbacks), **{**TRAINER_DEFAULTS, **options})
     except (MisconfigurationException, RuntimeError) as error:
-        raise RecipeError(f"trainer: {error}; choose an accelerator that is here, or `auto`") from error
+        raise RecipeError(f"trainer: {error}; choose an accelerator of this machine, or `auto`") from error
 
 
 def _model_parallel(options: Mapping[str, Any]) -> ModelParallelStrategy:
-    """Build Lightning's strategy for a model that is sharded over all processes, each with its share of the windows."""
-    asked = {name: options[name] for name in ("accelerator", "devices", "num_nodes") if name in options}
-    trainer = Trainer(**TRAINER_DEFAULTS, **asked)
+    """Build Lightning's strategy for a model that is sharded over all processes, which share the windows as well."""
+    devices = {name: options[name] for name in ("accelerator", "devices", "num_nodes") if name in options}
+    trainer = Trainer(**TRAINER_DEFAULTS, **devices)
     return ModelParallelStrategy(
         data_parallel_size=trainer.num_devices * trainer.num_nodes,
         tensor_parallel_size=1,
-        # In one file, as under every other strategy: what is saved of a training is small.
+        # In one file, as under every other strategy: only trained parameters are saved, which are few.
         save_distributed_checkpoint=False,
     )
 
 
 def init_processes(trainer: Trainer) -> None:
-    """Let the processes of a run know of each other; Lightning starts them where nothing else did."""
-    # Some strategies tell the module that they run.
+    """Initialise the process group; Lightning starts the processes unless a launcher did."""
+    # Some strategies need a module.
     trainer.strategy.connect(LightningModule())
     launcher, begin = trainer.strategy.launcher, trainer.strategy.setup_environment
     if launcher is None:

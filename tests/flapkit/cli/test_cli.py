@@ -112,7 +112,7 @@ def test_usage_error(command):
         ({"calibration": {"dataset": "text.txt", "length": 100000}}, "calibration"),
         ({"calibration": {"dataset": "text.tx"}}, "text.tx"),
         ({"trainer": {"accelerator": "cuda"}}, "trainer"),
-        ({"plugins": ["./missing.py"]}, "there is no such file"),
+        ({"plugins": ["./missing.py"]}, "file not found"),
     ],
 )
 def test_bad_recipes(command, home, changes, message):

@@ -13,7 +13,7 @@ import torch
 
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import Score, TaskScores
-from flapkit.evaluation.zero_shot import load_harness, mean_accuracy, side_by_side
+from flapkit.evaluation.zero_shot import load_harness, side_by_side
 from flapkit.system.errors import DataError, InputError
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra zeroshot")
@@ -231,13 +231,6 @@ def test_side_by_side() -> None:
 def test_what_is_not_right_or_wrong_is_not_paired() -> None:
     tasks = {"lambada": scores(perplexity=(3.2, 5.5))}
     assert "paired" not in side_by_side(tasks, tasks)["lambada"]["metrics"]["perplexity"]
-
-
-def test_the_mean_takes_the_normed_accuracy_where_there_is_one() -> None:
-    tasks = {"piqa": scores(acc=(0.0,), acc_norm=(1.0,)), "boolq": scores(acc=(0.0,))}
-    assert mean_accuracy(tasks) == 0.5
-    assert mean_accuracy({**tasks, "lambada": scores(perplexity=(3.0,))}) is None
-    assert mean_accuracy({}) is None
 
 
 @pytest.mark.parametrize("name", TASKS)

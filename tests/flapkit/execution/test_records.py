@@ -61,9 +61,7 @@ def test_another_format_is_refused_by_a_run_that_is_resumed(tmp_path, monkeypatc
         with monkeypatch.context() as patched:
             patched.setattr("flapkit.execution.records.FORMAT", FORMAT + 1)
             ResumeStore(work).find("scores", lambda: RECORD)
-        with pytest.raises(
-            OutputError, match=r"scores\.safetensors: another version of flapkit left it there"
-        ) as caught:
+        with pytest.raises(OutputError, match=r"scores\.safetensors: written by another version of flapkit") as caught:
             read_finished(work.path("scores.safetensors"))
         assert "--overwrite" in str(caught.value)
         work.finish()

@@ -48,16 +48,18 @@ def test_watching_changes_nothing(model):
 
 def test_an_expert_without_tokens_is_named():
     model = tiny_model(tiny_config("mixtral"))
-    with pytest.raises(CalibrationError, match=r"experts saw fewer than two tokens, layers\.\d\.experts\.\d"):
+    with pytest.raises(
+        CalibrationError, match=r"experts received fewer than two tokens \(first: layers\.\d\.experts\.\d"
+    ):
         flapkit.prune_(model, windows(1)[:, :3])
 
 
 def test_an_expert_with_few_tokens_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="flapkit"):
         flapkit.prune_(tiny_model(tiny_config("mixtral")), windows(20))
-    assert "experts saw fewer than 128 tokens" in caplog.text
+    assert "experts received fewer than 128 tokens" in caplog.text
 
 
 def test_experts_that_say_nothing_of_their_layout():
-    with pytest.raises(ModelError, match="do not say has_gate, has_bias, is_transposed"):
+    with pytest.raises(ModelError, match="missing attributes has_gate, has_bias, is_transposed"):
         watch(torch.nn.Linear(2, 2), lambda *seen: None)

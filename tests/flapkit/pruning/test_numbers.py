@@ -174,7 +174,7 @@ def test_channels_that_never_change_give_no_nan(tokens, probe, make, metric, com
 def test_a_site_whose_scores_are_equal_is_average_and_said(tokens, caplog):
     with caplog.at_level(logging.WARNING, "flapkit"):
         flapkit.prune_(constant_mlp(), tokens)
-    assert "cannot tell the units of layers.0.mlp apart" in caplog.text
+    assert "gives all units of a site the same score at layers.0.mlp;" in caplog.text
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 40])

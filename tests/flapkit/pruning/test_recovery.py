@@ -42,5 +42,5 @@ def test_the_calibrations_text_is_the_default():
 
 
 def test_a_split_of_no_dataset():
-    with pytest.raises(ValueError, match="say more of `dataset`"):
+    with pytest.raises(ValueError, match="need `dataset`"):
         Training(split="train")

@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 import flapkit
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.method import find_plan
-from flapkit.pruning.rounding import odd_widths, round_plan
+from flapkit.pruning.rounding import round_plan, unaligned_widths
 from flapkit.registry import SEARCHER, Registry
 
 SITES = flapkit.sites(make_llama(num_key_value_heads=2, head_dim=12))
@@ -68,8 +68,8 @@ def test_a_budget_rounds_any_searchers_plan(searcher):
     assert plan.removed_params(SITES) <= budget.params
 
 
-def test_odd_widths_are_found():
+def test_widths_that_are_not_multiples_are_found():
     plan = PruningPlan({site.name: tuple(range(min(site.units, 33))) for site in SITES})
-    assert odd_widths(SITES, plan) == [33, 33]
-    assert odd_widths(SITES, round_plan(SITES, plan, {}, 8), 8) == []
-    assert odd_widths(SITES, PruningPlan({site.name: tuple(range(site.units)) for site in SITES})) == []
+    assert unaligned_widths(SITES, plan) == [33, 33]
+    assert unaligned_widths(SITES, round_plan(SITES, plan, {}, 8), 8) == []
+    assert unaligned_widths(SITES, PruningPlan({site.name: tuple(range(site.units)) for site in SITES})) == []

@@ -26,7 +26,7 @@ def traced(model, sites, tokens):
 
 
 def compared(trace, model, sites, pruned):
-    measured = measure(model, trace.left(pruned.plan, sites), [trace.statistic], trace.batches)
+    measured = measure(model, trace.pruned_sites(pruned.plan, sites), [trace.statistic], trace.batches)
     return trace.compare(model, measured, pruned.plan, pruned.expected)
 
 

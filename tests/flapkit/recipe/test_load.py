@@ -363,7 +363,7 @@ def test_a_plugin_named_twice(tmp_path: Path) -> None:
     write(tmp_path, PLUGIN, "mine.py")
     (problem,) = problems(tmp_path, GOOD + "plugins: [./mine.py, mine.py]\n")
     assert problem.startswith("r.yaml:5:22: plugins.1: plugin ")
-    assert problem.endswith("is loaded already; name it once")
+    assert problem.endswith("is already loaded; list it once")
 
 
 def test_options_that_pydantic_cannot_read(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_alone_it_has_no_ratios(pair: tuple[str, str]) -> None:
 
 
 def test_what_cannot_be_compared(pair: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="against itself says nothing"):
+    with pytest.raises(InputError, match="cannot be compared with itself"):
         bench(pair[0], pair[0], SMALL)
     make_llama().half().save_pretrained(tmp_path / "half")
     with pytest.raises(InputError, match="float16 and float32; give --dtype"):
@@ -48,5 +48,5 @@ def test_what_cannot_be_compared(pair: tuple[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(pair: tuple[str, str]) -> None:
-    with pytest.raises(InputError, match="there is no GPU here"):
+    with pytest.raises(InputError, match="torch finds no GPU"):
         bench(pair[0], None, SMALL, device="cuda")

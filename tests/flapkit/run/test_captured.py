@@ -1,4 +1,4 @@
-"""What a run notes of its own warnings."""
+"""The warnings of a run are collected."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(recipe, monkeypatch):
     monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least)
     check_fits(asked, needs, CPU)
     monkeypatch.setattr(estimate, "memory_limit", lambda processes: needs.least - 1)
-    with pytest.raises(RecipeError, match=r"takes about .* GB of memory, and there are .*`execution: layerwise` takes"):
+    with pytest.raises(RecipeError, match=r"needs about .* GB of memory; .*`execution: layerwise` needs"):
         check_fits(asked, needs, CPU)
 
 
@@ -126,7 +126,7 @@ def test_processes_share_the_memory_and_the_windows(recipe, monkeypatch):
     assert half == whole // 2
     monkeypatch.setattr(estimate, "memory_limit", lambda processes: two.layerwise - 1)
     runtime = Runtime({"accelerator": "cpu", "devices": 2})
-    with pytest.raises(RecipeError, match=r"GB of memory in each of 2 processes, and there are .* GB for it; --force"):
+    with pytest.raises(RecipeError, match=r"GB of memory in each of 2 processes; .* GB available to each; --force"):
         check_fits(asked, two, runtime)
 
 
@@ -136,7 +136,7 @@ def test_force_goes_on(recipe, command, monkeypatch, words):
     monkeypatch.setattr(estimate, "memory_limit", lambda processes=1: 1)
     code, _, said = command(*words, "recipe.yaml")
     assert code == 2
-    assert "--force goes on nevertheless" in said
+    assert "--force runs it anyway" in said
     assert command(*words, "recipe.yaml", "--force")[0] == 0
 
 

@@ -82,7 +82,7 @@ def test_the_tokenizers_template() -> None:
 def test_a_template_that_refuses() -> None:
     render = renderer(None, tokenizer(TEMPLATE))
     assert render is not None
-    with pytest.raises(DataError, match=r"chat template refuses it: .*system comes first"):
+    with pytest.raises(DataError, match=r"chat template fails on it: .*system comes first"):
         render([MESSAGES[1], MESSAGES[0]])
 
 

@@ -158,15 +158,15 @@ def test_fewer_windows_than_devices() -> None:
     "calibration", [torch.ones(4, dtype=torch.long), torch.ones(2, 4), torch.ones(1, 2, 4, dtype=torch.long)]
 )
 def test_calibration_of_a_wrong_shape_or_type(calibration: Tensor) -> None:
-    with pytest.raises(DataError, match=r"LongTensor \[windows, tokens\], found"):
+    with pytest.raises(DataError, match=r"LongTensor \[windows, tokens\], got"):
         PruningData(calibration)
 
 
 def test_no_calibration() -> None:
-    with pytest.raises(DataError, match="there is no calibration text"):
+    with pytest.raises(DataError, match="PruningData has no calibration text"):
         PruningData().predict_dataloader()
     for empty in (torch.ones(0, 4, dtype=torch.long), Rows()):
-        with pytest.raises(DataError, match="there is no window in it"):
+        with pytest.raises(DataError, match="there are no windows"):
             PruningData(empty)
 
 
@@ -182,12 +182,12 @@ def test_a_dataset_without_a_length() -> None:
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
-        ([{"input_ids": [1, 2]}, {"input_ids": [1]}], r"found shapes \[1\], \[2\] in one batch; pad them"),
-        ([{"input_ids": [1, 2], "attention_mask": [1]}], r"found shapes \[1\], \[2\]"),
-        ([{"input_ids": [1]}, {"input_ids": [1], "attention_mask": [1]}], "rows must be alike"),
-        ([{"input_ids": [[1]]}], r"found shapes \[1, 1\]"),
-        ([{"text": "x"}], "found a mapping of text"),
-        ([torch.ones(2)], "found a Tensor"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1]}], r"got shapes \[1\], \[2\] in one batch; pad them"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], r"got shapes \[1\], \[2\]"),
+        ([{"input_ids": [1]}, {"input_ids": [1], "attention_mask": [1]}], "rows must have the same keys"),
+        ([{"input_ids": [[1]]}], r"got shapes \[1, 1\]"),
+        ([{"text": "x"}], "got a mapping of text"),
+        ([torch.ones(2)], "got a Tensor"),
     ],
 )
 def test_rows_of_another_form(rows: list[Any], problem: str) -> None:

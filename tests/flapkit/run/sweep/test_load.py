@@ -85,7 +85,7 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
         ({"set": {"evaluate.zero_shot": {"tasks": ["boolq"]}}}, "a sweep measures only perplexity"),
         ({"recipe": "demmo"}, "did you mean 'demo'"),
         ({"outptu": "x"}, "did you mean 'output'"),
-        ({"plugins": ["./missing.py"]}, "there is no such file"),
+        ({"plugins": ["./missing.py"]}, "file not found"),
     ],
 )
 def test_bad_sweeps(tmp_path, changes, message):
