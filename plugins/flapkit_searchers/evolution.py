@@ -88,17 +88,22 @@ class Evolution(TrialSearcher):
             BudgetError: the budget cannot be met.
             RunError: no plan that was tried has a finite objective.
         """
+
+        def judged(plan: PruningPlan, share: float = 1.0) -> float:
+            tried = objective(plan, share)
+            return tried if math.isfinite(tried) else math.inf
+
         start = self.search(sites, scores, budget)
         draw = random.Random(self.seed)
-        best, value = start, objective(start)
+        best, value = start, judged(start)
         log.info("evolution: %s %.4f for AL-AM's plan", self.objective, value)
         for number, step in enumerate(self.steps):
             space = _Space.of(sites, scores, budget, step, self.min_units)
             starts = [space.nearest(best, draw), *(space.starts(draw) if number == 0 else [])]
             rounds = self.generations * (number + 1) // len(self.steps) - self.generations * number // len(self.steps)
-            parent, reached = min(((each, objective(space.plan(each))) for each in starts), key=lambda pair: pair[1])
+            parent, reached = min(((choice, judged(space.plan(choice))) for choice in starts), key=lambda pair: pair[1])
             for _ in range(rounds):
-                for child, tried in self._generation(space, parent, objective, draw):
+                for child, tried in self._generation(space, parent, judged, draw):
                     if tried < reached:
                         parent, reached = child, tried
             if reached < value:

@@ -1,81 +1,70 @@
-"""Searchers that try plans: what their objective measures, and that it leaves the model alone."""
+"""Trials: what plans are judged by, and what is remembered of them."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 from conftest import make_llama
+from torch.nn import functional
 
 import flapkit
-from flapkit.execution.lightning.data import PruningData
-from flapkit.pruning.components import TrialSearcher
-from flapkit.pruning.ranking import remove_lowest
-from flapkit.pruning.trials import held_out_windows, perplexity_of
-from flapkit.system.errors import CalibrationError, RecipeError
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import Correction, apply_plan_
+from flapkit.pruning import trials
+from flapkit.pruning.trials import Predictions, Trials, held_out_windows, kl_of
 
 
-@dataclass(frozen=True)
-class Backwards(TrialSearcher):
-    """Tries the order of the units both ways, and keeps the worse."""
-
-    name = "backwards"
-    tried: ClassVar[list] = []
-
-    def search(self, sites, scores, budget):
-        return remove_lowest(sites, {site.name: torch.arange(site.units) * 1.0 for site in sites}, budget)
-
-    def search_by_trials(self, sites, scores, budget, objective):
-        other = remove_lowest(sites, {site.name: -torch.arange(site.units) * 1.0 for site in sites}, budget)
-        plans = [self.search(sites, scores, budget), other]
-        values = [objective(plan) for plan in plans]
-        self.tried.append(values)
-        return plans[values.index(max(values))]
+def windows(tokens):
+    return held_out_windows([{"input_ids": tokens, "held_out": torch.arange(len(tokens)) % 2 == 1}])
 
 
-def test_held_out_windows_are_one_in_four(tokens):
-    batches = held_out_windows(PruningData(tokens, batch_size=5).predict_dataloader())
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), tokens[3::4])
+def half(sites):
+    return PruningPlan({site.name: tuple(range(site.units // 2)) for site in sites})
 
 
-def test_without_held_out_windows(tokens):
-    with pytest.raises(CalibrationError, match="at least four"):
-        held_out_windows([{"input_ids": tokens}])
+def test_held_out_windows_are_gathered_in_batches(tokens):
+    batches = [{"input_ids": part, "held_out": torch.arange(len(part)) % 4 == 3} for part in tokens.split(8)]
+    found = held_out_windows(batches)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), tokens[3::4])
+    assert len(found) == -(-len(tokens[3::4]) // trials.TRIAL_WINDOWS)
+
+
+def test_the_dense_model_diverges_from_itself_by_nothing(llama, tokens):
+    batches = windows(tokens)
+    assert kl_of(llama, batches, [Predictions.of(llama, batch) for batch in batches]) == pytest.approx(0, abs=1e-6)
 
 
 @torch.no_grad()
-def test_perplexity_is_over_attended_tokens(tokens):
+def test_the_divergence_is_torchs_own(llama, tokens):
+    """Where all tokens are among the likeliest ones."""
+    sites, batches = flapkit.sites(llama), windows(tokens)
+    dense = [Predictions.of(llama, batch) for batch in batches]
+    wanted = torch.cat([llama(batch["input_ids"]).logits for batch in batches]).flatten(0, 1).log_softmax(dim=-1)
+    apply_plan_(llama, sites, half(sites), {})
+    found = torch.cat([llama(batch["input_ids"]).logits for batch in batches]).flatten(0, 1).log_softmax(dim=-1)
+    expected = functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    assert kl_of(llama, batches, dense) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_few_likeliest_tokens_make_the_divergence_smaller(llama, tokens, monkeypatch):
+    sites, batches = flapkit.sites(llama), windows(tokens)
+    all_of_them = [Predictions.of(llama, batch) for batch in batches]
+    monkeypatch.setattr(trials, "LIKELIEST", 8)
+    few = [Predictions.of(llama, batch) for batch in batches]
+    apply_plan_(llama, sites, half(sites), {})
+    assert 0 < kl_of(llama, batches, few) < kl_of(llama, batches, all_of_them)
+
+
+@pytest.mark.parametrize(("memory", "computed"), [(1e9, 1), (0, 3)])
+def test_corrections_are_computed_once_as_far_as_memory_goes(tokens, memory, computed):
     model = make_llama()
-    whole = perplexity_of(model, [{"input_ids": tokens}])
-    loss = model(tokens, labels=tokens).loss
-    assert whole == pytest.approx(float(loss.exp()), rel=1e-5)
-    padded = torch.cat([tokens, torch.full_like(tokens[:, :5], 7)], dim=1)
-    mask = torch.cat([torch.ones_like(tokens), torch.zeros_like(tokens[:, :5])], dim=1)
-    assert perplexity_of(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(whole, rel=1e-5)
+    sites, calls = flapkit.sites(model), []
 
+    def correct(some, plan):
+        calls.extend(site.name for site in some)
+        return {site.name: Correction(bias=torch.ones(site.out_features)) for site in some}
 
-def test_the_objective_is_what_the_pruned_model_will_be_worth(llama, tokens):
-    """The trials leave no trace in the model, and the plan that comes back is the one that is carried out."""
-    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-    seen = []
-
-    class Watched(Backwards):
-        def search_by_trials(self, sites, scores, budget, objective):
-            plan = super().search_by_trials(sites, scores, budget, objective)
-            seen.append(all(torch.equal(t, before[n]) for n, t in llama.state_dict().items()))
-            return plan
-
-    plan = flapkit.prune_(llama, tokens, searcher=Watched(), ratio=0.3)
-    assert seen == [True]
-    first, second = Backwards.tried[-1]
-    assert first != second
-    held_out = held_out_windows(PruningData(tokens).predict_dataloader())
-    assert perplexity_of(llama, held_out) == pytest.approx(max(first, second), rel=1e-5)
-    assert plan.keep
-
-
-def test_trials_need_all_statistics_in_memory(tokens):
-    with pytest.raises(RecipeError, match=r"raise calibration\.statistics_memory"):
-        flapkit.prune_(make_llama(), tokens, searcher=Backwards(), options=flapkit.PruneOptions(statistics_memory=10))
+    tries = Trials(model, sites, "perplexity", windows(tokens), correct, memory)
+    assert tries(half(sites)) == tries(half(sites)) == tries(half(sites))
+    assert len(calls) == computed * len(sites)
+    assert tries(half(sites), 0.1) > 0
