@@ -30,7 +30,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The candidates of ``ridge: auto``, as fractions of the kept channels' mean variance."""
 
 PROJECTIONS = 64
-"""Random combinations of the outputs by which ridges are compared: as good a judge as all outputs, at less cost."""
+"""Random combinations of the outputs by which ridges are compared, at less cost than by all of them."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,23 @@ class LeastSquares(Compensator):
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
         fitted, held_out = self._spreads(stats)
-        dense = weight.to(fitted.squares)
         kept = torch.tensor(site.channels_of(keep), device=weight.device)
 
-        def problem(spread: Spread) -> _Problem:
-            return _Problem.of(spread, dense, kept, intercept=self.intercept)
+        def problem(spread: Spread, outputs: Tensor | None = None) -> _Problem:
+            return _Problem.of(spread, weight, kept, intercept=self.intercept, outputs=outputs)
 
         if held_out is None:
-            return self._correction(problem(fitted), dense[:, kept], self.ridge)
+            return self._correction(problem(fitted), weight[:, kept], float(self.ridge))
         if not held_out.tokens:
             raise CalibrationError(
                 "compensator.ridge: auto needs held-out calibration windows, one in four, and there are none; "
                 "use at least four windows, or a ridge such as 0.01"
             )
-        judge, whole = problem(held_out), problem(fitted.merged(held_out))
-        ridge, gain = _choose_ridge(problem(fitted), judge)
+        outputs = _combinations(site.out_features, weight.device)
+        judge, whole = problem(held_out, outputs), problem(fitted.merged(held_out))
+        ridge, gain = _choose_ridge(problem(fitted, outputs), judge)
         if gain < 0:
-            return self._correction(whole, dense[:, kept], ridge)
+            return self._correction(whole, weight[:, kept], ridge)
         power = float(judge.power)
         note = (
             f"{'bias' if self.intercept else 'no repair'}, since least squares is not better on held-out text "
@@ -106,8 +106,8 @@ class LeastSquares(Compensator):
         fitted, held_out = (FittedTargetGram, HeldOutTargetGram) if in_sequence else (FittedGram, HeldOutGram)
         return stats[fitted].spread, stats[held_out].spread
 
-    def _correction(self, problem: _Problem, columns: Tensor, ridge: float | str) -> Correction:
-        change = problem.fit(float(ridge))
+    def _correction(self, problem: _Problem, columns: Tensor, ridge: float) -> Correction:
+        change = problem.fit(ridge)
         return Correction(columns + change.T, problem.target - change.T @ problem.mean if self.intercept else None)
 
 
@@ -131,36 +131,43 @@ class _Problem(NamedTuple):
     power: Tensor
 
     @classmethod
-    def of(cls, spread: Spread, dense: Tensor, kept: Tensor, *, intercept: bool) -> _Problem:
+    def of(
+        cls, spread: Spread, weight: Tensor, kept: Tensor, *, intercept: bool, outputs: Tensor | None = None
+    ) -> _Problem:
         """Take what was measured; where no targets were, they are the dense consumer's outputs.
 
         Args:
             spread: of the inputs, and perhaps of the targets after them.
-            dense: the consumer's weight [out_features, channels].
+            weight: the dense consumer's [out_features, channels].
             kept: the kept channels.
             intercept: whether a bias will take care of the means.
+            outputs: combinations of the outputs [out_features, combinations] to take, in float32, in their place.
         """
-        mean = spread.mean.to(dense)
-        scale = 1 / spread.tokens.to(dense)
-        channels = dense.shape[1]
+        dtype = spread.squares.dtype if outputs is None else torch.float32
+        mean, scale = spread.mean.to(dtype), (1 / spread.tokens).to(dtype)
+        channels = weight.shape[1]
+        dense = weight.to(dtype) if outputs is None else outputs.T @ weight.to(dtype)
 
         def product(rows: Tensor, columns: Tensor) -> Tensor:
-            part = spread.squares[0][rows][:, columns] * scale
+            part = spread.squares[0][rows][:, columns].to(dtype) * scale
             return part if intercept else part.addr_(mean[rows], mean[columns])
 
         products = product(kept, kept)
         if len(mean) == channels:
-            removed = torch.ones(channels, dtype=torch.bool, device=dense.device)
+            removed = torch.ones(channels, dtype=torch.bool, device=weight.device)
             removed[kept] = False
             gone = removed.nonzero().squeeze(1)
             lost = dense[:, gone]
             cross, target = product(kept, gone) @ lost.T, lost @ mean[gone]
             power = ((lost @ product(gone, gone)) * lost).sum()
         else:
-            left, outputs = dense[:, kept], torch.arange(channels, len(mean), device=dense.device)
-            wanted, made = product(kept, outputs), products @ left.T
-            cross, target = wanted - made, mean[outputs] - left @ mean[kept]
-            power = product(outputs, outputs).diagonal().sum() + ((made - 2 * wanted) * left.T).sum()
+            left, targets = dense[:, kept], torch.arange(channels, len(mean), device=weight.device)
+            wanted, made = product(kept, targets), products @ left.T
+            own, centre = product(targets, targets), mean[targets]
+            if outputs is not None:
+                wanted, own, centre = wanted @ outputs, outputs.T @ own @ outputs, outputs.T @ centre
+            cross, target = wanted - made, centre - left @ mean[kept]
+            power = own.diagonal().sum() + ((made - 2 * wanted) * left.T).sum()
         if not intercept:
             return cls(products, cross, torch.zeros_like(mean[kept]), torch.zeros_like(target), power)
         return cls(products, cross, mean[kept], target, power)
@@ -181,13 +188,6 @@ class _Problem(NamedTuple):
         moved = shift - change.T @ (self.mean - fitted.mean)
         return float((explained * change).sum() + moved.square().sum() - shift.square().sum())
 
-    def projected(self, outputs: Tensor) -> _Problem:
-        """Return the same, in float32, for combinations of the outputs [out_features, combinations]."""
-        return _Problem(
-            self.products.float(), self.cross.float() @ outputs, self.mean.float(), self.target.float() @ outputs,
-            self.power.float(),
-        )  # fmt: skip
-
 
 def _choose_ridge(fitted: _Problem, held_out: _Problem) -> tuple[float, float]:
     """Go downhill from the middle ridge on the held-out text.
@@ -195,20 +195,18 @@ def _choose_ridge(fitted: _Problem, held_out: _Problem) -> tuple[float, float]:
     Returns:
         The ridge, and by how much it alters the error of no repair on the held-out text; below 0 it is better.
     """
-    outputs = _combinations(len(fitted.target), fitted.products.device)
-    ours, theirs = fitted.projected(outputs), held_out.projected(outputs)
     gains: dict[int, float] = {}
 
     def gain(index: int) -> float:
         if index not in gains:
             outside = not 0 <= index < len(RIDGES)
-            gains[index] = float("inf") if outside else theirs.gain(ours, ours.fit(RIDGES[index]))
+            gains[index] = float("inf") if outside else held_out.gain(fitted, fitted.fit(RIDGES[index]))
         return gains[index]
 
     best = len(RIDGES) // 2
     while gain(better := min(best - 1, best + 1, key=gain)) < gain(best):
         best = better
-    return RIDGES[best], held_out.gain(fitted, fitted.fit(RIDGES[best]))
+    return RIDGES[best], gain(best)
 
 
 def _combinations(outputs: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """What statistics and repair cost beside a plain forward pass: ``python tests/benchmarks/gram.py MODEL``.
 
-All are measured in turns in one process, each as the least processor time of some rounds; ratios count, seconds depend on
-the machine. The text is random: no figure here depends on it.
+All are measured in turns in one process, each as the least processor time of some rounds; ratios count, seconds depend
+on the machine. The text is random: no figure here depends on it.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_a_gram_of_low_rank(x, weight, intercept, ridge):
 
 
 def test_dead_inputs(weight):
-    correction = correct(LeastSquares(ridge=0.0), torch.zeros(40, 6), weight)
+    correction = correct(LeastSquares(ridge=0.0), torch.zeros(40, 6), weight, held_out=())
     torch.testing.assert_close(correction.weight, weight[:, list(KEEP)].double())
     assert not correction.bias.any()
 
