@@ -58,6 +58,8 @@ def check(
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
     table.add_row("output", settings.output)
+    for warning in outcome.warnings:
+        table.add_row("warning", warning)
     if outcome.left:
         table.add_row("interrupted run", f"finished {', '.join(outcome.left)}; --resume continues from it")
     print_(table)
