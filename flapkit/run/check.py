@@ -69,8 +69,9 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     settings = recipe.recipe
     check_output(Path(settings.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
-    for text in (settings.calibration, *settings.evaluate.perplexity):
-        text.check()
+    settings.calibration.check("calibration")
+    for text in settings.evaluate.perplexity:
+        text.check("evaluation")
     if settings.evaluate.zero_shot is not None:
         check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
@@ -81,7 +82,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         training = {} if recovery is None else recovery_length(recovery.training)
         check_lengths(skeleton(target.config), run_lengths(settings, tokenizer) | training)
     if recovery is not None:
-        recovery_source(recovery.training, settings).check()
+        recovery_source(recovery.training, settings).check("calibration")
     empty = empty_model(settings, target)
     params = empty.num_parameters()
     budget = settings.budget.over(target.sites, params)

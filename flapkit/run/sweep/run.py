@@ -115,8 +115,9 @@ def check_sweep(sweep: Sweep) -> None:
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
             target = find_target(point.recipe)
-            for text in (settings.calibration, *settings.evaluate.perplexity):
-                text.check()
+            settings.calibration.check("calibration")
+            for text in settings.evaluate.perplexity:
+                text.check("evaluation")
             lengths = run_lengths(settings, None)
             if (settings.model, lengths) not in checked:
                 checked.append((settings.model, lengths))
