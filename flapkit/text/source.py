@@ -15,7 +15,7 @@ from flapkit.system.errors import DataError, InputError, closest, did_you_mean
 from flapkit.system.options import PathText, Section
 from flapkit.system.paths import to_path
 from flapkit.text.conversations import Conversation, is_conversation, normalise
-from flapkit.text.files import KNOWN, choose_split, format_of, local_files, read_rows
+from flapkit.text.files import KNOWN, choose_split, format_of, local_files, read_rows, size_of_text
 
 Purpose = Literal["calibration", "evaluation"]
 Render = Callable[[Conversation], str]
@@ -209,6 +209,18 @@ class TextSource(Section):
         else:
             hub = NamedDataset("", "", "", hub=self.dataset, subset=self.subset)
             yield from self._hub_values(hub, self.split or self._hub_split(purpose))
+
+    def size(self, purpose: Purpose) -> int | None:
+        """Return about how many bytes of text there are; None if the text is not on this machine."""
+        named = DATASETS.get(self.dataset)
+        if named and named.hub is None:
+            split = self.split or _split(named, purpose)
+            modules = stdlib_modules().items()
+            paths = [path for module, paths in modules if is_held_out(module) == (split == "heldout") for path in paths]
+            return sum(path.stat().st_size for path in paths)
+        if named or self._path() is None:
+            return None
+        return sum(map(size_of_text, self._local_files(purpose)))
 
     def _check_named(self, named: NamedDataset) -> None:
         if self.subset is not None:
