@@ -17,6 +17,7 @@ from flapkit.execution.training import recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import Budget, BudgetBase, PruningPlan
+from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, recovery_of
@@ -118,6 +119,7 @@ def prune_(
     resolved = registry.resolve(adapter, model.config)
     model_sites = resolved.sites(model.config)
     budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of)
+    check_lengths(model, _lengths(calibration, recovery_text))
     was_training = model.training
     model.eval()
     try:
@@ -137,6 +139,12 @@ def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery,
     options = {"accelerator": "cpu", "devices": 1} if device.type == "cpu" else {"devices": [device.index or 0]}
     recover_(model, sites, recovery, take_windows(recovery.training, tokens), Runtime(options))
     nn.Module.to(model, device)
+
+
+def _lengths(calibration: Tensor | Dataset[Any], recovery_text: Tensor | None) -> dict[str, int]:
+    """Return the tokens of the windows, as far as their form tells; what is wrong with it is said where it is read."""
+    texts = {"calibration": calibration, "recovery_text": recovery_text}
+    return {name: text.shape[1] for name, text in texts.items() if isinstance(text, Tensor) and text.dim() == 2}
 
 
 def _method(

@@ -18,6 +18,7 @@ from flapkit.checkpoint.load import load, load_config, load_tokenizer
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
+from flapkit.model.positions import context_length
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Kind, Site
 from flapkit.system.errors import FlapkitError, InputError, RunError
@@ -206,7 +207,7 @@ def _verify(pruned: Checkpoint, exporter: Exporter, path: Path) -> Agreement:
             lambda tokens: model(tokens[None], use_cache=False).logits[0],
             exported,
             config.vocab_size,
-            min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) - GREEDY),
+            min(LENGTH, (context_length(config) or 2 * LENGTH) - GREEDY),
         )
     if not math.isfinite(agreed.difference) or agreed.relative > (exporter.tolerance or math.inf):
         raise RunError(

@@ -52,12 +52,16 @@ def check(
     several = outcome.processes > 1
     table.add_row("memory, about", memory + (f", in each of {outcome.processes} processes" if several else ""))
     available = f"{memory_limit(outcome.processes) / 1e9:,.2f} GB available{' to each' if several else ''}"
-    table.add_row("", f"of it {needs.own / 1e9:,.2f} GB used by Python and libraries; {available}")
+    table.add_row("", f"of it {needs.own / 1e9:,.2f} GB used by Python, libraries and windows of text; {available}")
+    for dataset in needs.unread:
+        table.add_row("", f"not included: the text of {dataset} while it is read")
     if settings.execution.mode == "layerwise" and any(text.windows is None for text in settings.evaluate.perplexity):
         table.add_row("", "not included: hidden states of texts in `evaluate` without `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
     table.add_row("output", settings.output)
+    for warning in outcome.warnings:
+        table.add_row("warning", warning)
     if outcome.left:
         table.add_row("interrupted run", f"finished {', '.join(outcome.left)}; --resume continues from it")
     print_(table)

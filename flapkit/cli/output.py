@@ -91,6 +91,8 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     ours.addHandler(logging.NullHandler())
     if verbose:
         return
+    # It logs what it raises, and flapkit reports it.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     # It retries, and its final error reports the attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

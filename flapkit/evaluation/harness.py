@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task
@@ -21,7 +22,9 @@ from lm_eval.tasks import TaskManager
 from flapkit.evaluation.batch_size import first_batch_size, halving
 from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.evaluation.scores import BatchSize, Score, TaskScores
+from flapkit.model.positions import context_length, table_length
 from flapkit.system.errors import DataError, RunError, did_you_mean
+from flapkit.text.tokenise import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +98,38 @@ class Harness:
             wrapper = _Model(model, copy.deepcopy(tokenizer), self.batch_size)
             return {name: self._score(name, wrapper, advance) for name in self.tasks}
 
+    def check_answers(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ``DataError`` if an answer is longer than a model's context: lm-eval cuts questions, but no answers.
+
+        Args:
+            model: the model; one without memory will do.
+            tokenizer: its tokenizer.
+        """
+        context = table_length(model) or context_length(model.config)
+        if context is None:
+            return
+        for name in self.tasks:
+            for number, answer in self._answers(name):
+                # A token is at least a byte.
+                if len(answer.encode()) <= context:
+                    continue
+                tokens = len(tokenise(tokenizer, answer, add_special_tokens=False)["input_ids"])
+                if tokens > context:
+                    raise DataError(
+                        f"zero-shot task {name}: an answer of item {number} has {tokens} tokens, and the model's "
+                        f"context has {context}; leave the task out, or evaluate a model with a longer context"
+                    )
+
+    def _answers(self, name: str) -> Iterator[tuple[int, str]]:
+        """Yield the number of each item, and each of its answers that is scored as a whole."""
+        task = self.tasks[name]
+        if task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+            return
+        for number, row in enumerate(islice(task.eval_docs, self.limit)):
+            requests = task.construct_requests(doc=row, ctx=[""] if getattr(task, "multiple_input", 0) else "")
+            for request in requests if isinstance(requests, list) else [requests]:
+                yield number, str(request.args[1])
+
     def _items(self, name: str) -> int:
         return min(len(self.tasks[name].eval_docs), self.limit or sys.maxsize)
 
@@ -103,7 +138,7 @@ class Harness:
         try:
             results: Any = evaluate(lm=model, task_dict={"tasks": {name: self.tasks[name]}}, limit=self.limit)
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise RunError(f"zero-shot task {name}: {error or type(error).__name__}") from error
+            raise RunError(f"zero-shot task {name}: {str(error) or type(error).__name__}") from error
         if model.truncated:
             log.warning(
                 "zero-shot: %s: %d requests exceed the model's context of %d tokens; their beginning is cut off",
@@ -156,7 +191,8 @@ class _Model(HFLM):  # type: ignore[misc, unused-ignore]
     """lm-eval's model class with flapkit's batch size, and a count of requests longer than the context."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: BatchSize) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        context = table_length(model)
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=context)
         self._chosen_batch_size = batch_size
         self.begin(_ItemProgress(0, lambda _: None))
         self.batch_size_per_gpu = self._first_size(self.max_length)

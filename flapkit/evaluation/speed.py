@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flapkit.system.errors import InputError
+from flapkit.model.positions import check_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,10 +123,10 @@ def measure_speed(
         tick: called after each turn, ``turns`` times.
 
     Raises:
-        InputError: prompt and generated tokens exceed a model's context.
+        InputError: a model has no positions for so many prompt and generated tokens.
     """
-    for name, model in models.items():
-        _check(name, model, workload)
+    for model in models.values():
+        check_lengths(model, {"bench: prompt and generated tokens": workload.prompt + workload.tokens})
     prompts = {name: _prompt(model, workload) for name, model in models.items()}
     # Before compilation: the counters do not see into compiled code.
     macs = {name: _macs(model, prompts[name]) for name, model in models.items()}
@@ -154,16 +154,6 @@ def read_params(model: PreTrainedModel) -> int:
     tied = head is not None and head.weight is table
     count: int = model.num_parameters() - (0 if tied else table.numel())
     return count
-
-
-def _check(name: str, model: PreTrainedModel, workload: Workload) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = workload.prompt + workload.tokens
-    if context is not None and needed > context:
-        raise InputError(
-            f"{name}: {workload.prompt} prompt tokens and {workload.tokens} generated ones exceed its context of "
-            f"{context}"
-        )
 
 
 def _prompt(model: PreTrainedModel, workload: Workload) -> Tensor:

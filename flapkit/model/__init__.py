@@ -8,6 +8,7 @@ measures statistics or trains.
 - ``adapter``: the interface of architecture adapters, and the adapter that reads a declaration.
 - ``site``: ``Site`` and ``Coupling``: what can be removed, and what goes with it.
 - ``layout``: the sites of a model from its declaration.
+- ``positions``: how long a text a model can take.
 - ``plan``: ``Budget`` and ``PruningPlan``.
 - ``surgery``: slice or mask a model's weights.
 - ``resize``: the modeling code that every pruned checkpoint carries.

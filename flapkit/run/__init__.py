@@ -9,6 +9,7 @@ Modules:
     estimate: memory, disk and compute of a run
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
+    lengths: the lengths of all sequences that a recipe runs through its model
     journal: log figures as stages finish
     origin: read the files of a pruned checkpoint
     pipeline: run a recipe

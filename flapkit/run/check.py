@@ -11,13 +11,17 @@ import torch
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.execution.lightning.loggers import check_loggers
+from flapkit.model.empty import skeleton
 from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
+from flapkit.run.captured import capture_warnings
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
+from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
 from flapkit.run.text import recovery_source
@@ -38,6 +42,7 @@ class Checked:
         unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
             formats.
         left: the files of an interrupted run in the output's work folder.
+        warnings: warnings that the run will give, as far as they are known.
     """
 
     target: Target
@@ -47,6 +52,7 @@ class Checked:
     processes: int = 1
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False) -> Checked:
@@ -63,16 +69,20 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     settings = recipe.recipe
     check_output(Path(settings.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
-    for text in (settings.calibration, *settings.evaluate.perplexity):
-        text.check()
+    settings.calibration.check("calibration")
+    for text in settings.evaluate.perplexity:
+        text.check("evaluation")
     if settings.evaluate.zero_shot is not None:
         check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
-    load_tokenizer(settings.model.path, revision=settings.model.revision)
+    tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
     recovery = recovery_of(recipe.compensators)
+    with capture_warnings() as warnings:
+        training = {} if recovery is None else recovery_length(recovery.training)
+        check_lengths(skeleton(target.config), run_lengths(settings, tokenizer) | training)
     if recovery is not None:
-        recovery_source(recovery.training, settings).check()
+        recovery_source(recovery.training, settings).check("calibration")
     empty = empty_model(settings, target)
     params = empty.num_parameters()
     budget = settings.budget.over(target.sites, params)
@@ -92,6 +102,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),
+        warnings,
     )
 
 

@@ -30,9 +30,17 @@ from flapkit.recipe.schema import Perplexity, Recipe
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
+from flapkit.text.source import Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TOKENISED = {"calibration": 20, "evaluation": 60}
+"""Bytes of memory for each byte of text while it is read and tokenised, as measured with 9 MB of it and 2 tokenizers;
+an evaluation also counts the bytes of each token."""
+
+WINDOWS = {"calibration": 8, "evaluation": 24}
+"""Bytes of each token of a window: the token, and with it what is attended to and what is scored."""
 
 TEXT = 100_000_000
 """Bytes in use after reading and tokenising text, measured with 9 MB of it."""
@@ -47,7 +55,7 @@ class Estimate:
 
     Args:
         weights: bytes of the dense weights.
-        own: memory of Python, the libraries and the text.
+        own: memory of Python, the libraries and the windows of all texts.
         whole: memory with the whole model, including ``own``.
         least: the part of ``whole`` that cannot be reclaimed: the system can drop pages of the dense weights' file.
         layerwise: memory with one decoder layer at a time; None if the model has no list of layers.
@@ -57,6 +65,7 @@ class Estimate:
         flops: floating-point operations of calibration; a multiply-accumulate counts as two.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains; None without one.
+        unread: datasets whose text is not on this machine, so that its memory is not included.
     """
 
     weights: int
@@ -70,6 +79,7 @@ class Estimate:
     flops: int
     passes: int
     trained: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 def empty_model(settings: Recipe, target: Target) -> PreTrainedModel:
@@ -95,7 +105,10 @@ def estimate_needs(
         processes: how many processes share the windows.
     """
     settings, size = recipe.recipe, empty.dtype.itemsize
-    own = psutil.Process().memory_info().rss + TEXT
+    texts = _texts(recipe, processes)
+    own = psutil.Process().memory_info().rss + TEXT + sum(WINDOWS[text.purpose] * text.tokens for text in texts)
+    # Text is read before the model.
+    reading = own + max((TOKENISED[text.purpose] * (text.size or 0) for text in texts), default=0)
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
     workload = Workload(
         empty,
@@ -111,13 +124,15 @@ def estimate_needs(
     )
     weights, left = workload.weights, workload.pruned_weights
     whole, layers = WholeExecutor.needs(workload), _layerwise_needs(workload)
-    held, least, layerwise, sharded = own + whole.memory, own + whole.least, None, None
+    held, least = max(own + whole.memory, reading), max(own + whole.least, reading + weights - weights // processes)
+    layerwise, sharded = None, None
     gathered, on_device = 0, weights
     if layers is not None:
         outer, largest = workload.layers
         # A process of a sharded model holds its part of every weight, the weights outside the layers, and two layers.
         gathered = outer + 2 * largest
-        layerwise, sharded = own + layers.memory, own + weights // processes + gathered + batch
+        layerwise = max(own + layers.memory, reading)
+        sharded = max(own + weights // processes + gathered + batch, reading)
         if settings.trainer.strategy == MODEL_PARALLEL:
             on_device = weights // processes + gathered
     disk, trained = (layers or whole).disk if workload.hidden_on_disk else whole.disk, None
@@ -132,7 +147,47 @@ def estimate_needs(
         sharded = sharded and max(sharded, own + (left + teacher) // processes + gathered + beside)
     flops = workload.passes * calibration_flops(recipe, target)
     device = on_device + workload.statistics + batch
-    return Estimate(weights, own, held, least, layerwise, sharded, device, disk, flops, workload.passes, trained)
+    unread = tuple(dict.fromkeys(text.dataset for text in texts if text.size is None))
+    passes = workload.passes
+    return Estimate(weights, own, held, least, layerwise, sharded, device, disk, flops, passes, trained, unread)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text of a recipe: what is read of it, and what is kept.
+
+    Args:
+        dataset: its name.
+        purpose: what it is read for.
+        size: bytes of text; None if they are not known.
+        tokens: tokens of its windows.
+    """
+
+    dataset: str
+    purpose: Purpose
+    size: int | None
+    tokens: int
+
+
+def _texts(recipe: LoadedRecipe, processes: int) -> list[_Text]:
+    """List the texts of a recipe."""
+    settings = recipe.recipe
+    calibration = settings.calibration
+    windows = calibration.samples * calibration.length
+    texts = [_Text(calibration.dataset, "calibration", calibration.size("calibration"), windows)]
+    for text in settings.evaluate.perplexity:
+        size = text.size("evaluation")
+        # A token has two bytes or more, in most languages.
+        most = (size or 0) // 2
+        cut = most * text.length // (text.stride or text.length)
+        tokens = cut if text.windows is None else text.windows * text.length
+        texts.append(_Text(text.dataset, "evaluation", size, tokens))
+    if (recovery := recovery_of(recipe.compensators)) is not None:
+        training, source = recovery.training, recovery.training.source(calibration)
+        steps = training.steps * training.batch_size * settings.trainer.accumulate_grad_batches * processes
+        tokens = (steps + training.validation_windows) * training.length
+        texts.append(_Text(source.dataset, "calibration", source.size("calibration"), tokens))
+    return texts
 
 
 def _layerwise_needs(workload: Workload) -> Needs | None:

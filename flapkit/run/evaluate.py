@@ -10,9 +10,12 @@ from typing import Any
 from flapkit.checkpoint.load import load_config, load_tokenizer
 from flapkit.evaluation.zero_shot import by_task
 from flapkit.execution.runtime import Runtime
+from flapkit.model.empty import skeleton
+from flapkit.model.positions import check_lengths
 from flapkit.model.soundness import check_unquantised
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.executors import load_model, open_runtime
+from flapkit.run.lengths import evaluation_lengths
 from flapkit.run.record import put_texts_beside
 from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, renderer
@@ -69,9 +72,12 @@ def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtim
     with runtime.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         check_unquantised(checkpoint, config)
+        empties = [skeleton(each) for each in (config, *([] if against is None else [load_config(against)]))]
+        for empty in empties:
+            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer))
         render = renderer(recipe.adapter, tokenizer)
         texts = read_evaluations(settings.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
-        tasks = load_tasks(settings.evaluate.zero_shot)
+        tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, *empties)
     paths = {"model": checkpoint} if against is None else {"dense": against, "pruned": checkpoint}
     measured, answers = {}, {}
     for role, path in paths.items():

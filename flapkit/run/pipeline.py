@@ -22,7 +22,9 @@ from flapkit.evaluation.zero_shot import side_by_side
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
+from flapkit.model.empty import skeleton
 from flapkit.model.plan import Budget
+from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
@@ -32,6 +34,7 @@ from flapkit.run.captured import capture_warnings
 from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
+from flapkit.run.lengths import run_lengths
 from flapkit.run.record import RunRecord, compare, count_params, save_run
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
@@ -233,8 +236,10 @@ def _read(
     settings = recipe.recipe
     with context.progress.stage("text"):
         tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+        empty = skeleton(target.config)
+        check_lengths(empty, run_lengths(settings, tokenizer))
         text = read_text(settings, target, tokenizer)
-        tasks = load_tasks(settings.evaluate.zero_shot)
+        tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
         context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)

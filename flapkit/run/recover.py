@@ -23,12 +23,14 @@ from flapkit.execution.student import Student, WholeStudent, shard_student
 from flapkit.execution.training import Recovered, RecoveryText, Workplace, recover_
 from flapkit.model.empty import build_empty
 from flapkit.model.plan import PruningPlan
+from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
+from flapkit.run.lengths import evaluation_lengths, recovery_length
 from flapkit.run.origin import RECIPE, RESULT, Origin
 from flapkit.run.record import add_text_beside, put_texts_beside
 from flapkit.run.report.document import PAGE, RunDocument
@@ -179,13 +181,18 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
             (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
         )
         tokenizer = load_tokenizer(path, revision=revision)
-        recovery.attach(build_empty(target.config), target.sites)
+        empty = build_empty(target.config)
+        check_lengths(empty, recovery_length(training))
+        if checkpoint is not None:
+            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer))
+        tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
+        recovery.attach(empty, target.sites)
         text = read_recovery_text(training, source, target, tokenizer, runtime)
         render = renderer(target.adapter, tokenizer)
         evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
-    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(settings.evaluate.zero_shot), runtime)
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime)
 
 
 def recover_checkpoint(

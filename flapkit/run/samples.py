@@ -29,7 +29,8 @@ def make_trace(sites: Sequence[Site], text: RunText, settings: ReportSection, dt
     Returns:
         An empty trace; None if the recipe turns it off, or no calibration window is held out.
     """
-    windows = text.calibration[held_out(len(text.calibration))][: settings.error_windows]
+    chosen = held_out(len(text.calibration)).nonzero()[: settings.error_windows, 0]
+    windows = text.calibration[chosen]
     return Trace(sites, windows, dtype, text.batch_size) if len(windows) else None
 
 

@@ -27,16 +27,27 @@ def check_tasks(settings: ZeroShot) -> None:
                 find_task(name, Path(settings.data_dir).expanduser())
 
 
-def load_tasks(settings: ZeroShot | None) -> Harness | None:
+def load_tasks(
+    settings: ZeroShot | None, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
+) -> Harness | None:
     """Load a recipe's tasks and their rows; None if it has no tasks.
 
+    Args:
+        settings: the tasks.
+        tokenizer: the models'.
+        models: the models to evaluate; models without memory will do.
+
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be read.
+        InputError: lm-eval is not installed, a task is unknown, its rows cannot be read, or an answer is longer than a
+            model's context.
     """
     if settings is None:
         return None
     folder = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
-    return load_harness(settings.tasks, data_dir=folder, limit=settings.limit, batch_size=settings.batch_size)
+    harness = load_harness(settings.tasks, data_dir=folder, limit=settings.limit, batch_size=settings.batch_size)
+    for model in models:
+        harness.check_answers(model, tokenizer)
+    return harness
 
 
 def evaluate_tasks(

@@ -4,6 +4,7 @@ Nothing here loads models. Text comes from local files, the Hugging Face hub or 
 cuts are those of FLAP's released code, so that its published numbers can be compared.
 
 - ``source``: read documents from datasets, files and folders.
+- ``files``: local files: formats, the splits of a folder, rows.
 - ``conversations``: read conversations in their two common formats.
 - ``tokenise``: tokenise long text in chunks.
 - ``windows``: draw calibration windows, cut evaluation windows.

@@ -51,17 +51,35 @@ def find_overlap(calibration: Tensor, evaluation: Windows, ngram: int | None = N
     shortest = min(calibration.shape[1], tokens.shape[1])
     # N-grams as long as a window would match only if both texts were cut at the same positions.
     ngram = min(NGRAM, max(1, shortest // 2)) if ngram is None else min(ngram, shortest)
-    known, order = _hashes(calibration, ngram).flatten().sort()
     hashes = _hashes(tokens, ngram)
-    nearest = torch.searchsorted(known, hashes.flatten()).clamp_(max=len(known) - 1)
-    candidates = (known[nearest] == hashes.flatten()).nonzero().squeeze(1)
-    parts = candidates.split(_CHUNK // ngram)
-    equal = [_equal(calibration, order[nearest[part]], tokens, part, ngram) for part in parts]
     starts = torch.zeros_like(hashes, dtype=torch.bool).flatten()
-    starts[candidates] = torch.cat(equal) if equal else torch.zeros(0, dtype=torch.bool)
+    # In parts: hashes and their order take four times the memory of the windows.
+    for windows in calibration.split(max(1, _CHUNK // calibration.shape[1])):
+        starts |= _shared(windows, tokens, hashes.flatten(), ngram)
     scored = evaluation.labels != UNSCORED
     shared = int((_covered(starts.view_as(hashes), tokens.shape[1]) & scored).sum())
     return Overlap(ngram, shared, shared / max(1, int(scored.sum())))
+
+
+def _shared(calibration: Tensor, tokens: Tensor, hashes: Tensor, ngram: int) -> Tensor:
+    """Tell which n-grams of the evaluation windows are in calibration windows too.
+
+    Args:
+        calibration: tokens [windows, tokens].
+        tokens: the evaluation windows [windows, tokens].
+        hashes: of the evaluation's n-grams, int64 [n-grams].
+        ngram: tokens per n-gram.
+
+    Returns:
+        bool [n-grams].
+    """
+    known, order = _hashes(calibration, ngram).flatten().sort()
+    nearest = torch.searchsorted(known, hashes).clamp_(max=len(known) - 1)
+    candidates = (known[nearest] == hashes).nonzero().squeeze(1)
+    shared = torch.zeros_like(hashes, dtype=torch.bool)
+    for part in candidates.split(_CHUNK // ngram):
+        shared[part] = _equal(calibration, order[nearest[part]], tokens, part, ngram)
+    return shared
 
 
 def _hashes(tokens: Tensor, ngram: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flapkit.system.errors import DataError, InputError, closest, did_you_mean
-from flapkit.system.json_files import parse_json
 from flapkit.system.options import PathText, Section
 from flapkit.system.paths import to_path
 from flapkit.text.conversations import Conversation, is_conversation, normalise
+from flapkit.text.files import KNOWN, choose_split, format_of, local_files, read_rows, size_of_text
 
 Purpose = Literal["calibration", "evaluation"]
 Render = Callable[[Conversation], str]
@@ -23,13 +23,12 @@ Render = Callable[[Conversation], str]
 TEXT_FIELDS = ("text", "conversations", "messages")
 """The fields to look for, in this order, if a recipe names none."""
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_SEPARATOR = "\n\n"
 DEFAULT_SPLITS: Mapping[Purpose, tuple[str, ...]] = {
     "calibration": ("train",),
     "evaluation": ("test", "validation", "heldout"),
 }
-"""The splits of a hub dataset to look for, in this order, if a recipe names none."""
+"""The splits of a hub dataset or a folder to look for, in this order, if a recipe names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +111,16 @@ DATASETS: Mapping[str, NamedDataset] = {
 
 Dataset = Annotated[
     PathText,
-    Field(description="A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder."),
+    Field(description=f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN})."),
 ]
 Subset = Annotated[str | None, Field(description="Configuration of a hub dataset.")]
-Split = Annotated[str | None, Field(description="Split of the dataset; its usual one if not given.")]
+Split = Annotated[
+    str | None,
+    Field(
+        description="Split of the dataset, or of a folder with names as on the hub, such as `train-*` and `test-*`; "
+        "the usual one if not given."
+    ),
+]
 TextField = Annotated[
     str | None, Field(description="Field that holds the text or the conversation; found if not given.")
 ]
@@ -124,10 +129,10 @@ TextField = Annotated[
 class TextSource(Section):
     """Where text comes from.
 
-    ``dataset`` is, in this order: a name of ``DATASETS``; a local .txt (one document), .jsonl or .parquet (a document
-    a row) file, or a folder of such files, taken in the order of their paths; a hub id. A folder that has the name of
-    a named dataset is reached as ``./name``. Without ``split``, it is the usual one for the purpose; without ``field``,
-    the first of ``TEXT_FIELDS`` that a row has.
+    ``dataset`` is, in this order: a name of ``DATASETS``; a local file of text (one document) or of rows (a document
+    a row), or a folder of such files (``flapkit.text.files``), taken in the order of their paths; a hub id. A folder
+    that has the name of a named dataset is reached as ``./name``. Without ``split``, it is the usual one for the
+    purpose; without ``field``, the first of ``TEXT_FIELDS`` that a row has.
     """
 
     dataset: Dataset
@@ -135,13 +140,13 @@ class TextSource(Section):
     split: Split = None
     field: TextField = None
 
-    def check(self) -> None:
+    def check(self, purpose: Purpose) -> None:
         """Raise ``DataError`` for errors that can be found without a network and without reading text."""
         named = DATASETS.get(self.dataset)
         if named:
             self._check_named(named)
         elif self._path() is not None:
-            self._local_files()
+            self._local_files(purpose)
 
     def separator(self, purpose: Purpose) -> str | None:
         """Return the text between documents; None to draw each window within one document."""
@@ -156,11 +161,16 @@ class TextSource(Section):
         Args:
             evaluation: the source of the evaluation text.
         """
-        own, other = (source._path() if source.dataset not in DATASETS else None for source in (self, evaluation))
+        own, other = self._resolved("calibration"), evaluation._resolved("evaluation")
         if own is not None and other is not None:
-            own, other = own.resolve(), other.resolve()
-            return own == other or own in other.parents or other in own.parents
+            return not own.isdisjoint(other)
         return self._place("calibration") == evaluation._place("evaluation")
+
+    def _resolved(self, purpose: Purpose) -> set[Path] | None:
+        """Return the files that are read; None if they are not on this machine, or belong to a named dataset."""
+        if self.dataset in DATASETS or self._path() is None:
+            return None
+        return {path.resolve() for path in self._local_files(purpose)}
 
     def _place(self, purpose: Purpose) -> tuple[str, str | None, str | None]:
         named = DATASETS.get(self.dataset)
@@ -177,7 +187,7 @@ class TextSource(Section):
         Raises:
             DataError: the data cannot be found or read, or has no text.
         """
-        self.check()
+        self.check(purpose)
         documents = [self._document(value, where, render) for value, where in self._values(purpose)]
         if not any(document.strip() for document in documents):
             amount = f"all {len(documents)} documents are empty" if documents else "it has no rows"
@@ -194,11 +204,23 @@ class TextSource(Section):
             amount = named.evaluation_documents if purpose == "evaluation" else None
             yield from self._hub_values(named, self.split or _split(named, purpose), amount)
         elif self._path() is not None:
-            for path in self._local_files():
-                yield from self._file_values(path)
+            for path in self._local_files(purpose):
+                yield from read_rows(path, self._field)
         else:
             hub = NamedDataset("", "", "", hub=self.dataset, subset=self.subset)
             yield from self._hub_values(hub, self.split or self._hub_split(purpose))
+
+    def size(self, purpose: Purpose) -> int | None:
+        """Return about how many bytes of text there are; None if the text is not on this machine."""
+        named = DATASETS.get(self.dataset)
+        if named and named.hub is None:
+            split = self.split or _split(named, purpose)
+            modules = stdlib_modules().items()
+            paths = [path for module, paths in modules if is_held_out(module) == (split == "heldout") for path in paths]
+            return sum(path.stat().st_size for path in paths)
+        if named or self._path() is None:
+            return None
+        return sum(map(size_of_text, self._local_files(purpose)))
 
     def _check_named(self, named: NamedDataset) -> None:
         if self.subset is not None:
@@ -214,12 +236,12 @@ class TextSource(Section):
         if path.exists():
             return path
         close = closest(self.dataset, DATASETS)
-        if "/" not in self.dataset and close and path.suffix not in SUFFIXES:
+        if "/" not in self.dataset and close and format_of(path) is None:
             raise DataError(
                 f"unknown dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}; "
                 "write a hub id as owner/name, or give the path of an existing file or folder"
             )
-        if self.dataset.startswith((".", "/", "~")) or path.suffix in SUFFIXES or self.dataset.count("/") > 1:
+        if self.dataset.startswith((".", "/", "~")) or format_of(path) or self.dataset.count("/") > 1:
             raise DataError(f"{path}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
         return None
 
@@ -229,48 +251,13 @@ class TextSource(Section):
         except InputError as error:
             raise DataError(str(error)) from error
 
-    def _local_files(self) -> list[Path]:
+    def _local_files(self, purpose: Purpose) -> Sequence[Path]:
         root = self._reach()
-        for option in ("subset", "split"):
-            if (value := getattr(self, option)) is not None:
-                raise DataError(f"{root}: local files have no {option} {value!r}; omit `{option}`")
-        if root.is_dir():
-            inside = (path for path in sorted(root.rglob("*")) if path.is_file())
-            paths = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-        else:
-            paths = [root]
-        if not paths:
-            raise DataError(f"{root}: the folder has no {', '.join(SUFFIXES)} files")
-        for path in paths:
-            if path.suffix not in SUFFIXES:
-                where = f"; move it out of {root}, or give a single file" if path != root else ""
-                raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file{where}")
-        return paths
-
-    def _file_values(self, path: Path) -> Iterator[tuple[Any, str]]:
-        """Read a local file: a .txt is one row, a .jsonl has one row per line, a .parquet the rows of its table."""
-        try:
-            if path.suffix == ".txt":
-                self._field({"text"}, str(path))
-                yield path.read_text(encoding="utf-8-sig"), str(path)
-            elif path.suffix == ".jsonl":
-                with path.open(encoding="utf-8-sig") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        if line.strip():
-                            row = _json_row(line, f"{path}:{number}")
-                            yield row[self._field(row, f"{path}:{number}")], f"{path}:{number}"
-            else:
-                import pyarrow.parquet
-
-                with pyarrow.parquet.ParquetFile(path) as table:
-                    chosen = self._field(table.schema_arrow.names, str(path))
-                    values = table.read(columns=[chosen]).column(chosen).to_pylist()
-                for number, value in enumerate(values):
-                    yield value, f"{path}: row {number}"
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text: {error}; convert it to UTF-8") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+        if self.subset is not None:
+            raise DataError(f"{root}: local files have no subset {self.subset!r}; omit `subset`")
+        if root.is_file() and self.split is not None:
+            raise DataError(f"{root}: a file has no split {self.split!r}; omit `split`, or give the folder")
+        return choose_split(root, local_files(root), self.split, DEFAULT_SPLITS[purpose])
 
     def _hub_values(self, hub: NamedDataset, split: str, amount: int | None = None) -> Iterator[tuple[Any, str]]:
         import datasets
@@ -344,16 +331,6 @@ class TextSource(Section):
 
 def _split(named: NamedDataset, purpose: Purpose) -> str:
     return named.calibration_split if purpose == "calibration" else named.evaluation_split
-
-
-def _json_row(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with a text field, found {type(row).__name__}")
-    return row
 
 
 _STDLIB_SKIPPED = frozenset(

@@ -152,8 +152,9 @@ def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tens
     if len(tokens) <= length:
         raise _too_little("calibration", len(tokens), length + 1, length)
     draw = random.Random(seed)
-    starts = [draw.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-    return torch.stack([tokens[start : start + length] for start in starts])
+    starts = torch.tensor([draw.randint(0, len(tokens) - length - 1) for _ in range(samples)])
+    windows: Tensor = tokens.unfold(0, length, 1)[starts]
+    return windows
 
 
 def sample_documents(
@@ -292,4 +293,7 @@ def _too_little(purpose: str, tokens: int, needed: int, length: int, what: str =
 def tokens_hash(tokens: Tensor) -> str:
     """Return the SHA-256 of the shape and the values of tokens, as hexadecimal digits."""
     content = tokens.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False)
-    return hashlib.sha256(repr(tuple(content.shape)).encode() + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(tuple(content.shape)).encode())
+    # In place: millions of windows are gigabytes.
+    digest.update(content.data)
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flapkit.checkpoint.bundled import bundled_models
 from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.run.text import renderer
 from flapkit.system.errors import DataError
+from flapkit.text.files import COMPRESSIONS, FORMATS
 from flapkit.text.source import TextSource
 from flapkit.text.windows import encode
 
@@ -62,8 +64,11 @@ def test_text_in_any_encoding(folder, text, encoding):
         assert found == [text.encode("utf-8", "ignore").decode()]
 
 
+FILES = [f"a{suffix}{compression}" for suffix in FORMATS for compression in ("", *COMPRESSIONS)]
+
+
 @cases(600)
-@given(st.binary(max_size=60), st.sampled_from(["a.txt", "a.jsonl", "a.parquet"]))
+@given(st.binary(max_size=60), st.sampled_from(FILES))
 def test_any_bytes(folder, content, name):
     documents(folder / name, content)
 
@@ -132,6 +137,32 @@ TABLE = whole_table()
 @given(DAMAGE)
 def test_a_damaged_table(folder, damage):
     documents(folder / "a.parquet", damaged(TABLE, damage))
+
+
+def whole_arrow() -> bytes:
+    written = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"text": ["some text", "more"] * 50, "n": list(range(100))})
+    with pyarrow.ipc.new_stream(written, table.schema) as stream:
+        stream.write_table(table)
+    return written.getvalue().to_pybytes()
+
+
+FILE_CONTENTS = {
+    "a.arrow": whole_arrow(),
+    "a.csv": b'n,text\n1,"some, text"\n2,more\n' * 9,
+    "a.json": json.dumps([{"text": "some text", "n": 1}, {"text": "more"}] * 9).encode(),
+    "a.jsonl.gz": gzip.compress(b'{"text": "some text"}\n' * 50),
+}
+
+
+@pytest.mark.parametrize("name", FILE_CONTENTS)
+def test_a_damaged_file(folder, name):
+    @cases(200)
+    @given(DAMAGE)
+    def check(damage):
+        documents(folder / name, damaged(FILE_CONTENTS[name], damage))
+
+    check()
 
 
 COLUMNS = {
@@ -253,9 +284,9 @@ def test_a_table_without_columns_and_one_without_the_field(folder):
 
 
 def test_what_is_no_text_file(folder):
-    for name in ("a.csv", "a", "a.json", "a.pickle"):
+    for name in ("a.html", "a", "a.zip", "a.pickle", "a.gz"):
         (folder / name).write_text("text\nsome")
-        with pytest.raises(DataError, match=r"not a \.txt"):
+        with pytest.raises(DataError, match="this format is not read"):
             TextSource(dataset=str(folder / name)).documents("calibration")
 
 

@@ -15,11 +15,14 @@ from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
+from flapkit.model.empty import skeleton
+from flapkit.model.positions import check_lengths
 from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
 from flapkit.run.captured import capture_warnings
 from flapkit.run.executors import open_runtime
+from flapkit.run.lengths import run_lengths
 from flapkit.run.record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
 from flapkit.run.sweep.results import Results, Row
@@ -97,7 +100,8 @@ def run_sweep(
 
 def check_sweep(sweep: Sweep) -> None:
     """Raise ``RecipeError`` with the problems of all points that can be checked before anything runs."""
-    problems = []
+    problems: list[str] = []
+    checked: list[Any] = []
     for point in sweep.points:
         settings = point.recipe.recipe
         try:
@@ -110,9 +114,14 @@ def check_sweep(sweep: Sweep) -> None:
                 raise RecipeError(
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
-            find_target(point.recipe)
-            for text in (settings.calibration, *settings.evaluate.perplexity):
-                text.check()
+            target = find_target(point.recipe)
+            settings.calibration.check("calibration")
+            for text in settings.evaluate.perplexity:
+                text.check("evaluation")
+            lengths = run_lengths(settings, None)
+            if (settings.model, lengths) not in checked:
+                checked.append((settings.model, lengths))
+                check_lengths(skeleton(target.config), lengths)
         except FlapkitError as error:
             problems.append(f"{sweep.path}: {point.label}: {error}")
     if problems:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from flapkit.evaluation.speed import Spread, Workload, measure_speed, read_params, turns
 from flapkit.system.errors import InputError
@@ -56,9 +57,11 @@ def test_the_peak_holds_the_weights() -> None:
     assert speed.peak is None or speed.peak >= speed.weights
 
 
-def test_a_context_that_is_too_short() -> None:
-    with pytest.raises(InputError, match=r"model: 60 prompt tokens and 5 generated ones exceed its context of 64"):
-        measure_speed({"model": make_llama()}, Workload(prompt=60, tokens=5))
+def test_a_table_of_positions_that_is_too_short() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
+    with pytest.raises(InputError, match=r"bench: prompt and generated tokens: 65 tokens, but .* positions for 64"):
+        measure_speed({"model": model}, Workload(prompt=60, tokens=5))
+    measure_speed({"model": model}, Workload(prompt=60, tokens=4, repetitions=1, warm_up=0))
 
 
 def test_a_spread() -> None:

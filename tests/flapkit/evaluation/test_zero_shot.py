@@ -14,7 +14,7 @@ import torch
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import Score, TaskScores
 from flapkit.evaluation.zero_shot import load_harness, side_by_side
-from flapkit.system.errors import DataError, InputError
+from flapkit.system.errors import DataError, InputError, RunError
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra zeroshot")
 
@@ -177,6 +177,21 @@ def test_what_does_not_fit_the_context_is_counted(tokenizer, folder: Path, caplo
     found = load_harness(["piqa"], data_dir=folder).evaluate(short, tokenizer)["piqa"]
     assert found.truncated > 0
     assert f"{found.truncated} requests exceed the model's context of 12 tokens" in caplog.text
+
+
+@needs_harness
+def test_an_answer_longer_than_the_context_is_known_before_anything_runs(tokenizer, folder: Path) -> None:
+    from conftest import make_llama
+
+    harness, answer = load_harness(list(ROWS), data_dir=folder), ROWS["piqa"][1]["choices"][0]
+    tokens = len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+    harness.check_answers(make_llama(vocab_size=len(tokenizer), max_position_embeddings=tokens), tokenizer)
+    short = make_llama(vocab_size=len(tokenizer), max_position_embeddings=tokens - 1)
+    with pytest.raises(DataError, match=f"piqa: an answer of item 1 has {tokens} tokens.*context has {tokens - 1}"):
+        harness.check_answers(short, tokenizer)
+    # Nor is the message empty where it is asked nevertheless.
+    with pytest.raises(RunError, match="zero-shot task piqa: AssertionError"):
+        harness.evaluate(short, tokenizer)
 
 
 @needs_harness

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,61 @@ def needs_of(recipe, processes=1):
     asked, target = recipe.recipe, find_target(recipe)
     empty = empty_model(asked, target)
     return estimate_needs(recipe, target, empty, asked.budget.over(target.sites, empty.num_parameters()), processes)
+
+
+READ = """
+import sys
+import flapkit.run.pipeline
+from pathlib import Path
+from flapkit.checkpoint.load import load_tokenizer
+from flapkit.recipe.load import load_recipe
+from flapkit.run.target import find_target
+from flapkit.run.text import read_text
+from flapkit.text.windows import tokens_hash
+
+def now(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+recipe = load_recipe(Path("recipe.yaml"))
+target, tokenizer = find_target(recipe), load_tokenizer(recipe.recipe.model.path)
+before = now("VmRSS")
+text = read_text(recipe.recipe, target, tokenizer)
+tokens_hash(text.calibration)
+print(now("VmHWM") - before)
+"""
+"""Reads the text of a recipe as a run does, and prints by how much the program grows meanwhile."""
+
+
+def test_the_windows_are_counted_as_they_are(recipe):
+    calibration = {"dataset": "text.txt", "samples": 1_000_000, "length": 64}
+    evaluate = {"perplexity": [{"dataset": "text.txt", "length": 24, "windows": 16}]}
+    asked = recipe(make_llama(vocab_size=4096), calibration=calibration, evaluate=evaluate)
+    few = recipe(make_llama(vocab_size=4096), calibration={**calibration, "samples": 1}, evaluate=evaluate)
+    many = needs_of(asked).own - needs_of(few).own
+    assert many == pytest.approx(8 * 64 * 1_000_000, rel=0.02)
+    write_recipe(Path(), model={"path": "dense"}, calibration=calibration, evaluate=evaluate)
+    done = subprocess.run([sys.executable, "-c", READ], stdout=subprocess.PIPE, check=True)
+    assert many < int(done.stdout) < 1.4 * many + estimate.TEXT
+
+
+def test_the_text_is_counted(recipe):
+    asked = recipe(make_llama(), evaluate={"perplexity": [{"dataset": "large.txt", "length": 24, "windows": 16}]})
+    Path("large.txt").write_text("a text\n")
+    small = needs_of(asked).whole
+    with Path("large.txt").open("wb") as file:
+        file.truncate(10**9)
+    needs = needs_of(asked)
+    assert min(needs.whole, needs.least, needs.layerwise) > 40e9 > small
+    with pytest.raises(RecipeError, match="memory"):
+        check_fits(asked, needs, CPU)
+
+
+def test_text_that_is_not_here_is_said(command, recipe):
+    evaluate = {"perplexity": [{"dataset": "wikitext2", "length": 24, "windows": 2}]}
+    recipe(make_llama(), evaluate=evaluate)
+    code, out, _ = command("check", "recipe.yaml")
+    assert (code, "not included: the text of wikitext2" in out) == (0, True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

@@ -53,3 +53,13 @@ def test_a_row_is_at_most_half_a_window() -> None:
     # Tokens 0 to 5, of which the first is not scored, and 6 to 9, whose first is not either.
     assert (found.ngram, found.tokens) == (3, 5 + 3)
     assert find_overlap(torch.arange(99).view(1, 99), cut_windows(torch.arange(99), 99)).ngram == 32
+
+
+def test_parts_of_the_calibration_text_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    calibration = torch.randint(0, 3, (40, 16), generator=generator)
+    evaluation = cut_windows(torch.randint(0, 3, (160,), generator=generator), 16)
+    whole = find_overlap(calibration, evaluation, 6)
+    monkeypatch.setattr(overlap, "_CHUNK", 3 * 16)
+    assert find_overlap(calibration, evaluation, 6) == whole
+    assert 0 < whole.share < 1

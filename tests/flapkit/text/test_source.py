@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +181,92 @@ def test_broken_files(tmp_path: Path) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    assert "a.csv: not a .txt, .jsonl, .parquet file" in fails(write(tmp_path / "a.csv", "x"))
+    assert "a.pdf: this format is not read; the formats are .txt, .md, .jsonl" in fails(write(tmp_path / "a.pdf", "x"))
     message = fails(str(tmp_path))
-    assert "a.csv: not a .txt, .jsonl, .parquet file; move it out of" in message
+    assert "a.pdf: this format is not read; move it out of" in message
+    assert ".arrow, .parquet, also with .gz, .bz2, .xz, .zst behind it" in message
+    assert "a.gz: this format is not read" in fails(write(tmp_path / "a.gz", gzip.compress(b"x")))
     (tmp_path / "empty").mkdir()
-    assert "the folder has no .txt, .jsonl, .parquet files" in fails(str(tmp_path / "empty"))
+    assert "the folder has no files with text (.txt, " in fails(str(tmp_path / "empty"))
+
+
+TEXTS = ['one, "two"', "NA", "zwei\nZeilen é"]
+ROWS = [{"text": text, "id": number} for number, text in enumerate(TEXTS)]
+
+
+def csv_of(separator: str) -> bytes:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["text", "id"], delimiter=separator)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return table.getvalue().encode()
+
+
+def arrow() -> bytes:
+    written = pyarrow.BufferOutputStream()
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(written, table.schema) as stream:
+        stream.write_table(table)
+    return written.getvalue().to_pybytes()
+
+
+def parquet_of() -> bytes:
+    written = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), written)
+    return written.getvalue().to_pybytes()
+
+
+LINES_OF = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+CONTENTS = {
+    "a.jsonl": LINES_OF,
+    "a.ndjson": LINES_OF,
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    # Lines in a .json, as C4 has them.
+    "c4-train.00000-of-01024.json": LINES_OF,
+    "a [1]*.json": LINES_OF,
+    "a.csv": csv_of(","),
+    "a.tsv": csv_of("\t"),
+    "a.arrow": arrow(),
+    "a.parquet": parquet_of(),
+}
+
+
+def zstandard(content: bytes) -> bytes:
+    return bytes(pyarrow.compress(content, "zstd", asbytes=True))
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, compression: str) -> None:
+    content = COMPRESS[compression](CONTENTS[name])
+    for path in (tmp_path / f"{name}{compression}", tmp_path / f"{name}{compression}".upper()):
+        assert load_documents(write(path, content)) == TEXTS
+        assert str(path) in fails(str(path), field="body")
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".TXT"])
+def test_text_is_one_document_when_compressed_too(tmp_path: Path, suffix: str, compression: str) -> None:
+    content = COMPRESS[compression]("one\n\ntwo é\n".encode())
+    assert load_documents(write(tmp_path / f"a{suffix}{compression}", content)) == ["one\n\ntwo é\n"]
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, "a.txt"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_compressed_files(tmp_path: Path, name: str, compression: str) -> None:
+    whole = COMPRESS[compression](CONTENTS.get(name, LINES_OF))
+    for content in (b"it is not", whole[: len(whole) // 2]):
+        path = write(tmp_path / f"{name}{compression}", content)
+        assert f"{path}: cannot be read: " in fails(path)
+
+
+def test_pointers_of_git_lfs(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    for name in ("a.txt", "a.jsonl"):
+        assert f"{name}: a pointer of git-lfs" in fails(write(tmp_path / name, pointer))
 
 
 @pytest.mark.parametrize("missing", ["./calibration", "/nowhere/at/all", "text.jsonl", "data/more/text", "~/no such"])
@@ -187,16 +274,99 @@ def test_a_missing_file(missing: str) -> None:
     assert "file or folder not found" in fails(missing)
 
 
-def test_local_files_have_no_splits(tmp_path: Path) -> None:
+def test_what_has_no_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "x")
-    assert "local files have no split 'train'; omit `split`" in fails(path, split="train")
+    assert "a file has no split 'train'; omit `split`" in fails(path, split="train")
     assert "local files have no subset 'en'" in fails(path, subset="en")
+    assert "no split 'train': no name of a file says a split" in fails(str(tmp_path), split="train")
+
+
+def folder_of(root: Path, *names: str) -> str:
+    """Write files whose text is their name."""
+    for name in names:
+        jsonl(root / name, {"text": name})
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], ["test-00000-of-00001.jsonl"]),
+        (["data/train-00000-of-00001.jsonl"], ["data/validation-00000-of-00001.jsonl"]),
+        (["en/c4-train.00000-of-01024.jsonl"], ["en/c4-validation.00000-of-00008.jsonl"]),
+        (["train/0.jsonl", "train/more/1.jsonl"], ["test/0.jsonl"]),
+        (["train.jsonl"], ["dev.jsonl"]),
+        (["my_training_1.jsonl"], ["my_Eval.jsonl"]),
+    ],
+)
+def test_names_as_on_the_hub_are_splits(tmp_path: Path, train: list[str], test: list[str]) -> None:
+    folder = folder_of(tmp_path, *train, *test)
+    assert load_documents(folder) == load_documents(folder, split="train") == train
+    assert load_documents(folder, purpose="evaluation") == test
+    assert "no split 'trian'; did you mean 'train'?" in fails(folder, split="trian")
+    assert not TextSource(dataset=folder).shares_text(TextSource(dataset=folder))
+    assert TextSource(dataset=folder).shares_text(TextSource(dataset=folder, split="train"))
+    assert TextSource(dataset=folder).shares_text(TextSource(dataset=str(tmp_path / train[0])))
+
+
+def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
+    names = ["notes.jsonl", "test-1.jsonl"]
+    folder = folder_of(tmp_path, *names)
+    assert load_documents(folder) == names
+    assert load_documents(folder, split="test") == names[1:]
+
+
+def test_splits_that_have_to_be_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "test-1.jsonl", "validation-1.jsonl")
+    assert "no train split; set `split` to one of test, validation" in fails(folder)
+    folder_of(tmp_path, "train-1.jsonl", "more.jsonl")
+    assert "but more.jsonl is in none of them; set `split`" in fails(folder)
+    assert load_documents(folder, split="train") == ["train-1.jsonl"]
+    (tmp_path / "more.jsonl").rename(tmp_path / "random-00000-of-00001.jsonl")
+    assert load_documents(folder, split="random") == ["more.jsonl"]
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    """What `save_to_disk` writes, alone and as a dictionary of splits; a description is no text."""
+    one, two = (datasets.Dataset.from_list([{"text": text}]) for text in ("1", "2"))
+    one.save_to_disk(str(tmp_path / "alone"))
+    assert load_documents(str(tmp_path / "alone")) == ["1"]
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "both"))
+    write(tmp_path / "both" / "README.md", "what it is")
+    assert load_documents(str(tmp_path / "both")) == ["1"]
+    assert load_documents(str(tmp_path / "both"), purpose="evaluation") == ["2"]
+
+
+def test_nothing_in_a_folder_is_skipped_in_silence(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "text", "a.jsonl")
+    outside = folder_of(tmp_path / "outside", "b.jsonl")
+    link = tmp_path / "text" / "linked"
+    link.symlink_to(outside)
+    assert load_documents(folder) == ["a.jsonl", "b.jsonl"]
+    link.unlink()
+    link.symlink_to(folder)
+    assert "linked: the same folder as" in fails(folder)
+    link.unlink()
+    link.symlink_to(tmp_path / "gone")
+    assert "linked: a link to a file that does not exist; move it out of" in fails(folder)
+    link.unlink()
+    os.mkfifo(link.with_suffix(".jsonl"))
+    assert "linked.jsonl: not a regular file" in fails(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is hidden from root")
+def test_what_may_not_be_read(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a.jsonl", "b/c.jsonl")
+    for name, message in (("a.jsonl", "a.jsonl: no permission"), ("b", "b: the folder cannot be read: Permission")):
+        (tmp_path / name).chmod(0)
+        assert message in fails(folder)
+        (tmp_path / name).chmod(0o700)
 
 
 def test_a_misspelt_name_is_known_without_a_network() -> None:
     for name in ("wikitext", "stdlb"):
         with pytest.raises(DataError, match=f"unknown dataset '{name}'; did you mean '.*'.*owner/name"):
-            TextSource(dataset=name).check()
+            TextSource(dataset=name).check("calibration")
 
 
 def test_named_datasets_check_their_options() -> None:
@@ -221,7 +391,7 @@ def test_named_datasets_are_whole(name: str, named: NamedDataset) -> None:
     assert named.calibration_split != named.evaluation_split
     if named.files:
         assert set(named.files) == set(named.splits)
-    TextSource(dataset=name).check()
+    TextSource(dataset=name).check("calibration")
 
 
 def test_the_protocol_of_the_released_code() -> None:

@@ -1,0 +1,40 @@
+"""The lengths of all sequences that a recipe runs through its model, for ``flapkit.model.positions.check_lengths``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flapkit.pruning.recovery import Training
+from flapkit.recipe.schema import Evaluate, Recipe
+from flapkit.text.tokenise import tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def run_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """Return the tokens of each sequence that is pruned by or measured: key of the recipe -> tokens."""
+    return {"calibration.length": recipe.calibration.length, **evaluation_lengths(recipe.evaluate, tokenizer)}
+
+
+def evaluation_lengths(asked: Evaluate, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """Return the tokens of each sequence that is measured: windows, and prompts with what is generated after them.
+
+    Args:
+        asked: what is measured.
+        tokenizer: the model's; None where no samples are generated.
+    """
+    lengths = {f"evaluate.perplexity[{number}].length": text.length for number, text in enumerate(asked.perplexity)}
+    if asked.samples is None or tokenizer is None:
+        return lengths
+    # The last token is generated, but not read.
+    generated = asked.samples.tokens - 1
+    return lengths | {
+        f"evaluate.samples.prompts[{number}] and `tokens`": len(tokenise(tokenizer, prompt)["input_ids"]) + generated
+        for number, prompt in enumerate(asked.samples.prompts)
+    }
+
+
+def recovery_length(training: Training) -> dict[str, int]:
+    """Return the tokens of a window that is trained on."""
+    return {"compensator: length": training.length}
