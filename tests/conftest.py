@@ -129,6 +129,15 @@ def _heard() -> Iterator[None]:
     logging.getLogger("flapkit").propagate = True
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real model, which `make smollm2` brings; for tests marked `real`."""
+    folder = Path(__file__).parents[1] / "models" / "smollm2-135m"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} is absent: run `make smollm2`")
+    return folder
+
+
 @pytest.fixture
 def forwards(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """The batches that calibration has run, as they come."""
