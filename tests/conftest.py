@@ -51,7 +51,7 @@ FORMS = {
 
 TEXT = "def pruned(model):\n    return model\n" * 200
 RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32", "save_dtype": "float32"},
     "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
     "budget": {"ratio": 0.2},
     "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -35,6 +35,9 @@ PARTS = ("*.safetensors", "*.json")
 WEIGHTS = "model.safetensors"
 MAX_TOKEN_ID = 10_000_000
 """A tokenizer with larger token ids is damaged."""
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of floating-point types."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -131,7 +134,14 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
             untie_(config, Weights.of(_weight_files(path, source)))
         except ModelError as error:
             raise ModelError(f"model {path}: {error}") from error
+    if has_weights and isinstance(source, Path) and config.dtype is None:
+        config.dtype = _stored_type(_check_files(path, source))
     return config
+
+
+def _stored_type(types: Mapping[str, str]) -> torch.dtype | None:
+    """Return the type of the first floating-point tensor, as transformers takes it where config.json names none."""
+    return next((STORED[name] for name in types.values() if name in STORED), None)
 
 
 def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:

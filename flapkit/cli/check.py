@@ -45,7 +45,7 @@ def check(
         )
     table.add_row("budget", f"{outcome.budget.params:,} of {outcome.budget.base:,} parameters of {settings.budget.of}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
-    table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB")
+    table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"
     if settings.trainer.strategy == "model_parallel" and needs.sharded is not None:
         memory += f", {needs.sharded / 1e9:,.2f} GB sharded"

@@ -57,6 +57,11 @@ class LoadedRecipe:
         model = self.recipe.model.model_copy(update={"path": path, "revision": revision})
         return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
+    def writing(self, dtype: str) -> LoadedRecipe:
+        """Return the recipe with another type of the written weights."""
+        model = self.recipe.model.model_copy(update={"save_dtype": dtype})
+        return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
+
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Load a recipe from a file.

@@ -64,7 +64,12 @@ class Model(Section):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Type of the loaded weights; `auto` is the checkpoint's own."
+        default="auto",
+        description="Type that the model computes in; `auto` is the checkpoint's own, and on a CPU float32.",
+    )
+    save_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="Type of the written weights; `auto` is the dense checkpoint's, unless it is wider than `dtype`.",
     )
 
 

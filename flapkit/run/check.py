@@ -16,6 +16,7 @@ from flapkit.pruning.components import recovery_of
 from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
@@ -34,6 +35,7 @@ class Checked:
         params: parameters of the dense model.
         budget: how many parameters will be removed.
         needs: memory, disk and compute.
+        dtypes: the dtypes of the computation and of the written checkpoint.
         processes: how many processes share a machine's memory.
         unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
             formats.
@@ -44,6 +46,7 @@ class Checked:
     params: int
     budget: Budget
     needs: Estimate
+    dtypes: DTypes
     processes: int = 1
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
@@ -73,11 +76,12 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     recovery = recovery_of(recipe.compensators)
     if recovery is not None:
         recovery_source(recovery.training, settings).check()
-    empty = empty_model(settings, target)
+    runtime = open_runtime(settings.trainer)
+    dtypes = choose_dtypes(settings.model, target.config, runtime.device)
+    empty = empty_model(target, dtypes)
     params = empty.num_parameters()
     budget = settings.budget.over(target.sites, params)
-    runtime = open_runtime(settings.trainer)
-    needs = estimate_needs(recipe, target, empty, budget, runtime.processes)
+    needs = estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes)
     output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
@@ -89,6 +93,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         params,
         budget,
         needs,
+        dtypes,
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),

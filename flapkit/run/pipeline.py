@@ -15,7 +15,6 @@ import yaml
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
-from flapkit.checkpoint.save import bytes_of
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import side_by_side
@@ -29,6 +28,7 @@ from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import DTypes, choose_dtypes, name_of
 from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
@@ -86,6 +86,7 @@ class Subject:
         executor: holds and runs the model.
         dense_params: its number of parameters before pruning.
         budget: how much to remove.
+        dtypes: the dtypes of the computation and of the written checkpoint.
     """
 
     recipe: LoadedRecipe
@@ -96,6 +97,7 @@ class Subject:
     executor: Executor
     dense_params: int
     budget: Budget
+    dtypes: DTypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def run(
             return _prune(recipe, target, context, overwrite=overwrite)
         prepared = prepare(recipe, target, context.progress)
         prepared.runtime.init_processes()
-        first = _without_recovery(recipe, work.path("pruned"))
+        first = _without_recovery(recipe, work.path("pruned")).writing(name_of(prepared.dtypes.compute))
         if broadcast_from_rank0(work.path("pruned").is_dir):
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:
@@ -218,6 +220,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         compare(dense.perplexity, after.perplexity),
         context.progress.seconds,
         context.warnings,
+        subject.dtypes,
         zero_shot=side_by_side(dense.answers, after.answers),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
@@ -238,16 +241,17 @@ def _read(
         context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)
+        dtypes = choose_dtypes(settings.model, target.config, runtime.device)
         resume = store.find if store else make_without_store
         folder = context.work.folder
         executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
         budget = settings.budget.over(target.sites, params)
-    left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
+    left = (params - budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
     recovered = Path(settings.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
-    return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget)
+    return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget, dtypes)
 
 
 def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, Any]:

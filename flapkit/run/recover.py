@@ -28,6 +28,7 @@ from flapkit.pruning.recovery import Recovery
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.origin import RECIPE, RESULT, Origin
 from flapkit.run.record import add_text_beside, put_texts_beside
@@ -63,6 +64,7 @@ class Preparation:
         tokenizer: the model's tokenizer.
         tasks: zero-shot tasks; None for none.
         runtime: what it runs on.
+        dtypes: the types that it computes in and is written in.
     """
 
     recipe: LoadedRecipe
@@ -72,6 +74,7 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     tasks: Harness | None
     runtime: Runtime
+    dtypes: DTypes
 
     @property
     def output(self) -> Path:
@@ -185,7 +188,11 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
-    return Preparation(recipe, recovery, text, evaluations, tokenizer, load_tasks(settings.evaluate.zero_shot), runtime)
+    tasks, dtypes = (
+        load_tasks(settings.evaluate.zero_shot),
+        choose_dtypes(settings.model, target.config, runtime.device),
+    )
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime, dtypes)
 
 
 def recover_checkpoint(
@@ -238,6 +245,7 @@ def recover_checkpoint(
             metadata=_metadata(record, recipe, origin),
             files=files,
             weights=student.shards,
+            dtype=prepared.dtypes.saved,
             overwrite=overwrite,
             work=work,
         )
@@ -256,16 +264,16 @@ def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
     recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
     if not prepared.runtime.sharded:
-        model = load(str(checkpoint), recipe.recipe.model.dtype)
+        model = load(str(checkpoint), prepared.dtypes.compute)
         model.name_or_path = name
-        return WholeStudent(model, recovery.merge)
+        return WholeStudent(model, recovery.merge, prepared.dtypes.saved)
     check_batch_size(recipe)
     target = find_target(dataclasses.replace(recipe, exporters=()))
 
     def open_again(weights: Weights | None) -> LayerStream:
         return open_stream(recipe.recipe, target, prepared.runtime, weights=weights)
 
-    return shard_student(open_again, target.sites, recovery, work.path("trained"), name)
+    return shard_student(open_again, target.sites, recovery, work.path("trained"), name, prepared.dtypes.saved)
 
 
 def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.records import hash_tensors
@@ -19,6 +21,7 @@ from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
@@ -46,6 +49,7 @@ class Dense:
         target: its configuration, adapter and sites.
         runtime: the devices that it runs on.
         params: its number of parameters.
+        saved: the type that a pruned model of its kind would be written in.
     """
 
     model: PreTrainedModel
@@ -53,6 +57,7 @@ class Dense:
     target: Target
     runtime: Runtime
     params: int
+    saved: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +139,18 @@ def _run_group(
         texts = _read_texts(points, target, tokenizer)
     with progress.stage("load"):
         source = first.recipe.model
-        model = load(source.path, source.dtype, revision=source.revision)
+        runtime = open_runtime(first.recipe.trainer, progress)
+        dtypes = choose_dtypes(source, target.config, runtime.device)
+        dtypes.tell()
+        model = load(source.path, dtypes.compute, revision=source.revision)
         target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,
             hash_tensors(model.state_dict().items()),
             target,
-            open_runtime(first.recipe.trainer, progress),
+            runtime,
             model.num_parameters(),
+            dtypes.saved,
         )
     tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}
@@ -188,7 +197,9 @@ def _executor(
     text = CalibrationText(task.text.calibration, task.text.batch_size)
     memory = task.point.recipe.recipe.calibration.statistics_bytes
     sites = dense.target.sites
-    return WholeExecutor(model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics)
+    return WholeExecutor(
+        model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics, saved=dense.saved
+    )
 
 
 def _run_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
