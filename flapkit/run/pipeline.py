@@ -18,6 +18,7 @@ from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
@@ -158,7 +159,7 @@ def run(
         context = RunContext(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:
             return _prune(recipe, target, context, overwrite=overwrite)
-        prepared = prepare(recipe, target, context.progress)
+        prepared = prepare(recipe, target, context.progress, cache=cache)
         prepared.runtime.init_processes()
         first = _without_recovery(recipe, work.path("pruned")).writing(name_of(prepared.dtypes.compute))
         if broadcast_from_rank0(work.path("pruned").is_dir):
@@ -236,7 +237,7 @@ def _read(
     settings = recipe.recipe
     with context.progress.stage("text"):
         tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
-        text = read_text(settings, target, tokenizer)
+        text = read_text(settings, target, tokenizer, TokenCache(context.cache))
         tasks = load_tasks(settings.evaluate.zero_shot)
         context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):

@@ -17,6 +17,7 @@ from flapkit.checkpoint.save import save
 from flapkit.checkpoint.weights import Weights
 from flapkit.evaluation.protocol import EvaluationText
 from flapkit.evaluation.zero_shot import add_scores
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import LayerStream
 from flapkit.execution.student import Student, WholeStudent, shard_student
@@ -154,7 +155,13 @@ def recover(
         return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
 
-def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint: Path | None = None) -> Preparation:
+def prepare(
+    recipe: LoadedRecipe,
+    target: Target,
+    progress: Progress,
+    checkpoint: Path | None = None,
+    cache: Path | None = None,
+) -> Preparation:
     """Read the text of a recovery, and try the recovery on an empty model, before any stage runs.
 
     Args:
@@ -162,6 +169,7 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         target: the model, dense or pruned.
         progress: receives the progress of the stages.
         checkpoint: the pruned model, if it exists already.
+        cache: folder of cached tokens; None for no cache.
 
     Raises:
         RecipeError: no compensator trains, the model lacks a module to train, or the text is evaluated too.
@@ -181,11 +189,11 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         path, revision = (
             (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
         )
-        tokenizer = load_tokenizer(path, revision=revision)
+        tokenizer, store = load_tokenizer(path, revision=revision), TokenCache(cache)
         recovery.attach(build_empty(target.config), target.sites)
-        text = read_recovery_text(training, source, target, tokenizer, runtime)
+        text = read_recovery_text(training, source, target, tokenizer, runtime, store)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size, store)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
     tasks, dtypes = (

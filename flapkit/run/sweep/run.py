@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
@@ -30,6 +31,7 @@ from flapkit.run.target import Target, find_target
 from flapkit.run.text import RunText, read_text
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
+from flapkit.text.windows import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +138,7 @@ def _run_group(
     with progress.stage("text"):
         target = find_target(first)
         tokenizer = load_tokenizer(first.recipe.model.path, revision=first.recipe.model.revision)
-        texts = _read_texts(points, target, tokenizer)
+        texts = _read_texts(points, target, tokenizer, TokenCache(cache))
     with progress.stage("load"):
         source = first.recipe.model
         runtime = open_runtime(first.recipe.trainer, progress)
@@ -165,13 +167,15 @@ def _run_group(
     return tasks
 
 
-def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase) -> list[RunText]:
+def _read_texts(
+    points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore
+) -> list[RunText]:
     """Read the text of every point; text that several points share is read once."""
     known: dict[str, RunText] = {}
     for point in points:
         key = _calibration_key(point) + _evaluation_key(point)
         if key not in known:
-            known[key] = read_text(point.recipe.recipe, target, tokenizer)
+            known[key] = read_text(point.recipe.recipe, target, tokenizer, store)
     return [known[_calibration_key(point) + _evaluation_key(point)] for point in points]
 
 
