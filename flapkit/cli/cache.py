@@ -14,8 +14,9 @@ from flapkit.cli.output import print_
 @app.command()
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all files.")] = False) -> None:
     """Show the cache of statistics and tokens: its folder, its files and their sizes."""
-    from flapkit.execution.cache import cache_folder, entries
     from flapkit.execution.cache import clear as clear_cache
+    from flapkit.execution.cache import entries
+    from flapkit.system.paths import cache_folder
 
     folder = cache_folder()
     files = clear_cache(folder) if clear else entries(folder)

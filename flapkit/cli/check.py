@@ -26,7 +26,7 @@ def check(
     outcome = check_recipe(loaded, overwrite=overwrite, force=force)
     needs, target, settings = outcome.needs, outcome.target, loaded.recipe
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)
-    table.add_row("model", f"{settings.model.path} ({target.config.model_type}), {outcome.params:,} parameters")
+    table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
     blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
     specs = [("metric", settings.metric), ("searcher", settings.searcher)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flapkit.checkpoint.gguf import FOLDER as GGUF_MODELS
+from flapkit.checkpoint.gguf import SOURCE
 from flapkit.checkpoint.weights import grouped, remove_abandoned
 from flapkit.execution.records import (
     FORMAT,
@@ -49,13 +51,6 @@ STATISTICS, TOKENS = "statistics", "tokens"
 
 SiteStates = Mapping[str, Statistic]
 """Site name -> one statistic."""
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: ``$FLAPKIT_CACHE``, or ``flapkit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if chosen := os.environ.get("FLAPKIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flapkit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +216,15 @@ def entries(folder: Path) -> list[Entry]:
     """List the files of the cache, the newest first, including partial files of killed runs."""
     found = (path for name in (STATISTICS, TOKENS) for path in (folder / name).glob("*"))
     files = [path for path in found if path.suffix in (".safetensors", ".partial")]
+    files += (folder / GGUF_MODELS).glob("*")
     return [_entry(path) for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def _entry(path: Path) -> Entry:
+    if path.is_dir():
+        source = path / SOURCE
+        name = source.read_text(encoding="utf-8").strip() if source.is_file() else ""
+        return Entry(path, sum(file.stat().st_size for file in path.iterdir()), "model", name)
     size = path.stat().st_size
     try:
         metadata = read_record_metadata(path)
@@ -234,8 +234,11 @@ def _entry(path: Path) -> Entry:
 
 
 def clear(folder: Path) -> list[Entry]:
-    """Remove all statistics and tokens, and nothing else; return the removed files."""
+    """Remove all statistics, tokens and dequantised models, and nothing else; return the removed files."""
     removed = entries(folder)
     for entry in removed:
-        entry.path.unlink(missing_ok=True)
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            entry.path.unlink(missing_ok=True)
     return removed

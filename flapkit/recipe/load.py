@@ -54,7 +54,7 @@ class LoadedRecipe:
 
     def of_model(self, path: str, revision: str | None = None) -> LoadedRecipe:
         """Return the recipe for another model: a checkpoint, or a hub id."""
-        model = self.recipe.model.model_copy(update={"path": path, "revision": revision})
+        model = self.recipe.model.model_copy(update={"path": path, "file": None, "revision": revision})
         return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
     def writing(self, dtype: str) -> LoadedRecipe:

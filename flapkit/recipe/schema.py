@@ -60,7 +60,11 @@ class Model(Section):
     """The model to prune."""
 
     path: PathText = Field(
-        description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that comes with flapkit.",
+        description="A Hugging Face hub id, a folder, a GGUF file, or `builtin:tiny-llama`, the model that comes with "
+        "flapkit.",
+    )
+    file: str | None = Field(
+        default=None, min_length=1, description="GGUF file within the folder, or within the hub's repository."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -71,6 +75,11 @@ class Model(Section):
         default="auto",
         description="Type of the written weights; `auto` is the dense checkpoint's, unless it is wider than `dtype`.",
     )
+
+    @property
+    def source(self) -> str:
+        """What to load: the path, with the file in it where there is one."""
+        return self.path if self.file is None else f"{self.path.rstrip('/')}/{self.file}"
 
 
 class Calibration(TextSource):

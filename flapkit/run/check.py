@@ -72,7 +72,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
-    load_tokenizer(settings.model.path, revision=settings.model.revision)
+    load_tokenizer(settings.model.source, revision=settings.model.revision)
     recovery = recovery_of(recipe.compensators)
     if recovery is not None:
         recovery_source(recovery.training, settings).check()

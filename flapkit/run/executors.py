@@ -74,7 +74,7 @@ def open_executor(
     forms = check_execution(recipe, target)
     if forms is None:
         runtime.init_processes()
-        model = load(settings.model.path, dtypes.compute, revision=settings.model.revision)
+        model = load(settings.model.source, dtypes.compute, revision=settings.model.revision)
         target.adapter.confirm(model, target.sites)
         saved = dtypes.saved
         return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume, saved=saved)
@@ -158,7 +158,7 @@ def open_stream(
         ModelError: the model is missing or damaged.
     """
     dtype = choose_dtypes(settings.model, target.config, runtime.device).compute
-    weights = weights or open_weights(settings.model.path, revision=settings.model.revision)
+    weights = weights or open_weights(settings.model.source, revision=settings.model.revision)
     return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
 
 
@@ -175,9 +175,9 @@ def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
     """
     settings = recipe.recipe
     if not runtime.sharded:
-        config = load_config(settings.model.path, revision=settings.model.revision)
+        config = load_config(settings.model.source, revision=settings.model.revision)
         dtype = choose_dtypes(settings.model, config, runtime.device).compute
-        return load(settings.model.path, dtype, revision=settings.model.revision)
+        return load(settings.model.source, dtype, revision=settings.model.revision)
     check_batch_size(recipe)
     runtime.init_processes()
     return shard(open_stream(settings, find_target(replace(recipe, exporters=())), runtime))

@@ -138,7 +138,7 @@ def run(
         resume: resume an interrupted run of the same recipe.
         force: run even if the estimate exceeds the available memory.
         progress: receives the progress of the stages.
-        cache: folder of cached statistics (``flapkit.execution.cache.cache_folder``); None for no cache.
+        cache: folder of cached statistics (``flapkit.system.paths.cache_folder``); None for no cache.
 
     Raises:
         FlapkitError: the run fails; no output is written.
@@ -236,7 +236,7 @@ def _read(
     """Read all text, then load the model, or open it to run layer by layer."""
     settings = recipe.recipe
     with context.progress.stage("text"):
-        tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+        tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
         text = read_text(settings, target, tokenizer, TokenCache(context.cache))
         tasks = load_tasks(settings.evaluate.zero_shot)
         context.work.claim(_fingerprints(settings, target, text))
@@ -257,8 +257,10 @@ def _read(
 
 def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, Any]:
     """Identify the text, weights and plugins that a recipe names, so that a change is detected."""
-    folder = Path(settings.model.path).expanduser()
+    folder = Path(settings.model.source).expanduser()
     weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    if folder.is_file():
+        weights = [(folder.name, folder.stat())]
     return {
         "text": {
             "calibration": tokens_hash(text.calibration),

@@ -194,7 +194,7 @@ def save_run(
 def run_files(record: RunRecord) -> dict[str, str | bytes]:
     """Return the files beside the checkpoint: the recipe, the measurements, and the report."""
     report = make_record(
-        record.recipe.recipe.model.path,
+        record.recipe.recipe.model.source,
         record.target.sites,
         record.pruned.scores,
         record.plan,

@@ -187,7 +187,7 @@ def prepare(
     source = recovery_source(training, settings)
     with progress.stage("recovery text"):
         path, revision = (
-            (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
+            (settings.model.source, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
         )
         tokenizer, store = load_tokenizer(path, revision=revision), TokenCache(cache)
         recovery.attach(build_empty(target.config), target.sites)

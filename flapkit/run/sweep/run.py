@@ -137,14 +137,14 @@ def _run_group(
     first = points[0].recipe
     with progress.stage("text"):
         target = find_target(first)
-        tokenizer = load_tokenizer(first.recipe.model.path, revision=first.recipe.model.revision)
+        tokenizer = load_tokenizer(first.recipe.model.source, revision=first.recipe.model.revision)
         texts = _read_texts(points, target, tokenizer, TokenCache(cache))
     with progress.stage("load"):
         source = first.recipe.model
         runtime = open_runtime(first.recipe.trainer, progress)
         dtypes = choose_dtypes(source, target.config, runtime.device)
         dtypes.tell()
-        model = load(source.path, dtypes.compute, revision=source.revision)
+        model = load(source.source, dtypes.compute, revision=source.revision)
         target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,
