@@ -21,7 +21,7 @@ from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_nee
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
-from flapkit.run.text import recovery_source
+from flapkit.run.text import recovery_source, render_prompts
 from flapkit.system.errors import BudgetError
 from flapkit.system.workdir import WorkDir, check_space
 
@@ -72,7 +72,8 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
-    load_tokenizer(settings.model.source, revision=settings.model.revision)
+    tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
+    render_prompts(settings.evaluate.samples, target.adapter, tokenizer)
     recovery = recovery_of(recipe.compensators)
     if recovery is not None:
         recovery_source(recovery.training, settings).check()

@@ -38,7 +38,7 @@ from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import RunText, read_text
+from flapkit.run.text import RunText, read_text, render_prompts
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, check_space, open_workdir
@@ -237,6 +237,8 @@ def _read(
     settings = recipe.recipe
     with context.progress.stage("text"):
         tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
+        # Prompts that cannot be rendered are reported before anything runs.
+        render_prompts(settings.evaluate.samples, target.adapter, tokenizer)
         text = read_text(settings, target, tokenizer, TokenCache(context.cache))
         tasks = load_tasks(settings.evaluate.zero_shot)
         context.work.claim(_fingerprints(settings, target, text))
@@ -307,7 +309,8 @@ def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, Tas
 
 def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
     settings = subject.recipe.recipe.evaluate.samples
-    return sample(subject.executor.model, subject.tokenizer, settings, runtime, f"sample {which}")
+    prompts = render_prompts(settings, subject.target.adapter, subject.tokenizer)
+    return sample(subject.executor.model, subject.tokenizer, settings, prompts, runtime, f"sample {which}")
 
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:

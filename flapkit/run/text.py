@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
-from flapkit.recipe.schema import Calibration, Perplexity, Recipe
+from flapkit.recipe.schema import Calibration, Perplexity, Recipe, Samples
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.text.conversations import Conversation
@@ -199,11 +199,50 @@ def renderer(
     return render
 
 
-def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+def render_prompts(
+    settings: Samples | None, adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return the text of the prompts of a recipe; a conversation ends where the model's answer begins.
+
+    Args:
+        settings: the prompts; None for none.
+        adapter: the model's adapter, whose ``render`` has precedence.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        DataError: the model has no format for conversations, or its format does not allow one of them.
+    """
+    texts = []
+    for prompt in settings.prompts if settings else ():
+        if isinstance(prompt, str):
+            texts.append(prompt)
+            continue
+        messages: Conversation = [message.model_dump() for message in prompt]
+        try:
+            texts.append(_render_open(messages, adapter, tokenizer))
+        except DataError as error:
+            raise DataError(f"evaluate.samples.prompts: {error}") from error
+    return texts
+
+
+def _render_open(
+    messages: Conversation, adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Render a conversation up to the beginning of the assistant's next message."""
+    if adapter is not None and type(adapter).render is not ArchitectureAdapter.render:
+        text = adapter.render([*messages, {"role": "assistant", "content": ""}])
+        if text is not None:
+            start = tokenizer.bos_token or ""
+            return text if text.startswith(start) else start + text
+    return _by_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, **options: Any) -> str:
     if not tokenizer.chat_template:
-        raise DataError("the adapter does not render this conversation, and the tokenizer has no chat template")
+        raise DataError("the model has no format for conversations: neither its adapter nor its tokenizer has one")
     try:
-        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
+        messages = [dict(message) for message in conversation]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
         raise DataError(f"the tokenizer's chat template fails on it: {type(error).__name__}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,15 @@ def test_a_pruned_model_is_loaded_with_the_same_logits(smollm2, tmp_path):
         before, after = (each(**tokens).logits for each in (model, flapkit.load(tmp_path / "pruned")))
     assert torch.equal(before, after)
     assert PruningPlan.read(tmp_path / "pruned" / "plan.json").keep == plan.keep
+
+
+def test_it_is_calibrated_on_conversations_and_answers(smollm2, tmp_path):
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three. " * 20}]
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 16)
+    chat = {"calibration": f"{{dataset: {tmp_path / 'chat.jsonl'}, field: messages, samples: 16, length: 64}}"}
+    changes = {**TEXT, **chat, "model.path": str(smollm2), "output": str(tmp_path / "out"), "evaluate.perplexity": "[]"}
+    record = run(load_recipe(find_recipe("smollm2-chat20"), [f"{key}={value}" for key, value in changes.items()]))
+    text = load_tokenizer(smollm2).decode(record.text.calibration.flatten())
+    assert "<|im_start|>assistant\nOne, two" in text
+    assert "Paris" in record.samples[0].dense
+    assert record.samples[0].prompt == "user: What is the capital of France?"
