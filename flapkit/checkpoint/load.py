@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from flapkit.checkpoint.bundled import PREFIX, bundled_models
 from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
 from flapkit.checkpoint.folder import PLAN
+from flapkit.checkpoint.gguf import SUFFIX as GGUF
+from flapkit.checkpoint.gguf import dequantised
 from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.empty import check_depth
@@ -36,6 +38,9 @@ WEIGHTS = "model.safetensors"
 MAX_TOKEN_ID = 10_000_000
 """A tokenizer with larger token ids is damaged."""
 
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of floating-point types."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 T = TypeVar("T")
@@ -53,7 +58,7 @@ def load(
     """Load a causal language model, pruned or dense.
 
     Args:
-        path: a folder, a Hugging Face hub id, or ``builtin:NAME``.
+        path: a folder, a Hugging Face hub id, a GGUF file, or ``builtin:NAME``.
         dtype: data type of the weights; ``auto`` is that of the checkpoint.
         revision: branch, tag or commit of a hub model.
         device_map: passed to transformers.
@@ -65,7 +70,7 @@ def load(
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
             do not fit each other.
     """
-    source, stored = _source(path), {}
+    source, stored = _source(path, revision), {}
     config = load_config(path, revision=revision)
     check_unquantised(path, config)
     if isinstance(source, Path):
@@ -106,13 +111,13 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     """Load a model's configuration; of its weights, only those that it calls tied are compared.
 
     Args:
-        path: a folder, a hub id, or ``builtin:NAME``.
+        path: a folder, a hub id, a GGUF file, or ``builtin:NAME``.
         revision: branch, tag or commit of a hub model.
 
     Raises:
         ModelError: the model does not exist, or its configuration cannot be read.
     """
-    source = _source(path)
+    source = _source(path, revision)
     plain, read = transformers.PreTrainedConfig.get_config_dict, transformers.AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
     try:
@@ -131,7 +136,14 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
             untie_(config, Weights.of(_weight_files(path, source)))
         except ModelError as error:
             raise ModelError(f"model {path}: {error}") from error
+    if has_weights and isinstance(source, Path) and config.dtype is None:
+        config.dtype = _stored_type(_check_files(path, source))
     return config
+
+
+def _stored_type(types: Mapping[str, str]) -> torch.dtype | None:
+    """Return the type of the first floating-point tensor, as transformers takes it where config.json names none."""
+    return next((STORED[name] for name in types.values() if name in STORED), None)
 
 
 def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:
@@ -150,13 +162,13 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     """Load a model's tokenizer.
 
     Args:
-        path: a folder, a hub id, or ``builtin:NAME``.
+        path: a folder, a hub id, a GGUF file, or ``builtin:NAME``.
         revision: branch, tag or commit of a hub model.
 
     Raises:
         ModelError: the tokenizer does not exist, or cannot be read.
     """
-    source = _source(path)
+    source = _source(path, revision)
     tokenizer: PreTrainedTokenizerBase = _call(
         path,
         lambda: transformers.AutoTokenizer.from_pretrained(
@@ -192,13 +204,13 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
     """Open a checkpoint's tensors, to read them one by one; tied tensors appear once.
 
     Args:
-        path: a folder, a hub id, or ``builtin:NAME``.
+        path: a folder, a hub id, a GGUF file, or ``builtin:NAME``.
         revision: branch, tag or commit of a hub model.
 
     Raises:
         ModelError: the model is missing, damaged, pickled or quantised.
     """
-    source = _source(path)
+    source = _source(path, revision)
     check_unquantised(path, load_config(path, revision=revision))
     if isinstance(source, str):
         hub = source
@@ -207,8 +219,8 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
     return Weights.of(_weight_files(path, source), str(path))
 
 
-def _source(path: Path | str) -> Path | str:
-    """Resolve a model's name to an existing folder, or to a hub id."""
+def _source(path: Path | str, revision: str | None = None) -> Path | str:
+    """Resolve a model's name to an existing folder, or to a hub id; a GGUF file to the folder of its checkpoint."""
     name = str(path)
     if name.startswith(PREFIX):
         bundled = bundled_models()
@@ -224,11 +236,24 @@ def _source(path: Path | str) -> Path | str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {name}: the folder has no config.json; give the folder that has it")
         return folder
+    if name.endswith(GGUF):
+        return dequantised(folder if folder.is_file() else _download_gguf(path, folder, revision))
     if folder.exists():
-        raise ModelError(f"model {name}: this is a file; give the folder of a Hugging Face checkpoint")
+        raise ModelError(
+            f"model {name}: this is a file; give a {GGUF} file, or the folder of a Hugging Face checkpoint"
+        )
     if isinstance(path, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name}: folder not found")
     return name
+
+
+def _download_gguf(path: Path | str, file: Path, revision: str | None) -> Path:
+    """Download a GGUF file that is named by its hub id and its name there, as in ``owner/name/file.gguf``."""
+    owner, _, rest = str(path).partition("/")
+    repository, _, inside = rest.partition("/")
+    if isinstance(path, Path) or file.is_absolute() or owner.startswith((".", "~")) or not owner or not inside:
+        raise ModelError(f"model {path}: file not found")
+    return Path(_call(path, lambda: hf_hub_download(f"{owner}/{repository}", inside, revision=revision)))
 
 
 def _check_files(name: Path | str, folder: Path) -> dict[str, str]:

@@ -9,11 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, pruned_classes
 from flapkit.model.plan import PruningPlan
+from flapkit.model.precision import convert_
 from flapkit.system.errors import ModelError
 from flapkit.system.paths import within
 from flapkit.system.workdir import WorkDir
@@ -39,6 +42,7 @@ def save(
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "5GB",
     weights: Sequence[Path] = (),
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     work: WorkDir | None = None,
 ) -> None:
@@ -58,6 +62,7 @@ def save(
         max_shard_size: maximum size of a weight file; larger models are split over several.
         weights: safetensors files with the model's weights. They are hard-linked into the folder, or moved if the file
             system has no hard links; the model itself may then be empty.
+        dtype: type of the written weights, to which the model is converted; that of the model if not given.
         overwrite: replace a folder that flapkit wrote.
         work: the folder's work folder, if it is already open (``flapkit.system.workdir``).
 
@@ -66,10 +71,13 @@ def save(
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
+    if dtype is not None and not weights:
+        convert_(model, dtype)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
         fix_generation_config_(model)
         if weights:
+            model.config.dtype = dtype or model.dtype
             _take_weights(model, weights, folder)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -12,10 +12,11 @@ from flapkit.cli.output import print_
 
 
 @app.command()
-def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statistics.")] = False) -> None:
-    """Show the cache of statistics: its folder, its files and their sizes."""
-    from flapkit.execution.cache import cache_folder, entries
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all files.")] = False) -> None:
+    """Show the cache of statistics and tokens: its folder, its files and their sizes."""
     from flapkit.execution.cache import clear as clear_cache
+    from flapkit.execution.cache import entries
+    from flapkit.system.paths import cache_folder
 
     folder = cache_folder()
     files = clear_cache(folder) if clear else entries(folder)
@@ -23,7 +24,7 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all statis
     if clear:
         print_(f"{folder}: {len(files)} files removed, {size}")
         return
-    table = Table("statistic", "model", "MB", "file", title=f"{folder}: {len(files)} files, {size}")
+    table = Table("content", "model", "MB", "file", title=f"{folder}: {len(files)} files, {size}")
     for entry in files:
         table.add_row(entry.statistic or "unreadable", entry.model, f"{entry.size / 1e6:,.1f}", entry.path.name)
     print_(table)

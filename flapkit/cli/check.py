@@ -26,7 +26,7 @@ def check(
     outcome = check_recipe(loaded, overwrite=overwrite, force=force)
     needs, target, settings = outcome.needs, outcome.target, loaded.recipe
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)
-    table.add_row("model", f"{settings.model.path} ({target.config.model_type}), {outcome.params:,} parameters")
+    table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
     blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
     specs = [("metric", settings.metric), ("searcher", settings.searcher)]
@@ -45,7 +45,7 @@ def check(
         )
     table.add_row("budget", f"{outcome.budget.params:,} of {outcome.budget.base:,} parameters of {settings.budget.of}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
-    table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB")
+    table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"
     if settings.trainer.strategy == "model_parallel" and needs.sharded is not None:
         memory += f", {needs.sharded / 1e9:,.2f} GB sharded"

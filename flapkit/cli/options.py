@@ -17,7 +17,7 @@ Overwrite = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the memory estimate exceeds the available memory.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the cache of statistics.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the cache of statistics and tokens.")]
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")
 ]

@@ -38,12 +38,12 @@ def run(
     def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
         loaded = load_recipe(find_recipe(recipe), overrides or [])
         # A mistake in the recipe is reported before the rest is imported.
-        from flapkit.execution.cache import cache_folder
         from flapkit.run.pipeline import run as run_recipe
+        from flapkit.system.paths import cache_folder
 
         set_logging(quiet=quiet, verbose=verbose)
         cache = None if no_cache else cache_folder()
-        return loaded.recipe.model.path, run_recipe(
+        return loaded.recipe.model.source, run_recipe(
             loaded, overwrite=overwrite, resume=resume, force=force, progress=Progress(listener), cache=cache
         )
 

@@ -36,9 +36,9 @@ def sweep(
 
     loaded = load_sweep(find_sweep(sweep), overrides or [])
     # A mistake in the sweep is reported before the rest is imported.
-    from flapkit.execution.cache import cache_folder
     from flapkit.run.sweep.results import Results
     from flapkit.run.sweep.run import run_sweep
+    from flapkit.system.paths import cache_folder
 
     set_logging(quiet=quiet, verbose=verbose)
     folder = Path(output or loaded.file.output).expanduser()

@@ -25,7 +25,7 @@ def write_samples(
     Args:
         model: the model, on its device and in evaluation mode.
         tokenizer: the model's tokenizer.
-        prompts: plain text.
+        prompts: text; one that begins with the tokenizer's start token is complete, such as a rendered conversation.
         tokens: maximum number of tokens to generate.
         temperature: sampling temperature; 0 for greedy decoding.
         seed: seed of the sampling; the caller's generators are not changed.
@@ -44,7 +44,9 @@ def write_samples(
         **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
     )
     for prompt in prompts:
-        inputs = tokenise(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        complete = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        options = {"add_special_tokens": not complete, "return_token_type_ids": False}
+        inputs = tokenise(tokenizer, prompt, return_tensors="pt", **options).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             generate: Any = model.generate

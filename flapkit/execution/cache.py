@@ -1,10 +1,12 @@
-"""A cache of statistics, so that later runs skip calibration, the expensive part of a run.
+"""A cache of statistics and of tokens, so that later runs skip calibration, and tokenise no text again.
 
-A file holds one statistic of all sites. Its name is a hash of everything that the statistic depends on: the weights, in
-the dtype in which they run; the configuration and class of the model, its attention implementation, Lightning's
-precision and the type of device; the calibration rows with their masks and marks; the sites; the name and ``version``
-of the statistic; the format of records; the versions of torch and transformers. The batch size is left out: it changes
-statistics only by rounding.
+A file of statistics holds one statistic of all sites. Its name is a hash of everything that the statistic depends on:
+the weights, in the dtype in which they run; the configuration and class of the model, its attention implementation,
+Lightning's precision and the type of device; the calibration rows with their masks and marks; the sites; the name and
+``version`` of the statistic; the format of records; the versions of torch and transformers. The batch size is left out:
+it changes statistics only by rounding.
+
+A file of tokens holds those of one text; its name is a hash of the text, the tokenizer, and its version.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flapkit.checkpoint.gguf import FOLDER as GGUF_MODELS
+from flapkit.checkpoint.gguf import SOURCE
 from flapkit.checkpoint.weights import grouped, remove_abandoned
 from flapkit.execution.records import (
     FORMAT,
@@ -42,15 +46,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STATISTICS, TOKENS = "statistics", "tokens"
+"""Folders of the cache."""
+
 SiteStates = Mapping[str, Statistic]
 """Site name -> one statistic."""
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: ``$FLAPKIT_CACHE``, or ``flapkit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if chosen := os.environ.get("FLAPKIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flapkit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Calibrated:
         parents = [parent for parent in statistic.__mro__ if issubclass(parent, Statistic)]
         names = (f"{parent.__module__}.{parent.__qualname__} {parent.version}" for parent in parents)
         digest = hashlib.sha256(" ".join([self.digest, *names]).encode())
-        return folder / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
+        return folder / STATISTICS / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 _UNRELATED = ("_name_or_path", "transformers_version", "dtype")
@@ -159,6 +159,42 @@ def write_statistic(folder: Path, calibrated: Calibrated, statistic: type[Statis
         log.warning("%s cannot be cached: %s", statistic.__name__, error)
 
 
+class TokenCache:
+    """Keeps the tokens of texts (``flapkit.text.windows.TokenStore``): in memory, and in the cache for later runs.
+
+    Args:
+        folder: the cache; None to keep them in memory only.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._known: dict[str, Mapping[str, Tensor]] = {}
+
+    def find(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return what is kept under a key, or make and keep it; if it cannot be written, log a warning."""
+        if key not in self._known:
+            self._known[key] = make() if self._folder is None else self._read(self._folder, key, make)
+        return self._known[key]
+
+    @staticmethod
+    def _read(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        path = folder / TOKENS / f"{key[:32]}.safetensors"
+        try:
+            if path.is_file():
+                return read_record(path).tensors
+        except OtherFormatError:
+            log.info("%s: written by another version of flapkit", path)
+        except RecordError as error:
+            log.warning("%s: damaged (%s); the text is tokenised again", path, error)
+        made = make()
+        try:
+            remove_abandoned(path.parent)
+            write_record(path, Record(made, {"statistic": TOKENS}))
+        except OutputError as error:
+            log.warning("tokens cannot be cached: %s", error)
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A file of the cache.
@@ -178,11 +214,17 @@ class Entry:
 
 def entries(folder: Path) -> list[Entry]:
     """List the files of the cache, the newest first, including partial files of killed runs."""
-    files = [path for path in (folder / "statistics").glob("*") if path.suffix in (".safetensors", ".partial")]
+    found = (path for name in (STATISTICS, TOKENS) for path in (folder / name).glob("*"))
+    files = [path for path in found if path.suffix in (".safetensors", ".partial")]
+    files += (folder / GGUF_MODELS).glob("*")
     return [_entry(path) for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def _entry(path: Path) -> Entry:
+    if path.is_dir():
+        source = path / SOURCE
+        name = source.read_text(encoding="utf-8").strip() if source.is_file() else ""
+        return Entry(path, sum(file.stat().st_size for file in path.iterdir()), "model", name)
     size = path.stat().st_size
     try:
         metadata = read_record_metadata(path)
@@ -192,8 +234,11 @@ def _entry(path: Path) -> Entry:
 
 
 def clear(folder: Path) -> list[Entry]:
-    """Remove all statistics, and nothing else; return the removed files."""
+    """Remove all statistics, tokens and dequantised models, and nothing else; return the removed files."""
     removed = entries(folder)
     for entry in removed:
-        entry.path.unlink(missing_ok=True)
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path)
+        else:
+            entry.path.unlink(missing_ok=True)
     return removed

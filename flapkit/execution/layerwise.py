@@ -34,6 +34,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
 from flapkit.model.classes import set_pruned_config_
 from flapkit.model.plan import PruningPlan
+from flapkit.model.precision import convert
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, slice_
 from flapkit.pruning.collector import Batch, Collector, Statistics
@@ -65,6 +66,7 @@ class LayerwiseExecutor(Executor):
         memory: bytes of statistics at a time.
         hidden_on_disk: store the hidden states of all windows on the disk.
         resume: reads the repairs of layers that an interrupted sweep has finished, and stores those of this one.
+        saved: dtype of the written layers; by default the model's.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LayerwiseExecutor(Executor):
         memory: float = 4e9,
         hidden_on_disk: bool = False,
         resume: Resume = make_without_store,
+        saved: torch.dtype | None = None,
     ) -> None:
         self.model: PreTrainedModel = stream.model
         self.progress = runtime.progress
@@ -89,6 +92,7 @@ class LayerwiseExecutor(Executor):
         self._memory = memory
         self._hidden_on_disk = hidden_on_disk
         self._resume = resume
+        self._saved = saved or self.model.dtype
         self._measured: Statistics | None = None
 
     @property
@@ -175,9 +179,9 @@ class LayerwiseExecutor(Executor):
         outer, largest = workload.layers
         memory = outer + 2 * largest + workload.statistics + workload.working
         if workload.hidden_on_disk:
-            return Needs(memory, memory, workload.pruned_weights + 2 * workload.hidden)
+            return Needs(memory, memory, workload.written_weights + 2 * workload.hidden)
         memory += workload.hidden // workload.processes
-        return Needs(memory, memory, workload.pruned_weights)
+        return Needs(memory, memory, workload.written_weights)
 
     def _test(
         self, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], name: str
@@ -216,7 +220,7 @@ class LayerwiseExecutor(Executor):
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Write a file of the pruned model's weights in the first process; the others wait."""
-        broadcast_from_rank0(lambda: write_tensors(path, tensors, metadata))
+        broadcast_from_rank0(lambda: write_tensors(path, dict(convert(self.model, tensors, self._saved)), metadata))
 
     def _measure(
         self, index: int, batches: Sequence[Batch], hidden: HiddenStates, statistics: Sequence[type[Statistic]]

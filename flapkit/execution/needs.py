@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site
 from flapkit.pruning.components import corrector_of
@@ -37,6 +39,7 @@ class Workload:
         hidden_on_disk: store hidden states on the disk if layers run one at a time.
         working: bytes of batches, logits and other data in memory beside the weights.
         processes: how many processes share the windows.
+        saved: dtype of the written weights; by default the model's.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,7 @@ class Workload:
     hidden_on_disk: bool = False
     working: int = 0
     processes: int = 1
+    saved: torch.dtype | None = None
 
     @property
     def weights(self) -> int:
@@ -59,6 +63,11 @@ class Workload:
     def pruned_weights(self) -> int:
         """Bytes of the pruned weights."""
         return self.weights - self.removed * self.model.dtype.itemsize
+
+    @property
+    def written_weights(self) -> int:
+        """Bytes of the pruned weights on the disk."""
+        return self.pruned_weights // self.model.dtype.itemsize * (self.saved or self.model.dtype).itemsize
 
     @property
     def hidden(self) -> int:

@@ -16,6 +16,7 @@ from flapkit.execution.layerwise import shards_of
 from flapkit.execution.shards import shard
 from flapkit.execution.stream import LayerStream
 from flapkit.execution.training import Recovered
+from flapkit.model.precision import convert, round_
 from flapkit.model.site import Site
 from flapkit.pruning.recovery import Recovery, Trainable
 from flapkit.system.processes import broadcast_from_rank0
@@ -54,15 +55,19 @@ class WholeStudent:
     Args:
         model: the model.
         merge: the trained part is merged at the end of the training.
+        saved: dtype of the written weights.
     """
 
     model: PreTrainedModel
     merge: bool
+    saved: torch.dtype
     trainable: Trainable | None = None
     shards: Sequence[Path] = ()
 
     def finish(self, recovered: Recovered) -> None:
-        """Do nothing: the model is already in its final form."""
+        """Round merged weights to those that the checkpoint will hold."""
+        if self.merge and self.saved != self.model.dtype:
+            round_(self.model, self.saved)
 
     def adapter(self, recovered: Recovered) -> Mapping[str, bytes]:
         """Return the trained part, and remove it from the model."""
@@ -83,6 +88,7 @@ class ShardedStudent:
         recovery: the recovery.
         folder: where the trained weights are written.
         open: opens the pruned checkpoint to be read layer by layer.
+        saved: dtype of the written weights.
         trainable: the trainable part.
     """
 
@@ -91,6 +97,7 @@ class ShardedStudent:
     recovery: Recovery
     folder: Path
     open: OpenStream
+    saved: torch.dtype
     trainable: Trainable | None
     shards: Sequence[Path] = ()
 
@@ -98,7 +105,9 @@ class ShardedStudent:
         """Write the weights layer by layer; if the recovery merges, load and shard the merged weights."""
         stream = self.open(None)
         files = shards_of(self.folder, len(stream))
-        broadcast_from_rank0(lambda: write_trained(stream, self.recovery, self.sites, recovered.weights, files))
+        broadcast_from_rank0(
+            lambda: write_trained(stream, self.recovery, self.sites, recovered.weights, files, self.saved)
+        )
         self.shards = files
         if self.recovery.merge:
             self.model = shard(self.open(Weights.of(files)))
@@ -115,7 +124,7 @@ class ShardedStudent:
 
 
 def shard_student(
-    open_stream: OpenStream, sites: Sequence[Site], recovery: Recovery, folder: Path, name: str
+    open_stream: OpenStream, sites: Sequence[Site], recovery: Recovery, folder: Path, name: str, saved: torch.dtype
 ) -> ShardedStudent:
     """Load a pruned checkpoint for training, sharded over all processes.
 
@@ -125,6 +134,7 @@ def shard_student(
         recovery: the recovery.
         folder: where the trained weights are written.
         name: name of the base model in an adapter that is saved beside it.
+        saved: dtype of the written weights.
     """
     attached: list[Trainable] = []
 
@@ -133,7 +143,7 @@ def shard_student(
         attached.append(recovery.begin(model, sites))
 
     model = shard(open_stream(None), prepare)
-    return ShardedStudent(model, sites, recovery, folder, open_stream, attached[0])
+    return ShardedStudent(model, sites, recovery, folder, open_stream, saved, attached[0])
 
 
 def write_trained(
@@ -142,6 +152,7 @@ def write_trained(
     sites: Sequence[Site],
     trained: Mapping[str, Tensor],
     files: Sequence[Path],
+    saved: torch.dtype,
 ) -> None:
     """Write a model layer by layer, with the trained part merged if the recovery merges.
 
@@ -151,6 +162,7 @@ def write_trained(
         sites: the model's sites.
         trained: name of a trained parameter -> its value.
         files: one file per layer, and one for the weights outside the layers.
+        saved: dtype of the written weights.
     """
     for index, file in zip([*range(len(stream)), None], files, strict=True):
         with nullcontext() if index is None else stream.loaded(index):
@@ -158,7 +170,8 @@ def write_trained(
                 trainable = recovery.attach(stream.model, sites)
                 fill_trained_(stream.model, trained, [name for name in trained if stream.holds(index, name)])
                 trainable.merge_()
-            write_tensors(file, stream.tensors_of(index), {"format": "pt"})
+            tensors = dict(convert(stream.model, stream.tensors_of(index), saved))
+            write_tensors(file, tensors, {"format": "pt"})
 
 
 def fill_trained_(model: PreTrainedModel, trained: Mapping[str, Tensor], names: Iterable[str]) -> None:

@@ -31,6 +31,7 @@ from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
 from flapkit.model.plan import PruningPlan
+from flapkit.model.precision import round_
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.collector import Batch, Statistics, measure
@@ -65,6 +66,7 @@ class WholeExecutor(Executor):
         cache: folder of cached statistics; None for no cache.
         resume: reads what an interrupted run has finished, and stores what this one finishes.
         statistics: site name -> statistics that are measured already.
+        saved: dtype of the checkpoint to be written, to which pruned weights are rounded; by default the model's.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class WholeExecutor(Executor):
         cache: Path | None = None,
         resume: Resume = make_without_store,
         statistics: Statistics | None = None,
+        saved: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.sites = sites
@@ -87,6 +90,7 @@ class WholeExecutor(Executor):
         self._memory = memory
         self._cache = cache
         self._resume = resume
+        self._saved = saved or model.dtype
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
@@ -138,7 +142,7 @@ class WholeExecutor(Executor):
                 for part in split_by_memory(pruned, repairing, self._memory):
                     make = partial(self._make, part, repairing, lambda *measured: record_of(repair(*measured)))
                     repairs = repairs.merged(repairs_of(self._resume(f"repair from {part[0].name}", make)))
-            apply_plan_(self.model, self.sites, plan, repairs.corrections)
+            self._apply_(plan, repairs)
             return repairs
 
     def repair_in_sequence_(self, plan: PruningPlan, compensators: Sequence[Compensator]) -> Repairs:
@@ -152,7 +156,7 @@ class WholeExecutor(Executor):
             sweeping = sweep(runner, self.sites, plan, compensators, batches, lambda name: HiddenStates(), self._resume)
             for _, repaired in sweeping:
                 repairs = repairs.merged(repaired)
-            apply_plan_(self.model, self.sites, plan, repairs.corrections)
+            self._apply_(plan, repairs)
             return repairs
 
     def observe(
@@ -173,11 +177,17 @@ class WholeExecutor(Executor):
         least += workload.hidden if workload.sequential else 0
         # The pruned weights are in memory beside the file from which the dense weights are mapped.
         blocks = sum(site.params for site in workload.sites) - workload.removed
-        return Needs(least + blocks * workload.model.dtype.itemsize, least, workload.pruned_weights)
+        return Needs(least + blocks * workload.model.dtype.itemsize, least, workload.written_weights)
 
     def calibrate(self, statistics: Sequence[type[Statistic]]) -> Statistics | None:
         """Measure statistics of all sites in one pass; None if they do not fit in memory together."""
         return self._measure_all(statistics) if self._fits(statistics) else None
+
+    def _apply_(self, plan: PruningPlan, repairs: Repairs) -> None:
+        """Slice and correct the model, whose weights are those of its checkpoint from now on."""
+        apply_plan_(self.model, self.sites, plan, repairs.corrections)
+        if self._saved != self.model.dtype:
+            round_(self.model, self._saved)
 
     def _fits(self, statistics: Sequence[type[Statistic]]) -> bool:
         """Tell whether statistics of all sites fit in memory together, not counting those that are there already."""

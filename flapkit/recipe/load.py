@@ -54,7 +54,12 @@ class LoadedRecipe:
 
     def of_model(self, path: str, revision: str | None = None) -> LoadedRecipe:
         """Return the recipe for another model: a checkpoint, or a hub id."""
-        model = self.recipe.model.model_copy(update={"path": path, "revision": revision})
+        model = self.recipe.model.model_copy(update={"path": path, "file": None, "revision": revision})
+        return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
+
+    def writing(self, dtype: str) -> LoadedRecipe:
+        """Return the recipe with another type of the written weights."""
+        model = self.recipe.model.model_copy(update={"save_dtype": dtype})
         return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
 

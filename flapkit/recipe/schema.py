@@ -7,7 +7,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from flapkit.execution.lightning.loggers import LoggerName
@@ -60,12 +69,26 @@ class Model(Section):
     """The model to prune."""
 
     path: PathText = Field(
-        description="A Hugging Face hub id, a folder, or `builtin:tiny-llama`, the model that comes with flapkit.",
+        description="A Hugging Face hub id, a folder, a GGUF file, or `builtin:tiny-llama`, the model that comes with "
+        "flapkit.",
+    )
+    file: str | None = Field(
+        default=None, min_length=1, description="GGUF file within the folder, or within the hub's repository."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Type of the loaded weights; `auto` is the checkpoint's own."
+        default="auto",
+        description="Type that the model computes in; `auto` is the checkpoint's own, and on a CPU float32.",
     )
+    save_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="Type of the written weights; `auto` is the dense checkpoint's, unless it is wider than `dtype`.",
+    )
+
+    @property
+    def source(self) -> str:
+        """What to load: the path, with the file in it where there is one."""
+        return self.path if self.file is None else f"{self.path.rstrip('/')}/{self.file}"
 
 
 class Calibration(TextSource):
@@ -183,10 +206,31 @@ class BudgetSection(Section):
         return Budget.over(sites, self.ratio, self.of, model_params, self.multiple_of)
 
 
+class Message(Section):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
+    content: str = Field(description="What is said.")
+
+
+def _ends_with_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if messages[-1].role != "user":
+        raise PydanticCustomError("messages", "the last message of a prompt has to be the user's; the model answers it")
+    return messages
+
+
+Messages = Annotated[tuple[Message, ...], Field(min_length=1), AfterValidator(_ends_with_user)]
+"""A conversation that the model answers."""
+
+
 class Samples(Section):
     """Prompts that the model continues before and after pruning."""
 
-    prompts: tuple[str, ...] = Field(min_length=1, description="Plain text to continue.")
+    prompts: tuple[str | Messages, ...] = Field(
+        min_length=1,
+        description="What to continue: plain text, or a conversation in the model's chat format, as a list of messages "
+        "`{role: user, content: ...}`.",
+    )
     tokens: Count = Field(default=64, ge=1, description="Most tokens to generate for a prompt.")
     temperature: float = Field(
         default=0.0,

@@ -19,12 +19,13 @@ from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
-from flapkit.run.text import recovery_source
+from flapkit.run.text import recovery_source, render_prompts
 from flapkit.system.errors import BudgetError
 from flapkit.system.workdir import WorkDir, check_space
 
@@ -38,6 +39,7 @@ class Checked:
         params: parameters of the dense model.
         budget: how many parameters will be removed.
         needs: memory, disk and compute.
+        dtypes: the dtypes of the computation and of the written checkpoint.
         processes: how many processes share a machine's memory.
         unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
             formats.
@@ -49,6 +51,7 @@ class Checked:
     params: int
     budget: Budget
     needs: Estimate
+    dtypes: DTypes
     processes: int = 1
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
@@ -76,18 +79,20 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         check_tasks(settings.evaluate.zero_shot)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
-    tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+    tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
+    render_prompts(settings.evaluate.samples, target.adapter, tokenizer)
     recovery = recovery_of(recipe.compensators)
     with capture_warnings() as warnings:
         training = {} if recovery is None else recovery_length(recovery.training)
-        check_lengths(skeleton(target.config), run_lengths(settings, tokenizer) | training)
+        check_lengths(skeleton(target.config), run_lengths(settings, tokenizer, target.adapter) | training)
     if recovery is not None:
         recovery_source(recovery.training, settings).check("calibration")
-    empty = empty_model(settings, target)
+    runtime = open_runtime(settings.trainer)
+    dtypes = choose_dtypes(settings.model, target.config, runtime.device)
+    empty = empty_model(target, dtypes)
     params = empty.num_parameters()
     budget = settings.budget.over(target.sites, params)
-    runtime = open_runtime(settings.trainer)
-    needs = estimate_needs(recipe, target, empty, budget, runtime.processes)
+    needs = estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes)
     output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
@@ -99,6 +104,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         params,
         budget,
         needs,
+        dtypes,
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),

@@ -27,6 +27,7 @@ from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Perplexity, Recipe
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
@@ -55,6 +56,7 @@ class Estimate:
 
     Args:
         weights: bytes of the dense weights.
+        mapped: the part of them that the processes of a machine share, as pages of the checkpoint's files.
         own: memory of Python, the libraries and the windows of all texts.
         whole: memory with the whole model, including ``own``.
         least: the part of ``whole`` that cannot be reclaimed: the system can drop pages of the dense weights' file.
@@ -69,6 +71,7 @@ class Estimate:
     """
 
     weights: int
+    mapped: int
     own: int
     whole: int
     least: int
@@ -82,18 +85,24 @@ class Estimate:
     unread: tuple[str, ...] = ()
 
 
-def empty_model(settings: Recipe, target: Target) -> PreTrainedModel:
+def empty_model(target: Target, dtypes: DTypes) -> PreTrainedModel:
     """Build a recipe's dense model on the meta device, in the dtype in which it will run.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     empty = build_empty(target.config)
-    return empty if settings.model.dtype == "auto" else empty.to(getattr(torch, settings.model.dtype))
+    empty.to(dtypes.compute)  # type: ignore[arg-type]
+    return empty
 
 
 def estimate_needs(
-    recipe: LoadedRecipe, target: Target, empty: PreTrainedModel, budget: Budget, processes: int = 1
+    recipe: LoadedRecipe,
+    target: Target,
+    empty: PreTrainedModel,
+    budget: Budget,
+    dtypes: DTypes,
+    processes: int = 1,
 ) -> Estimate:
     """Estimate what a run needs on a CPU, and on a GPU if there is one.
 
@@ -102,6 +111,7 @@ def estimate_needs(
         target: the model's sites.
         empty: the dense model on the meta device, in the dtype in which it will run.
         budget: how much to remove.
+        dtypes: the dtypes of the computation and of the written checkpoint.
         processes: how many processes share the windows.
     """
     settings, size = recipe.recipe, empty.dtype.itemsize
@@ -121,6 +131,7 @@ def estimate_needs(
         hidden_on_disk=settings.execution.hidden_states == "disk",
         working=_trace_memory(recipe, target, size) + batch,
         processes=processes,
+        saved=dtypes.saved,
     )
     weights, left = workload.weights, workload.pruned_weights
     whole, layers = WholeExecutor.needs(workload), _layerwise_needs(workload)
@@ -148,8 +159,9 @@ def estimate_needs(
     flops = workload.passes * calibration_flops(recipe, target)
     device = on_device + workload.statistics + batch
     unread = tuple(dict.fromkeys(text.dataset for text in texts if text.size is None))
+    mapped = weights if dtypes.compute == dtypes.stored else 0
     passes = workload.passes
-    return Estimate(weights, own, held, least, layerwise, sharded, device, disk, flops, passes, trained, unread)
+    return Estimate(weights, mapped, own, held, least, layerwise, sharded, device, disk, flops, passes, trained, unread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +219,10 @@ def _tokens_together(settings: Recipe) -> int:
 def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     """Estimate a run's needs, and raise ``RecipeError`` if it does not fit (``check_fits``)."""
     settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
-    empty = empty_model(settings, target)
+    dtypes = choose_dtypes(settings.model, target.config, runtime.device)
+    empty = empty_model(target, dtypes)
     budget = settings.budget.over(target.sites, empty.num_parameters())
-    check_fits(recipe, estimate_needs(recipe, target, empty, budget, runtime.processes), runtime)
+    check_fits(recipe, estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes), runtime)
 
 
 def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
@@ -222,7 +235,7 @@ def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
     """
     layerwise, device, processes = recipe.recipe.execution.mode == "layerwise", runtime.device, runtime.per_machine
     # Processes map the same pages of the dense weights' file.
-    needed, limit = needs.least - needs.weights + needs.weights // processes, memory_limit(processes)
+    needed, limit = needs.least - needs.mapped + needs.mapped // processes, memory_limit(processes)
     where = ""
     if layerwise:
         needed = needs.layerwise or 0

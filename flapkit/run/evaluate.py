@@ -74,7 +74,7 @@ def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtim
         check_unquantised(checkpoint, config)
         empties = [skeleton(each) for each in (config, *([] if against is None else [load_config(against)]))]
         for empty in empties:
-            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer))
+            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, recipe.adapter))
         render = renderer(recipe.adapter, tokenizer)
         texts = read_evaluations(settings.evaluate.perplexity, tokenizer, render, config.get_text_config().vocab_size)
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, *empties)

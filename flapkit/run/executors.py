@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from flapkit.checkpoint.load import load, open_weights
+from flapkit.checkpoint.load import load, load_config, open_weights
 from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
 from flapkit.execution.layerwise import LayerwiseExecutor
@@ -23,6 +21,7 @@ from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrialSearcher
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
+from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.target import Target, find_target
 from flapkit.system.errors import RecipeError
 from flapkit.system.processes import broadcast_from_rank0
@@ -70,12 +69,15 @@ def open_executor(
         ModelError: the model is missing or damaged, or cannot be run layer by layer.
     """
     settings, memory = recipe.recipe, recipe.recipe.calibration.statistics_bytes
+    dtypes = choose_dtypes(settings.model, target.config, runtime.device)
+    dtypes.tell()
     forms = check_execution(recipe, target)
     if forms is None:
         runtime.init_processes()
-        model = load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
+        model = load(settings.model.source, dtypes.compute, revision=settings.model.revision)
         target.adapter.confirm(model, target.sites)
-        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
+        saved = dtypes.saved
+        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume, saved=saved)
     if runtime.sharded:
         # A model is sharded for recovery and evaluation; here every process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
@@ -83,7 +85,15 @@ def open_executor(
     on_disk = settings.execution.hidden_states == "disk"
     stream = open_stream(settings, target, runtime, forms)
     return LayerwiseExecutor(
-        stream, target.sites, text, runtime, folder, memory=memory, hidden_on_disk=on_disk, resume=resume
+        stream,
+        target.sites,
+        text,
+        runtime,
+        folder,
+        memory=memory,
+        hidden_on_disk=on_disk,
+        resume=resume,
+        saved=dtypes.saved,
     )
 
 
@@ -147,8 +157,8 @@ def open_stream(
     Raises:
         ModelError: the model is missing or damaged.
     """
-    dtype: Any = target.config.dtype if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
-    weights = weights or open_weights(settings.model.path, revision=settings.model.revision)
+    dtype = choose_dtypes(settings.model, target.config, runtime.device).compute
+    weights = weights or open_weights(settings.model.source, revision=settings.model.revision)
     return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
 
 
@@ -165,7 +175,9 @@ def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
     """
     settings = recipe.recipe
     if not runtime.sharded:
-        return load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
+        config = load_config(settings.model.source, revision=settings.model.revision)
+        dtype = choose_dtypes(settings.model, config, runtime.device).compute
+        return load(settings.model.source, dtype, revision=settings.model.revision)
     check_batch_size(recipe)
     runtime.init_processes()
     return shard(open_stream(settings, find_target(replace(recipe, exporters=())), runtime))

@@ -6,23 +6,31 @@ from typing import TYPE_CHECKING
 
 from flapkit.pruning.recovery import Training
 from flapkit.recipe.schema import Evaluate, Recipe
+from flapkit.run.text import render_prompts
 from flapkit.text.tokenise import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flapkit.model.adapter import ArchitectureAdapter
 
-def run_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+
+def run_lengths(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, adapter: ArchitectureAdapter | None
+) -> dict[str, int]:
     """Return the tokens of each sequence that is pruned by or measured: key of the recipe -> tokens."""
-    return {"calibration.length": recipe.calibration.length, **evaluation_lengths(recipe.evaluate, tokenizer)}
+    return {"calibration.length": recipe.calibration.length, **evaluation_lengths(recipe.evaluate, tokenizer, adapter)}
 
 
-def evaluation_lengths(asked: Evaluate, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+def evaluation_lengths(
+    asked: Evaluate, tokenizer: PreTrainedTokenizerBase | None, adapter: ArchitectureAdapter | None
+) -> dict[str, int]:
     """Return the tokens of each sequence that is measured: windows, and prompts with what is generated after them.
 
     Args:
         asked: what is measured.
         tokenizer: the model's; None where no samples are generated.
+        adapter: the model's, for prompts that are conversations.
     """
     lengths = {f"evaluate.perplexity[{number}].length": text.length for number, text in enumerate(asked.perplexity)}
     if asked.samples is None or tokenizer is None:
@@ -31,7 +39,7 @@ def evaluation_lengths(asked: Evaluate, tokenizer: PreTrainedTokenizerBase | Non
     generated = asked.samples.tokens - 1
     return lengths | {
         f"evaluate.samples.prompts[{number}] and `tokens`": len(tokenise(tokenizer, prompt)["input_ids"]) + generated
-        for number, prompt in enumerate(asked.samples.prompts)
+        for number, prompt in enumerate(render_prompts(asked.samples, adapter, tokenizer))
     }
 
 

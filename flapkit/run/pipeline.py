@@ -15,10 +15,10 @@ import yaml
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
-from flapkit.checkpoint.save import bytes_of
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
@@ -31,6 +31,7 @@ from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import DTypes, choose_dtypes, name_of
 from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
@@ -40,7 +41,7 @@ from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import RunText, read_text
+from flapkit.run.text import RunText, read_text, render_prompts
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, check_space, open_workdir
@@ -89,6 +90,7 @@ class Subject:
         executor: holds and runs the model.
         dense_params: its number of parameters before pruning.
         budget: how much to remove.
+        dtypes: the dtypes of the computation and of the written checkpoint.
     """
 
     recipe: LoadedRecipe
@@ -99,6 +101,7 @@ class Subject:
     executor: Executor
     dense_params: int
     budget: Budget
+    dtypes: DTypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def run(
         resume: resume an interrupted run of the same recipe.
         force: run even if the estimate exceeds the available memory.
         progress: receives the progress of the stages.
-        cache: folder of cached statistics (``flapkit.execution.cache.cache_folder``); None for no cache.
+        cache: folder of cached statistics (``flapkit.system.paths.cache_folder``); None for no cache.
 
     Raises:
         FlapkitError: the run fails; no output is written.
@@ -159,9 +162,9 @@ def run(
         context = RunContext(progress or Progress(), cache, warnings, journal, work)
         if recovery_of(recipe.compensators) is None:
             return _prune(recipe, target, context, overwrite=overwrite)
-        prepared = prepare(recipe, target, context.progress)
+        prepared = prepare(recipe, target, context.progress, cache=cache)
         prepared.runtime.init_processes()
-        first = _without_recovery(recipe, work.path("pruned"))
+        first = _without_recovery(recipe, work.path("pruned")).writing(name_of(prepared.dtypes.compute))
         if broadcast_from_rank0(work.path("pruned").is_dir):
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:
@@ -221,6 +224,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         compare(dense.perplexity, after.perplexity),
         context.progress.seconds,
         context.warnings,
+        subject.dtypes,
         zero_shot=side_by_side(dense.answers, after.answers),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
@@ -235,30 +239,35 @@ def _read(
     """Read all text, then load the model, or open it to run layer by layer."""
     settings = recipe.recipe
     with context.progress.stage("text"):
-        tokenizer = load_tokenizer(settings.model.path, revision=settings.model.revision)
+        tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
         empty = skeleton(target.config)
-        check_lengths(empty, run_lengths(settings, tokenizer))
-        text = read_text(settings, target, tokenizer)
+        # Prompts that cannot be rendered are reported before anything runs.
+        render_prompts(settings.evaluate.samples, target.adapter, tokenizer)
+        check_lengths(empty, run_lengths(settings, tokenizer, target.adapter))
+        text = read_text(settings, target, tokenizer, TokenCache(context.cache))
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
         context.work.claim(_fingerprints(settings, target, text))
     with context.progress.stage("load"):
         calibration = CalibrationText(text.calibration, text.batch_size)
+        dtypes = choose_dtypes(settings.model, target.config, runtime.device)
         resume = store.find if store else make_without_store
         folder = context.work.folder
         executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
         budget = settings.budget.over(target.sites, params)
-    left = bytes_of(executor.model) - budget.params * executor.model.dtype.itemsize
+    left = (params - budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
     recovered = Path(settings.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
-    return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget)
+    return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget, dtypes)
 
 
 def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, Any]:
     """Identify the text, weights and plugins that a recipe names, so that a change is detected."""
-    folder = Path(settings.model.path).expanduser()
+    folder = Path(settings.model.source).expanduser()
     weights = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    if folder.is_file():
+        weights = [(folder.name, folder.stat())]
     return {
         "text": {
             "calibration": tokens_hash(text.calibration),
@@ -305,7 +314,8 @@ def _answers(subject: Subject, runtime: Runtime, which: str) -> Mapping[str, Tas
 
 def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
     settings = subject.recipe.recipe.evaluate.samples
-    return sample(subject.executor.model, subject.tokenizer, settings, runtime, f"sample {which}")
+    prompts = render_prompts(settings, subject.target.adapter, subject.tokenizer)
+    return sample(subject.executor.model, subject.tokenizer, settings, prompts, runtime, f"sample {which}")
 
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:

@@ -16,6 +16,7 @@ from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
+from flapkit.run.dtypes import DTypes
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
 from flapkit.run.report.page import render_run
@@ -46,6 +47,7 @@ class RunRecord:
             ``result.json``.
         seconds: stage -> wall time.
         warnings: flapkit's warnings.
+        dtypes: the dtypes of the computation and of the written checkpoint.
         exports: name of the file or folder below ``exports`` -> the result of its check.
         zero_shot: task -> its settings, and the scores of both models, as in ``result.json``.
         errors: site name -> the error of its consumer's output.
@@ -63,6 +65,7 @@ class RunRecord:
     perplexity: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
     warnings: Sequence[str]
+    dtypes: DTypes
     exports: Mapping[str, str] = field(default_factory=dict)
     zero_shot: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, SiteError] = field(default_factory=dict)
@@ -103,6 +106,7 @@ class RunRecord:
             "budget": settings.budget.model_dump(),
             "calibration": {**settings.calibration.model_dump(), "tokens_sha256": tokens_hash(self.text.calibration)},
             "params": dict(self.params),
+            "dtypes": self.dtypes.names(),
             **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }
 
@@ -181,6 +185,7 @@ def save_run(
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},
         weights=weights,
+        dtype=record.dtypes.saved,
         overwrite=overwrite,
         work=work,
     )
@@ -189,7 +194,7 @@ def save_run(
 def run_files(record: RunRecord) -> dict[str, str | bytes]:
     """Return the files beside the checkpoint: the recipe, the measurements, and the report."""
     report = make_record(
-        record.recipe.recipe.model.path,
+        record.recipe.recipe.model.source,
         record.target.sites,
         record.pruned.scores,
         record.plan,

@@ -17,6 +17,7 @@ from flapkit.checkpoint.save import save
 from flapkit.checkpoint.weights import Weights
 from flapkit.evaluation.protocol import EvaluationText
 from flapkit.evaluation.zero_shot import add_scores
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import LayerStream
 from flapkit.execution.student import Student, WholeStudent, shard_student
@@ -29,6 +30,7 @@ from flapkit.pruning.recovery import Recovery
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.lengths import evaluation_lengths, recovery_length
 from flapkit.run.origin import RECIPE, RESULT, Origin
@@ -65,6 +67,7 @@ class Preparation:
         tokenizer: the model's tokenizer.
         tasks: zero-shot tasks; None for none.
         runtime: what it runs on.
+        dtypes: the types that it computes in and is written in.
     """
 
     recipe: LoadedRecipe
@@ -74,6 +77,7 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     tasks: Harness | None
     runtime: Runtime
+    dtypes: DTypes
 
     @property
     def output(self) -> Path:
@@ -153,7 +157,13 @@ def recover(
         return recover_checkpoint(checkpoint, prepared, warnings, work, overwrite=overwrite)
 
 
-def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint: Path | None = None) -> Preparation:
+def prepare(
+    recipe: LoadedRecipe,
+    target: Target,
+    progress: Progress,
+    checkpoint: Path | None = None,
+    cache: Path | None = None,
+) -> Preparation:
     """Read the text of a recovery, and try the recovery on an empty model, before any stage runs.
 
     Args:
@@ -161,6 +171,7 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
         target: the model, dense or pruned.
         progress: receives the progress of the stages.
         checkpoint: the pruned model, if it exists already.
+        cache: folder of cached tokens; None for no cache.
 
     Raises:
         RecipeError: no compensator trains, the model lacks a module to train, or the text is evaluated too.
@@ -178,21 +189,22 @@ def prepare(recipe: LoadedRecipe, target: Target, progress: Progress, checkpoint
     source = recovery_source(training, settings)
     with progress.stage("recovery text"):
         path, revision = (
-            (settings.model.path, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
+            (settings.model.source, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
         )
-        tokenizer = load_tokenizer(path, revision=revision)
+        tokenizer, store = load_tokenizer(path, revision=revision), TokenCache(cache)
         empty = build_empty(target.config)
         check_lengths(empty, recovery_length(training))
         if checkpoint is not None:
-            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer))
+            check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, target.adapter))
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
         recovery.attach(empty, target.sites)
-        text = read_recovery_text(training, source, target, tokenizer, runtime)
+        text = read_recovery_text(training, source, target, tokenizer, runtime, store)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size, store)
         for name, evaluation in evaluations.items():
             warn_of_overlap(name, evaluation, text.windows, "recovery")
-    return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime)
+    dtypes = choose_dtypes(settings.model, target.config, runtime.device)
+    return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime, dtypes)
 
 
 def recover_checkpoint(
@@ -245,6 +257,7 @@ def recover_checkpoint(
             metadata=_metadata(record, recipe, origin),
             files=files,
             weights=student.shards,
+            dtype=prepared.dtypes.saved,
             overwrite=overwrite,
             work=work,
         )
@@ -263,16 +276,16 @@ def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
     recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
     if not prepared.runtime.sharded:
-        model = load(str(checkpoint), recipe.recipe.model.dtype)
+        model = load(str(checkpoint), prepared.dtypes.compute)
         model.name_or_path = name
-        return WholeStudent(model, recovery.merge)
+        return WholeStudent(model, recovery.merge, prepared.dtypes.saved)
     check_batch_size(recipe)
     target = find_target(dataclasses.replace(recipe, exporters=()))
 
     def open_again(weights: Weights | None) -> LayerStream:
         return open_stream(recipe.recipe, target, prepared.runtime, weights=weights)
 
-    return shard_student(open_again, target.sites, recovery, work.path("trained"), name)
+    return shard_student(open_again, target.sites, recovery, work.path("trained"), name, prepared.dtypes.saved)
 
 
 def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path) -> Recovered:

@@ -14,7 +14,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.model.site import Site
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError, Trace
-from flapkit.recipe.schema import ReportSection, Samples
+from flapkit.recipe.schema import Message, ReportSection, Samples
 from flapkit.run.report.record import SampleRecord
 from flapkit.run.text import RunText
 from flapkit.system.progress import Progress
@@ -58,14 +58,20 @@ def compare_pruned(
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Samples | None, runtime: Runtime, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Samples | None,
+    prompts: Sequence[str],
+    runtime: Runtime,
+    name: str,
 ) -> list[str]:
     """Let a model continue the recipe's prompts.
 
     Args:
         model: dense or pruned.
         tokenizer: the model's tokenizer.
-        settings: the prompts; None for none.
+        settings: the recipe's; None for none.
+        prompts: their text (``flapkit.run.text.render_prompts``).
         runtime: where it runs.
         name: name of the stage.
     """
@@ -75,7 +81,7 @@ def sample(
     with runtime.progress.stage(name, len(settings.prompts), "prompts") as stage:
         runtime.place_(model)
         options = settings.model_dump(exclude={"prompts"})
-        for text in write_samples(model, tokenizer, settings.prompts, **options):
+        for text in write_samples(model, tokenizer, prompts, **options):
             written.append(text)
             stage.advance()
     return written
@@ -83,5 +89,9 @@ def sample(
 
 def pair_samples(settings: Samples | None, dense: Sequence[str], pruned: Sequence[str]) -> list[SampleRecord]:
     """Pair both models' continuations of each prompt."""
-    prompts = settings.prompts if settings else ()
+    prompts = [_shown(prompt) for prompt in settings.prompts] if settings else []
     return [SampleRecord(*texts) for texts in zip(prompts, dense, pruned, strict=True)]
+
+
+def _shown(prompt: str | Sequence[Message]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{each.role}: {each.content}" for each in prompt)

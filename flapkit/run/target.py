@@ -41,13 +41,13 @@ def find_target(recipe: LoadedRecipe) -> Target:
         ModelError: the model is missing or has no adapter, or the pruned model could not be saved or exported.
     """
     model = recipe.recipe.model
-    config = load_config(model.path, revision=model.revision)
-    check_unquantised(model.path, config)
+    config = load_config(model.source, revision=model.revision)
+    check_unquantised(model.source, config)
     try:
         adapter = recipe.registry.resolve(recipe.adapter, config)
         sites = _sites(adapter, config)
     except ModelError as error:
-        raise ModelError(f"model {model.path}: {error}") from error
+        raise ModelError(f"model {model.source}: {error}") from error
     if any(site.block is None for site in sites):
         raise ModelError(
             f"models pruned by adapter {adapter.name!r} cannot be saved: its sites have no declaration "

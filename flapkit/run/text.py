@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,13 +15,13 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
-from flapkit.recipe.schema import Calibration, Perplexity, Recipe
+from flapkit.recipe.schema import Calibration, Perplexity, Recipe, Samples
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.text.conversations import Conversation
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
-from flapkit.text.windows import draw_windows, encode_measured
+from flapkit.text.windows import Encoded, TokenStore, draw_windows, encode_measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +44,23 @@ class RunText:
     evaluations: Mapping[str, EvaluationText] = field(default_factory=dict)
 
 
-def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase) -> RunText:
+def read_text(
+    recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore | None = None
+) -> RunText:
     """Read the calibration text and every evaluation text of a recipe.
+
+    Args:
+        recipe: the recipe.
+        target: the model.
+        tokenizer: the model's tokenizer.
+        store: where tokens are kept; None for nowhere.
 
     Raises:
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
-    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size)
-    calibration = calibration_windows(recipe.calibration, target, tokenizer)
+    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.config.vocab_size, store)
+    calibration = calibration_windows(recipe.calibration, target, tokenizer, store)
     compared = {
         name: replace(text, overlap=warn_of_overlap(name, text, calibration, "calibration"))
         for name, text in evaluations.items()
@@ -61,7 +69,11 @@ def read_text(recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase
 
 
 def read_evaluations(
-    texts: Sequence[Perplexity], tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
+    texts: Sequence[Perplexity],
+    tokenizer: PreTrainedTokenizerBase,
+    render: Render | None,
+    vocab_size: int,
+    store: TokenStore | None = None,
 ) -> dict[str, EvaluationText]:
     """Read evaluation texts, by their names.
 
@@ -70,20 +82,24 @@ def read_evaluations(
         tokenizer: the model's tokenizer.
         render: converts a conversation to text; None if conversations are not supported.
         vocab_size: the model's.
+        store: where tokens are kept; None for nowhere.
 
     Raises:
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
-    return {
-        name: _evaluation(settings, tokenizer, render, vocab_size) for name, settings in name_evaluations(texts).items()
-    }
+    # Several measurements of one text, such as with and without a stride, read it once.
+    read: dict[TextSource, Encoded] = {}
+    evaluations: dict[str, EvaluationText] = {}
+    for name, settings in name_evaluations(texts).items():
+        source = TextSource(**settings.model_dump(include=set(TextSource.model_fields)))
+        if source not in read:
+            documents, separator = source.documents("evaluation", render), source.separator("evaluation") or "\n\n"
+            read[source] = encode_measured(tokenizer, documents, separator, vocab_size, store=store)
+        evaluations[name] = _cut(settings, read[source], tokenizer)
+    return evaluations
 
 
-def _evaluation(
-    settings: Perplexity, tokenizer: PreTrainedTokenizerBase, render: Render | None, vocab_size: int
-) -> EvaluationText:
-    documents = settings.documents("evaluation", render)
-    text = encode_measured(tokenizer, documents, settings.separator("evaluation") or "\n\n", vocab_size)
+def _cut(settings: Perplexity, text: Encoded, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
     cut = cut_text(text, settings.length, settings.stride, settings.windows, bos=tokenizer.bos_token_id)
     return EvaluationText(*cut, settings.batch_size)
 
@@ -110,7 +126,9 @@ def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str)
     return overlap
 
 
-def calibration_windows(settings: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_windows(
+    settings: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore | None = None
+) -> Tensor:
     """Draw the calibration windows of a recipe, [windows, tokens]."""
     return draw_windows(
         tokenizer,
@@ -120,6 +138,7 @@ def calibration_windows(settings: Calibration, target: Target, tokenizer: PreTra
         length=settings.length,
         seed=settings.seed,
         vocab_size=target.config.vocab_size,
+        store=store,
     )
 
 
@@ -180,17 +199,61 @@ def renderer(
     return render
 
 
-def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+def render_prompts(
+    settings: Samples | None, adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return the text of the prompts of a recipe; a conversation ends where the model's answer begins.
+
+    Args:
+        settings: the prompts; None for none.
+        adapter: the model's adapter, whose ``render`` has precedence.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        DataError: the model has no format for conversations, or its format does not allow one of them.
+    """
+    texts = []
+    for prompt in settings.prompts if settings else ():
+        if isinstance(prompt, str):
+            texts.append(prompt)
+            continue
+        messages: Conversation = [message.model_dump() for message in prompt]
+        try:
+            texts.append(_render_open(messages, adapter, tokenizer))
+        except DataError as error:
+            raise DataError(f"evaluate.samples.prompts: {error}") from error
+    return texts
+
+
+def _render_open(
+    messages: Conversation, adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Render a conversation up to the beginning of the assistant's next message."""
+    if adapter is not None and type(adapter).render is not ArchitectureAdapter.render:
+        text = adapter.render([*messages, {"role": "assistant", "content": ""}])
+        if text is not None:
+            start = tokenizer.bos_token or ""
+            return text if text.startswith(start) else start + text
+    return _by_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, **options: Any) -> str:
     if not tokenizer.chat_template:
-        raise DataError("the adapter does not render this conversation, and the tokenizer has no chat template")
+        raise DataError("the model has no format for conversations: neither its adapter nor its tokenizer has one")
     try:
-        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
+        messages = [dict(message) for message in conversation]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
         raise DataError(f"the tokenizer's chat template fails on it: {type(error).__name__}: {error}") from error
 
 
 def read_recovery_text(
-    training: Training, source: TextSource, target: Target, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+    training: Training,
+    source: TextSource,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    store: TokenStore | None = None,
 ) -> RecoveryText:
     """Draw the windows of a recovery: as many as its steps need; validation windows are a multiple of the devices.
 
@@ -200,6 +263,7 @@ def read_recovery_text(
         target: the model.
         tokenizer: the model's tokenizer.
         runtime: what the recovery runs on.
+        store: where tokens are kept; None for nowhere.
 
     Raises:
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
@@ -222,6 +286,7 @@ def read_recovery_text(
             length=training.length,
             seed=training.seed,
             vocab_size=vocabulary,
+            store=store,
         )
 
     windows = training.steps * windows_per_step(training, runtime)

@@ -1,7 +1,8 @@
-"""Check paths of unknown origin: from a recipe, the command line or a checkpoint."""
+"""Check paths of unknown origin: from a recipe, the command line or a checkpoint; and find the cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from flapkit.system.errors import InputError
@@ -47,3 +48,10 @@ def within(folder: Path, name: str) -> Path:
     if "\0" in name or not paths[0].parts or any(path.anchor or ".." in path.parts for path in paths):
         raise InputError(f"{name!r} is not a file name inside {folder}; use a relative path without '..'")
     return folder / name
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: ``$FLAPKIT_CACHE``, or ``flapkit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("FLAPKIT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flapkit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -346,9 +347,14 @@ def stdlib_modules() -> dict[str, list[Path]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     modules: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob("*.py")):
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        # Not entered at all: installed packages are many.
+        folders[:] = [name for name in folders if name not in _STDLIB_SKIPPED]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    for path in sorted(files):
         parts = path.relative_to(root).parts
-        if _STDLIB_SKIPPED.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
+        if parts[0].startswith(("_sysconfigdata", "config-")):
             continue
         modules.setdefault(parts[0].removesuffix(".py"), []).append(path)
     return modules

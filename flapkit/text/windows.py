@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flapkit.system.errors import DataError
-from flapkit.text.tokenise import Ints, encode_in_chunks, tokenise
+from flapkit.text.tokenise import CHUNK, Ints, encode_in_chunks, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +42,24 @@ class Windows:
         return len(self.input_ids)
 
 
+class TokenStore(Protocol):
+    """Keeps the tokens of texts, so that no text is tokenised twice."""
+
+    def find(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the tensors that are kept under a key, or make and keep them.
+
+        Args:
+            key: hash of everything that the tensors depend on.
+            make: makes the tensors.
+        """
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], separator: str, vocab_size: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    separator: str,
+    vocab_size: int | None = None,
+    store: TokenStore | None = None,
 ) -> Tensor:
     """Join documents and tokenise them, with the tokenizer's special tokens at the ends of the whole text.
 
@@ -53,6 +71,7 @@ def encode(
         documents: at least one document.
         separator: text between documents.
         vocab_size: size of the model's vocabulary, to check the tokens against.
+        store: where tokens are kept; None for nowhere.
 
     Returns:
         [tokens], int64.
@@ -60,7 +79,7 @@ def encode(
     Raises:
         DataError: the tokenizer does not fit the model.
     """
-    return encode_measured(tokenizer, documents, separator, vocab_size, measure=False).tokens
+    return encode_measured(tokenizer, documents, separator, vocab_size, measure=False, store=store).tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +103,7 @@ def encode_measured(
     vocab_size: int | None = None,
     *,
     measure: bool = True,
+    store: TokenStore | None = None,
 ) -> Encoded:
     """Like ``encode``, and compute the bytes of text for each token.
 
@@ -93,6 +113,7 @@ def encode_measured(
         separator: text between documents.
         vocab_size: size of the model's vocabulary, to check the tokens against.
         measure: False to skip the sizes.
+        store: where tokens are kept; None for nowhere.
 
     Raises:
         DataError: the tokenizer does not fit the model.
@@ -100,14 +121,33 @@ def encode_measured(
     start = tokenizer.bos_token
     complete = bool(start) and all(document.startswith(start) for document in documents)
     text = ("" if complete else separator).join(documents)
-    if tokenizer.is_fast:
-        encoded = encode_in_chunks(tokenizer, text, add_special_tokens=not complete)
-        tokens, sizes = torch.from_numpy(encoded.ids), _sizes(text, encoded.offsets) if measure else None
-    else:
+    if not tokenizer.is_fast:
         tokens, sizes = torch.tensor(tokenise(tokenizer, text, add_special_tokens=not complete)["input_ids"]), None
+    else:
+
+        def make() -> dict[str, Tensor]:
+            ids, offsets = encode_in_chunks(tokenizer, text, add_special_tokens=not complete, offsets=measure)
+            measured = {"sizes": _sizes(text, offsets).int()} if measure else {}
+            return {"tokens": torch.from_numpy(ids).int(), **measured}
+
+        # A short text is tokenised sooner than it is found.
+        if store is None or len(text) < CHUNK:
+            kept: Mapping[str, Tensor] = make()
+        else:
+            kept = store.find(_key(tokenizer, text, not complete, measure), make)
+        tokens, sizes = kept["tokens"].long(), kept["sizes"].long() if measure else None
     if vocab_size is not None:
         check_vocabulary(tokens, vocab_size)
     return Encoded(tokens, sizes)
+
+
+def _key(tokenizer: Any, text: str, add_special_tokens: bool, measure: bool) -> str:
+    """Hash everything that the tokens of a text depend on."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    parts = (type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), add_special_tokens, measure)
+    versions = [version(package) for package in ("tokenizers", "transformers")]
+    digest.update(json.dumps([*parts, *versions]).encode())
+    return digest.hexdigest()
 
 
 def _sizes(text: str, offsets: Ints) -> Tensor:
@@ -204,6 +244,7 @@ def draw_windows(
     length: int,
     seed: int,
     vocab_size: int | None = None,
+    store: TokenStore | None = None,
 ) -> Tensor:
     """Draw calibration windows from documents.
 
@@ -215,6 +256,7 @@ def draw_windows(
         length: tokens per window.
         seed: seed of Python's generator.
         vocab_size: size of the model's vocabulary, to check the tokens against.
+        store: where tokens are kept; None for nowhere.
 
     Returns:
         [samples, length], int64.
@@ -227,7 +269,7 @@ def draw_windows(
         if vocab_size is not None:
             check_vocabulary(windows, vocab_size)
         return windows
-    return sample_windows(encode(tokenizer, documents, separator, vocab_size), samples, length, seed)
+    return sample_windows(encode(tokenizer, documents, separator, vocab_size, store), samples, length, seed)
 
 
 def cut_windows(tokens: Tensor, length: int, stride: int | None = None, limit: int | None = None) -> Windows:

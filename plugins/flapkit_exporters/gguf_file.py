@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,12 @@ UNQUANTISED = ("F32", "F16", "BF16")
 FAMILIES = ("llama", "mistral", "qwen2", "seed_oss")
 """Families that compute what llama.cpp's architecture ``deci`` computes, but for the order of q's and k's rows."""
 
+OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+"""Families whose own architecture can be written -> llama.cpp's name of it."""
+
+PAIRED = ("llama",)
+"""Architectures of llama.cpp whose rotary embedding turns pairs of rows, not halves."""
+
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -67,6 +73,7 @@ class GGUF(Exporter):
         type: data type of the matrices; norms and biases stay in F32.
         pad_to: pad each layer's attention output and MLP with zeros to a multiple of this; the result is the same.
             llama.cpp's quantised types need rows of a multiple of 32 (Q8_0, Q4_0) or 256 (K) values.
+        architecture: llama.cpp's `deci`, or `own` for that of the model, if all layers have the same size.
         pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
     """
 
@@ -83,6 +90,13 @@ class GGUF(Exporter):
             "types.",
         ),
     ] = 1
+    architecture: Annotated[
+        Literal["deci", "own"],
+        Field(
+            description="`deci` supports layers of different sizes; `own` is the model's own, which more programs "
+            "read: it needs layers of equal size, and no bias that the model did not have."
+        ),
+    ] = "deci"
     pre: Annotated[
         str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; detected by default.")
     ] = None
@@ -110,6 +124,10 @@ class GGUF(Exporter):
                 f"export gguf: llama.cpp has no architecture with layers of different sizes for "
                 f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); if all layers have the same size, export "
                 "to hf-stock and convert the result with llama.cpp's convert_hf_to_gguf.py"
+            )
+        if self.architecture == "own" and prospect.family not in OWN:
+            raise ModelError(
+                f"export gguf: architecture `own` is written for {', '.join(OWN)}, not for {prospect.family!r}"
             )
         if config.hidden_act not in ("silu", "swish"):
             raise ModelError(f"export gguf: llama.cpp's `deci` supports silu only, not {config.hidden_act}")
@@ -144,7 +162,10 @@ class GGUF(Exporter):
             len(attention) == len(mlp) == config.num_hidden_layers and all(all(s.values()) for s in sizes.values())
         ):
             raise ModelError("export gguf: every layer needs an attention and an MLP that keep something")
-        writer = gguf.GGUFWriter(path, "deci", use_temp_file=True)
+        own = self.architecture == "own"
+        if own:
+            _check_own(prospect.family, attention, mlp, open_weights(checkpoint.folder))
+        writer = gguf.GGUFWriter(path, OWN[prospect.family] if own else "deci", use_temp_file=True)
         writer.add_name(checkpoint.folder.resolve().name)
         writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if type_ == "F32" else f"MOSTLY_{type_}"))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -153,9 +174,9 @@ class GGUF(Exporter):
         writer.add_embedding_length(config.hidden_size)
         writer.add_vocab_size(config.vocab_size)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_head_count([layer["H"] for layer in attention])
-        writer.add_head_count_kv([layer["K"] for layer in attention])
-        writer.add_feed_forward_length([layer["I"] for layer in mlp])
+        writer.add_head_count(attention[0]["H"] if own else [layer["H"] for layer in attention])
+        writer.add_head_count_kv(attention[0]["K"] if own else [layer["K"] for layer in attention])
+        writer.add_feed_forward_length(mlp[0]["I"] if own else [layer["I"] for layer in mlp])
         width = next(site.channels // site.heads for site in prospect.sites if site.heads)
         writer.add_key_length(width)
         writer.add_value_length(width)
@@ -164,20 +185,22 @@ class GGUF(Exporter):
         add_vocabulary(writer, checkpoint.tokenizer, config.vocab_size, self.pre)
         pad = padder(prospect, sizes)
         for name, tensor in open_weights(checkpoint.folder).items():
-            self._add(writer, name, pad(name, tensor), attention, type_)
+            pairs = not own or OWN[prospect.family] in PAIRED
+            self._add(writer, name, pad(name, tensor), attention if pairs else None, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
-    def _add(self, writer: Any, name: str, tensor: Tensor, attention: Sequence[Sizes], type_: str) -> None:
+    def _add(self, writer: Any, name: str, tensor: Tensor, attention: Sequence[Sizes] | None, type_: str) -> None:
         import gguf
 
         module, _, leaf = name.rpartition(".")
         if module.startswith("model.layers."):
             layer, _, module = module.removeprefix("model.layers.").partition(".")
-            prefix, heads = f"blk.{layer}.", attention[int(layer)]
-            if module in ("self_attn.q_proj", "self_attn.k_proj"):
+            prefix = f"blk.{layer}."
+            if attention is not None and module in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = attention[int(layer)]
                 tensor = _rotary_pairs(tensor, heads["H" if module.endswith("q_proj") else "K"])
         else:
             prefix = ""
@@ -236,6 +259,21 @@ def _rotary_pairs(tensor: Tensor, heads: int) -> Tensor:
     """Reorder each head's rows from transformers' rotary halves to llama.cpp's rotary pairs."""
     pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     return pairs
+
+
+def _check_own(family: str, attention: Sequence[Sizes], mlp: Sequence[Sizes], names: Iterable[str]) -> None:
+    """Raise ``ModelError`` if a model is not of its family's own architecture."""
+    if any(dict(sizes) != dict(kind[0]) for kind in (attention, mlp) for sizes in kind):
+        raise ModelError(
+            "export gguf: architecture `own` needs layers of equal size; prune with searcher ul_um, or leave `deci`"
+        )
+    biased = ("q_proj", "k_proj", "v_proj") if family == "qwen2" else ()
+    added = [name for name in names if name.endswith(".bias") and name.split(".")[-2] not in biased]
+    if added:
+        raise ModelError(
+            f"export gguf: architecture `own` has no {added[0]}; prune with compensator none, or "
+            "{name: least_squares, intercept: false}, or leave `deci`"
+        )
 
 
 def _quantise(source: Path, path: Path, type_: str) -> None:

@@ -35,6 +35,7 @@ MODELS = {
     "meta-llama/Llama-2-7b-hf": llama(4096, 11008, 32, 32),
     "meta-llama/Meta-Llama-3-8B": llama(4096, 14336, 32, 32, 8, vocab=128256),
     "lmsys/vicuna-7b-v1.5": llama(4096, 11008, 32, 32),
+    "models/smollm2-135m": llama(576, 1536, 30, 9, 3, vocab=49152),
 }
 PAPER = {
     ("llama-7b", 20): 14.62,
@@ -56,7 +57,8 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 def test_they_are_all_there() -> None:
     paper = {f"{model}-flap{percent}" for model, percent in PAPER}
-    assert set(RECIPES) >= {"demo", "llama-2-7b-flap20", "llama-3-8b-flap20", "vicuna-7b-flap20", *paper}
+    others = {"demo", "llama-2-7b-flap20", "llama-3-8b-flap20", "vicuna-7b-flap20", "smollm2-flap20", "smollm2-best20"}
+    assert set(RECIPES) >= others | paper
 
 
 @each_recipe

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.records import hash_tensors
 from flapkit.execution.runtime import Runtime
@@ -21,6 +24,7 @@ from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
 from flapkit.run.captured import capture_warnings
+from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.lengths import run_lengths
 from flapkit.run.record import compare, count_params
@@ -30,6 +34,7 @@ from flapkit.run.target import Target, find_target
 from flapkit.run.text import RunText, read_text
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
+from flapkit.text.windows import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +54,7 @@ class Dense:
         target: its configuration, adapter and sites.
         runtime: the devices that it runs on.
         params: its number of parameters.
+        saved: the type that a pruned model of its kind would be written in.
     """
 
     model: PreTrainedModel
@@ -56,6 +62,7 @@ class Dense:
     target: Target
     runtime: Runtime
     params: int
+    saved: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,7 @@ def check_sweep(sweep: Sweep) -> None:
             settings.calibration.check("calibration")
             for text in settings.evaluate.perplexity:
                 text.check("evaluation")
-            lengths = run_lengths(settings, None)
+            lengths = run_lengths(settings, None, None)
             if (settings.model, lengths) not in checked:
                 checked.append((settings.model, lengths))
                 check_lengths(skeleton(target.config), lengths)
@@ -139,18 +146,22 @@ def _run_group(
     first = points[0].recipe
     with progress.stage("text"):
         target = find_target(first)
-        tokenizer = load_tokenizer(first.recipe.model.path, revision=first.recipe.model.revision)
-        texts = _read_texts(points, target, tokenizer)
+        tokenizer = load_tokenizer(first.recipe.model.source, revision=first.recipe.model.revision)
+        texts = _read_texts(points, target, tokenizer, TokenCache(cache))
     with progress.stage("load"):
         source = first.recipe.model
-        model = load(source.path, source.dtype, revision=source.revision)
+        runtime = open_runtime(first.recipe.trainer, progress)
+        dtypes = choose_dtypes(source, target.config, runtime.device)
+        dtypes.tell()
+        model = load(source.source, dtypes.compute, revision=source.revision)
         target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,
             hash_tensors(model.state_dict().items()),
             target,
-            open_runtime(first.recipe.trainer, progress),
+            runtime,
             model.num_parameters(),
+            dtypes.saved,
         )
     tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}
@@ -165,13 +176,15 @@ def _run_group(
     return tasks
 
 
-def _read_texts(points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase) -> list[RunText]:
+def _read_texts(
+    points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore
+) -> list[RunText]:
     """Read the text of every point; text that several points share is read once."""
     known: dict[str, RunText] = {}
     for point in points:
         key = _calibration_key(point) + _evaluation_key(point)
         if key not in known:
-            known[key] = read_text(point.recipe.recipe, target, tokenizer)
+            known[key] = read_text(point.recipe.recipe, target, tokenizer, store)
     return [known[_calibration_key(point) + _evaluation_key(point)] for point in points]
 
 
@@ -197,7 +210,9 @@ def _executor(
     text = CalibrationText(task.text.calibration, task.text.batch_size)
     memory = task.point.recipe.recipe.calibration.statistics_bytes
     sites = dense.target.sites
-    return WholeExecutor(model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics)
+    return WholeExecutor(
+        model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics, saved=dense.saved
+    )
 
 
 def _run_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:

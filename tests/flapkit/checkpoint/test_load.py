@@ -36,8 +36,8 @@ def test_unknown_builtin():
 
 
 def test_a_file(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"")
-    refused(tmp_path / "model.gguf", "this is a file")
+    (tmp_path / "model.bin").write_bytes(b"")
+    refused(tmp_path / "model.bin", "this is a file; give a .gguf file, or the folder")
 
 
 def test_no_configuration(folder):

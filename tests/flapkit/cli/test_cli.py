@@ -249,7 +249,7 @@ def test_activations_that_are_not_finite(command, home):
         weight[3] = torch.finfo(weight.dtype).max
     model.save_pretrained(home / "broken")
     load_tokenizer("builtin:tiny-llama").save_pretrained(home / "broken")
-    code, _, err = command("run", write_recipe(home, model={"path": "./broken"}, evaluate={}))
+    code, _, err = command("run", write_recipe(home, model={"path": "./broken", "dtype": "float16"}, evaluate={}))
     assert code == 1
     assert "model.layers.2.mlp.down_proj: its input is not finite" in err
 

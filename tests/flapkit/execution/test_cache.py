@@ -14,7 +14,7 @@ from conftest import largest_file, make_llama
 import flapkit
 from flapkit.checkpoint import weights
 from flapkit.checkpoint.weights import remove_abandoned, write_tensors
-from flapkit.execution.cache import Calibrated, cache_folder, clear, entries, read_statistic, write_statistic
+from flapkit.execution.cache import Calibrated, clear, entries, read_statistic, write_statistic
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.records import FORMAT
@@ -22,6 +22,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Gram, HeldOutGram, Moments
+from flapkit.system.paths import cache_folder
 
 RUNTIME = Runtime({"accelerator": "cpu", "devices": 1})
 CPU = torch.device("cpu")

@@ -114,7 +114,7 @@ def test_an_adapter_may_leave_a_conversation_to_the_template() -> None:
     render = renderer(Undecided(), tokenizer())
     assert render is not None
     assert render(MESSAGES[:1]) == "<s>short"
-    with pytest.raises(DataError, match="does not render this conversation"):
+    with pytest.raises(DataError, match="has no format for conversations"):
         render(MESSAGES)
     with_template = renderer(Undecided(), tokenizer(TEMPLATE))
     assert with_template is not None

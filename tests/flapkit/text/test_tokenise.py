@@ -54,13 +54,17 @@ def test_pieces_are_the_whole(tokenizer, short, special):
         added = ids <= 2 if special else np.zeros(len(ids), dtype=bool)
         assert np.array_equal(found.offsets[~added], places[~added])
 
+        bare = pieces.encode_in_chunks(tokenizer, text, add_special_tokens=special, offsets=False)
+        assert np.array_equal(bare.ids, ids)
+        assert len(bare.offsets) == 0
+
     check()
 
 
 def test_a_long_text_is_cut(tokenizer, short, monkeypatch):
     lengths = []
     encode = pieces._encode
-    monkeypatch.setattr(pieces, "_encode", lambda *asked: lengths.append(len(asked[1])) or encode(*asked))
+    monkeypatch.setattr(pieces, "_encode", lambda *asked: lengths.extend(map(len, asked[1])) or encode(*asked))
     text = "".join(f"{n} x, {n * n} y\n" for n in range(200))
     found = pieces.encode_in_chunks(tokenizer, text, add_special_tokens=True)
     assert np.array_equal(found.ids, whole(tokenizer, text, True)[0])
