@@ -22,13 +22,14 @@ STAGES = ("dense", "pruned", "recovered")
 
 def print_(what: Any) -> None:
     """Print a table or a line; plain, unwrapped lines if stdout is not a terminal."""
-    console = Console(highlight=False, soft_wrap=True)
+    # Square brackets belong to names and formulas, not to rich's markup.
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=200)
+        console = Console(highlight=False, soft_wrap=True, markup=False, width=200)
         if isinstance(what, Table):
             what.box = None
             what.title_justify = "left"
-    console.print(what, markup=False) if isinstance(what, str) else console.print(what)
+    console.print(what)
 
 
 def add_perplexity(table: Table, texts: Mapping[str, Any]) -> None:

@@ -38,7 +38,8 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.
 
     Raises:
-        ModelError: the model is missing or has no adapter, or the pruned model could not be saved or exported.
+        ModelError: the model is missing, has no adapter or a wrong declaration, or the pruned model could not be saved
+            or exported.
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
@@ -46,6 +47,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     try:
         adapter = recipe.registry.resolve(recipe.adapter, config)
         sites = _sites(adapter, config)
+        adapter.check_declaration(config)
     except ModelError as error:
         raise ModelError(f"model {model.path}: {error}") from error
     if any(site.block is None for site in sites):
