@@ -19,7 +19,7 @@ def recover(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's recipe.yaml."
+            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's own.."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -29,10 +29,11 @@ def recover(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
 ) -> None:
     """Train a pruned checkpoint with the recipe's compensator, and write a new checkpoint."""
+    from flapkit.checkpoint.folder import recipe_of
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
 
-    loaded = load_recipe(find_recipe(recipe or checkpoint / "recipe.yaml"), overrides or [])
+    loaded = load_recipe(find_recipe(recipe or recipe_of(checkpoint)), overrides or [])
     # A mistake in the recipe is reported before the rest is imported.
     from flapkit.run.recover import recover as recover_checkpoint
     from flapkit.system.progress import Progress

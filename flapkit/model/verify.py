@@ -18,9 +18,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from flapkit.model.classes import dense_config
 from flapkit.model.empty import config_of
 from flapkit.model.plan import PruningPlan
-from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site, groups
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
 from flapkit.model.tiny import SIZES, tiny_config, tiny_model
@@ -223,10 +223,11 @@ def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
 
 def _tiny_of(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the first tiny model that runs: with the configuration's options, or with its class's default ones."""
+    config = dense_config(config)
     heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     alike = {"num_key_value_heads": 1 if kv_heads == 1 else SIZES["num_attention_heads"]}
     changes = alike if kv_heads is not None and kv_heads in (1, heads) else {}
-    of, failed = config.model_type.removeprefix(PREFIX), []
+    of, failed = config.model_type, []
     for source, changed in ((config, changes), (of, {})):
         try:
             tiny = tiny_model(tiny_config(source, **changed))

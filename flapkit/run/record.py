@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.model.derive import Auto
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError
-from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
@@ -22,6 +23,7 @@ from flapkit.run.report.page import render_run
 from flapkit.run.report.record import SampleRecord, make_record
 from flapkit.run.target import Target
 from flapkit.run.text import RunText
+from flapkit.system.paths import name_only, names_only, without_folders
 from flapkit.system.workdir import WorkDir
 from flapkit.text.windows import tokens_hash
 
@@ -86,14 +88,14 @@ class RunRecord:
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
             "seconds": dict(self.seconds),
-            "warnings": list(self.warnings),
+            "warnings": [without_folders(warning) for warning in self.warnings],
         }
 
     def metadata(self) -> dict[str, Any]:
-        """Describe how the model was made, for ``flapkit.json``."""
+        """Describe how the model was made, for ``flapkit.json``; files by their names alone."""
         settings, adapter = self.recipe.recipe, self.target.adapter
         derived = adapter.family_of(self.target.config) if isinstance(adapter, Auto) else None
-        return {
+        made: dict[str, Any] = {
             "model": settings.model.model_dump(),
             "adapter": adapter.name,
             **({"declaration": asdict(derived)} if derived else {}),
@@ -105,6 +107,8 @@ class RunRecord:
             "params": dict(self.params),
             **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }
+        named: dict[str, Any] = names_only(made)
+        return named
 
 
 def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> dict[str, int]:
@@ -178,6 +182,7 @@ def save_run(
         record.output,
         record.plan,
         tokenizer=record.tokenizer,
+        base=record.recipe.recipe.model.path,
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},
         weights=weights,
@@ -186,10 +191,16 @@ def save_run(
     )
 
 
+def recipe_files(recipe: LoadedRecipe) -> dict[str, str]:
+    """Write a recipe to be published, and one with the folders of this machine, if it names any."""
+    published, local = dump_published(recipe), dump_recipe(recipe)
+    return {RECIPE: published, **({LOCAL_RECIPE: local} if local != published else {})}
+
+
 def run_files(record: RunRecord) -> dict[str, str | bytes]:
     """Return the files beside the checkpoint: the recipe, the measurements, and the report."""
     report = make_record(
-        record.recipe.recipe.model.path,
+        name_only(record.recipe.recipe.model.path),
         record.target.sites,
         record.pruned.scores,
         record.plan,
@@ -198,11 +209,13 @@ def run_files(record: RunRecord) -> dict[str, str | bytes]:
         error_tokens=record.error_tokens,
         samples=record.samples,
     )
-    document = RunDocument(record.output.name, report, record.result(), dump_recipe(record.recipe), record.metadata())
+    document = RunDocument(
+        record.output.name, report, record.result(), dump_published(record.recipe), record.metadata()
+    )
     forms = record.recipe.recipe.report.figures
     return {
         "result.json": json.dumps(document.result, indent=2) + "\n",
-        "recipe.yaml": document.recipe,
+        **recipe_files(record.recipe),
         RECORD: report.to_json(),
         PAGE: render_run(document),
         "structure.png": draw_structure(document),

@@ -25,18 +25,19 @@ from flapkit.model.empty import build_empty
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
-from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.dump import dump_published
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
-from flapkit.run.origin import RECIPE, RESULT, Origin
-from flapkit.run.record import add_text_beside, put_texts_beside
+from flapkit.run.origin import RESULT, Origin
+from flapkit.run.record import add_text_beside, put_texts_beside, recipe_files
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap
 from flapkit.system.errors import OutputError, RecipeError, RunError
+from flapkit.system.paths import names_only, without_folders
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, open_workdir
@@ -109,7 +110,8 @@ class RecoveryRecord:
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
         names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
-        return {name: getattr(self, name) for name in names}
+        result = {name: getattr(self, name) for name in names}
+        return {**result, "warnings": [without_folders(warning) for warning in self.warnings]}
 
 
 def recover(
@@ -235,6 +237,7 @@ def recover_checkpoint(
             record.output,
             record.plan,
             tokenizer=prepared.tokenizer,
+            base=recipe.recipe.model.path,
             metadata=_metadata(record, recipe, origin),
             files=files,
             weights=student.shards,
@@ -254,7 +257,7 @@ def recover_checkpoint(
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
-    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
+    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.output.name
     if not prepared.runtime.sharded:
         model = load(str(checkpoint), recipe.recipe.model.dtype)
         model.name_or_path = name
@@ -310,10 +313,10 @@ def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: 
         **{name: path.read_bytes() for name, path in origin.carried.items() if path.is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
         RESULT: json.dumps(record.result(), indent=2) + "\n",
-        RECIPE: dump_recipe(prepared.recipe),
+        **recipe_files(prepared.recipe),
     }
     if origin.record is not None:
-        made, text = _metadata(record, prepared.recipe, origin), dump_recipe(prepared.recipe)
+        made, text = _metadata(record, prepared.recipe, origin), dump_published(prepared.recipe)
         document = RunDocument(record.output.name, origin.record, record.result(), text, made)
         files[PAGE] = render_run(document)
     return files
@@ -321,4 +324,6 @@ def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: 
 
 def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
-    return {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}
+    made = {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}
+    named: dict[str, Any] = names_only(made)
+    return named

@@ -137,6 +137,12 @@ def test_prune_refuses_a_wrong_declaration_before_it_starts():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_pruned_model_has_the_declaration_of_its_dense_one(tokens):
+    model = make_llama(num_key_value_heads=2)
+    flapkit.prune_(model, tokens, ratio=0.4)
+    Registry.load().adapter_for(model.config).check_declaration(model.config)
+
+
 def test_options_that_no_tiny_model_has():
     """A rotary table for the model's own head size does not fit a tiny model: the class's defaults are verified."""
     factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
