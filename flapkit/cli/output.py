@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flapkit.system.errors import OutputError
 from flapkit.system.processes import is_rank_zero
+from flapkit.system.progress import duration
 from flapkit.system.workdir import write_file
 
 STAGES = ("dense", "pruned", "recovered")
@@ -131,6 +132,10 @@ class Result(Protocol):
     def seconds(self) -> Mapping[str, float]:
         """Stage -> wall time."""
 
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the command."""
+
 
 def print_result(model: str, result: Result) -> None:
     """Print sizes and perplexities of the dense, the pruned and, if there is one, the recovered model."""
@@ -151,6 +156,7 @@ def print_result(model: str, result: Result) -> None:
     for name, verification in result.exports.items():
         print_(f"exports/{name}: {verification}")
     print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
+    print_(f"time: {duration(result.total_seconds)}")
 
 
 def _add(table: Table, stages: Sequence[str], name: str, values: Mapping[str, Any], form: str) -> None:

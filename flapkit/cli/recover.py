@@ -32,14 +32,15 @@ def recover(
     from flapkit.checkpoint.folder import recipe_of
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
+    from flapkit.system.progress import Progress
 
+    # The command's time begins here.
+    progress = Progress(progress_listener(quiet=quiet))
     loaded = load_recipe(find_recipe(recipe or recipe_of(checkpoint)), overrides or [])
     # A mistake in the recipe is reported before the rest is imported.
     from flapkit.run.recover import recover as recover_checkpoint
-    from flapkit.system.progress import Progress
 
     set_logging(quiet=quiet, verbose=verbose)
-    progress = Progress(progress_listener(quiet=quiet))
     result = recover_checkpoint(checkpoint, loaded, overwrite=overwrite, resume=resume, progress=progress)
     if not quiet:
         print_result(str(checkpoint), result)

@@ -36,6 +36,8 @@ def run(
     from flapkit.system.progress import Progress
 
     def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
+        # The command's time begins here.
+        progress = Progress(listener)
         loaded = load_recipe(find_recipe(recipe), overrides or [])
         # A mistake in the recipe is reported before the rest is imported.
         from flapkit.execution.cache import cache_folder
@@ -44,7 +46,7 @@ def run(
         set_logging(quiet=quiet, verbose=verbose)
         cache = None if no_cache else cache_folder()
         return loaded.recipe.model.path, run_recipe(
-            loaded, overwrite=overwrite, resume=resume, force=force, progress=Progress(listener), cache=cache
+            loaded, overwrite=overwrite, resume=resume, force=force, progress=progress, cache=cache
         )
 
     if as_json:

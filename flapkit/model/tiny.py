@@ -21,6 +21,8 @@ SIZES: Mapping[str, Any] = {
     "hidden_size": 32,
     "word_embed_proj_dim": 32,
     "num_hidden_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_kv_heads": 2,

@@ -24,7 +24,7 @@ from flapkit.run.report.record import SampleRecord, make_record
 from flapkit.run.target import Target
 from flapkit.run.text import RunText
 from flapkit.system.paths import name_only, names_only, without_folders
-from flapkit.system.workdir import WorkDir
+from flapkit.system.workdir import WorkDir, write_file
 from flapkit.text.windows import tokens_hash
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class RunRecord:
         errors: site name -> the error of its consumer's output.
         error_tokens: held-out calibration tokens on which the errors were measured.
         samples: text that both models wrote.
+        total_seconds: wall time of the command.
     """
 
     recipe: LoadedRecipe
@@ -70,6 +71,7 @@ class RunRecord:
     errors: Mapping[str, SiteError] = field(default_factory=dict)
     error_tokens: int = 0
     samples: Sequence[SampleRecord] = ()
+    total_seconds: float = 0.0
 
     @property
     def output(self) -> Path:
@@ -88,6 +90,7 @@ class RunRecord:
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
             "seconds": dict(self.seconds),
+            "total_seconds": self.total_seconds,
             "warnings": [without_folders(warning) for warning in self.warnings],
         }
 
@@ -189,6 +192,18 @@ def save_run(
         overwrite=overwrite,
         work=work,
     )
+
+
+def rewrite_result(output: Path, result: Mapping[str, Any]) -> None:
+    """Write the measurements of a finished output again, and its report: with the time that writing and exports took.
+
+    Args:
+        output: the output folder.
+        result: the measurements, for ``result.json``.
+    """
+    write_file(output / "result.json", json.dumps(result, indent=2) + "\n")
+    if (output / PAGE).is_file():
+        write_file(output / PAGE, render_run(RunDocument.of_folder(output)))
 
 
 def recipe_files(recipe: LoadedRecipe) -> dict[str, str]:

@@ -30,7 +30,7 @@ from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.origin import RESULT, Origin
-from flapkit.run.record import add_text_beside, put_texts_beside, recipe_files
+from flapkit.run.record import add_text_beside, put_texts_beside, recipe_files, rewrite_result
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
 from flapkit.run.target import Target, find_target
@@ -95,6 +95,7 @@ class RecoveryRecord:
         seconds: stage -> wall time, including those of pruning.
         warnings: flapkit's warnings.
         exports: name of the file or folder below ``exports`` -> the result of its check.
+        total_seconds: wall time of the command.
     """
 
     output: Path
@@ -106,10 +107,11 @@ class RecoveryRecord:
     seconds: Mapping[str, float]
     warnings: Sequence[str]
     exports: Mapping[str, str] = field(default_factory=dict)
+    total_seconds: float = 0.0
 
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
-        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
+        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
         result = {name: getattr(self, name) for name in names}
         return {**result, "warnings": [without_folders(warning) for warning in self.warnings]}
 
@@ -248,11 +250,16 @@ def recover_checkpoint(
 
     with progress.stage("save"):
         broadcast_from_rank0(write)
-    if not recipe.exporters or not is_rank_zero():
+    if not is_rank_zero():
         return record
-    with progress.stage("export", len(recipe.exporters), "exports") as stage:
-        exports = export_all(record.output, recipe.exporters, stage)
-    return dataclasses.replace(record, exports=exports)
+    exports = {}
+    if recipe.exporters:
+        with progress.stage("export", len(recipe.exporters), "exports") as stage:
+            exports = export_all(record.output, recipe.exporters, stage)
+    seconds = {**known.get("seconds", {}), **progress.seconds}
+    record = dataclasses.replace(record, exports=exports, seconds=seconds, total_seconds=progress.total)
+    rewrite_result(record.output, record.result())
+    return record
 
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
