@@ -84,10 +84,10 @@ def write_new(path: Path, text: str) -> None:
 
 
 def set_logging(*, quiet: bool, verbose: bool) -> None:
-    """Show flapkit's messages, none, or those of all libraries."""
+    """Show flapkit's messages, none, or those of all libraries and the tracebacks of errors."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
     ours = logging.getLogger("flapkit")
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
     # Not by the level: a run records its warnings in the output even if they are not shown.
     ours.propagate = not quiet and is_rank_zero()
     ours.addHandler(logging.NullHandler())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flapkit.cli.app import app
-from flapkit.cli.options import Overrides, Overwrite, Resume
+from flapkit.cli.options import Overrides, Overwrite, Resume, Verbose
 from flapkit.cli.output import print_result, set_logging
 from flapkit.cli.progress import progress_listener
 
@@ -26,7 +26,7 @@ def recover(
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a pruned checkpoint with the recipe's compensator, and write a new checkpoint."""
     from flapkit.checkpoint.folder import recipe_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flapkit.cli.app import app
-from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume
+from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume, Verbose
 from flapkit.cli.output import print_, print_result, set_logging
 from flapkit.cli.progress import json_lines, progress_listener
 from flapkit.system.progress import Listener
@@ -27,7 +27,7 @@ def run(
     no_cache: NoCache = False,
     force: Force = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one per line.")] = False,
 ) -> None:
     """Run a recipe: prune a model, repair, evaluate and save it."""
