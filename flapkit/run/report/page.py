@@ -137,10 +137,10 @@ def tiles(run: RunDocument) -> list[Tile]:
         )
     ]
     for row in view.perplexities(run.result)[:2]:
-        note = f"{view.change(row['change'])}, {row['text']}"
+        note = view.change(row["change"])
         if row["recovered"] is not None:
             note += f"; {view.figure(row['pruned'])} before recovery"
-        collected.append(Tile("Perplexity", view.figure(row["after"]), view.figure(row["dense"]), note))
+        collected.append(Tile(f"Perplexity, {row['text']}", view.figure(row["after"]), view.figure(row["dense"]), note))
     if tasks := view.zero_shot(run.result):
         dense, pruned = (sum(row[which] for row in tasks) / len(tasks) for which in ("dense", "pruned"))
         note = f"mean of {len(tasks)} tasks, {view.signed(pruned - dense)} points"
