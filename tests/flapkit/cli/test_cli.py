@@ -157,7 +157,7 @@ def test_a_saved_plan_beside_the_recipe(command, home):
     code, _, err = command("run", path)
     assert code == 0, err
     assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
-    assert command("run", home / "again" / "recipe.yaml", "--set", "output=third", "-q")[0] == 0
+    assert command("run", home / "again" / "recipe.local.yaml", "--set", "output=third", "-q")[0] == 0
     code, _, err = command("check", path, "--set", "budget.ratio=0.3", "--overwrite")
     assert (code, "set budget.ratio to 0.1998" in err) == (2, True), err
 
