@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent / "auto.md"
 
 TYPES = (
     "apertus", "arcee", "biogpt", "cohere2", "ernie4_5", "exaone4", "glm", "glm4", "gpt_bigcode", "granitemoe", "jamba",
-    "olmoe", "persimmon", "stablelm", "xglm", "bitnet", "codegen", "doge", "minimax", "mamba", "t5", "vit",
+    "nemotron", "olmoe", "persimmon", "stablelm", "xglm", "bitnet", "codegen", "doge", "minimax", "mamba", "t5", "vit",
 )  # fmt: skip
 """Model types that no plugin declares."""
 
@@ -48,7 +48,8 @@ pruned. The derived declaration is recorded in `flapkit.json` and in the checkpo
 
 A declaration that cannot be verified is refused: encoder-decoders, models without attention, parameters that several
 layers share, and blocks that are not exact. The message says what failed, and prints what was derived as YAML;
-correct it, save it, and list the file in [a recipe's `plugins`](interfaces/adapters.md).
+correct it, save it, and list the file in [a recipe's `plugins`](interfaces/adapters.md). `flapkit check-adapter` tells
+forms of a model type that are refused from checks that failed: StableLM with norms of single heads is refused.
 
 ## What was tried
 

@@ -118,6 +118,7 @@ def prune_(
     check_weights(name, model.named_parameters())
     resolved = registry.resolve(adapter, model.config)
     model_sites = resolved.sites(model.config)
+    resolved.check_declaration(model.config)
     budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of)
     check_lengths(model, _lengths(calibration, recovery_text))
     was_training = model.training

@@ -27,6 +27,7 @@ from flapkit.checkpoint.load import load
 from flapkit.checkpoint.save import save
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter, adapter_class
 from flapkit.model.declaration import Family
+from flapkit.model.derive import Auto
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_, consumer_of, mask_, slice_, weight_of
@@ -36,8 +37,10 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Moments
 from flapkit.system.errors import FlapkitError, ModelError
 
+BASE = "as it is"
+
 FORMS: Mapping[str, Mapping[str, Any]] = {
-    "as it is": {},
+    BASE: {},
     "multi-head": {"num_key_value_heads": 4},
     "one key/value head": {"num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True, "qkv_bias": True, "use_bias": True},
@@ -93,6 +96,7 @@ class Outcome:
         check: name of the check, in ``CHECKS``.
         figure: the measurement, as text; if the check failed, the reason.
         passed: whether the check passed.
+        refused: whether the adapter refuses such models, so that they are never pruned.
     """
 
     model_type: str
@@ -100,6 +104,7 @@ class Outcome:
     check: str
     figure: str
     passed: bool = True
+    refused: bool = False
 
 
 def sliced_is_masked(subject: Subject) -> str:
@@ -354,7 +359,7 @@ def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, 
         changes = {key: value for key, value in FORMS[name].items() if key in values}
         if values.get("kv_lora_rank"):
             changes.pop("num_key_value_heads", None)
-        if name != "as it is" and all(values[key] == value for key, value in changes.items()):
+        if name != BASE and all(values[key] == value for key, value in changes.items()):
             continue
         if changes not in seen:
             seen.append(changes)
@@ -372,7 +377,9 @@ def _check(
     try:
         subject = Subject(adapter, config, tiny_model(config), adapter.sites(config))
     except FlapkitError as error:
-        yield Outcome(config.model_type, form, "sites", str(error), passed=False)
+        # `auto` verifies what it derives: a form that it refuses is never pruned, and a plugin can declare it.
+        refused = isinstance(adapter, Auto) and form != BASE
+        yield Outcome(config.model_type, form, "sites", str(error), passed=refused, refused=refused)
         return
     for check in checks:
         try:

@@ -17,8 +17,20 @@ from flapkit.system.workdir import WorkDir, check_space, disk_error, open_workdi
 PLAN = "plan.json"
 """The file of a checkpoint's plan."""
 
+RECIPE = "recipe.yaml"
+"""The recipe that made a checkpoint, without folders of the machine where it ran."""
+
+LOCAL_RECIPE = "recipe.local.yaml"
+"""The same with its folders, if it has any; never published."""
+
 MARK = "flapkit.json"
 """The file that marks a folder as written by flapkit, so that it may be overwritten."""
+
+
+def recipe_of(checkpoint: Path) -> Path:
+    """Return the file of the recipe that made a checkpoint: with the folders of this machine, if it was made here."""
+    local = checkpoint / LOCAL_RECIPE
+    return local if local.is_file() else checkpoint / RECIPE
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:

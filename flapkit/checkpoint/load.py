@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -280,6 +282,36 @@ def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> N
         check_plan(name, config, folder / PLAN)
 
 
+def check_unpickled(name: Path | str) -> None:
+    """Raise ``ModelError`` if a folder has weights, and all of them are pickled; a hub id is not looked at.
+
+    Args:
+        name: a folder, a hub id, or ``builtin:NAME``.
+    """
+    folder = _source(name)
+    if not isinstance(folder, Path) or any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        return
+    if any(folder.glob("pytorch_model*.bin")):
+        raise ModelError(
+            f"model {name}: the weights are pickled, and flapkit reads safetensors; convert them (transformers reads "
+            f"tensors alone, and runs no code of theirs): {_conversion(str(folder), str(folder))}"
+        )
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        raise ModelError(
+            f"model {name}: the weights are pickled, and loading them can run any code; convert them to safetensors"
+        )
+
+
+def _conversion(source: str, target: str) -> str:
+    """Write the command that saves a model as safetensors, with its tokenizer if it goes to another folder."""
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if source != target else [])]
+    options = {"AutoModelForCausalLM": ', dtype="auto"'}
+    # Double quotes, as in JSON: a shell's single quotes stand around it all.
+    loaded, saved = json.dumps(source), json.dumps(target)
+    steps = [f"t.{of}.from_pretrained({loaded}{options.get(of, '')}).save_pretrained({saved})" for of in classes]
+    return f"python -c {shlex.quote('; '.join(['import transformers as t', *steps]))}"
+
+
 def _weight_files(name: Path | str, folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -289,10 +321,7 @@ def _weight_files(name: Path | str, folder: Path) -> list[Path]:
             return [to_path(within(folder, shard)) for shard in sorted(shards)]
         except (OSError, ValueError, LookupError, AttributeError, TypeError, InputError) as error:
             raise ModelError(f"model {name}: {INDEX} is damaged: {error}") from error
-    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
-        raise ModelError(
-            f"model {name}: the weights are pickled, and loading them can run any code; convert them to safetensors"
-        )
+    check_unpickled(name)
     raise ModelError(f"model {name}: the folder has no weights ({WEIGHTS} or {INDEX})")
 
 
@@ -304,7 +333,10 @@ def _call(path: Path | str, loader: Callable[[], T], what: str = "model") -> T:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         text = " ".join(str(error).split())
-        if "trust_remote_code" in text:
+        if "cannot be loaded with `safetensors`" in text:
+            command = _conversion(str(path), str(path).rpartition("/")[2])
+            text = f"it has no weights in safetensors, which flapkit reads; convert those that it has: {command}"
+        elif "trust_remote_code" in text:
             text = "it needs its own code, and flapkit does not run code that comes with a model"
         elif not isinstance(error, (OSError, ValueError)):
             text = f"{type(error).__name__}: {text}"

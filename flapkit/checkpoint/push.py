@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from flapkit.checkpoint.folder import MARK
+from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK
 from flapkit.system.errors import InputError, ModelError, RunError
 
 
@@ -49,7 +49,7 @@ def push(
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=None if exports else ["exports/*"],
+            ignore_patterns=[LOCAL_RECIPE, f"*/{LOCAL_RECIPE}", *([] if exports else ["exports/*"])],
         )
     except HFValidationError as error:
         raise InputError(f"push {repo}: {error}") from error

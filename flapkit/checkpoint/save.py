@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flapkit.checkpoint.card import CARD, model_card
-from flapkit.checkpoint.folder import MARK, PLAN, new_folder
+from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK, PLAN, RECIPE, new_folder
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, pruned_classes
 from flapkit.model.plan import PruningPlan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
-TEXTS = ("result.json", "recipe.yaml")
+TEXTS = ("result.json", RECIPE)
 """The files that the model card quotes."""
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def save(
     plan: PruningPlan,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    base: str = "",
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "5GB",
@@ -57,6 +58,7 @@ def save(
         path: the folder to write.
         plan: the plan that was applied.
         tokenizer: saved with the model, if given.
+        base: the dense model, a hub id or a folder, for the model card; by default where the model came from.
         metadata: how the model was made, for ``flapkit.json``; JSON data.
         files: name -> content of additional files; a name may contain subfolders.
         max_shard_size: maximum size of a weight file; larger models are split over several.
@@ -86,12 +88,13 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-        (folder / CARD).write_text(_card(Path(path).name, model, metadata or {}, files or {}), encoding="utf-8")
+        (folder / CARD).write_text(_card(Path(path).name, base, model, metadata or {}, files or {}), encoding="utf-8")
         for name, content in (files or {}).items():
             path = within(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        record = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
+        carried = sorted(name for name in files or () if name != LOCAL_RECIPE)
+        record = {"versions": {package: version(package) for package in PACKAGES}, "files": carried}
         record |= metadata or {}
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -116,11 +119,13 @@ def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path)
         model.generation_config.save_pretrained(folder)
 
 
-def _card(name: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]) -> str:
-    base = metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
+def _card(
+    name: str, base: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]
+) -> str:
+    base = base or metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in files.items() if key in TEXTS}
     result = json.loads(texts["result.json"]) if "result.json" in texts else None
-    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get("recipe.yaml"))
+    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get(RECIPE))
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ INTERRUPTED, TERMINATED = 130, 143
 
 PATIENCE = 5.0
 """Seconds that a process other than rank 0 waits for the others before it prints its error, or exits."""
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +69,7 @@ def main() -> None:
     except Terminated:
         _fail("interrupted; no output was written", TERMINATED, parent)
     except FlapkitError as error:
+        log.debug("", exc_info=error)
         _fail(str(error), error.exit_code, parent)
     except typer.Exit as error:
         sys.exit(error.exit_code)

@@ -36,14 +36,19 @@ def check_adapter(
     config = _config(model)
     chosen = registry.create(ADAPTER, adapter) if adapter else registry.adapter_for(config)
     table = Table("form", "check", "", title=f"{config.model_type}: adapter {chosen.name}")
-    failed = 0
+    failed, refused = 0, []
     for outcome in conformance(chosen, config):
         failed += not outcome.passed
-        table.add_row(outcome.form, outcome.check, outcome.figure if outcome.passed else f"FAILED: {outcome.figure}")
+        refused += [outcome.form] * outcome.refused
+        mark = "FAILED: " if not outcome.passed else "refused: " if outcome.refused else ""
+        table.add_row(outcome.form, outcome.check, mark + outcome.figure)
     print_(table)
+    checked = table.row_count - len(refused)
     if failed:
-        raise RunError(f"adapter {chosen.name!r}: {failed} of {table.row_count} checks failed")
-    print_(f"all {table.row_count} checks passed")
+        raise RunError(f"adapter {chosen.name!r}: {failed} of {checked} checks failed")
+    print_(f"all {checked} checks passed")
+    if refused:
+        print_(f"refused, and so never pruned: models of the forms {', '.join(refused)}")
 
 
 def _config(model: str) -> PreTrainedConfig:

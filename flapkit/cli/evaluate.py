@@ -20,14 +20,12 @@ from flapkit.system.processes import broadcast_from_rank0
 if TYPE_CHECKING:
     from flapkit.run.evaluate import Evaluation
 
-RECIPE = "recipe.yaml"
-
 
 @app.command()
 def evaluate(
     checkpoint: CheckpointArgument,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe with the `evaluate` section; by default the checkpoint's recipe.yaml.")
+        str | None, typer.Option(help="Recipe with the `evaluate` section; by default the checkpoint's own.")
     ] = None,
     overrides: Overrides = None,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model to compare with.")] = None,
@@ -35,16 +33,18 @@ def evaluate(
     output: OutputFile = None,
 ) -> None:
     """Measure perplexity and zero-shot tasks of a checkpoint."""
+    from flapkit.checkpoint.folder import recipe_of
     from flapkit.recipe.files import find_recipe
     from flapkit.recipe.load import load_recipe
     from flapkit.run.evaluate import evaluate_checkpoint
     from flapkit.system.progress import Progress
 
-    if recipe is None and not (Path(checkpoint).expanduser() / RECIPE).is_file():
-        raise InputError(f"{checkpoint}: holds no {RECIPE}; give a recipe with --recipe")
+    own = recipe_of(Path(checkpoint).expanduser())
+    if recipe is None and not own.is_file():
+        raise InputError(f"{checkpoint}: holds no {own.name}; give a recipe with --recipe")
     if output is not None:
         check_new(output)
-    loaded = load_recipe(find_recipe(recipe or str(Path(checkpoint).expanduser() / RECIPE)), overrides or [])
+    loaded = load_recipe(find_recipe(recipe or own), overrides or [])
     set_logging(quiet=as_json, verbose=False)
     evaluation = evaluate_checkpoint(checkpoint, loaded, against, Progress(progress_listener(quiet=as_json)))
     if output is not None:

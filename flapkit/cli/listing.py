@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from flapkit.cli.app import app
@@ -32,8 +31,7 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; everyt
     for listed in Kind if kind is None else [kind]:
         table = Table("name", "description", "from", title=listed.value)
         for row in _rows(listed):
-            # Square brackets belong to formulas, not to rich's markup.
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         print_(table)
 
 

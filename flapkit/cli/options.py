@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from flapkit.cli.output import set_logging
+
+
+def _show_all(verbose: bool) -> bool:
+    """Show all messages from now on, or not; mistakes of plugins are found before the command sets its logging."""
+    if verbose:
+        set_logging(quiet=False, verbose=True)
+    else:
+        logging.getLogger("flapkit").setLevel(logging.INFO)
+    return verbose
+
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `list recipes`.")]
 Overrides = Annotated[
@@ -22,4 +35,13 @@ CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A folder, a hub id, or `builtin:tiny-llama`.")
 ]
 OutputFile = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Also write JSON to a new file.")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_show_all,
+        help="Print the messages of all libraries, and the traceback of an error.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

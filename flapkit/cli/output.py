@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flapkit.system.errors import OutputError
 from flapkit.system.processes import is_rank_zero
+from flapkit.system.progress import duration
 from flapkit.system.workdir import write_file
 
 STAGES = ("dense", "pruned", "recovered")
@@ -22,13 +23,14 @@ STAGES = ("dense", "pruned", "recovered")
 
 def print_(what: Any) -> None:
     """Print a table or a line; plain, unwrapped lines if stdout is not a terminal."""
-    console = Console(highlight=False, soft_wrap=True)
+    # Square brackets belong to names and formulas, not to rich's markup.
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=200)
+        console = Console(highlight=False, soft_wrap=True, markup=False, width=200)
         if isinstance(what, Table):
             what.box = None
             what.title_justify = "left"
-    console.print(what, markup=False) if isinstance(what, str) else console.print(what)
+    console.print(what)
 
 
 def add_perplexity(table: Table, texts: Mapping[str, Any]) -> None:
@@ -82,10 +84,10 @@ def write_new(path: Path, text: str) -> None:
 
 
 def set_logging(*, quiet: bool, verbose: bool) -> None:
-    """Show flapkit's messages, none, or those of all libraries."""
+    """Show flapkit's messages, none, or those of all libraries and the tracebacks of errors."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
     ours = logging.getLogger("flapkit")
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
     # Not by the level: a run records its warnings in the output even if they are not shown.
     ours.propagate = not quiet and is_rank_zero()
     ours.addHandler(logging.NullHandler())
@@ -132,6 +134,10 @@ class Result(Protocol):
     def seconds(self) -> Mapping[str, float]:
         """Stage -> wall time."""
 
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the command."""
+
 
 def print_result(model: str, result: Result) -> None:
     """Print sizes and perplexities of the dense, the pruned and, if there is one, the recovered model."""
@@ -152,6 +158,7 @@ def print_result(model: str, result: Result) -> None:
     for name, verification in result.exports.items():
         print_(f"exports/{name}: {verification}")
     print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
+    print_(f"time: {duration(result.total_seconds)}")
 
 
 def _add(table: Table, stages: Sequence[str], name: str, values: Mapping[str, Any], form: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flapkit.cli.app import app
-from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume
+from flapkit.cli.options import Force, NoCache, Overrides, Overwrite, RecipeArgument, Resume, Verbose
 from flapkit.cli.output import print_, print_result, set_logging
 from flapkit.cli.progress import json_lines, progress_listener
 from flapkit.system.progress import Listener
@@ -27,7 +27,7 @@ def run(
     no_cache: NoCache = False,
     force: Force = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON objects, one per line.")] = False,
 ) -> None:
     """Run a recipe: prune a model, repair, evaluate and save it."""
@@ -36,6 +36,8 @@ def run(
     from flapkit.system.progress import Progress
 
     def work(listener: Listener) -> tuple[str, RunRecord | RecoveryRecord]:
+        # The command's time begins here.
+        progress = Progress(listener)
         loaded = load_recipe(find_recipe(recipe), overrides or [])
         # A mistake in the recipe is reported before the rest is imported.
         from flapkit.run.pipeline import run as run_recipe
@@ -44,7 +46,7 @@ def run(
         set_logging(quiet=quiet, verbose=verbose)
         cache = None if no_cache else cache_folder()
         return loaded.recipe.model.source, run_recipe(
-            loaded, overwrite=overwrite, resume=resume, force=force, progress=Progress(listener), cache=cache
+            loaded, overwrite=overwrite, resume=resume, force=force, progress=progress, cache=cache
         )
 
     if as_json:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from flapkit.cli.app import app
-from flapkit.cli.options import NoCache, Overrides
+from flapkit.cli.options import NoCache, Overrides, Verbose
 from flapkit.cli.output import print_, set_logging
 from flapkit.cli.progress import progress_listener
 from flapkit.system.errors import RunError
@@ -26,7 +26,7 @@ def sweep(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     no_cache: NoCache = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the messages of all libraries.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a recipe with many settings, calibrated once; an interrupted sweep resumes."""
     from flapkit.recipe.files import find_sweep

@@ -14,6 +14,7 @@ from flapkit.model.declaration import Family, Unit
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.site import Site
+from flapkit.model.verify import verify_declared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,6 +36,17 @@ class ArchitectureAdapter(Component):
     def title(self) -> str:
         """The adapter's name in the output of ``flapkit check``."""
         return self.name
+
+    def check_declaration(self, config: PreTrainedConfig) -> None:
+        """Check the declaration that the sites come from, if there is one; called before any weights are read.
+
+        Args:
+            config: the model's configuration.
+
+        Raises:
+            ModelError: the declaration is wrong for such models.
+        """
+        return None
 
     def confirm(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
         """Check the sites against the loaded model; called before calibration.
@@ -75,6 +87,11 @@ class FamilyAdapter(ArchitectureAdapter):
         ),
     ] = "kv_group"
 
+    @property
+    def title(self) -> str:
+        """The adapter's name, with the origin of the declaration."""
+        return f"{self.name} (declared and verified)"
+
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
         """Return whether the configuration belongs to the family, dense or already pruned."""
@@ -91,6 +108,10 @@ class FamilyAdapter(ArchitectureAdapter):
             ModelError: the declaration does not fit the model.
         """
         return sites_of(skeleton(config), self.family_of(config), self.unit)
+
+    def check_declaration(self, config: PreTrainedConfig) -> None:
+        """Verify the declaration on a tiny random model of the configuration's class."""
+        verify_declared(self, config)
 
 
 def adapter_class(family: Family) -> type[FamilyAdapter]:

@@ -28,7 +28,7 @@ from flapkit.model.layout import sites_of
 from flapkit.model.resize import find_module, heads_of
 from flapkit.model.site import Site
 from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.model.verify import verify, verify_loaded
+from flapkit.model.verify import BROKEN, verify, verify_loaded
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ class Auto(FamilyAdapter):
         """Derive the declaration, or read it from the configuration of a pruned model."""
         return declaration_of(config) if getattr(config, "flapkit", None) else derive(config)
 
+    def check_declaration(self, config: PreTrainedConfig) -> None:
+        """Do nothing: a derived declaration is verified already."""
+
     def confirm(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
         """Verify one layer of each block of the loaded model on a few tokens."""
         verify_loaded(model, sites)
@@ -97,7 +100,7 @@ def _derive(of: Any, text: str) -> Family:
             for changes in _variants(config):
                 model = tiny_of(config, **changes)
                 verify(model, sites_of(model, family))
-    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
+    except BROKEN as error:
         raise _refusal(config, f"the tiny model fails: {type(error).__name__}: {error}", family) from error
     except ModelError as error:
         raise _refusal(config, str(error), family) from error

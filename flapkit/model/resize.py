@@ -31,7 +31,9 @@ class FlapkitConfig:
 class Resized:
     """Mixin of a stock model: build it dense, then resize its layers to the configuration's sizes."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    # No annotations: they would be strings in this module, and vLLM checks arguments against them.
+    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN204
+        model: Any = self
         layers, blocks = config.to_dict().get("per_layer_config"), config.flapkit["blocks"]
         # Build the dense model with this very object: its modules keep a reference to it.
         config.per_layer_config = None
@@ -40,8 +42,8 @@ class Resized:
             dense = [heads_of(config, block) for block in blocks]
         finally:
             config.per_layer_config = layers
-        path = config.flapkit["layers"].removeprefix(f"{self.base_model_prefix}.")
-        for layer, shape in zip(self.base_model.get_submodule(path), config.per_layer_config, strict=True):
+        path = config.flapkit["layers"].removeprefix(f"{model.base_model_prefix}.")
+        for layer, shape in zip(model.base_model.get_submodule(path), config.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):
                 if (module := find_module(layer, block)) is not None:
                     resize_(module, block, heads, shape)

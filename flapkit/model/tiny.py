@@ -21,6 +21,8 @@ SIZES: Mapping[str, Any] = {
     "hidden_size": 32,
     "word_embed_proj_dim": 32,
     "num_hidden_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_kv_heads": 2,
@@ -58,7 +60,7 @@ SIZES: Mapping[str, Any] = {
 LAYERS = {"lfm2": ["conv", "full_attention"]}
 """Model type -> layer types, for hybrids whose default configuration lacks one of them."""
 
-UNSET = ("n_inner", "num_experts_per_tok")
+UNSET = ("n_inner", "num_experts_per_tok", "num_key_value_heads")
 """Sizes that may be None in a default configuration, but not in a tiny model's."""
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -72,7 +74,7 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         changes: entries to set.
 
     Raises:
-        ModelError: transformers does not know the model type.
+        ModelError: transformers does not know the model type, or its class does not accept the sizes.
     """
     if not isinstance(of, str):
         # A pruned model's layers differ; a tiny one of its kind is dense.
@@ -99,7 +101,11 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     changed = {config.attribute_map.get(name, name): value for name, value in changes.items()}
     values = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
-    return type(config)(**{**values, **tiny, **SPECIAL, **changed})
+    try:
+        return type(config)(**{**values, **tiny, **SPECIAL, **changed})
+    except Exception as error:
+        # Configuration classes validate in their own ways and may raise anything.
+        raise ModelError(f"no tiny {config.model_type!r}: {type(error).__name__}: {error}") from error
 
 
 def _layer_types(types: list[str]) -> list[str]:
@@ -128,8 +134,11 @@ def tiny_model(
             model: Any = transformers.AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), attn_implementation=attention
             )
-        except ValueError as error:
-            raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {error}") from error
+        except Exception as error:
+            # The classes of models may raise anything on options that they do not expect.
+            raise ModelError(
+                f"transformers cannot build a model of type {config.model_type!r}: {type(error).__name__}: {error}"
+            ) from error
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.endswith("sinks"):
                 nn.init.normal_(parameter, std=0.5)

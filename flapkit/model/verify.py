@@ -7,21 +7,29 @@ So the two models' logits are compared, on a tiny random model of the same class
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from flapkit.model.classes import dense_config
+from flapkit.model.empty import config_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
+from flapkit.model.tiny import SIZES, tiny_config, tiny_model
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from flapkit.model.adapter import ArchitectureAdapter
 
 TOLERANCE = 1e-5
 """Largest error due to float32, as a fraction of the largest logit."""
@@ -30,6 +38,9 @@ MIN_EFFECT = 1e-3
 """Smallest effect of masking on the logits, as the same fraction, for the comparison to be meaningful."""
 
 IMPLEMENTATIONS = ("eager", "sdpa")
+
+BROKEN = (RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError)
+"""What transformers' models raise where their options, or their tensors, do not fit."""
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +187,57 @@ def undeclared(model: PreTrainedModel, site: Site) -> list[str]:
     declared = {site.weight, site.bias, *(coupling.param for coupling in site.couplings)}
     names = [name for name, _ in model.named_parameters() if name.startswith(f"{site.path}.")]
     return [name for name in names if name not in declared]
+
+
+def verify_declared(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> None:
+    """Verify an adapter's declaration on a tiny random model with a configuration's options; the result is cached.
+
+    It takes about 0.1 s. If no tiny model runs with these options, the default options of the class are used.
+
+    Args:
+        adapter: says where the sites are.
+        config: of the model to be pruned, which may be pruned already.
+
+    Raises:
+        ModelError: the declaration is not exact.
+    """
+    of: Any = type(adapter)
+    kind: Any = type(config)
+    values = json.dumps(config.to_dict(), default=str, sort_keys=True)
+    _verify_declared(of, TypeAdapter(of).dump_json(adapter), kind, values)
+
+
+@lru_cache(maxsize=16)
+def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
+    adapter, config = TypeAdapter(of).validate_json(options), config_of(kind, json.loads(values))
+    wrong = f"the declaration of adapter {adapter.name!r} is wrong for models of type {config.model_type!r}"
+    advice = "correct it (`flapkit check-adapter` lists what fails), or use `adapter: auto` without it"
+    tiny = _tiny_of(config)
+    try:
+        verify(tiny, adapter.sites(tiny.config))
+    except BROKEN as error:
+        raise ModelError(f"{wrong}: {type(error).__name__}: {error}; {advice}") from error
+    except ModelError as error:
+        raise ModelError(f"{wrong}: {error}; {advice}") from error
+
+
+def _tiny_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the first tiny model that runs: with the configuration's options, or with its class's default ones."""
+    config = dense_config(config)
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    alike = {"num_key_value_heads": 1 if kv_heads == 1 else SIZES["num_attention_heads"]}
+    changes = alike if kv_heads is not None and kv_heads in (1, heads) else {}
+    of, failed = config.model_type, []
+    for source, changed in ((config, changes), (of, {})):
+        try:
+            tiny = tiny_model(tiny_config(source, **changed))
+            logits_of(tiny)
+        except (ModelError, *BROKEN) as error:
+            failed.append(f"{type(error).__name__}: {error}")
+            log.debug("no tiny model with these options: %s", error)
+        else:
+            return tiny
+    raise ModelError(f"no declaration of {of!r} can be verified, as no tiny model runs: {failed[0]}")
 
 
 def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) -> Verification:

@@ -10,6 +10,9 @@ import yaml
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.nodes import FLOAT, INTEGER
 from flapkit.recipe.schema import KEYS, SEVERAL, Recipe
+from flapkit.system.paths import names_only
+
+PUBLISHED = "# Files are named without their folders; recipe.local.yaml has them, where the recipe was run.\n"
 
 _LINE_BREAKS = frozenset("\x85\u2028\u2029")
 
@@ -43,11 +46,33 @@ def dump_recipe(recipe: LoadedRecipe | Recipe) -> str:
     Returns:
         YAML that loads to an equal recipe.
     """
+    return _dump(_data(recipe))
+
+
+def dump_published(recipe: LoadedRecipe | Recipe) -> str:
+    """Write a recipe with every default for others to read: files by their names, without folders of this machine.
+
+    Args:
+        recipe: as ``dump_recipe`` takes it.
+
+    Returns:
+        The YAML of ``dump_recipe`` where the recipe names no such folder, else with a comment that says so.
+    """
+    data = _data(recipe)
+    published = names_only(data)
+    return _dump(data) if published == data else PUBLISHED + _dump(published)
+
+
+def _data(recipe: LoadedRecipe | Recipe) -> dict[str, Any]:
     bare = recipe.recipe if isinstance(recipe, LoadedRecipe) else recipe
-    data = bare.model_dump(mode="json")
+    data: dict[str, Any] = bare.model_dump(mode="json")
     for kind, key in KEYS.items():
         specs = [_shortest(spec) for spec in (data[key] if kind in SEVERAL else [data[key]])]
         data[key] = specs[0] if len(specs) == 1 else specs
+    return data
+
+
+def _dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from flapkit.recipe.validation import adapter_of, check
 from flapkit.registry import KINDS, ComponentKind, Registry
 from flapkit.system.errors import InputError, PluginError, RecipeError, closest
 from flapkit.system.paths import to_path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,7 @@ def load_plugins(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
             try:
                 add_file(registry, _plugin_path(entry.value, path))
             except InputError as error:
+                log.debug("", exc_info=error)
                 problems.append(Problem(entry.position, f"plugins.{index}", str(error)))
     return registry, problems
 

@@ -16,6 +16,7 @@ from flapkit.model.site import Site
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.schema import Recipe
 from flapkit.run.report.view import short
+from flapkit.system.paths import names_only
 
 FOLDER = "pruning"
 """Folder below ``logs``; a recovery's training writes beside it."""
@@ -88,7 +89,7 @@ def open_log(names: Sequence[LoggerName], recipe: Recipe) -> Iterator[RunLog]:
     with tempfile.TemporaryDirectory(prefix="flapkit-logs-") as folder:
         loggers = build_loggers(names, Path(folder), FOLDER)
         for logger in loggers:
-            logger.log_hyperparams(recipe.model_dump(mode="json"))
+            logger.log_hyperparams(names_only(recipe.model_dump(mode="json")))
         status = "failed"
         try:
             yield RunLog(loggers, Path(folder))

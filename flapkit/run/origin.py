@@ -11,7 +11,7 @@ import pydantic
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from flapkit.checkpoint.folder import MARK, PLAN
+from flapkit.checkpoint.folder import MARK, PLAN, recipe_of
 from flapkit.model.plan import PruningPlan
 from flapkit.recipe.files import read_settings
 from flapkit.recipe.schema import Recipe
@@ -22,7 +22,6 @@ from flapkit.system.json_files import read_object
 from flapkit.system.paths import within
 
 RESULT = "result.json"
-RECIPE = "recipe.yaml"
 
 
 class _Model(TypedDict, total=False):
@@ -87,7 +86,7 @@ class Origin:
         """
         plan, mark = plan_of(folder), read_mark(folder)
         made = {key: value for key, value in mark.items() if key not in ("versions", "files")}
-        result, recipe = folder / RESULT, folder / RECIPE
+        result, recipe = folder / RESULT, recipe_of(folder)
         carried, record = carried_by(folder, mark), None
         if RECORD in carried:
             # The report will be rendered again.

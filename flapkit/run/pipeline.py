@@ -36,7 +36,7 @@ from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
 from flapkit.run.lengths import run_lengths
-from flapkit.run.record import RunRecord, compare, count_params, save_run
+from flapkit.run.record import RunRecord, compare, count_params, rewrite_result, save_run
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
@@ -331,7 +331,13 @@ def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwr
 
     with progress.stage("save"):
         broadcast_from_rank0(save)
-    if not recipe.exporters or not is_rank_zero():
+    if not is_rank_zero():
         return record
-    with progress.stage("export", len(recipe.exporters), "exports") as stage:
-        return replace(record, exports=export_all(record.output, recipe.exporters, stage))
+    exports = {}
+    if recipe.exporters:
+        with progress.stage("export", len(recipe.exporters), "exports") as stage:
+            exports = export_all(record.output, recipe.exporters, stage)
+    record = replace(record, exports=exports, total_seconds=progress.total)
+    if record.output.resolve() == context.work.output:
+        rewrite_result(record.output, record.result())
+    return record

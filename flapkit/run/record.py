@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.model.derive import Auto
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.pruning.method import Pruned
 from flapkit.pruning.site_errors import SiteError
-from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.dtypes import DTypes
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
@@ -23,7 +24,8 @@ from flapkit.run.report.page import render_run
 from flapkit.run.report.record import SampleRecord, make_record
 from flapkit.run.target import Target
 from flapkit.run.text import RunText
-from flapkit.system.workdir import WorkDir
+from flapkit.system.paths import name_only, names_only, without_folders
+from flapkit.system.workdir import WorkDir, write_file
 from flapkit.text.windows import tokens_hash
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class RunRecord:
         errors: site name -> the error of its consumer's output.
         error_tokens: held-out calibration tokens on which the errors were measured.
         samples: text that both models wrote.
+        total_seconds: wall time of the command.
     """
 
     recipe: LoadedRecipe
@@ -71,6 +74,7 @@ class RunRecord:
     errors: Mapping[str, SiteError] = field(default_factory=dict)
     error_tokens: int = 0
     samples: Sequence[SampleRecord] = ()
+    total_seconds: float = 0.0
 
     @property
     def output(self) -> Path:
@@ -89,14 +93,15 @@ class RunRecord:
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
             "seconds": dict(self.seconds),
-            "warnings": list(self.warnings),
+            "total_seconds": self.total_seconds,
+            "warnings": [without_folders(warning) for warning in self.warnings],
         }
 
     def metadata(self) -> dict[str, Any]:
-        """Describe how the model was made, for ``flapkit.json``."""
+        """Describe how the model was made, for ``flapkit.json``; files by their names alone."""
         settings, adapter = self.recipe.recipe, self.target.adapter
         derived = adapter.family_of(self.target.config) if isinstance(adapter, Auto) else None
-        return {
+        made: dict[str, Any] = {
             "model": settings.model.model_dump(),
             "adapter": adapter.name,
             **({"declaration": asdict(derived)} if derived else {}),
@@ -109,6 +114,8 @@ class RunRecord:
             "dtypes": self.dtypes.names(),
             **({"notes": dict(self.pruned.notes)} if self.pruned.notes else {}),
         }
+        named: dict[str, Any] = names_only(made)
+        return named
 
 
 def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> dict[str, int]:
@@ -182,6 +189,7 @@ def save_run(
         record.output,
         record.plan,
         tokenizer=record.tokenizer,
+        base=record.recipe.recipe.model.path,
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},
         weights=weights,
@@ -191,10 +199,28 @@ def save_run(
     )
 
 
+def rewrite_result(output: Path, result: Mapping[str, Any]) -> None:
+    """Write the measurements of a finished output again, and its report: with the time that writing and exports took.
+
+    Args:
+        output: the output folder.
+        result: the measurements, for ``result.json``.
+    """
+    write_file(output / "result.json", json.dumps(result, indent=2) + "\n")
+    if (output / PAGE).is_file():
+        write_file(output / PAGE, render_run(RunDocument.of_folder(output)))
+
+
+def recipe_files(recipe: LoadedRecipe) -> dict[str, str]:
+    """Write a recipe to be published, and one with the folders of this machine, if it names any."""
+    published, local = dump_published(recipe), dump_recipe(recipe)
+    return {RECIPE: published, **({LOCAL_RECIPE: local} if local != published else {})}
+
+
 def run_files(record: RunRecord) -> dict[str, str | bytes]:
     """Return the files beside the checkpoint: the recipe, the measurements, and the report."""
     report = make_record(
-        record.recipe.recipe.model.source,
+        name_only(record.recipe.recipe.model.source),
         record.target.sites,
         record.pruned.scores,
         record.plan,
@@ -203,11 +229,13 @@ def run_files(record: RunRecord) -> dict[str, str | bytes]:
         error_tokens=record.error_tokens,
         samples=record.samples,
     )
-    document = RunDocument(record.output.name, report, record.result(), dump_recipe(record.recipe), record.metadata())
+    document = RunDocument(
+        record.output.name, report, record.result(), dump_published(record.recipe), record.metadata()
+    )
     forms = record.recipe.recipe.report.figures
     return {
         "result.json": json.dumps(document.result, indent=2) + "\n",
-        "recipe.yaml": document.recipe,
+        **recipe_files(record.recipe),
         RECORD: report.to_json(),
         PAGE: render_run(document),
         "structure.png": draw_structure(document),

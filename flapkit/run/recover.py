@@ -27,20 +27,21 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
-from flapkit.recipe.dump import dump_recipe
+from flapkit.recipe.dump import dump_published
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.lengths import evaluation_lengths, recovery_length
-from flapkit.run.origin import RECIPE, RESULT, Origin
-from flapkit.run.record import add_text_beside, put_texts_beside
+from flapkit.run.origin import RESULT, Origin
+from flapkit.run.record import add_text_beside, put_texts_beside, recipe_files, rewrite_result
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap
 from flapkit.system.errors import OutputError, RecipeError, RunError
+from flapkit.system.paths import names_only, without_folders
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, open_workdir
@@ -100,6 +101,7 @@ class RecoveryRecord:
         seconds: stage -> wall time, including those of pruning.
         warnings: flapkit's warnings.
         exports: name of the file or folder below ``exports`` -> the result of its check.
+        total_seconds: wall time of the command.
     """
 
     output: Path
@@ -111,11 +113,13 @@ class RecoveryRecord:
     seconds: Mapping[str, float]
     warnings: Sequence[str]
     exports: Mapping[str, str] = field(default_factory=dict)
+    total_seconds: float = 0.0
 
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
-        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "warnings")
-        return {name: getattr(self, name) for name in names}
+        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
+        result = {name: getattr(self, name) for name in names}
+        return {**result, "warnings": [without_folders(warning) for warning in self.warnings]}
 
 
 def recover(
@@ -254,6 +258,7 @@ def recover_checkpoint(
             record.output,
             record.plan,
             tokenizer=prepared.tokenizer,
+            base=recipe.recipe.model.path,
             metadata=_metadata(record, recipe, origin),
             files=files,
             weights=student.shards,
@@ -265,16 +270,21 @@ def recover_checkpoint(
 
     with progress.stage("save"):
         broadcast_from_rank0(write)
-    if not recipe.exporters or not is_rank_zero():
+    if not is_rank_zero():
         return record
-    with progress.stage("export", len(recipe.exporters), "exports") as stage:
-        exports = export_all(record.output, recipe.exporters, stage)
-    return dataclasses.replace(record, exports=exports)
+    exports = {}
+    if recipe.exporters:
+        with progress.stage("export", len(recipe.exporters), "exports") as stage:
+            exports = export_all(record.output, recipe.exporters, stage)
+    seconds = {**known.get("seconds", {}), **progress.seconds}
+    record = dataclasses.replace(record, exports=exports, seconds=seconds, total_seconds=progress.total)
+    rewrite_result(record.output, record.result())
+    return record
 
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
-    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, str(prepared.output)
+    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.output.name
     if not prepared.runtime.sharded:
         model = load(str(checkpoint), prepared.dtypes.compute)
         model.name_or_path = name
@@ -330,10 +340,10 @@ def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: 
         **{name: path.read_bytes() for name, path in origin.carried.items() if path.is_file()},
         **{str(path.relative_to(logs)): path.read_bytes() for path in (logs / "logs").rglob("*") if path.is_file()},
         RESULT: json.dumps(record.result(), indent=2) + "\n",
-        RECIPE: dump_recipe(prepared.recipe),
+        **recipe_files(prepared.recipe),
     }
     if origin.record is not None:
-        made, text = _metadata(record, prepared.recipe, origin), dump_recipe(prepared.recipe)
+        made, text = _metadata(record, prepared.recipe, origin), dump_published(prepared.recipe)
         document = RunDocument(record.output.name, origin.record, record.result(), text, made)
         files[PAGE] = render_run(document)
     return files
@@ -341,4 +351,6 @@ def _files(record: RecoveryRecord, prepared: Preparation, origin: Origin, logs: 
 
 def _metadata(record: RecoveryRecord, recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     compensator = [spec.model_dump(mode="json") for spec in recipe.recipe.compensator]
-    return {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}
+    made = {**origin.made, "compensator": compensator, "recovery": dict(record.recovery)}
+    named: dict[str, Any] = names_only(made)
+    return named

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
 from flapkit.checkpoint.exporter import Prospect
-from flapkit.checkpoint.load import load_config
+from flapkit.checkpoint.load import check_unpickled, load_config
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import prunable
 from flapkit.model.site import Site
@@ -38,14 +38,17 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.
 
     Raises:
-        ModelError: the model is missing or has no adapter, or the pruned model could not be saved or exported.
+        ModelError: the model is missing, has no adapter or a wrong declaration, or the pruned model could not be saved
+            or exported.
     """
     model = recipe.recipe.model
     config = load_config(model.source, revision=model.revision)
     check_unquantised(model.source, config)
+    check_unpickled(model.source)
     try:
         adapter = recipe.registry.resolve(recipe.adapter, config)
         sites = _sites(adapter, config)
+        adapter.check_declaration(config)
     except ModelError as error:
         raise ModelError(f"model {model.source}: {error}") from error
     if any(site.block is None for site in sites):

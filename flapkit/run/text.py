@@ -18,6 +18,7 @@ from flapkit.pruning.recovery import Training, hold_out
 from flapkit.recipe.schema import Calibration, Perplexity, Recipe, Samples
 from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
+from flapkit.system.paths import name_only
 from flapkit.text.conversations import Conversation
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
@@ -163,7 +164,7 @@ def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:
     """Name evaluations by their settings, and number those with equal names."""
     names: dict[str, Perplexity] = {}
     for text in texts:
-        name = f"{text.dataset}{f' {text.split}' if text.split else ''}, {text.length} tokens"
+        name = f"{name_only(text.dataset)}{f' {text.split}' if text.split else ''}, {text.length} tokens"
         name += f", stride {text.stride}" if text.stride else ""
         same = sum(known.split(" #")[0] == name for known in names)
         names[f"{name} #{same + 1}" if same else name] = text

@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from flapkit.system.errors import InputError
+
+SQLITE = "sqlite:///"
+
+OF_A_MACHINE = ("/", "~", "../", SQLITE + "/")
+"""How a path begins that says where on a machine something is, unlike a hub id or a file beside the recipe."""
+
+PATH_IN_TEXT = re.compile(r"(?<![\w.:/~-])(?:~|\.\.)?/(?:[^\s/'\"`,;:()]+/)+(?=[^\s/'\"`,;:()])")
+"""The folders of a path in a sentence; a URL has none."""
+
+PROMPTS = "prompts"
+"""The key of text that is no path, however it begins."""
+
+
+def name_only(text: str) -> str:
+    """Return the last part of a path that says where on a machine something is, and other text as it is."""
+    if not text.startswith(OF_A_MACHINE):
+        return text
+    return SQLITE * text.startswith(SQLITE) + PurePosixPath(text).name or text
+
+
+def names_only(data: Any) -> Any:
+    """Return JSON data with ``name_only`` of every text but prompts."""
+    if isinstance(data, Mapping):
+        return {key: value if key == PROMPTS else names_only(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [names_only(value) for value in data]
+    return name_only(data) if isinstance(data, str) else data
+
+
+def without_folders(sentence: str) -> str:
+    """Return a sentence with the names of files alone where it has whole paths."""
+    return PATH_IN_TEXT.sub("", sentence)
 
 
 def to_path(text: Path | str, folder: Path | None = None) -> Path:

@@ -92,7 +92,13 @@ class Progress:
     def __init__(self, *listeners: Listener, clock: Callable[[], float] = time.perf_counter) -> None:
         self._listeners = listeners
         self._clock = clock
+        self._begin = clock()
         self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Wall time since this object was made, with all that is not a stage."""
+        return round(self._clock() - self._begin, 3)
 
     def emit(self, event: Event) -> None:
         """Pass an event to every listener."""

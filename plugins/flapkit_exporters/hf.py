@@ -57,12 +57,12 @@ class HuggingFace(Exporter):
 
 
 def copy_beside(source: Path, path: Path, *but: str) -> None:
-    """Copy a checkpoint's files other than weights: tokenizer, plan, recipe, model card.
+    """Copy a checkpoint's files other than weights: tokenizer, plan, recipe, model card; nothing of this machine.
 
     Args:
         source: the checkpoint.
         path: the folder to copy to.
         but: patterns of file names to skip.
     """
-    ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", EXPORTS, *but)
+    ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "recipe.local.yaml", EXPORTS, *but)
     shutil.copytree(source, path, ignore=ignored, dirs_exist_ok=True)

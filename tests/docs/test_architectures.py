@@ -1,4 +1,4 @@
-"""The tutorial's declarations are what it says: exact, and caught where a parameter is forgotten."""
+"""The declarations of the docs are exact, and caught where a parameter is forgotten."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flapkit.registry import ADAPTER
 from flapkit.system.errors import ModelError
 from flapkit.testing import check_adapter
 
-PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
 CHECKS = ("sliced is masked", "query heads", "counts", "save and load")
 
 
@@ -33,6 +34,21 @@ def test_the_python_is_exact(tmp_path):
     (tmp_path / "glm.py").write_text(text)
     adapter = load_registry([tmp_path / "glm.py"]).create(ADAPTER, "my_glm", {"unit": "query_head"})
     check_adapter(adapter, forms=["as it is"], checks=CHECKS)
+
+
+def test_the_readme_has_the_same_declaration(yaml, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(# glm\.yaml.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "readme.yaml").write_text(text)
+    assert load_family(tmp_path / "readme.yaml") == load_family(yaml)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_the_example_of_the_interface_is_exact_in_every_form(tmp_path):
+    page = (ROOT / "docs" / "interfaces" / "adapters.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "my_ernie.py").write_text(text)
+    check_adapter(load_registry([tmp_path / "my_ernie.py"]).create(ADAPTER, "my_ernie"))
 
 
 def test_a_forgotten_parameter_is_named(yaml):

@@ -17,7 +17,7 @@ NAMES = {
     "metrics": "input_power",
     "searchers": "early_first",
     "compensators": "part_of_bias",
-    "adapters": "stablelm",
+    "adapters": "my_ernie",
     "exporters": "numpy",
 }
 

@@ -63,6 +63,7 @@ class _Result(TypedDict):
     perplexity: NotRequired[Mapping[str, _Perplexity]]
     zero_shot: NotRequired[Mapping[str, _Task] | None]
     seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]
+    total_seconds: NotRequired[Annotated[Figure, Field(ge=0)]]
     warnings: NotRequired[list[str]]
 
 

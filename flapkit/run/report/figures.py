@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +72,11 @@ def _figures_of_all(runs: Sequence[RunDocument]) -> dict[str, Figure]:
     figures = {
         "structure": _lines({name: view.structure(run.record) for name, run in named.items()}, "share", "% kept")
     }
-    errors = {name: rows for name, run in named.items() if (rows := view.errors(run.record))}
+    errors = {
+        name: rows
+        for name, run in named.items()
+        if (rows := [row for row in view.errors(run.record) if row["in_model"] is not None])
+    }
     if errors:
         figures["errors"] = _lines(errors, "in_model", "% error in the model")
     if tasks := {name: rows for name, run in named.items() if (rows := view.zero_shot(run.result))}:
@@ -172,18 +177,28 @@ def _base(layers: Sequence[int], layer: int) -> int:
 
 
 def _lines(runs: Mapping[str, view.Rows], value: str, label: str) -> Figure:
-    """Draw a line for each run over the layers, in one panel for each kind of site."""
+    """Draw a line for each run, in one panel for each kind of site.
+
+    A line joins neighbouring layers alone.
+    """
+    every = sorted({row["layer"] for rows in runs.values() for row in rows})
 
     def draw(axes: Axes, rows: view.Rows, kind: str) -> None:
         for index, (name, of_run) in enumerate(runs.items()):
-            known = [row for row in of_run if row["kind"] == kind and row[value] is not None]
-            colour = RUNS[index % len(RUNS)]
-            layers, values = [row["layer"] for row in known], [row[value] for row in known]
-            axes.plot(layers, values, color=colour, marker="o", markersize=3.5, label=name)
+            known = {row["layer"]: row[value] for row in of_run if row["kind"] == kind}
+            layers = range(every[0], every[-1] + 1)
+            wider = _wider(runs, index)
+            style: Any = {"color": RUNS[index % len(RUNS)], "linewidth": 1.5 + wider, "markersize": 3.5 + wider}
+            axes.plot(layers, [known.get(layer, math.nan) for layer in layers], marker="o", label=name, **style)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize="small")
 
     return _panels([row for rows in runs.values() for row in rows], draw, label)
+
+
+def _wider(runs: Collection[str], index: int) -> float:
+    """Return the additional width of a run's marks: earlier runs are seen where later ones coincide with them."""
+    return min(2.0, 8 / len(runs)) * (len(runs) - 1 - index)
 
 
 def _zero_shot(runs: Mapping[str, view.Rows]) -> Figure:
@@ -219,8 +234,9 @@ def _tradeoff(points: view.Rows, names: Sequence[str]) -> Figure:
             if row["which"] == "dense":
                 axes.scatter(row["params"], row["perplexity"], facecolors="none", edgecolors=DENSE, s=60)
             else:
-                colour = RUNS[names.index(row["run"]) % len(RUNS)]
-                axes.scatter(row["params"], row["perplexity"], color=colour, s=50, label=row["run"])
+                index = names.index(row["run"])
+                style: Any = {"color": RUNS[index % len(RUNS)], "s": (6 + 2 * _wider(names, index)) ** 2}
+                axes.scatter(row["params"], row["perplexity"], label=row["run"], **style)
         axes.set(title=text, xlabel="parameters", ylabel="perplexity")
         axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)

@@ -137,10 +137,10 @@ def tiles(run: RunDocument) -> list[Tile]:
         )
     ]
     for row in view.perplexities(run.result)[:2]:
-        note = f"{view.change(row['change'])}, {row['text']}"
+        note = view.change(row["change"])
         if row["recovered"] is not None:
             note += f"; {view.figure(row['pruned'])} before recovery"
-        collected.append(Tile("Perplexity", view.figure(row["after"]), view.figure(row["dense"]), note))
+        collected.append(Tile(f"Perplexity, {row['text']}", view.figure(row["after"]), view.figure(row["dense"]), note))
     if tasks := view.zero_shot(run.result):
         dense, pruned = (sum(row[which] for row in tasks) / len(tasks) for which in ("dense", "pruned"))
         note = f"mean of {len(tasks)} tasks, {view.signed(pruned - dense)} points"
@@ -149,7 +149,7 @@ def tiles(run: RunDocument) -> list[Tile]:
     seconds = run.result.get("seconds") or {}
     slowest = max(seconds, key=seconds.__getitem__, default="")
     note = f"longest: {slowest}, {duration(seconds[slowest])}" if slowest else ""
-    return [*collected, Tile("Time", duration(sum(seconds.values())), note=note)]
+    return [*collected, Tile("Time", duration(_time(run)), note=note)]
 
 
 def _speed(bench: Mapping[str, Any]) -> list[Tile]:
@@ -160,6 +160,11 @@ def _speed(bench: Mapping[str, Any]) -> list[Tile]:
     return [
         Tile(label, f"{view.TIMES} {ratios[name]:.2f}", note=note) for name, label in names.items() if name in ratios
     ]
+
+
+def _time(run: RunDocument) -> float:
+    """Return the seconds that the command took."""
+    return float(run.result.get("total_seconds") or sum((run.result.get("seconds") or {}).values()))
 
 
 def _removed(run: RunDocument) -> float:
@@ -179,7 +184,7 @@ def _summary(run: RunDocument) -> dict[str, Any]:
         "change": run.result["params"]["pruned"] / run.result["params"]["dense"] - 1,
         "perplexity": {row["text"]: row for row in view.perplexities(run.result)},
         "zero_shot": sum(row["pruned"] for row in tasks) / len(tasks) if tasks else None,
-        "seconds": sum((run.result.get("seconds") or {}).values()),
+        "seconds": _time(run),
     }
 
 

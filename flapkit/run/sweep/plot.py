@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from flapkit.run.sweep.load import show
 from flapkit.run.sweep.results import Row
@@ -103,11 +104,14 @@ def _panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Pl
 def _frame(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, text: str) -> None:
     dense = _drawable(next(row.perplexity[text]["dense"] for row in rows if text in row.perplexity))
     axes.axhline(dense, color="0.6", linewidth=1, linestyle=(0, (1, 2)))
-    axes.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
+    # Where points are far from the dense model: at few parameters, or at a high ratio.
+    side, align = (0.01, "left") if plot.x == PARAMETERS else (1, "right")
+    axes.annotate("dense", (side, dense), xycoords=("axes fraction", "data"), ha=align, va="bottom", color="0.4")
     axes.set(xlabel=plot.x, ylabel="perplexity", title=text)
     values = [y for line in by_method.values() for ys in line.values.values() for y in ys]
     if values and max(values) > 4 * min([dense, *values]):
         axes.set_yscale("log")
+        _label_decades(axes)
     xs = {x for line in by_method.values() for x in line.values}
     if plot.x == PARAMETERS:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
@@ -117,3 +121,11 @@ def _frame(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Pl
         axes.set_xticks(sorted(xs), [f"{x:g}" for x in sorted(xs)])
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_decades(axes: Axes) -> None:
+    """Label a logarithmic y axis with numbers: matplotlib's own labels are formulas."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}" if y < 1e6 else f"{y:.0e}")

@@ -219,8 +219,9 @@ def _run_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cac
     """Run points that share their calibration, one after the other; if calibration fails, all of them fail."""
     try:
         statistics = _calibrate(tasks, dense, cache)
-    except Exception as error:  # noqa: BLE001 - one group of points must not end the others, whatever goes wrong
+    except Exception as error:
         log.warning("calibration failed: %s", error)
+        log.debug("", exc_info=error)
         yield from (Row(task.id, task.point.settings, _message(error)) for task in tasks)
         return
     for task in tasks:
@@ -247,8 +248,9 @@ def _run_point(
             executor = _executor(model, task, dense, runtime, cache, statistics)
             pruned = prune_(executor, recipe.method, budget, sequential=recipe.recipe.calibration.sequential)
             after = runtime.evaluate(model, task.text.evaluations, "evaluate pruned")
-        except Exception as error:  # noqa: BLE001 - one point must not end the others, whatever goes wrong
+        except Exception as error:
             log.warning("%s: failed: %s", task.point.label, error)
+            log.debug("", exc_info=error)
             return Row(task.id, settings, _message(error), warnings=list(warnings))
         params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
     return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))

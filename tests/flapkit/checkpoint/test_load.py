@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import make_llama
 from huggingface_hub import constants
 
@@ -49,8 +53,38 @@ def test_no_weights(folder):
     for file in folder.glob("model*"):
         file.unlink()
     refused(folder, "has no weights")
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "consolidated.00.pth").write_bytes(b"")
     refused(folder, "the weights are pickled")
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder):
+    expected = flapkit.load(folder).state_dict()
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(expected, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="the weights are pickled") as caught:
+        flapkit.load(folder)
+    program, option, code = shlex.split(str(caught.value).partition("of theirs): ")[2])
+    assert (program, option) == ("python", "-c")
+    done = subprocess.run([sys.executable, option, code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = flapkit.load(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_hub_model_without_safetensors(monkeypatch):
+    """transformers' message of such a model, which no test downloads."""
+    message = "owner/it's does not appear to have a file named x and thus cannot be loaded with `safetensors`. Please"
+
+    def fail(*_, **__):
+        raise OSError(message)
+
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", fail)
+    with pytest.raises(ModelError) as caught:
+        flapkit.load("owner/it's")
+    code = shlex.split(str(caught.value).partition("that it has: ")[2])[2]
+    compile(code, "", "exec")
+    assert 'AutoTokenizer.from_pretrained("owner/it\'s").save_pretrained("it\'s")' in code
 
 
 def test_truncated_shard(folder):

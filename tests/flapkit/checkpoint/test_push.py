@@ -36,14 +36,14 @@ class Hub:
 
 
 def test_uploads_the_folder(pruned_folder, monkeypatch):
-    hub = Hub(monkeypatch)
+    hub, local = Hub(monkeypatch), ["recipe.local.yaml", "*/recipe.local.yaml"]
     assert flapkit.push(pruned_folder, "owner/name", private=True, revision="dev") == "https://hub/commit/1"
     made, uploaded = hub.calls
     assert made == ("owner/name", {"private": True, "exist_ok": True})
     assert (uploaded["folder_path"], uploaded["revision"]) == (pruned_folder, "dev")
-    assert uploaded["ignore_patterns"] == ["exports/*"]
+    assert uploaded["ignore_patterns"] == [*local, "exports/*"]
     flapkit.push(pruned_folder, "owner/name", exports=True)
-    assert hub.calls[-1]["ignore_patterns"] is None
+    assert hub.calls[-1]["ignore_patterns"] == local
 
 
 def test_a_folder_of_another(tmp_path):

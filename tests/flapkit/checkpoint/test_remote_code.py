@@ -11,20 +11,27 @@ import flapkit
 from flapkit.model.tiny import tiny_config, tiny_model
 
 SCRIPT = """
-import copy, sys, torch
+import copy, inspect, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
 sys.modules["flapkit"] = None  # as if it were not installed
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     probe, logits = torch.load(folder + "/probe.pt"), torch.load(folder + "/logits.pt")
     assert torch.equal(copy.deepcopy(model)(probe).logits, logits), folder
-    backbone = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
-    assert backbone.startswith("Flapkit") and backbone.endswith("Model"), backbone
+    backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for part in type(model), type(backbone):
+        annotated = inspect.get_annotations(part.__init__)
+        assert all(isinstance(annotation, type) for annotation in annotated.values()), annotated
+    name = type(backbone).__name__
+    assert name.startswith("Flapkit") and name.endswith("Model"), name
 """
 
 
 def test_loads_without_flapkit(tmp_path):
-    """Plain, with query heads picked from ALiBi, and with experts that have a bias."""
+    """Plain, with query heads picked from ALiBi, and with experts that have a bias.
+
+    Annotations of the constructors are types or absent: vLLM checks arguments against them by ``isinstance``.
+    """
     tokens = torch.randint(2, 96, (64, 12), generator=torch.Generator().manual_seed(0))
     folders = []
     for model_type in ("llama", "bloom", "mixtral"):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import recipe_text
+from conftest import recipe_text, write_recipe
 
 from flapkit.checkpoint.bundled import bundled_models
 
@@ -137,3 +137,39 @@ def test_a_run_that_is_stopped(home, sent):
     assert process.returncode == (130 if sent is signal.SIGINT else -signal.SIGKILL), said
     assert "Traceback" not in said
     assert not (home / "out").exists()
+
+
+def test_a_traceback_is_shown_with_verbose_only(command, home, caplog):
+    """A mistake of a plugin's author, found when the plugin is imported, and when it runs."""
+    metric = """
+from dataclasses import dataclass
+from flapkit import hookimpl
+from flapkit.interfaces import ImportanceMetric
+
+@dataclass(frozen=True)
+class Mine(ImportanceMetric):
+    name = "mine"
+    def score(self, site, stats, weight):
+        return the_missing_name
+
+@hookimpl
+def flapkit_metrics():
+    return [Mine]
+"""
+    for content, message in (
+        (metric, "metric 'mine' at layers.0.attention: NameError"),
+        ("1 / 0", "ZeroDivisionError"),
+    ):
+        (home / "mine.py").write_text(content)
+        recipe = write_recipe(home, plugins=["./mine.py"], metric="mine")
+        code, _, err = command("run", recipe, "--overwrite")
+        assert code == 2
+        assert "Traceback" not in err + caplog.text
+        code, _, verbose = command("run", recipe, "--overwrite", "--verbose")
+        assert code == 2
+        assert "Traceback" in caplog.text
+        assert 'mine.py", line ' in caplog.text
+        caplog.clear()
+        # The line is the same, and comes last.
+        assert verbose.splitlines()[-1] == err.splitlines()[-1]
+        assert message in err

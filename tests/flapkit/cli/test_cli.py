@@ -157,7 +157,7 @@ def test_a_saved_plan_beside_the_recipe(command, home):
     code, _, err = command("run", path)
     assert code == 0, err
     assert (home / "out" / "plan.json").read_text() == (home / "again" / "plan.json").read_text()
-    assert command("run", home / "again" / "recipe.yaml", "--set", "output=third", "-q")[0] == 0
+    assert command("run", home / "again" / "recipe.local.yaml", "--set", "output=third", "-q")[0] == 0
     code, _, err = command("check", path, "--set", "budget.ratio=0.3", "--overwrite")
     assert (code, "set budget.ratio to 0.1998" in err) == (2, True), err
 
@@ -199,6 +199,52 @@ def test_an_architecture_that_nobody_declared(command, home):
     assert code == 2
     assert "no plugin declares models of type 'mamba'" in err
     assert "the model has no attention layers" in err
+
+
+ERNIE = """
+name: my_ernie
+model_types: [ernie4_5]
+layers: model.layers
+blocks:
+  - kind: attention
+    path: self_attn
+    consumer: o_proj
+    parameters: {q_proj: q, k_proj: k, v_proj: k}
+    attributes: {num_key_value_groups: H//K}
+  - {kind: mlp, path: mlp, consumer: down_proj, parameters: {gate_proj: i, up_proj: i}}
+"""
+
+
+def test_a_declaration_is_verified_before_any_weights_are_read(command, home):
+    from flapkit.checkpoint.load import load_tokenizer
+    from flapkit.model.tiny import tiny_config
+
+    tokenizer = load_tokenizer("builtin:tiny-llama")
+    tiny_config("ernie4_5", vocab_size=len(tokenizer)).save_pretrained(home / "mine")
+    tokenizer.save_pretrained(home / "mine")
+    recipe = write_recipe(home, model={"path": "./mine"}, plugins=["./ernie.yaml"])
+    (home / "ernie.yaml").write_text(ERNIE)
+    code, out, err = command("check", recipe)
+    assert code == 0, err
+    assert "my_ernie (declared and verified)" in out
+    (home / "ernie.yaml").write_text(ERNIE.replace(", up_proj: i", ""))
+    for verb in ("check", "run"):
+        code, _, err = command(verb, recipe)
+        assert code == 2
+        assert "the declaration of adapter 'my_ernie' is wrong for models of type 'ernie4_5'" in err
+        assert "layers.0.mlp: the sliced model does not run; the declaration does not name" in err
+
+
+@pytest.mark.slow
+def test_check_adapter_tells_refused_forms_from_failures(command, home):
+    (home / "ernie.yaml").write_text(ERNIE)
+    code, out, err = command("check-adapter", "ernie4_5", "--plugin", "ernie.yaml")
+    assert code == 0, err
+    assert "all 55 checks passed" in out
+    code, out, err = command("check-adapter", "stablelm")
+    assert code == 0, err
+    assert "refused, and so never pruned: models of the forms norms of heads" in out
+    assert "model_types: [stablelm]" in out
 
 
 def test_the_declaration_that_was_derived_is_recorded(command, home):

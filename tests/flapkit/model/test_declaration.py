@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_llama
-from transformers import MambaConfig, T5Config, ViTConfig
+from transformers import MambaConfig, Phi3Config, T5Config, ViTConfig
 
 import flapkit
+from flapkit.model import verify as verify_module
+from flapkit.model.adapter import adapter_class
 from flapkit.model.declaration import Block, Family, evaluate
 from flapkit.model.layout import sites_of
 from flapkit.model.surgery import mask_
@@ -109,6 +111,43 @@ def test_a_forgotten_parameter_is_named(forgotten):
     model = tiny_model(tiny_config("llama"))
     with pytest.raises(ModelError, match=rf"the declaration does not name .*{forgotten}\.weight"):
         verify(model, sites_of(model, family(blocks=blocks)))
+
+
+def test_a_declaration_is_verified_once_for_each_configuration(monkeypatch):
+    verified = []
+    monkeypatch.setattr(verify_module, "verify", lambda model, sites: verified.append(model.config))
+    declared = family(blocks=(replace(ATTENTION, attributes={"num_key_value_groups": "H//K"}), MLP))
+    mine = adapter_class(declared)
+    for adapter, config in ((mine(), tiny_config("llama")), (mine(), tiny_config("llama"))):
+        adapter.check_declaration(config)
+    assert len(verified) == 1
+    mine(unit="query_head").check_declaration(tiny_config("llama"))
+    mine().check_declaration(tiny_config("llama", attention_bias=True))
+    assert [config.attention_bias for config in verified] == [False, False, True]
+    adapter_class(declared)().check_declaration(tiny_config("llama"))
+    assert len(verified) == 4
+
+
+def test_prune_refuses_a_wrong_declaration_before_it_starts():
+    model = make_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = adapter_class(family(blocks=(ATTENTION, replace(MLP, parameters={"gate_proj": "i"}))))
+    with pytest.raises(ModelError, match=r"is wrong for models of type 'llama'.*does not name .*up_proj"):
+        flapkit.prune_(model, torch.randint(0, 96, (8, 8)), adapter=wrong())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_pruned_model_has_the_declaration_of_its_dense_one(tokens):
+    model = make_llama(num_key_value_heads=2)
+    flapkit.prune_(model, tokens, ratio=0.4)
+    Registry.load().adapter_for(model.config).check_declaration(model.config)
+
+
+def test_options_that_no_tiny_model_has():
+    """A rotary table for the model's own head size does not fit a tiny model: the class's defaults are verified."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = Phi3Config(rope_parameters=factors, max_position_embeddings=131072, original_max_position_embeddings=4096)
+    Registry.load().adapter_for(config).check_declaration(config)
 
 
 def test_a_norm_over_all_heads_is_caught():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -18,6 +19,7 @@ from flapkit.model.plan import Budget
 from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.run.report import RunDocument, draw_figures, render_run
+from flapkit.system.progress import Progress, duration
 
 
 @pytest.fixture
@@ -82,6 +84,17 @@ def test_the_record_holds_what_reports_need(recipe, caplog):
     ]
     assert set(record.errors) == set(record.pruned.expected)
     assert record.error_tokens == 2 * 32
+
+
+def test_the_time_is_the_commands_with_its_exports(recipe, tmp_path):
+    # A second passes with every look at the clock.
+    progress = Progress(clock=itertools.count().__next__)
+    record = run(load_recipe(tmp_path / "recipe.yaml", ["export=[hf]", "evaluate.perplexity=[]"]), progress=progress)
+    result = json.loads((record.output / "result.json").read_text())
+    assert {"save", "export"} < set(result["seconds"])
+    assert result["total_seconds"] == record.total_seconds == progress.total - 1
+    assert record.total_seconds > sum(result["seconds"].values())
+    assert duration(record.total_seconds) in (record.output / "report.html").read_text()
 
 
 def test_the_report_is_drawn_again_as_it_was(recipe, tmp_path):

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from flapkit.model.derive import Auto, as_yaml, derive
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify
+from flapkit.recipe.declaration import load_family
 from flapkit.registry import ADAPTER, Registry
+from flapkit.system.errors import ModelError
 from flapkit.testing import CHECKS, FORMS, _forms, check_adapter, conformance
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
@@ -51,3 +54,38 @@ def test_the_page_names_every_family():
     page = PAGE.read_text(encoding="utf-8")
     assert [name for name in NAMES if f"| `{name}` |" not in page] == []
     assert "no:" not in page
+
+
+UNDECLARED = (
+    "apertus", "arcee", "biogpt", "cohere2", "ernie4_5", "exaone4", "glm", "glm4", "gpt_bigcode", "granitemoe", "jamba",
+    "nemotron", "olmoe", "persimmon", "stablelm", "xglm",
+)  # fmt: skip
+"""Types that docs/auto.md lists as verified."""
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow) for name in UNDECLARED])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_derived_keeps_every_law_as_a_plugin_too(model_type, tmp_path):
+    config = tiny_config(model_type)
+    (tmp_path / "derived.yaml").write_text(as_yaml(derive(config)))
+    check_adapter(load_family(tmp_path / "derived.yaml"), forms=["as it is"])
+    check_adapter(Auto(), config)
+
+
+def test_a_class_without_a_default_number_of_key_value_heads():
+    assert all(
+        outcome.passed for outcome in conformance(Auto(), "nemotron", checks=["sliced is masked", "save and load"])
+    )
+
+
+def test_a_form_that_is_refused_is_no_failure():
+    outcomes = list(conformance(Auto(), "stablelm", forms=["as it is", "norms of heads"], checks=["sliced is masked"]))
+    assert [(outcome.form, outcome.passed, outcome.refused) for outcome in outcomes] == [
+        ("as it is", True, False),
+        ("norms of heads", True, True),
+    ]
+
+
+def test_a_model_that_cannot_be_built_is_refused():
+    with pytest.raises(ModelError, match="cannot build a model of type 'nemotron': TypeError"):
+        tiny_model(tiny_config("nemotron", num_key_value_heads=None))

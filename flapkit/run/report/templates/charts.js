@@ -49,6 +49,9 @@
     return { ticks: chosen.length > 1 ? chosen : all([1, 2, 5]), tickFormat: (value) => (value >= 1e-3 && value < 1e4 ? `${value}` : value.toExponential(0).replace("e+", "e")) };
   }
 
+  // Earlier runs are drawn wider, so that they are seen where later ones coincide with them.
+  const wider = (run) => Math.min(2.5, 10 / figures.runs.length) * (figures.runs.length - 1 - figures.runs.indexOf(run));
+
   const domain = (rows) => [...new Set(rows.map((row) => row.layer))].sort((a, b) => a - b);
 
   // A tooltip.
@@ -84,7 +87,7 @@
     structureOfRuns(box) {
       const rows = of(figures.structure, box.dataset.kind);
       const title = (row) => `${row.run}\nlayer ${row.layer}: ${row.kept.toLocaleString("en")} of ${row.units.toLocaleString("en")} kept\n${percent(row.share)}`;
-      return lines(box, rows, "share", title, { domain: [0, 100], label: "% kept" });
+      return lines(box, rows, "share", title, { domain: [0, 100], label: "% kept" }, domain(rows));
     },
 
     scores(box) {
@@ -126,7 +129,8 @@
       const rows = of(figures.errors, box.dataset.kind);
       if (figures.runs) {
         const title = (row) => `${row.run}\n${row.site}\nalone ${percent(row.alone)}, in the model ${percent(row.in_model)}`;
-        return lines(box, rows.filter((row) => row.in_model !== null), "in_model", title, { label: "% error in the model" });
+        const layers = domain(of(figures.structure, box.dataset.kind));
+        return lines(box, rows.filter((row) => row.in_model !== null), "in_model", title, { label: "% error in the model" }, layers);
       }
       const title = (row) => `${row.site}\npredicted ${percent(row.predicted)}\nmeasured alone ${percent(row.alone)}\nin the model ${percent(row.in_model)}`;
       const measured = rows.filter((row) => row.in_model !== null);
@@ -204,7 +208,7 @@
           y: { type: logarithmic ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(logarithmic ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
           marks: [
             Plot.dot(dense, { x: "params", y: "perplexity", r: 6, stroke: "var(--dense)", strokeWidth: 2.5 }),
-            Plot.dot(pruned, { x: "params", y: "perplexity", r: 6, fill: (row) => colour(row.run) }),
+            ...figures.runs.map((run) => Plot.dot(pruned.filter((row) => row.run === run), { x: "params", y: "perplexity", r: 5 + wider(run), fill: colour(run) })),
             tipped(shown, "params", "perplexity", title, { pointer: Plot.pointer }),
           ],
         }),
@@ -212,16 +216,21 @@
     },
   };
 
-  function lines(box, rows, y, title, options) {
+  // A line for each run, which joins neighbouring layers alone.
+  function lines(box, rows, y, title, options, layers) {
+    const known = (run) => new Map(rows.filter((row) => row.run === run).map((row) => [row.layer, row[y]]));
+    const joined = (run) => ((values) => layers.map((layer) => ({ layer, value: values.has(layer) ? values.get(layer) : NaN })))(known(run));
     return {
       rows, title, y,
       plot: Plot.plot({
         ...base(box),
-        x: { type: "point", domain: domain(rows), padding: 0.5, ...layerAxis(rows, box.clientWidth) },
+        x: { type: "point", domain: layers, padding: 0.5, ...layerAxis(layers.map((layer) => ({ layer })), box.clientWidth) },
         y: { grid: true, tickSize: 0, ticks: 5, labelArrow: "none", zero: true, ...options },
         marks: [
-          ...figures.runs.map((run) => Plot.line(rows.filter((row) => row.run === run), { x: "layer", y, stroke: colour(run), strokeWidth: 2, strokeDasharray: dash(run) })),
-          Plot.dot(rows, { x: "layer", y, r: 3.5, fill: (row) => colour(row.run) }),
+          ...figures.runs.flatMap((run) => [
+            Plot.line(joined(run), { x: "layer", y: "value", stroke: colour(run), strokeWidth: 2 + wider(run), strokeDasharray: dash(run) }),
+            Plot.dot(rows.filter((row) => row.run === run), { x: "layer", y, r: 3.5 + wider(run) / 1.5, fill: colour(run) }),
+          ]),
           tipped(rows, "layer", y, title, { pointer: Plot.pointer }),
         ],
       }),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from importlib.resources import files
 
 import pytest
 from runs import make_run
 
+from flapkit.run.report.document import RunDocument
 from flapkit.run.report.page import render_comparison, render_run
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,12 @@ IS_INSIDE = """
 """
 
 
+def without_errors(run: RunDocument, layer: int) -> RunDocument:
+    """Leave out the errors of a layer, as where it lost no units."""
+    sites = [dataclasses.replace(site, error=None) if site.layer == layer else site for site in run.record.sites]
+    return dataclasses.replace(run, record=dataclasses.replace(run.record, sites=sites))
+
+
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api")
@@ -45,6 +53,7 @@ def pages(tmp_path_factory):
     made = {
         "run": render_run(make_run(layers=6)),
         "large": render_run(make_run(layers=48)),
+        "gaps": render_comparison([without_errors(make_run("a", 0.5, layers=9), 4), make_run("b", 0.5, layers=9)]),
         "comparison": render_comparison([make_run("a", 0.2), make_run("b", 0.5), make_run("c", 0.4)]),
     }
     for name, html in made.items():
@@ -164,3 +173,14 @@ def test_without_scripts_the_numbers_are_there(visit, browser, pages):
     assert page.locator("details.numbers table").count() >= 4
     assert page.locator(".verdict").is_visible()
     context.close()
+
+
+def test_lines_join_neighbours_and_show_what_coincides(visit):
+    page = visit("gaps")
+    box = page.locator("[data-chart=errors][data-kind=mlp]")
+    lines = box.locator("[aria-label=line] path").evaluate_all(
+        """paths => paths.map((path) =>
+             [path.getAttribute("d").split("M").length - 1, parseFloat(getComputedStyle(path).strokeWidth)])"""
+    )
+    assert [pieces for pieces, _ in lines] == [2, 1]
+    assert lines[0][1] > lines[1][1]

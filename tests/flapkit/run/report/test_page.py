@@ -12,7 +12,7 @@ from conftest import recipe_text
 from runs import make_run
 
 from flapkit.run.report import view
-from flapkit.run.report.page import render_comparison, render_run
+from flapkit.run.report.page import render_comparison, render_run, tiles
 from flapkit.run.report.record import SampleRecord
 
 VOID = {"meta", "link", "br"}
@@ -116,3 +116,28 @@ def test_a_comparison_names_the_best_and_what_differs():
     page = render_comparison([first, dataclasses.replace(second, recipe=recipe_text(budget={"ratio": 0.5}))])
     assert "Lowest perplexity on text: 5.00, by a" in page
     assert "<code>budget.ratio</code>" in page
+
+
+def test_tiles_have_names_of_their_own():
+    texts = {"a, 128 tokens": {"dense": 4.0, "pruned": 5.0}, "b, 128 tokens": {"dense": 6.0, "pruned": 7.0}}
+    labels = [tile.label for tile in tiles(make_run(perplexity=texts))]
+    assert {"Perplexity, a, 128 tokens", "Perplexity, b, 128 tokens"} < set(labels)
+    assert len(set(labels)) == len(labels)
+
+
+def test_the_menu_has_the_words_of_the_headings():
+    for run in (make_run(), make_run(tasks=False, perplexity={})):
+        page = render_run(run)
+        (menu,) = re.findall(r"<nav.*?</nav>", page, flags=re.DOTALL)
+        headings = re.findall(r'<h2 id="([\w-]+)">(.*?)</h2>', page.partition("<main")[2])
+        assert re.findall(r'<a href="#([\w-]+)">(.*?)</a>', menu) == headings
+
+
+def test_a_chart_without_values_is_a_note():
+    run = make_run()
+    sites = [dataclasses.replace(site, error=None) if site.kind == "attention" else site for site in run.record.sites]
+    run = dataclasses.replace(run, record=dataclasses.replace(run.record, sites=sites))
+    for page in (render_run(run), render_comparison([run, run])):
+        assert page.count('data-chart="errors"') == 1
+        assert "No errors" in page
+    assert "No errors" not in render_comparison([make_run(ratio=0.5), make_run(ratio=0.5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -44,6 +45,21 @@ def test_pictures(rows):
     svg = draw(rows, KEYS, Plot(), "svg")
     ElementTree.fromstring(svg)
     assert draw(rows, KEYS, Plot(), "svg") == svg
+
+
+@pytest.mark.parametrize(
+    "perplexities", [[5.0, 40.0], [5.0, 400.0], [5.0, 5e4], [5.0, float("inf")], [700.0], [7.0, 7.0]]
+)
+@pytest.mark.parametrize("x", ["parameters", "budget.ratio"])
+def test_axes_are_labelled_with_numbers(perplexities, x):
+    """One to four decades and more, one point, equal points: no formula, and at least two numbers on either axis."""
+    rows = [row("wifv", 0, (index + 1) / 10, pruned) for index, pruned in enumerate(perplexities)]
+    svg = draw(rows, KEYS, Plot(x=x), "svg").decode()
+    assert not re.search(r"[$\\]|math", svg.partition("</metadata>")[2])
+    for axis in ("xtick", "ytick"):
+        labels = re.findall(rf'id="{axis}_\d+">.*?<text[^>]*>([^<]*)</text>', svg, flags=re.DOTALL)
+        assert len(set(labels)) == len(labels) >= 2
+        assert all(float(label.replace(",", "").replace("\N{MINUS SIGN}", "-")) >= 0 for label in labels)
 
 
 def test_csv():
