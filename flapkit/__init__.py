@@ -4,7 +4,7 @@
 import flapkit
 
 plan = flapkit.prune_(model, calibration, metric="wifv", searcher="al_am", compensator="bias", ratio=0.2)
-flapkit.save(model, "pruned", plan)
+flapkit.save(model, "pruned")
 model = flapkit.load("pruned")
 ```
 

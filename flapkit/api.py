@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.lightning.prune import PruneBeforeTraining
@@ -112,6 +113,7 @@ def prune_(
             if recovery is None
             else "a compensator trains: set PruneOptions(recovery_text=...) to tokens [windows, tokens]"
         )
+    restore_plan_(model)
     name = str(model.config.name_or_path or type(model).__name__)
     check_unquantised(name, model.config)
     check_weights(name, model.named_parameters())

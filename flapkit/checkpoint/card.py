@@ -27,13 +27,21 @@ The layers differ in heads and widths, so the folder contains a modeling file. W
 `flapkit.load("{name}")` needs no `trust_remote_code`."""
 
 
-_FILES = """\
+_PLAN = """\
 `plan.json` lists the kept units of every layer as indices into the dense model; `flapkit.expand_lora` uses it to map
-adapters trained on this model back to the dense one. `flapkit.json` has the package versions and the options."""
+adapters trained on this model back to the dense one. """
+
+_MARK = "`flapkit.json` has the package versions and the options."
 
 
 def model_card(
-    name: str, base: str, *, metadata: Mapping[str, Any], result: Mapping[str, Any] | None, recipe: str | None
+    name: str,
+    base: str,
+    *,
+    metadata: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    recipe: str | None,
+    has_plan: bool = True,
 ) -> str:
     """Write a model card.
 
@@ -43,6 +51,7 @@ def model_card(
         metadata: how the model was made, as in ``flapkit.json``.
         result: the measurements, as in ``result.json``, if any.
         recipe: the recipe, if one was run.
+        has_plan: the folder has a ``plan.json``.
 
     Returns:
         Markdown with the YAML header of the Hugging Face hub.
@@ -52,7 +61,7 @@ def model_card(
         parts += ["## Results", *_results(result)]
     if recipe:
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
-    parts += ["## Files", _FILES]
+    parts += ["## Files", (_PLAN if has_plan else "") + _MARK]
     return f"---\n{_header(base)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, pruned_classes
+from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
-from flapkit.system.errors import ModelError
+from flapkit.system.errors import InputError, ModelError
 from flapkit.system.paths import within
 from flapkit.system.workdir import WorkDir
 
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 def save(
     model: PreTrainedModel,
     path: Path | str,
-    plan: PruningPlan,
+    plan: PruningPlan | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -45,13 +47,13 @@ def save(
     """Save a pruned model as a folder, which appears only when it is complete.
 
     It contains safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
-    ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model) and
-    ``flapkit.json`` (versions and metadata). Nothing is pickled.
+    ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model, after one
+    pruning or several: the model carries them) and ``flapkit.json`` (versions and metadata). Nothing is pickled.
 
     Args:
         model: a model that flapkit pruned.
         path: the folder to write.
-        plan: the plan that was applied.
+        plan: what is to be the model's plan; another one is refused.
         tokenizer: saved with the model, if given.
         metadata: how the model was made, for ``flapkit.json``; JSON data.
         files: name -> content of additional files; a name may contain subfolders.
@@ -63,9 +65,11 @@ def save(
 
     Raises:
         ModelError: flapkit has no classes to load such a model.
+        InputError: the plan is not the model's.
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
+    carried = _plan_of(model, plan)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
         fix_generation_config_(model)
@@ -77,8 +81,10 @@ def save(
         (folder / classes.file).write_text(classes.source, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-        (folder / CARD).write_text(_card(Path(path).name, model, metadata or {}, files or {}), encoding="utf-8")
+        if carried is not None:
+            (folder / PLAN).write_text(carried.to_json(), encoding="utf-8")
+        card = _card(Path(path).name, model, metadata or {}, files or {}, has_plan=carried is not None)
+        (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in (files or {}).items():
             path = within(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +92,29 @@ def save(
         record = {"versions": {package: version(package) for package in PACKAGES}, "files": sorted(files or ())}
         record |= metadata or {}
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_of(model: PreTrainedModel, claimed: PruningPlan | None) -> PruningPlan | None:
+    """Return the plan that a model carries, or None, with a warning, where it carries none.
+
+    Raises:
+        InputError: another plan is claimed to be the model's.
+    """
+    restore_plan_(model)
+    plan = plan_of(model)
+    if claimed is not None and claimed != plan:
+        raise InputError(
+            "save: this plan is not the model's, which was pruned by another one, or more than once; leave it out: the "
+            "model carries its own"
+        )
+    if plan is None:
+        log.warning(
+            "save: the model does not say what it keeps of the dense one (it was loaded from a folder without %s, as "
+            "save_pretrained writes it): the new folder has no %s either",
+            PLAN,
+            PLAN,
+        )
+    return plan
 
 
 def bytes_of(model: PreTrainedModel) -> int:
@@ -108,11 +137,18 @@ def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path)
         model.generation_config.save_pretrained(folder)
 
 
-def _card(name: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]) -> str:
+def _card(
+    name: str,
+    model: PreTrainedModel,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, str | bytes],
+    *,
+    has_plan: bool,
+) -> str:
     base = metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in files.items() if key in TEXTS}
     result = json.loads(texts["result.json"]) if "result.json" in texts else None
-    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get("recipe.yaml"))
+    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get("recipe.yaml"), has_plan=has_plan)
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:

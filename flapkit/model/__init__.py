@@ -9,6 +9,7 @@ measures statistics or trains.
 - ``site``: ``Site`` and ``Coupling``: what can be removed, and what goes with it.
 - ``layout``: the sites of a model from its declaration.
 - ``plan``: ``Budget`` and ``PruningPlan``.
+- ``history``: the plan that a pruned model carries, and the plan of several prunings.
 - ``surgery``: slice or mask a model's weights.
 - ``resize``: the modeling code that every pruned checkpoint carries.
 - ``classes``: transformers classes that load pruned models.

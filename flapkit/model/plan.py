@@ -79,7 +79,7 @@ class PruningPlan:
     """The units kept at each site.
 
     Args:
-        keep: site name -> kept units, ascending, as indices into the dense model's units.
+        keep: site name -> kept units, ascending, as indices into the units of the model that is pruned.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

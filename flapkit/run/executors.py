@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flapkit.checkpoint.load import load, open_weights
+from flapkit.checkpoint.load import load, open_weights, restore_plan_
 from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
 from flapkit.execution.layerwise import LayerwiseExecutor
@@ -149,7 +149,10 @@ def open_stream(
     """
     dtype: Any = target.config.dtype if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
     weights = weights or open_weights(settings.model.path, revision=settings.model.revision)
-    return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
+    layers, where = layers_of(target.sites), (runtime.device, runtime.precision)
+    stream = LayerStream(target.config, weights, layers, dtype, *where, forms)
+    restore_plan_(stream.model)
+    return stream
 
 
 def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:

@@ -176,7 +176,6 @@ def save_run(
     save(
         model if weights else model.cpu(),
         record.output,
-        record.plan,
         tokenizer=record.tokenizer,
         metadata=record.metadata(),
         files={**run_files(record), **(files or {})},

@@ -85,7 +85,7 @@ class SaveCheckpoint(Callback):
         if self._prune.pruned is None:
             raise RunError("SaveCheckpoint: the model is not pruned yet; put Prune before it in the trainer's list")
         if trainer.is_global_zero:
-            save(model_of(pl_module), self._path, self._prune.pruned.plan, **self._options)
+            save(model_of(pl_module), self._path, **self._options)
 
 
 class PruneBeforeTraining(Callback):
