@@ -19,6 +19,7 @@ from flapkit.checkpoint.consistency import check_settings, check_shapes, check_s
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
+from flapkit.model.classes import CAUSAL_LM, HEADS
 from flapkit.model.empty import check_depth
 from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.registration import PREFIX as PRUNED
@@ -70,6 +71,7 @@ def load(
     """
     source, stored = _source(path), {}
     config = load_config(path, revision=revision)
+    check_language_model(path, config)
     check_unquantised(path, config)
     if isinstance(source, Path):
         stored = _check_files(path, source)
@@ -180,6 +182,23 @@ def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:
                     f"model {name}: config.json names code on the hub ({key.strip('_')}: {chosen}); flapkit does not "
                     "run code that comes with a model; remove the entry"
                 )
+
+
+def check_language_model(name: Path | str, config: PreTrainedConfig) -> None:
+    """Raise ``ModelError`` if a checkpoint holds a classifier, and no language model.
+
+    Args:
+        name: the model's name.
+        config: its configuration.
+    """
+    named = getattr(config, "architectures", None)
+    for architecture in named if isinstance(named, list) else ():
+        kind = str(architecture).partition("For")[2]
+        if f"AutoModelFor{kind}" in HEADS and f"AutoModelFor{kind}" != CAUSAL_LM:
+            raise ModelError(
+                f"model {name}: is a {architecture}, and no language model; load it with transformers' "
+                f"AutoModelFor{kind}, and prune it in Python: flapkit.prune_ and flapkit.save take it"
+            )
 
 
 def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import MARK, PLAN, new_folder
 from flapkit.checkpoint.load import restore_plan_
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.model.classes import PrunedClasses, pruned_classes
+from flapkit.model.classes import PrunedClasses, check_head, pruned_classes
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
@@ -69,7 +69,7 @@ def save(
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
-    carried = _plan_of(model, plan)
+    head, carried = check_head(model), _plan_of(model, plan)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
         fix_generation_config_(model)
@@ -77,13 +77,13 @@ def save(
             _take_weights(model, weights, folder)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _write_config(classes, folder)
+        _write_config(classes, head, folder)
         (folder / classes.file).write_text(classes.source, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if carried is not None:
             (folder / PLAN).write_text(carried.to_json(), encoding="utf-8")
-        card = _card(Path(path).name, model, metadata or {}, files or {}, has_plan=carried is not None)
+        card = _card(Path(path).name, model, metadata or {}, files or {}, has_plan=carried is not None, head=head)
         (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in (files or {}).items():
             path = within(folder, name)
@@ -144,11 +144,13 @@ def _card(
     files: Mapping[str, str | bytes],
     *,
     has_plan: bool,
+    head: str,
 ) -> str:
     base = metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in files.items() if key in TEXTS}
     result = json.loads(texts["result.json"]) if "result.json" in texts else None
-    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get("recipe.yaml"), has_plan=has_plan)
+    text = texts.get("recipe.yaml")
+    return model_card(name, base, metadata=metadata, result=result, recipe=text, has_plan=has_plan, head=head)
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:
@@ -168,7 +170,7 @@ def savable_classes(model: PreTrainedModel) -> PrunedClasses:
 
 def fix_generation_config_(model: PreTrainedModel) -> None:
     """Set ``do_sample`` if the generation settings have sampling options; transformers does not save them otherwise."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     try:
@@ -178,9 +180,9 @@ def fix_generation_config_(model: PreTrainedModel) -> None:
         settings.do_sample = True
 
 
-def _write_config(classes: PrunedClasses, folder: Path) -> None:
+def _write_config(classes: PrunedClasses, head: str, folder: Path) -> None:
     """Add the entries that only a checkpoint has to the configuration: its class and its modeling file."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"architectures": [classes.causal_lm.__name__], "auto_map": classes.auto_map}
+    config |= {"architectures": [classes.heads[head].__name__], "auto_map": classes.auto_map}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

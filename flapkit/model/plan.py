@@ -56,7 +56,7 @@ class Budget:
         """
         if of not in get_args(BudgetBase):
             raise BudgetError(f"budget.of: unknown base {of!r}{did_you_mean(of, get_args(BudgetBase))}")
-        if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio < 1):
             raise BudgetError(
                 f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
             )

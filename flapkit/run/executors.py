@@ -19,6 +19,7 @@ from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.soundness import check_plain
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrialSearcher
 from flapkit.recipe.load import LoadedRecipe
@@ -74,6 +75,7 @@ def open_executor(
     if forms is None:
         runtime.init_processes()
         model = load(settings.model.path, settings.model.dtype, revision=settings.model.revision)
+        check_plain(model)
         target.adapter.confirm(model, target.sites)
         return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume)
     if runtime.sharded:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
 from flapkit.checkpoint.exporter import Prospect
-from flapkit.checkpoint.load import load_config
+from flapkit.checkpoint.load import check_language_model, load_config
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import prunable
 from flapkit.model.site import Site
@@ -42,6 +42,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """
     model = recipe.recipe.model
     config = load_config(model.path, revision=model.revision)
+    check_language_model(model.path, config)
     check_unquantised(model.path, config)
     try:
         adapter = recipe.registry.resolve(recipe.adapter, config)
