@@ -212,7 +212,8 @@ class FlapPruning(PruneBeforeTraining):
     """Prune a model before it is trained, in your own script: ``Trainer(callbacks=[FlapPruning(...)])``.
 
     It prunes in ``setup``, before the optimizer is created; the module has its transformers model in the attribute
-    ``model``.
+    ``model``. Lightning's checkpoints contain the plan: a resumed training slices the dense model by it. For
+    ``load_from_checkpoint``, see ``flapkit.restore_pruning_``.
 
     Args:
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.

@@ -208,17 +208,48 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     _fill_missing_keys(layers, dense)
     dense.pop("model_type")
     declaration = {"layers": _layers_of(sites[0]), "blocks": [block.data for block in blocks if block]}
-    config = classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration})
-    config.name_or_path = model.config.name_or_path
-    for name in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, name, getattr(model.config, name))
+    _replace_config(model, classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration}))
+
+
+def reshape_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    """Give a model the sizes of a pruned one, in place: its weights are to be loaded afterwards.
+
+    Args:
+        model: the model that was pruned, as it was before; one that has these sizes already stays as it is.
+        values: the pruned model's configuration, as plain data.
+
+    Raises:
+        ModelError: the model is of another type, or other sizes.
+    """
+    classes = pruned_classes(model.config.model_type)
+    if classes is None or classes.config.model_type != values.get("model_type"):
+        raise ModelError(f"a {type(model).__name__} cannot be given the sizes of a {values.get('model_type')}")
+    config = config_of(classes.config, {key: value for key, value in values.items() if key != "model_type"})
+    if model.config.to_dict().get("per_layer_config") == config.to_dict()["per_layer_config"]:
+        return
+    layers: Any = model.get_submodule(config.flapkit["layers"])
+    if len(layers) != len(config.per_layer_config):
+        raise ModelError(f"the model has {len(layers)} layers, and the pruned one {len(config.per_layer_config)}")
+    for layer, before, shape in zip(layers, model.config.per_layer_config, config.per_layer_config, strict=True):
+        for block in config.flapkit["blocks"]:
+            module = resize.find_module(layer, block)
+            if module is None:
+                continue
+            try:
+                resize.resize_(module, block, resize.heads_of(before, block), shape)
+            except RuntimeError as error:
+                raise ModelError(f"{block['name']}: the model is smaller than the pruned one: {error}") from error
     _replace_config(model, config)
-    # Parameters are saved under their own names: the dense checkpoint's layout is not that of the derived classes.
-    vars(model)["_weight_conversions"] = []
 
 
 def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give a model, and all of its modules, the configuration of a pruned one."""
     previous = model.config
+    config.name_or_path = previous.name_or_path
+    for name in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, name, getattr(previous, name))
+    # Parameters are saved under their own names: the dense checkpoint's layout is not that of the derived classes.
+    vars(model)["_weight_conversions"] = []
     for module in model.modules():
         current: Any = getattr(module, "config", None)
         if current is previous:
