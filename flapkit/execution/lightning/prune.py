@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from flapkit.checkpoint.save import save
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.lightning.callbacks import Calibrate, model_of
-from flapkit.execution.lightning.restore import KEY, resumes, restore_pruning_, state_of
+from flapkit.execution.lightning.restore import KEY, restore_pruning_, resumes, state_of
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
@@ -92,8 +92,8 @@ class SaveCheckpoint(Callback):
 class PruneBeforeTraining(Callback):
     """Prune a model before it is trained: in ``setup``, before the optimizer is created.
 
-    The module has its transformers model in the attribute ``model``. Lightning's checkpoints contain the plan: a resumed
-    loop slices the model by it, without calibration.
+    The module has its transformers model in the attribute ``model``. Lightning's checkpoints contain the plan: a
+    resumed loop slices the model by it, without calibration.
 
     Attributes:
         plan: the applied plan; None before.

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_model_is_refused(tokens, tmp_path):
     state = torch.load(checkpoint)
     assert json.loads(state["callbacks"][KEY]["plan"])["keep"]
     for other in (make_llama(num_hidden_layers=3), make_llama(intermediate_size=8)):
-        with pytest.raises(FlapkitError, match="layers|smaller"):
+        with pytest.raises(FlapkitError, match=r"layers|smaller"):
             restore_pruning_(other, state)
     del state["callbacks"]
     with pytest.raises(ModelError, match="holds no pruning by FlapPruning"):
