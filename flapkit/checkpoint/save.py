@@ -18,7 +18,7 @@ from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
 from flapkit.system.paths import within
-from flapkit.system.workdir import WorkDir
+from flapkit.system.workdir import OVERWRITE, WorkDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +71,9 @@ def save(
     classes = savable_classes(model)
     head, carried = check_head(model), _plan_of(model, plan)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
-    with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
+    # Commands open the work folder themselves.
+    option = OVERWRITE if work else "overwrite=True"
+    with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed, option=option) as folder:
         fix_generation_config_(model)
         if weights:
             _take_weights(model, weights, folder)

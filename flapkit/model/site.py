@@ -100,6 +100,11 @@ class Site:
     path: str = ""
     block: Block | None = field(default=None, hash=False)
 
+    def __repr__(self) -> str:
+        """Return the name and the size."""
+        size = f"{self.units} units of {self.channels_per_unit} channels, {self.params:,} parameters"
+        return f"Site({self.name!r}, {size})"
+
     @property
     def channels(self) -> int:
         """Input channels of the consumer."""

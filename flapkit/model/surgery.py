@@ -249,6 +249,15 @@ class Correction:
     bias: Tensor | None = None
     note: str | None = None
 
+    def __repr__(self) -> str:
+        """Return the shapes instead of the values."""
+        shapes = (f"{name}={_shape(tensor)}" for name, tensor in (("weight", self.weight), ("bias", self.bias)))
+        return f"Correction({', '.join(shapes)}, note={self.note!r})"
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
 
 def apply_plan_(
     model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction]

@@ -104,7 +104,7 @@ class Pruned:
             not allow a prediction.
     """
 
-    scores: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor] = field(repr=False)
     plan: PruningPlan
     notes: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, float | None] = field(default_factory=dict)
