@@ -4,7 +4,7 @@
 import flapkit
 
 plan = flapkit.prune_(model, calibration, metric="wifv", searcher="al_am", compensator="bias", ratio=0.2)
-flapkit.save(model, "pruned", plan)
+flapkit.save(model, "pruned")
 model = flapkit.load("pruned")
 ```
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flapkit.checkpoint.load import load
     from flapkit.checkpoint.push import push
     from flapkit.checkpoint.save import save
+    from flapkit.execution.lightning.restore import restore_pruning_
     from flapkit.hookspecs import hookimpl
     from flapkit.system.errors import FlapkitError
 
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "prune_",
     "push",
+    "restore_pruning_",
     "save",
     "sites",
 ]
@@ -57,6 +59,7 @@ _MODULES = {
     "load": "flapkit.checkpoint.load",
     "prune_": "flapkit.api",
     "push": "flapkit.checkpoint.push",
+    "restore_pruning_": "flapkit.execution.lightning.restore",
     "save": "flapkit.checkpoint.save",
     "sites": "flapkit.api",
 }

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.lightning.prune import PruneBeforeTraining
 from flapkit.execution.runtime import Runtime
-from flapkit.execution.training import recover_, take_windows
+from flapkit.execution.training import RecoveryText, recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.classes import CAUSAL_LM, check_head, pruned_classes
 from flapkit.model.plan import Budget, BudgetBase, PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
-from flapkit.model.soundness import check_unquantised, check_weights
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, recovery_of
+from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
+from flapkit.pruning.collector import needs_gradient
+from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, TrialSearcher, recovery_of
 from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
-from flapkit.system.errors import RecipeError
+from flapkit.system.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +52,17 @@ class PruneOptions:
     sequential: bool = False
     recovery_text: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            RecipeError: one of them is not positive.
+        """
+        for name in ("multiple_of", "batch_size", "statistics_memory"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise RecipeError(f"{name}: expected a number above 0, found {value!r}")
+
 
 DEFAULTS = PruneOptions()
 
@@ -64,6 +78,7 @@ def sites(model: PreTrainedModel, adapter: ArchitectureAdapter | Choice | None =
     Raises:
         ModelError: no adapter declares the model, and none can be derived.
     """
+    check_plain(model)
     return Registry.load().resolve(adapter, model.config).sites(model.config)
 
 
@@ -85,7 +100,7 @@ def prune_(
     ``{"name": "al_am", "attention_power": 1}``; or an object.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers model: a causal language model, or a classifier of sequences or tokens made from one.
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids`` [tokens] and, where rows
             are padded, ``attention_mask`` [tokens].
         metric: scores the units.
@@ -103,42 +118,81 @@ def prune_(
     Raises:
         FlapkitError: the model cannot be pruned; it is then unchanged.
     """
+    if not isinstance(options, PruneOptions):
+        raise RecipeError(f"options: expected flapkit.PruneOptions, found a {type(options).__name__}")
     registry = Registry.load()
     method = _method(registry, metric, searcher, compensator)
-    recovery_text = options.recovery_text
+    _check_model(model, method)
     recovery = recovery_of(method.compensators)
-    if (recovery is None) != (recovery_text is None):
-        raise RecipeError(
-            "recovery_text needs a compensator that trains, such as `lora`"
-            if recovery is None
-            else "a compensator trains: set PruneOptions(recovery_text=...) to tokens [windows, tokens]"
-        )
-    name = str(model.config.name_or_path or type(model).__name__)
-    check_unquantised(name, model.config)
-    check_weights(name, model.named_parameters())
+    training_text = _recovery_text(model, recovery, options)
+    text = CalibrationText(calibration, options.batch_size)
+    text.check(model)
     resolved = registry.resolve(adapter, model.config)
     model_sites = resolved.sites(model.config)
     resolved.check_declaration(model.config)
     budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of)
-    check_lengths(model, _lengths(calibration, recovery_text))
+    if all(site.block for site in model_sites):
+        check_head(model)
+    check_lengths(model, _lengths(calibration, options.recovery_text))
     was_training = model.training
     model.eval()
     try:
-        resolved.confirm(model, model_sites)
-        text = CalibrationText(calibration, options.batch_size)
+        if _is_language_model(model):
+            resolved.confirm(model, model_sites)
         executor = WholeExecutor(model, model_sites, text, memory=options.statistics_memory)
         plan = run_pruning_(executor, method, budget, sequential=options.sequential).plan
-        if recovery is not None and recovery_text is not None:
-            _recover_(model, model_sites, recovery, recovery_text)
+        if recovery is not None and training_text is not None:
+            _recover_(model, model_sites, recovery, training_text)
     finally:
         model.train(was_training)
     return plan
 
 
-def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery, tokens: Tensor) -> None:
+def _check_model(model: PreTrainedModel, method: Method) -> None:
+    """Refuse a model that cannot be pruned, or not by this method."""
+    check_plain(model)
+    check_in_memory(model)
+    restore_plan_(model)
+    name = str(model.config.name_or_path or type(model).__name__)
+    check_unquantised(name, model.config)
+    check_weights(name, model.named_parameters())
+    if _is_language_model(model):
+        return
+    of_language = {
+        f"metric {method.metric.name!r}": needs_gradient(method.statistics),
+        f"searcher {method.searcher.name!r}": isinstance(method.searcher, TrialSearcher),
+        "a compensator that trains": recovery_of(method.compensators) is not None,
+    }
+    for what, is_used in of_language.items():
+        if is_used:
+            raise ModelError(f"{what} needs the loss of a language model, and this is a {type(model).__name__}")
+
+
+def _is_language_model(model: PreTrainedModel) -> bool:
+    classes = pruned_classes(model.config.model_type)
+    return classes is None or classes.head_of(model) in (CAUSAL_LM, None)
+
+
+def _recovery_text(model: PreTrainedModel, recovery: Recovery | None, options: PruneOptions) -> RecoveryText | None:
+    """Part the recovery's windows, where there is a recovery."""
+    tokens = options.recovery_text
+    if (recovery is None) != (tokens is None):
+        raise RecipeError(
+            "recovery_text needs a compensator that trains, such as `lora`"
+            if recovery is None
+            else "a compensator trains: set PruneOptions(recovery_text=...) to tokens [windows, tokens]"
+        )
+    if recovery is None or tokens is None:
+        return None
+    text = take_windows(recovery.training, tokens)
+    CalibrationText(tokens).check(model)
+    return text
+
+
+def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery, text: RecoveryText) -> None:
     device = model.device
     options = {"accelerator": "cpu", "devices": 1} if device.type == "cpu" else {"devices": [device.index or 0]}
-    recover_(model, sites, recovery, take_windows(recovery.training, tokens), Runtime(options))
+    recover_(model, sites, recovery, text, Runtime(options))
     nn.Module.to(model, device)
 
 
@@ -155,7 +209,7 @@ def _method(
     compensator: Compensator | Choice | Sequence[Compensator | Choice],
 ) -> Method:
     """Build the components that prune."""
-    compensators = [compensator] if isinstance(compensator, (str, Mapping, Compensator)) else compensator
+    compensators = compensator if isinstance(compensator, (list, tuple)) else [compensator]
     return Method(
         registry.build(METRIC, metric),
         registry.build(SEARCHER, searcher),
@@ -167,7 +221,8 @@ class FlapPruning(PruneBeforeTraining):
     """Prune a model before it is trained, in your own script: ``Trainer(callbacks=[FlapPruning(...)])``.
 
     It prunes in ``setup``, before the optimizer is created; the module has its transformers model in the attribute
-    ``model``.
+    ``model``. Lightning's checkpoints contain the plan: a resumed training slices the dense model by it. For
+    ``load_from_checkpoint``, see ``flapkit.restore_pruning_``.
 
     Args:
         calibration: tokens [windows, tokens], or a dataset of mappings with ``input_ids``.

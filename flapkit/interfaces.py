@@ -19,7 +19,7 @@ from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import Budget, BudgetBase, PruningPlan
 from flapkit.model.resize import count_rows, rows_of
-from flapkit.model.site import Coupling, Kind, Site, groups
+from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import Compensator, ImportanceMetric, Objective, StructureSearcher, TrialSearcher
 from flapkit.pruning.ranking import (
@@ -132,5 +132,6 @@ __all__ = [
     "split_modules",
     "standardise",
     "tokenise",
+    "unit_costs",
     "whole_units",
 ]

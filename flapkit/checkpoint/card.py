@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from flapkit.model.classes import CAUSAL_LM
 from flapkit.system.errors import InputError
 from flapkit.system.paths import to_path
 
@@ -17,23 +18,45 @@ CARD = "README.md"
 
 LOAD = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {head}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = {head}.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-The layers differ in heads and widths, so the folder contains a modeling file. With flapkit installed,
-`flapkit.load("{name}")` needs no `trust_remote_code`."""
+The layers differ in heads and widths, so the folder contains a modeling file. {with_flapkit}"""
+
+WITH_FLAPKIT = {
+    True: 'With flapkit installed,\n`flapkit.load("{name}")` needs no `trust_remote_code`.',
+    False: "Once flapkit is\nimported, this needs no `trust_remote_code`.",
+}
+"""Whether it is a language model -> how to load it with flapkit."""
+
+PIPELINES = {
+    CAUSAL_LM: "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+"""Auto class -> the hub's name of its task."""
 
 
-_FILES = """\
+_PLAN = """\
 `plan.json` lists the kept units of every layer as indices into the dense model; `flapkit.expand_lora` uses it to map
-adapters trained on this model back to the dense one. `flapkit.json` has the package versions and the options."""
+adapters trained on this model back to the dense one. """
+
+_MARK = "`flapkit.json` has the package versions and the options."
 
 
 def model_card(
-    name: str, base: str, *, metadata: Mapping[str, Any], result: Mapping[str, Any] | None, recipe: str | None
+    name: str,
+    base: str,
+    *,
+    metadata: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    recipe: str | None,
+    has_plan: bool = True,
+    head: str = CAUSAL_LM,
 ) -> str:
     """Write a model card.
 
@@ -43,17 +66,21 @@ def model_card(
         metadata: how the model was made, as in ``flapkit.json``.
         result: the measurements, as in ``result.json``, if any.
         recipe: the recipe, if one was run.
+        has_plan: the folder has a ``plan.json``.
+        head: the Auto class that loads it.
 
     Returns:
         Markdown with the YAML header of the Hugging Face hub.
     """
-    parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", LOAD.format(name=name)]
+    with_flapkit = WITH_FLAPKIT[head == CAUSAL_LM].format(name=name)
+    load = LOAD.format(name=name, head=head, with_flapkit=with_flapkit)
+    parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", load]
     if result:
         parts += ["## Results", *_results(result)]
     if recipe:
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
-    parts += ["## Files", _FILES]
-    return f"---\n{_header(base)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    parts += ["## Files", (_PLAN if has_plan else "") + _MARK]
+    return f"---\n{_header(base, head)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def licence_of(base: str) -> str | None:
@@ -95,12 +122,12 @@ def _path_or_none(name: str) -> Path | None:
         return None
 
 
-def _header(base: str) -> str:
+def _header(base: str, head: str) -> str:
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None,
         license=licence_of(base),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES[head],
         tags=["flapkit", "pruning", "structured-pruning"],
     )
     return str(data.to_yaml())

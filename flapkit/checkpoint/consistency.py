@@ -84,13 +84,16 @@ def check_settings(name: Path | str, config: Any) -> None:
                 )
 
 
-def check_plan(name: Path | str, config: Any, path: Path) -> None:
-    """Raise ``ModelError`` unless a checkpoint's plan keeps as many units as its configuration implies.
+def read_plan(name: Path | str, config: Any, path: Path) -> PruningPlan:
+    """Read a checkpoint's plan.
 
     Args:
         name: the checkpoint's name.
         config: its configuration.
         path: the plan's file.
+
+    Raises:
+        ModelError: the plan is damaged, or does not keep as many units as the configuration implies.
     """
     try:
         plan = PruningPlan.read(path)
@@ -108,6 +111,7 @@ def check_plan(name: Path | str, config: Any, path: Path) -> None:
                 f"model {name}: plan.json keeps {len(units)} units at {site}, config.json "
                 f"{' or '.join(str(count) for count in sorted(kept))}; one of the files was changed"
             )
+    return plan
 
 
 def _units(layer: Any, block: Any) -> set[int]:

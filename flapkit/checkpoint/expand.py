@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flapkit.checkpoint.consistency import read_plan
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.load import load_config
 from flapkit.model.classes import dense_config
-from flapkit.model.declaration import Unit, declaration_of
+from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
@@ -32,8 +33,7 @@ class _Dense:
     """The dense model that a checkpoint was pruned from."""
 
     config: PreTrainedConfig
-    sites: tuple[Site, ...]
-    plan: PruningPlan
+    cuts: tuple[tuple[Site, list[int]], ...]
 
 
 def expand_lora(lora: Mapping[str, Tensor], checkpoint: Path | str) -> dict[str, Tensor]:
@@ -86,26 +86,35 @@ def _dense_of(checkpoint: Path) -> _Dense:
     config = load_config(checkpoint)
     if not (checkpoint / PLAN).is_file():
         raise ModelError(f"{checkpoint}: {PLAN} is missing, which lists the kept units of the dense model")
-    plan = PruningPlan.read(checkpoint / PLAN)
+    plan = read_plan(checkpoint, config, checkpoint / PLAN)
     dense, family = dense_config(config), declaration_of(config)
     sites = sites_of(skeleton(dense), family)
-    sites = sites_of(skeleton(dense), family, _unit_of(plan, sites))
-    plan.check(sites)
-    return _Dense(dense, sites, plan)
+    keep, single = dict(plan.keep), set()
+    for site in sites:
+        units = plan.keep.get(site.name, ())
+        if _counts_query_heads(site, units, config.per_layer_config[site.layer]):
+            keep[site.name] = tuple(sorted({head * site.kv_heads // site.heads for head in units}))
+            single.add(site.name)
+    groups = PruningPlan(keep)
+    groups.check(sites)
+    cuts = [(site, groups.removed_units(site)) for site in sites]
+    if single:
+        heads = [site for site in sites_of(skeleton(dense), family, "query_head") if site.name in single]
+        cuts += [(site, plan.removed_units(site)) for site in heads]
+    return _Dense(dense, tuple(cuts))
 
 
-def _unit_of(plan: PruningPlan, groups: Sequence[Site]) -> Unit:
-    """Tell the attention unit of a plan: query heads have higher indices than the KV groups that they are in.
+def _counts_query_heads(site: Site, keep: Sequence[int], layer: Any) -> bool:
+    """Tell whether a plan counts an attention in query heads, and not in KV heads with their query heads.
 
     Args:
-        plan: the plan.
-        groups: the sites with KV groups as units.
+        site: the attention in the dense model, in KV heads.
+        keep: its kept units.
+        layer: the configuration of the pruned layer.
     """
-    for site in groups:
-        beyond = max(plan.keep.get(site.name, ()), default=0) >= site.units
-        if beyond and site.kind == "attention" and site.block is not None and site.block.takes_query_heads:
-            return "query_head"
-    return "kv_group"
+    if site.kind != "attention" or site.units == site.heads:
+        return False
+    return bool(len(keep) == layer.num_attention_heads)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -121,8 +130,7 @@ def _split(name: str) -> tuple[str, str]:
 def _expand(tensor: Tensor, param: str, dim: int, dense: _Dense) -> Tensor:
     """Expand one dimension of a tensor to the dense model's indices."""
     removed: list[int] = []
-    for site in dense.sites:
-        units = dense.plan.removed_units(site)
+    for site, units in dense.cuts:
         if site.expert is not None and units and param in {site.weight, *(c.param for c in site.couplings)}:
             raise ModelError(f"{param}: stacked experts keep different channels and cannot be mapped back")
         if site.weight == param and site.dim == dim:
@@ -137,7 +145,7 @@ def _expand(tensor: Tensor, param: str, dim: int, dense: _Dense) -> Tensor:
     if len(kept) != tensor.shape[dim]:
         raise ModelError(
             f"{param}: {tensor.shape[dim]} entries in dimension {dim}, but the plan keeps {len(kept)} of {length}; "
-            "check that the tensor belongs to this checkpoint, and that the model was pruned only once"
+            "check that the tensor belongs to this checkpoint"
         )
     shape = [*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]]
     return tensor.new_zeros(shape).index_copy(dim, kept, tensor)

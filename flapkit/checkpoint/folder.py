@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from flapkit.system.errors import InputError, OutputError
 from flapkit.system.paths import to_path
-from flapkit.system.workdir import WorkDir, check_space, disk_error, open_workdir, sync
+from flapkit.system.workdir import OVERWRITE, WorkDir, check_space, disk_error, open_workdir, sync
 
 PLAN = "plan.json"
 """The file of a checkpoint's plan."""
@@ -33,19 +33,20 @@ def recipe_of(checkpoint: Path) -> Path:
     return local if local.is_file() else checkpoint / RECIPE
 
 
-def check_output(path: Path, *, overwrite: bool = False) -> None:
+def check_output(path: Path, *, overwrite: bool = False, option: str = OVERWRITE) -> None:
     """Raise ``OutputError`` unless a folder can be written; called before a run, so that no work is lost.
 
     Args:
         path: the folder to write.
         overwrite: allow replacing a folder that flapkit wrote, or an empty one.
+        option: how the caller is told to overwrite.
     """
     _check_path(path)
     if path.exists() or path.is_symlink():
         if not path.is_dir() or path.is_symlink():
             raise OutputError(f"output {path}: exists and is not a folder; choose another path")
         if not overwrite:
-            raise OutputError(f"output {path}: exists already; choose another folder, or use --overwrite")
+            raise OutputError(f"output {path}: exists already; choose another folder, or use {option}")
         if not (path / MARK).is_file() and any(path.iterdir()):
             raise OutputError(f"output {path}: was not written by flapkit ({MARK} is missing); remove it yourself")
     _check_parent(path)
@@ -67,7 +68,9 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = None, needed: int = 0) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, overwrite: bool = False, work: WorkDir | None = None, needed: int = 0, option: str = OVERWRITE
+) -> Iterator[Path]:
     """Write a folder in the work folder beside it, and rename it when it is complete.
 
     If writing is interrupted, the folder is either unchanged or complete.
@@ -77,6 +80,7 @@ def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = No
         overwrite: replace a folder that flapkit wrote.
         work: the work folder, if it is already open.
         needed: bytes to be written, as far as known; checked against the free space first.
+        option: how the caller is told to overwrite.
 
     Yields:
         The temporary folder to write to.
@@ -84,7 +88,7 @@ def new_folder(path: Path, *, overwrite: bool = False, work: WorkDir | None = No
     Raises:
         OutputError: the folder exists, cannot be written, another process writes it, or the disk is full.
     """
-    with _new(path, check_output, overwrite, work, needed) as temporary:
+    with _new(path, partial(check_output, option=option), overwrite, work, needed, option) as temporary:
         temporary.mkdir()
         yield temporary
 
@@ -109,10 +113,16 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _new(
-    path: Path, check: Callable[..., None], overwrite: bool, work: WorkDir | None, needed: int = 0
+    path: Path,
+    check: Callable[..., None],
+    overwrite: bool,
+    work: WorkDir | None,
+    needed: int = 0,
+    option: str = OVERWRITE,
 ) -> Iterator[Path]:
     allowed = partial(check, path, overwrite=overwrite)
-    with nullcontext(work) if work else open_workdir(path, check=allowed, overwrite=overwrite) as work:
+    own = nullcontext(work) if work else open_workdir(path, check=allowed, overwrite=overwrite, option=option)
+    with own as work:
         allowed()
         check_space(path, needed)
         try:

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from flapkit.checkpoint.bundled import PREFIX, bundled_models
-from flapkit.checkpoint.consistency import check_plan, check_settings, check_shapes, check_size
+from flapkit.checkpoint.card import is_hub_id
+from flapkit.checkpoint.consistency import check_settings, check_shapes, check_size, read_plan
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.gguf import SUFFIX as GGUF
 from flapkit.checkpoint.gguf import dequantised
 from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
+from flapkit.model.classes import CAUSAL_LM, HEADS
 from flapkit.model.empty import check_depth
+from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.registration import PREFIX as PRUNED
 from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
@@ -74,6 +78,7 @@ def load(
     """
     source, stored = _source(path, revision), {}
     config = load_config(path, revision=revision)
+    check_language_model(path, config)
     check_unquantised(path, config)
     if isinstance(source, Path):
         stored = _check_files(path, source)
@@ -101,8 +106,41 @@ def load(
     if unexpected := sorted(info["unexpected_keys"]):
         log.warning("model %s: ignored weights that the model does not have: %s", path, _shorten(unexpected))
     check_weights(path, model.named_parameters(), stored)
+    restore_plan_(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def restore_plan_(model: PreTrainedModel) -> None:
+    """Let a pruned model carry the plan of the checkpoint that it was loaded from, unless it carries one.
+
+    Args:
+        model: a model, from transformers or from flapkit; of a dense one, and where there is no plan, nothing is done.
+
+    Raises:
+        ModelError: the plan is damaged, or not the model's.
+    """
+    config = model.config
+    if plan_of(model) is not None or not config.model_type.startswith(PRUNED):
+        return
+    name = config.name_or_path or ""
+    path = _plan_file(name, getattr(config, "_commit_hash", None))
+    if path is not None:
+        set_plan_(model, read_plan(name, config, path))
+
+
+def _plan_file(name: str, revision: str | None) -> Path | None:
+    """Find the plan of a checkpoint in a folder, or on the hub."""
+    if is_hub_id(name):
+        try:
+            return Path(hf_hub_download(name, PLAN, revision=revision))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+            return None
+    try:
+        path = to_path(name) / PLAN
+    except InputError:
+        return None
+    return path if name and path.is_file() else None
 
 
 def _shorten(names: Sequence[str]) -> str:
@@ -158,6 +196,23 @@ def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:
                     f"model {name}: config.json names code on the hub ({key.strip('_')}: {chosen}); flapkit does not "
                     "run code that comes with a model; remove the entry"
                 )
+
+
+def check_language_model(name: Path | str, config: PreTrainedConfig) -> None:
+    """Raise ``ModelError`` if a checkpoint holds a classifier, and no language model.
+
+    Args:
+        name: the model's name.
+        config: its configuration.
+    """
+    named = getattr(config, "architectures", None)
+    for architecture in named if isinstance(named, list) else ():
+        kind = str(architecture).partition("For")[2]
+        if f"AutoModelFor{kind}" in HEADS and f"AutoModelFor{kind}" != CAUSAL_LM:
+            raise ModelError(
+                f"model {name}: is a {architecture}, and no language model; load it with transformers' "
+                f"AutoModelFor{kind}, and prune it in Python: flapkit.prune_ and flapkit.save take it"
+            )
 
 
 def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -279,7 +334,7 @@ def _check_pruned(name: Path | str, folder: Path, config: PreTrainedConfig) -> N
     check_shapes(name, config, _weight_files(name, folder))
     check_settings(name, config)
     if (folder / PLAN).is_file():
-        check_plan(name, config, folder / PLAN)
+        read_plan(name, config, folder / PLAN)
 
 
 def check_unpickled(name: Path | str) -> None:

@@ -13,13 +13,15 @@ import torch
 
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK, PLAN, RECIPE, new_folder
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.model.classes import PrunedClasses, pruned_classes
+from flapkit.model.classes import PrunedClasses, check_head, pruned_classes
+from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert_
-from flapkit.system.errors import ModelError
+from flapkit.system.errors import InputError, ModelError
 from flapkit.system.paths import within
-from flapkit.system.workdir import WorkDir
+from flapkit.system.workdir import OVERWRITE, WorkDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 def save(
     model: PreTrainedModel,
     path: Path | str,
-    plan: PruningPlan,
+    plan: PruningPlan | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     base: str = "",
@@ -50,13 +52,13 @@ def save(
     """Save a pruned model as a folder, which appears only when it is complete.
 
     It contains safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
-    ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model) and
-    ``flapkit.json`` (versions and metadata). Nothing is pickled.
+    ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model, after one
+    pruning or several: the model carries them) and ``flapkit.json`` (versions and metadata). Nothing is pickled.
 
     Args:
         model: a model that flapkit pruned.
         path: the folder to write.
-        plan: the plan that was applied.
+        plan: what is to be the model's plan; another one is refused.
         tokenizer: saved with the model, if given.
         base: the dense model, a hub id or a folder, for the model card; by default where the model came from.
         metadata: how the model was made, for ``flapkit.json``; JSON data.
@@ -70,33 +72,62 @@ def save(
 
     Raises:
         ModelError: flapkit has no classes to load such a model.
+        InputError: the plan is not the model's.
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
     classes = savable_classes(model)
+    head, carried = check_head(model), _plan_of(model, plan)
     if dtype is not None and not weights:
         convert_(model, dtype)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
-    with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed) as folder:
+    # Commands open the work folder themselves.
+    option = OVERWRITE if work else "overwrite=True"
+    with new_folder(Path(path), overwrite=overwrite, work=work, needed=needed, option=option) as folder:
         fix_generation_config_(model)
         if weights:
             model.config.dtype = dtype or model.dtype
             _take_weights(model, weights, folder)
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _write_config(classes, folder)
+        _write_config(classes, head, folder)
         (folder / classes.file).write_text(classes.source, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-        (folder / CARD).write_text(_card(Path(path).name, base, model, metadata or {}, files or {}), encoding="utf-8")
+        if carried is not None:
+            (folder / PLAN).write_text(carried.to_json(), encoding="utf-8")
+        card = _card(Path(path).name, base, model, metadata or {}, files or {}, has_plan=carried is not None, head=head)
+        (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in (files or {}).items():
             path = within(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        carried = sorted(name for name in files or () if name != LOCAL_RECIPE)
-        record = {"versions": {package: version(package) for package in PACKAGES}, "files": carried}
+        published = sorted(name for name in files or () if name != LOCAL_RECIPE)
+        record = {"versions": {package: version(package) for package in PACKAGES}, "files": published}
         record |= metadata or {}
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_of(model: PreTrainedModel, claimed: PruningPlan | None) -> PruningPlan | None:
+    """Return the plan that a model carries, or None, with a warning, where it carries none.
+
+    Raises:
+        InputError: another plan is claimed to be the model's.
+    """
+    restore_plan_(model)
+    plan = plan_of(model)
+    if claimed is not None and claimed != plan:
+        raise InputError(
+            "save: this plan is not the model's, which was pruned by another one, or more than once; leave it out: the "
+            "model carries its own"
+        )
+    if plan is None:
+        log.warning(
+            "save: the model does not say what it keeps of the dense one (it was loaded from a folder without %s, as "
+            "save_pretrained writes it): the new folder has no %s either",
+            PLAN,
+            PLAN,
+        )
+    return plan
 
 
 def bytes_of(model: PreTrainedModel) -> int:
@@ -120,12 +151,20 @@ def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path)
 
 
 def _card(
-    name: str, base: str, model: PreTrainedModel, metadata: Mapping[str, Any], files: Mapping[str, str | bytes]
+    name: str,
+    base: str,
+    model: PreTrainedModel,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, str | bytes],
+    *,
+    has_plan: bool,
+    head: str,
 ) -> str:
     base = base or metadata.get("model", {}).get("path") or str(model.config.name_or_path or "")
     texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in files.items() if key in TEXTS}
     result = json.loads(texts["result.json"]) if "result.json" in texts else None
-    return model_card(name, base, metadata=metadata, result=result, recipe=texts.get(RECIPE))
+    text = texts.get(RECIPE)
+    return model_card(name, base, metadata=metadata, result=result, recipe=text, has_plan=has_plan, head=head)
 
 
 def savable_classes(model: PreTrainedModel) -> PrunedClasses:
@@ -145,7 +184,7 @@ def savable_classes(model: PreTrainedModel) -> PrunedClasses:
 
 def fix_generation_config_(model: PreTrainedModel) -> None:
     """Set ``do_sample`` if the generation settings have sampling options; transformers does not save them otherwise."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     try:
@@ -155,9 +194,9 @@ def fix_generation_config_(model: PreTrainedModel) -> None:
         settings.do_sample = True
 
 
-def _write_config(classes: PrunedClasses, folder: Path) -> None:
+def _write_config(classes: PrunedClasses, head: str, folder: Path) -> None:
     """Add the entries that only a checkpoint has to the configuration: its class and its modeling file."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"architectures": [classes.causal_lm.__name__], "auto_map": classes.auto_map}
+    config |= {"architectures": [classes.heads[head].__name__], "auto_map": classes.auto_map}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ A file of tokens holds those of one text; its name is a hash of the text, the to
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -87,7 +88,7 @@ class Calibrated:
             "attention": str(model.config._attn_implementation),
             "numerics": numerics,
             "rows": hash_tensors((f"{index} {name}", row[name]) for index, row in enumerate(rows) for name in row),
-            "sites": repr(tuple(sites)),
+            "sites": str([dataclasses.astuple(site) for site in sites]),
             "format": str(FORMAT),
             "versions": " ".join(version(package) for package in ("torch", "transformers")),
         }

@@ -31,6 +31,7 @@ from flapkit.pruning.method import Method, Pruned, Repairs, find_corrections, fi
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.progress import Progress
+from flapkit.text.windows import check_vocabulary
 
 Scores = Mapping[str, Tensor]
 """Site name -> scores [units, k], float64 on the CPU."""
@@ -69,6 +70,16 @@ class CalibrationText:
     def batches(self, share: Mapping[str, int] | None = None) -> list[Batch]:
         """Return the windows in batches; ``share`` as for ``data``."""
         return list(self.data(share).predict_dataloader())
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Read all windows, and raise ``DataError`` if one of them is not for this model.
+
+        Args:
+            model: what the windows are to run through.
+        """
+        vocabulary = len(next(model.get_input_embeddings().parameters()))
+        for batch in self.data().predict_dataloader():
+            check_vocabulary(batch["input_ids"], vocabulary)
 
 
 class Executor(ABC):

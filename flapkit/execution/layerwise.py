@@ -33,6 +33,7 @@ from flapkit.execution.resume import Resume, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
 from flapkit.model.classes import set_pruned_config_
+from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert
 from flapkit.model.site import Site
@@ -288,6 +289,7 @@ class LayerwiseExecutor(Executor):
             biased = (site for site in self._in_layer(index) if site.bias in written)
             empty = {site.name: Correction(bias=torch.zeros(site.out_features, device="meta")) for site in biased}
             self._slice_(index, plan, empty)
+        add_plan_(self.model, self.sites, plan)
         set_pruned_config_(self.model, self.sites)
         self._stream.read_from(written)
         notes = {name: Correction(note=note) for name, note in _gathered(shards, NOTES).items()}

@@ -10,6 +10,7 @@ measures statistics or trains.
 - ``layout``: the sites of a model from its declaration.
 - ``positions``: how long a text a model can take.
 - ``plan``: ``Budget`` and ``PruningPlan``.
+- ``history``: the plan that a pruned model carries, and the plan of several prunings.
 - ``surgery``: slice or mask a model's weights.
 - ``resize``: the modeling code that every pruned checkpoint carries.
 - ``classes``: transformers classes that load pruned models.

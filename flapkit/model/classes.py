@@ -8,18 +8,20 @@ the stock model and resizes its layers. The classes of a model type are made on 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from torch import nn
 
 from flapkit.model import resize
 from flapkit.model.empty import config_of
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site
+from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,29 +29,37 @@ if TYPE_CHECKING:
 PRUNED_KEYS = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
 
-CLASSES = '''
+CONFIG = '''
 
 from huggingface_hub.dataclasses import strict
 from {config_module} import {config}
-from {model_module} import {backbone}, {causal_lm}
+from {model_module} import {stock}
 
 
 @strict
 class Flapkit{config}(FlapkitConfig, {config}):
     """The configuration of a pruned {dense}."""
     model_type = "{prefix}{dense}"
+'''
+"""Begins the end of a checkpoint's modeling file, after the source of ``resize.py``."""
 
+CLASS = '''
 
-class Flapkit{backbone}(Resized, {backbone}):
-    """The decoder of a pruned {dense}."""
-    config_class = Flapkit{config}
-
-
-class Flapkit{causal_lm}(Resized, {causal_lm}):
-    """A pruned {dense} with its language-modelling head."""
+class Flapkit{stock}(Resized, {stock}):
+    """{stock} of a pruned model."""
     config_class = Flapkit{config}
 '''
-"""The end of a checkpoint's modeling file, after the source of ``resize.py``; the classes of ``pruned_classes``."""
+"""One of the classes of ``pruned_classes``."""
+
+CAUSAL_LM = "AutoModelForCausalLM"
+
+HEADS = (
+    CAUSAL_LM,
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+"""The Auto classes of models that can be pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +70,17 @@ class PrunedClasses:
         dense: model type of the dense model.
         config: configuration class of pruned models.
         backbone: class of the decoder without its head.
-        causal_lm: class of the language model.
+        heads: Auto class -> class of the decoder with that head.
     """
 
     dense: str
     config: type[PreTrainedConfig]
     backbone: type[PreTrainedModel]
-    causal_lm: type[PreTrainedModel]
+    heads: Mapping[str, type[PreTrainedModel]]
+
+    def head_of(self, model: nn.Module) -> str | None:
+        """Return the Auto class that loads a pruned model of a model's kind; None where there is none."""
+        return next((auto for auto, head in self.heads.items() if isinstance(model, _stock_of(head))), None)
 
     @property
     def file(self) -> str:
@@ -76,21 +90,22 @@ class PrunedClasses:
     @property
     def source(self) -> str:
         """Source of the modeling file, which ``trust_remote_code=True`` runs where flapkit is not installed."""
-        config, backbone, causal_lm = (pruned.__mro__[2] for pruned in (self.config, self.backbone, self.causal_lm))
-        return inspect.getsource(resize) + CLASSES.format(
+        config, *stock = (_stock_of(pruned) for pruned in (self.config, self.backbone, *self.heads.values()))
+        head = CONFIG.format(
             prefix=PREFIX,
             dense=self.dense,
             config=config.__name__,
             config_module=config.__module__,
-            backbone=backbone.__name__,
-            causal_lm=causal_lm.__name__,
-            model_module=causal_lm.__module__,
+            stock=", ".join(each.__name__ for each in stock),
+            model_module=stock[0].__module__,
         )
+        classes = [CLASS.format(stock=each.__name__, config=config.__name__) for each in stock]
+        return "".join([inspect.getsource(resize), head, *classes])
 
     @property
     def auto_map(self) -> dict[str, str]:
         """Auto class -> the class in the modeling file, as ``trust_remote_code=True`` reads it."""
-        classes = {"AutoConfig": self.config, "AutoModel": self.backbone, "AutoModelForCausalLM": self.causal_lm}
+        classes = {"AutoConfig": self.config, "AutoModel": self.backbone, **self.heads}
         return {auto: f"{self.file.removesuffix('.py')}.{pruned.__name__}" for auto, pruned in classes.items()}
 
 
@@ -110,22 +125,52 @@ def pruned_classes(model_type: str) -> PrunedClasses | None:
 
 
 @cache
-def _make_classes(dense: str) -> PrunedClasses:
+def _make_classes(dense: str) -> PrunedClasses | None:
     stock: Any = transformers.CONFIG_MAPPING[dense]
-    config = strict(_derive(resize.FlapkitConfig, stock, model_type=f"{PREFIX}{dense}"))
-    causal_lm, backbone = (
-        _derive(resize.Resized, auto._model_mapping[stock], config_class=config)
-        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel)
+    backbone, causal_lm, *others = (
+        getattr(transformers, auto)._model_mapping.get(stock, None) for auto in ("AutoModel", *HEADS)
     )
+    if backbone is None:
+        return None
+    config = strict(_derive(resize.FlapkitConfig, stock, model_type=f"{PREFIX}{dense}"))
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    transformers.AutoModel.register(config, backbone, exist_ok=True)
-    transformers.AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-    return PrunedClasses(dense, config, backbone, causal_lm)
+    pruned = {"AutoModel": backbone, CAUSAL_LM: causal_lm}
+    for auto, model in zip(HEADS[1:], others, strict=True):
+        # Sites are named as in the language model; some heads name the decoder otherwise.
+        if model and (model.__module__, model.base_model_prefix) == (causal_lm.__module__, causal_lm.base_model_prefix):
+            pruned[auto] = model
+    for auto, model in pruned.items():
+        pruned[auto] = _derive(resize.Resized, model, config_class=config)
+        getattr(transformers, auto).register(config, pruned[auto], exist_ok=True)
+    return PrunedClasses(dense, config, pruned.pop("AutoModel"), pruned)
+
+
+def _stock_of(pruned: type) -> type:
+    """Return the class of transformers' that a class of pruned models is derived from."""
+    return pruned.__mro__[2]
 
 
 def _derive(mixin: type, stock: Any, **attributes: Any) -> Any:
     attributes |= {"__module__": resize.__name__, "__doc__": f"{stock.__name__} of a pruned model."}
     return type(f"Flapkit{stock.__name__}", (mixin, stock), attributes)
+
+
+def check_head(model: PreTrainedModel) -> str:
+    """Return the Auto class that will load a model once it is pruned.
+
+    Args:
+        model: a dense or a pruned model.
+
+    Raises:
+        ModelError: there is no class to load such a model by.
+    """
+    classes = pruned_classes(model.config.model_type)
+    head = classes.head_of(model) if classes else None
+    if head is None:
+        known = ", ".join(_stock_of(each).__name__ for each in classes.heads.values()) if classes else ""
+        instead = f"; of this type, it can save {known}" if known else ""
+        raise ModelError(f"flapkit has no class to save a pruned {type(model).__name__} by{instead}")
+    return head
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -163,17 +208,48 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     _fill_missing_keys(layers, dense)
     dense.pop("model_type")
     declaration = {"layers": _layers_of(sites[0]), "blocks": [block.data for block in blocks if block]}
-    config = classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration})
-    config.name_or_path = model.config.name_or_path
-    for name in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, name, getattr(model.config, name))
+    _replace_config(model, classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration}))
+
+
+def reshape_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    """Give a model the sizes of a pruned one, in place: its weights are to be loaded afterwards.
+
+    Args:
+        model: the model that was pruned, as it was before; one that has these sizes already stays as it is.
+        values: the pruned model's configuration, as plain data.
+
+    Raises:
+        ModelError: the model is of another type, or other sizes.
+    """
+    classes = pruned_classes(model.config.model_type)
+    if classes is None or classes.config.model_type != values.get("model_type"):
+        raise ModelError(f"a {type(model).__name__} cannot be given the sizes of a {values.get('model_type')}")
+    config = config_of(classes.config, {key: value for key, value in values.items() if key != "model_type"})
+    if model.config.to_dict().get("per_layer_config") == config.to_dict()["per_layer_config"]:
+        return
+    layers: Any = model.get_submodule(config.flapkit["layers"])
+    if len(layers) != len(config.per_layer_config):
+        raise ModelError(f"the model has {len(layers)} layers, and the pruned one {len(config.per_layer_config)}")
+    for layer, before, shape in zip(layers, model.config.per_layer_config, config.per_layer_config, strict=True):
+        for block in config.flapkit["blocks"]:
+            module = resize.find_module(layer, block)
+            if module is None:
+                continue
+            try:
+                resize.resize_(module, block, resize.heads_of(before, block), shape)
+            except RuntimeError as error:
+                raise ModelError(f"{block['name']}: the model is smaller than the pruned one: {error}") from error
     _replace_config(model, config)
-    # Parameters are saved under their own names: the dense checkpoint's layout is not that of the derived classes.
-    vars(model)["_weight_conversions"] = []
 
 
 def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give a model, and all of its modules, the configuration of a pruned one."""
     previous = model.config
+    config.name_or_path = previous.name_or_path
+    for name in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, name, getattr(previous, name))
+    # Parameters are saved under their own names: the dense checkpoint's layout is not that of the derived classes.
+    vars(model)["_weight_conversions"] = []
     for module in model.modules():
         current: Any = getattr(module, "config", None)
         if current is previous:

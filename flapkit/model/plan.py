@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,7 +58,7 @@ class Budget:
         """
         if of not in get_args(BudgetBase):
             raise BudgetError(f"budget.of: unknown base {of!r}{did_you_mean(of, get_args(BudgetBase))}")
-        if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio < 1):
             raise BudgetError(
                 f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
             )
@@ -79,10 +81,36 @@ class PruningPlan:
     """The units kept at each site.
 
     Args:
-        keep: site name -> kept units, ascending, as indices into the dense model's units.
+        keep: site name -> kept units, ascending, as indices into the units of the model that is pruned.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the numbers of sites and kept units; ``summary`` lists them by layer."""
+        return f"PruningPlan({len(self.keep)} sites, {sum(map(len, self.keep.values())):,} units kept)"
+
+    def summary(self, sites: Sequence[Site] = ()) -> str:
+        """Return a table of the number of units that each layer keeps.
+
+        Args:
+            sites: the sites of the model before pruning; if given, the table has the units before, and the parameters
+                removed.
+        """
+        rows = _table(self, sites)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        if sites:
+            removed, params = self.removed_params(sites), sum(site.params for site in sites)
+            lines.append(f"removed: {removed:,} of {params:,} parameters ({removed / params:.1%})")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the table of ``summary`` for notebooks."""
+        names, *rows = _table(self)
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ``InputError`` unless the plan fits the sites: known names, and ascending units within range."""
@@ -147,3 +175,29 @@ class PruningPlan:
             if not isinstance(units, list) or not all(type(unit) is int for unit in units):
                 raise InputError(f"plan: {name}: expected a list of whole numbers")
         return cls({name: tuple(units) for name, units in keep.items()})
+
+
+def _table(plan: PruningPlan, sites: Sequence[Site] = ()) -> list[list[str]]:
+    """Return a row of column names, and a row for each layer; the experts of a layer share a cell.
+
+    Args:
+        plan: the plan.
+        sites: the sites before pruning; may be empty.
+    """
+    units = {site.name: site.units for site in sites}
+    cells: dict[str, dict[str, list[str]]] = {}
+    for name, keep in plan.keep.items():
+        matched = re.fullmatch(r"layers\.(\d+)\.([^.]+)(?:\.\d+)?", name)
+        layer, block = matched.groups() if matched else ("", name)
+        before = f" of {units[name]}" if name in units else ""
+        cells.setdefault(layer, {}).setdefault(block, []).append(f"{len(keep)}{before}")
+    blocks = list(dict.fromkeys(block for row in cells.values() for block in row))
+    rows = [[layer, *(_cell(row.get(block, [])) for block in blocks)] for layer, row in cells.items()]
+    return [["layer", *blocks], *rows]
+
+
+def _cell(counts: Sequence[str]) -> str:
+    """Write the count of one block, or of all experts of a layer."""
+    if len(counts) > 1 and len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return ", ".join(counts)

@@ -35,13 +35,15 @@ class Resized:
     def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN204
         model: Any = self
         layers, blocks = config.to_dict().get("per_layer_config"), config.flapkit["blocks"]
-        # Build the dense model with this very object: its modules keep a reference to it.
-        config.per_layer_config = None
+        # Build the dense model with this very object: its modules keep a reference to it. Some heads let an Auto class
+        # build their decoder, which goes by the class of the configuration.
+        pruned, config.per_layer_config = type(config), None
+        config.__class__ = pruned.__mro__[pruned.__mro__.index(FlapkitConfig) + 1]
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             dense = [heads_of(config, block) for block in blocks]
         finally:
-            config.per_layer_config = layers
+            config.__class__, config.per_layer_config = pruned, layers
         path = config.flapkit["layers"].removeprefix(f"{model.base_model_prefix}.")
         for layer, shape in zip(model.base_model.get_submodule(path), config.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):

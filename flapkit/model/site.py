@@ -100,6 +100,11 @@ class Site:
     path: str = ""
     block: Block | None = field(default=None, hash=False)
 
+    def __repr__(self) -> str:
+        """Return the name and the size."""
+        size = f"{self.units} units of {self.channels_per_unit} channels, {self.params:,} parameters"
+        return f"Site({self.name!r}, {size})"
+
     @property
     def channels(self) -> int:
         """Input channels of the consumer."""
@@ -154,3 +159,16 @@ def groups(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         members.setdefault(site.group or site.name, []).append(site)
     return list(members.values())
+
+
+def unit_costs(sites: Sequence[Site]) -> list[int]:
+    """Count the parameters of one unit of each group of sites: the least that can be removed there.
+
+    Where several units are removed together (one of each expert, one query head of each key/value head, or a multiple
+    that kernels need), they count as one.
+    """
+    costs = []
+    for together in groups(sites):
+        multiple = together[0].multiple if together[0].kind == "mlp" else 1
+        costs.append(multiple * sum(site.runs * site.params_per_unit for site in together))
+    return costs

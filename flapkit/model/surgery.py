@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.classes import set_pruned_config_
+from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import add_bias_, replace_, set_sizes_
 from flapkit.model.site import Site, groups
@@ -248,11 +249,20 @@ class Correction:
     bias: Tensor | None = None
     note: str | None = None
 
+    def __repr__(self) -> str:
+        """Return the shapes instead of the values."""
+        shapes = (f"{name}={_shape(tensor)}" for name, tensor in (("weight", self.weight), ("bias", self.bias)))
+        return f"Correction({', '.join(shapes)}, note={self.note!r})"
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
 
 def apply_plan_(
     model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction]
 ) -> None:
-    """Slice the model and update its configuration, in place.
+    """Slice the model, and update its configuration and the plan that it carries, in place.
 
     Args:
         model: the dense model.
@@ -260,5 +270,7 @@ def apply_plan_(
         plan: the units to keep.
         corrections: site name -> the consumer's correction.
     """
+    plan.check(sites)
+    add_plan_(model, sites, plan)
     slice_(model, sites, plan, corrections)
     set_pruned_config_(model, sites)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flapkit.model.component import Component
 from flapkit.model.plan import Budget, PruningPlan
-from flapkit.model.site import Site
+from flapkit.model.site import Site, unit_costs
 from flapkit.model.surgery import Correction
 from flapkit.pruning.recovery import Recovery
 from flapkit.pruning.statistics import SiteStatistics, Statistic
@@ -73,6 +73,18 @@ class StructureSearcher(Component):
     def uniform(self) -> bool:
         """Tell whether all layers have the same sizes under every plan, as some export formats require."""
         return False
+
+    def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
+        """Return how many parameters a plan may miss the budget by; a plan that misses it by more is refused.
+
+        By default, one unit of the site where they are largest. Override this in a searcher that rounds each layer or
+        site separately: return ``sum(unit_costs(sites))``.
+
+        Args:
+            sites: the prunable sites.
+            budget: how many parameters to remove.
+        """
+        return max(unit_costs(sites), default=0)
 
     @abstractmethod
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:

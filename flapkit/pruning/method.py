@@ -104,7 +104,7 @@ class Pruned:
             not allow a prediction.
     """
 
-    scores: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor] = field(repr=False)
     plan: PruningPlan
     notes: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, float | None] = field(default_factory=dict)
@@ -203,7 +203,7 @@ def find_plan(
 
     Raises:
         BudgetError: the budget cannot be met.
-        PluginError: the searcher's plan does not fit the sites.
+        PluginError: the searcher's plan does not fit the sites, or misses the budget.
     """
     if budget.params == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
@@ -214,31 +214,39 @@ def find_plan(
         value = objective
 
         def judge(plan: PruningPlan, share: float = 1.0) -> float:
-            return value(_complete(plan, pruned, sites, where, known, budget), share)
+            return value(_complete(plan, pruned, sites, searcher, known, budget), share)
 
         with _as_plugin_error(where):
             plan = searcher.search_by_trials(pruned, known, budget, judge)
     else:
         with _as_plugin_error(where):
             plan = searcher.search(pruned, known, budget)
-    return _complete(plan, pruned, sites, where, known, budget)
+    return _complete(plan, pruned, sites, searcher, known, budget)
 
 
 def _complete(
     plan: PruningPlan,
     pruned: Sequence[Site],
     sites: Sequence[Site],
-    where: str,
+    searcher: StructureSearcher,
     scores: Mapping[str, Tensor],
     budget: Budget,
 ) -> PruningPlan:
     """Check a searcher's plan, round it, and add the sites outside the budget, which keep all of their units."""
+    where = f"searcher {searcher.name!r}"
     if not isinstance(plan, PruningPlan):
         raise PluginError(f"{where}: expected a PruningPlan, got a {type(plan).__name__}")
     try:
         plan.check(pruned)
     except InputError as error:
         raise PluginError(f"{where}: {error}") from error
+    removed, tolerance = plan.removed_params(pruned), searcher.tolerance(pruned, budget)
+    if abs(removed - budget.params) > tolerance:
+        raise PluginError(
+            f"{where}: its plan removes {removed:,} parameters ({removed / budget.base:.2%} of {budget.of}), but the "
+            f"budget is {budget.params:,} ({budget.ratio:.2%}); it may miss the budget by {tolerance:,}: one unit, "
+            "unless the searcher overrides `tolerance`"
+        )
     if budget.multiple_of > 1:
         plan = round_plan(pruned, plan, scores, budget.multiple_of)
     return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flapkit.checkpoint.load import load, load_config, open_weights
+from flapkit.checkpoint.load import load, load_config, open_weights, restore_plan_
 from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
 from flapkit.execution.layerwise import LayerwiseExecutor
@@ -17,6 +17,7 @@ from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.soundness import check_plain
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrialSearcher
 from flapkit.recipe.load import LoadedRecipe
@@ -75,6 +76,7 @@ def open_executor(
     if forms is None:
         runtime.init_processes()
         model = load(settings.model.source, dtypes.compute, revision=settings.model.revision)
+        check_plain(model)
         target.adapter.confirm(model, target.sites)
         saved = dtypes.saved
         return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume, saved=saved)
@@ -159,7 +161,10 @@ def open_stream(
     """
     dtype = choose_dtypes(settings.model, target.config, runtime.device).compute
     weights = weights or open_weights(settings.model.source, revision=settings.model.revision)
-    return LayerStream(target.config, weights, layers_of(target.sites), dtype, runtime.device, runtime.precision, forms)
+    layers, where = layers_of(target.sites), (runtime.device, runtime.precision)
+    stream = LayerStream(target.config, weights, layers, dtype, *where, forms)
+    restore_plan_(stream.model)
+    return stream
 
 
 def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:

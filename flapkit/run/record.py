@@ -187,7 +187,6 @@ def save_run(
     save(
         model if weights else model.cpu(),
         record.output,
-        record.plan,
         tokenizer=record.tokenizer,
         base=record.recipe.recipe.model.path,
         metadata=record.metadata(),

@@ -23,7 +23,6 @@ from flapkit.execution.stream import LayerStream
 from flapkit.execution.student import Student, WholeStudent, shard_student
 from flapkit.execution.training import Recovered, RecoveryText, Workplace, recover_
 from flapkit.model.empty import build_empty
-from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.recovery import Recovery
@@ -92,7 +91,6 @@ class RecoveryRecord:
 
     Args:
         output: the output folder.
-        plan: the plan by which the model was pruned.
         params: the pruned checkpoint's counts of parameters.
         perplexity: name of the text -> ``dense`` if known, ``pruned`` and ``recovered`` -> perplexity, and how it was
             measured, as in ``result.json``.
@@ -105,7 +103,6 @@ class RecoveryRecord:
     """
 
     output: Path
-    plan: PruningPlan
     params: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Any]]
     zero_shot: Mapping[str, Any]
@@ -242,7 +239,6 @@ def recover_checkpoint(
     answers = evaluate_tasks(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
         prepared.output,
-        origin.plan,
         known.get("params", {}),
         {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
         add_scores(known.get("zero_shot", {}), "recovered", answers),
@@ -256,7 +252,6 @@ def recover_checkpoint(
         save(
             student.model if student.shards else student.model.cpu(),
             record.output,
-            record.plan,
             tokenizer=prepared.tokenizer,
             base=recipe.recipe.model.path,
             metadata=_metadata(record, recipe, origin),

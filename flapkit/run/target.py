@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
 from flapkit.checkpoint.exporter import Prospect
-from flapkit.checkpoint.load import check_unpickled, load_config
+from flapkit.checkpoint.load import check_language_model, check_unpickled, load_config
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.plan import prunable
 from flapkit.model.site import Site
@@ -43,6 +43,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     """
     model = recipe.recipe.model
     config = load_config(model.source, revision=model.revision)
+    check_language_model(model.source, config)
     check_unquantised(model.source, config)
     check_unpickled(model.source)
     try:

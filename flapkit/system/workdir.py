@@ -30,6 +30,9 @@ LOCK, SETTINGS = "lock", "settings.json"
 PARTIAL, REPLACED = "partial", "replaced"
 """The folder of partial files; and the folder of the old output while the new one replaces it."""
 
+OVERWRITE = "--overwrite"
+"""How commands are told to overwrite; Python functions have an argument."""
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """Error numbers of file systems without locks."""
 
@@ -148,6 +151,7 @@ def open_workdir(
     check: Callable[[], None] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    option: str = OVERWRITE,
 ) -> Iterator[WorkDir]:
     """Lock the work folder of an output while it is written; of several processes, only rank 0 locks and cleans it.
 
@@ -160,6 +164,7 @@ def open_workdir(
             removed.
         resume: use the records of an interrupted run.
         overwrite: without ``resume``: remove them.
+        option: how the caller is told to overwrite.
 
     Raises:
         OutputError: another process holds the folder; the folder cannot be made; or it holds records, and neither
@@ -178,7 +183,7 @@ def open_workdir(
     with _locked(work):
         try:
             _clean(work)
-            _refuse_records(work, overwrite=overwrite)
+            _refuse_records(work, option, overwrite=overwrite)
             if check:
                 check()
             _resume_or_remove(work, dict(settings or {}))
@@ -260,11 +265,11 @@ def _clean(work: WorkDir) -> None:
         _remove(path)
 
 
-def _refuse_records(work: WorkDir, *, overwrite: bool) -> None:
+def _refuse_records(work: WorkDir, option: str, *, overwrite: bool) -> None:
     if work.records() and not work.resumed and not overwrite:
         raise OutputError(
             f"output {work.output}: an interrupted run left finished work in {work.folder} "
-            f"({', '.join(work.records())}); continue from it with --resume, or remove it with --overwrite"
+            f"({', '.join(work.records())}); continue from it with --resume, or remove it with {option}"
         )
 
 

@@ -162,7 +162,12 @@ def _sizes(text: str, offsets: Ints) -> Tensor:
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ``DataError`` if a token is outside the model's vocabulary: the tokenizer belongs to another model."""
+    """Raise ``DataError`` if a token is outside the model's vocabulary: the tokenizer belongs to another model.
+
+    Args:
+        tokens: of any shape.
+        vocab_size: size of the model's vocabulary.
+    """
     if tokens.numel() == 0:
         return
     largest = int(tokens.max())

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flapkit.interfaces import Budget, BudgetError, File, InputError, PruningPlan, Site, StructureSearcher
+from flapkit.interfaces import Budget, BudgetError, File, InputError, PruningPlan, Site, StructureSearcher, unit_costs
 
 ROUNDING = 5e-5
 """Rounding error of a ratio with four digits."""
@@ -29,6 +29,10 @@ class Plan(StructureSearcher):
 
     path: Annotated[File, Field(description="The plan's file; in a recipe, relative to the recipe's folder.")]
 
+    def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
+        """Allow the rounding error of a ratio with four digits, or one unit."""
+        return max(round(ROUNDING * budget.base), *unit_costs(sites))
+
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Read the plan, and check it against the model and the budget."""
         named = PruningPlan.read(self.path).keep
@@ -39,8 +43,7 @@ class Plan(StructureSearcher):
             alone = f" (budget.of: {budget.of} prunes these sites only)" if budget.of in ("attention", "mlp") else ""
             raise InputError(f"{self.path}: {error}{alone}") from error
         removed = plan.removed_params(sites)
-        unit = max(site.params_per_unit for site in sites)
-        if abs(removed - budget.params) > max(unit, ROUNDING * budget.base):
+        if abs(removed - budget.params) > self.tolerance(sites, budget):
             raise BudgetError(
                 f"{self.path}: the plan removes {removed:,} parameters, but budget.ratio {budget.ratio} means "
                 f"{budget.params:,}; to use this plan, set budget.ratio to {removed / budget.base:.4f}"

@@ -19,6 +19,7 @@ from flapkit.interfaces import (
     remove_lowest,
     remove_units,
     split_modules,
+    unit_costs,
     whole_units,
 )
 from flapkit_searchers.options import AttentionPower, MinUnits
@@ -49,6 +50,10 @@ class ULMM(StructureSearcher):
     def uniform(self) -> bool:
         """Whether all layers keep the same sizes."""
         return True
+
+    def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
+        """Allow one unit at each site, since every layer is rounded separately."""
+        return sum(unit_costs(sites))
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove each layer's share of the budget."""

@@ -18,6 +18,7 @@ from flapkit.interfaces import (
     layer_ratios,
     raise_attention,
     remove_lowest,
+    unit_costs,
     whole_units,
 )
 from flapkit_searchers.options import AttentionPower, MinUnits
@@ -47,6 +48,10 @@ class ULUM(StructureSearcher):
     def uniform(self) -> bool:
         """Whether all layers keep the same sizes."""
         return not self.profile
+
+    def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
+        """Allow one unit at each site, since every site is rounded separately."""
+        return sum(unit_costs(sites))
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove each site's share of the budget."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import make_llama
 from flapkit_searchers.al_am import ALAM
 
 import flapkit
-from flapkit.system.errors import PluginError
+from flapkit.system.errors import BudgetError, DataError, FlapkitError, PluginError, RecipeError
 
 
 def test_a_mapping_is_the_component_with_its_options(tokens):
@@ -38,3 +39,59 @@ def test_a_mapping_is_the_component_with_its_options(tokens):
 def test_a_wrong_choice_is_said(tokens, chosen, message):
     with pytest.raises(PluginError, match=message):
         flapkit.prune_(make_llama(), tokens, **chosen)
+
+
+WRONG = {
+    "tokens beyond the vocabulary": ({"calibration": torch.full((8, 8), 96)}, DataError, "gives token 96"),
+    "a negative token": ({"calibration": torch.full((8, 8), -100)}, DataError, "gives token -100"),
+    "rows beyond the vocabulary": (
+        {"calibration": [{"input_ids": [1, 2]}, {"input_ids": [3, 400]}]},
+        DataError,
+        "gives token 400",
+    ),
+    "a tokenizer's output": ({"calibration": {"input_ids": torch.ones(2, 3)}}, DataError, "give its `input_ids`"),
+    "texts": ({"calibration": ["a", "b"]}, DataError, "rows must be mappings"),
+    "no text": ({"calibration": None}, DataError, "no calibration text"),
+    "a metric of another kind": ({"metric": ALAM()}, PluginError, "expected a name, a mapping"),
+    "a number for a searcher": ({"searcher": 5}, PluginError, "expected a name, a mapping"),
+    "a number for a compensator": ({"compensator": 5}, PluginError, "expected a name, a mapping"),
+    "a number among compensators": ({"compensator": [5]}, PluginError, "expected a name, a mapping"),
+    "no compensator": ({"compensator": None}, PluginError, "expected a name, a mapping"),
+    "a number for an adapter": ({"adapter": 5}, PluginError, "expected a name, a mapping"),
+    "a ratio in words": ({"ratio": "0.2"}, BudgetError, "0.2 is out of range"),
+    "options as a mapping": ({"options": {"sequential": True}}, RecipeError, "expected flapkit.PruneOptions"),
+    "recovery text beyond the vocabulary": (
+        {
+            "compensator": ["bias", "lora"],
+            "options": flapkit.PruneOptions(recovery_text=torch.full((20, 8), 96)),
+        },
+        DataError,
+        "gives token 96",
+    ),
+    "too little recovery text": (
+        {"compensator": "lora", "options": flapkit.PruneOptions(recovery_text=torch.ones(2, 8, dtype=torch.long))},
+        DataError,
+        "at least 10 windows",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_used_is_refused_before(tokens, forwards, changes, error, message):
+    """As a ``FlapkitError``, and the model has not run."""
+    model = make_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ran = []
+    model.register_forward_hook(lambda *seen: ran.append(seen))
+    model.model.register_forward_hook(lambda *seen: ran.append(seen))
+    with pytest.raises(error, match=message) as refused:
+        flapkit.prune_(model, **{"calibration": tokens, **changes})
+    assert isinstance(refused.value, FlapkitError)
+    assert not ran
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"multiple_of": 0}, {"batch_size": 0}, {"statistics_memory": -1}])
+def test_options_are_checked(options):
+    with pytest.raises(RecipeError, match="expected a number above 0"):
+        flapkit.PruneOptions(**options)

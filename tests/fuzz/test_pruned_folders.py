@@ -82,7 +82,6 @@ def examine(checkpoint: Path, name: str, content: str | bytes, recipe: LoadedRec
         assert ".." not in carried.parts
     record = RecoveryRecord(
         checkpoint.parent / "again",
-        origin.plan,
         known.get("params", {}),
         {text: {**figures, "recovered": 4.5} for text, figures in known.get("perplexity", {}).items()},
         add_scores(known.get("zero_shot", {}), "recovered", {}),

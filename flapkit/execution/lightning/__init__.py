@@ -8,5 +8,6 @@ Modules:
     loggers: Lightning's loggers by name
     module: the language model as a LightningModule
     prune: prune and save
+    restore: prune again as a checkpoint's model was
     trainer: build trainers, and initialise processes
 """

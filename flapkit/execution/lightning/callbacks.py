@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,12 @@ class Evaluate(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch; raise an error if a loss is not finite."""
+        if not isinstance(outputs, Mapping) or not {"nll", "targets"} <= outputs.keys():
+            raise RunError(
+                f"Evaluate: test_step of {type(pl_module).__name__} must return a mapping with `nll` and `targets`, "
+                "each [windows], as that of flapkit.execution.lightning.module.CausalLM does; it returned "
+                f"{_described(outputs)}"
+            )
         metric = self._metrics[dataloader_idx]
         metric.update(outputs["nll"], outputs["targets"])
         metric.check(self._names[dataloader_idx])
@@ -277,6 +283,13 @@ def not_finite(step: int) -> RunError:
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:
     model = model_of(module)
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _described(outputs: Any) -> str:
+    """Describe what a step returned."""
+    if isinstance(outputs, Mapping):
+        return f"a mapping with {', '.join(map(str, outputs)) or 'nothing'}"
+    return "None" if outputs is None else f"a {type(outputs).__name__}"
 
 
 def model_of(module: LightningModule) -> PreTrainedModel:

@@ -268,6 +268,11 @@ def _sampler(name: str, rows: Dataset[Row], share: Mapping[str, int] | None) -> 
 
 
 def _calibration_rows(calibration: Tensor | Dataset[Row]) -> Dataset[Row]:
+    if isinstance(calibration, Mapping):
+        raise DataError(
+            "calibration: expected tokens as a LongTensor [windows, tokens], or a dataset of rows, found a mapping of "
+            f"{', '.join(map(str, calibration))}; give its `input_ids`"
+        )
     if isinstance(calibration, Tensor):
         if calibration.dim() != 2 or calibration.dtype != torch.long or not calibration.shape[1]:
             raise DataError(

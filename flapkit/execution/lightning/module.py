@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from flapkit.evaluation.perplexity import cross_entropy
+from flapkit.execution.lightning.restore import KEY, restore_pruning_
 from flapkit.pruning.collector import attended, run_batch
 from flapkit.pruning.recovery import divergence
 
@@ -73,6 +74,11 @@ class CausalLM(LightningModule):
         Lightning's checkpoints need not contain frozen parameters.
         """
         self.strict_loading = not self._frozen()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Slice the model to the checkpoint's sizes, if it was trained with ``FlapPruning``."""
+        if KEY in checkpoint.get("callbacks", {}):
+            restore_pruning_(self.model, checkpoint)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> int:
         """Run the decoder layers for the hooks that measure them; return the number of windows."""

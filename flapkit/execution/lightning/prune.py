@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from flapkit.checkpoint.save import save
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.lightning.callbacks import Calibrate, model_of
+from flapkit.execution.lightning.restore import KEY, restore_pruning_, resumes, state_of
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
@@ -85,26 +86,54 @@ class SaveCheckpoint(Callback):
         if self._prune.pruned is None:
             raise RunError("SaveCheckpoint: the model is not pruned yet; put Prune before it in the trainer's list")
         if trainer.is_global_zero:
-            save(model_of(pl_module), self._path, self._prune.pruned.plan, **self._options)
+            save(model_of(pl_module), self._path, **self._options)
 
 
 class PruneBeforeTraining(Callback):
     """Prune a model before it is trained: in ``setup``, before the optimizer is created.
 
-    The module has its transformers model in the attribute ``model``.
+    The module has its transformers model in the attribute ``model``. Lightning's checkpoints contain the plan: a
+    resumed loop slices the model by it, without calibration.
 
     Attributes:
         plan: the applied plan; None before.
     """
 
     plan: PruningPlan | None = None
+    _state: Mapping[str, str] | None = None
 
     @abstractmethod
     def prune(self, model: PreTrainedModel) -> PruningPlan:
         """Prune the model in place, on its device."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune once, on the device of the trainer."""
-        if self.plan is None:
+        """Prune once, on the trainer's device; or, if the trainer resumes, by the checkpoint's plan."""
+        model = model_of(pl_module)
+        if resumes(trainer):
+            self._restore_on_load(pl_module)
+        elif self.plan is None:
             pl_module.to(trainer.strategy.root_device)
-            self.plan = self.prune(model_of(pl_module))
+            self.plan = self.prune(model)
+            self._state = state_of(model, self.plan)
+
+    def _restore_on_load(self, pl_module: LightningModule) -> None:
+        """Make the module slice its model when the checkpoint is loaded, before its weights are; only once."""
+        own = pl_module.on_load_checkpoint
+
+        def restore(checkpoint: dict[str, Any]) -> None:
+            del vars(pl_module)["on_load_checkpoint"]
+            model = model_of(pl_module)
+            self.plan = restore_pruning_(model, checkpoint)
+            self._state = state_of(model, self.plan)
+            own(checkpoint)
+
+        vars(pl_module)["on_load_checkpoint"] = restore
+
+    @property
+    def state_key(self) -> str:
+        """The key of the plan in a checkpoint."""
+        return KEY
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plan, and the pruned model's configuration."""
+        return dict(self._state or {})

@@ -11,6 +11,7 @@ from conftest import largest_file, make_llama
 import flapkit
 from flapkit.checkpoint.folder import MARK, check_output, new_folder
 from flapkit.system.errors import OutputError
+from flapkit.system.workdir import work_folder
 
 
 def test_appears_whole(tmp_path):
@@ -40,6 +41,21 @@ def test_exists(tmp_path):
         (folder / "new").write_text("new")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", ["an output", "an interrupted run's work"])
+def test_python_is_told_of_its_own_argument(llama, tokens, tmp_path, what):
+    flapkit.prune_(llama, tokens, ratio=0.2)
+    if what == "an output":
+        flapkit.save(llama, tmp_path / "out")
+    else:
+        work = work_folder(tmp_path / "out")
+        work.mkdir()
+        (work / "record").write_text("{}")
+    with pytest.raises(OutputError, match=r"overwrite=True$") as refused:
+        flapkit.save(llama, tmp_path / "out")
+    assert "--overwrite" not in str(refused.value)
+    flapkit.save(llama, tmp_path / "out", overwrite=True)
 
 
 def test_overwrites_only_its_own(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from classifiers import classifiers
 
 import flapkit
 from flapkit.model.tiny import tiny_config, tiny_model
@@ -40,15 +41,46 @@ def test_loads_without_flapkit(tmp_path):
         flapkit.save(model, folders[-1], flapkit.prune_(model, tokens, ratio=0.4))
         torch.save(tokens[:2], folders[-1] / "probe.pt")
         torch.save(copy.deepcopy(model)(tokens[:2]).logits.detach(), folders[-1] / "logits.pt")
+    run_without_flapkit(SCRIPT, folders)
+
+
+def run_without_flapkit(script, folders):
+    parent = folders[0].parent
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *folders],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", script, *folders],
+        cwd=parent,
+        env={**os.environ, "HF_HOME": str(parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        stdin=subprocess.DEVNULL,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+HEADS = """
+import copy, sys, torch, transformers
+sys.modules["flapkit"] = None  # as if it were not installed
+for folder in sys.argv[1:]:
+    auto = getattr(transformers, open(folder + "/auto").read())
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    probe, logits = torch.load(folder + "/probe.pt")
+    assert torch.equal(copy.deepcopy(model)(probe, attention_mask=torch.ones_like(probe))[0], logits), folder
+"""
+
+
+def test_classifiers_load_without_flapkit(tmp_path):
+    """Also where the head lets an Auto class build its decoder."""
+    tokens = torch.randint(2, 96, (64, 12), generator=torch.Generator().manual_seed(0))
+    folders = []
+    for auto, model in classifiers():
+        folders.append(tmp_path / f"{len(folders)}")
+        flapkit.prune_(model, tokens, ratio=0.4)
+        flapkit.save(model, folders[-1])
+        (folders[-1] / "auto").write_text(auto)
+        logits = copy.deepcopy(model)(tokens[:2], attention_mask=torch.ones_like(tokens[:2]))[0].detach()
+        torch.save((tokens[:2], logits), folders[-1] / "probe.pt")
+    run_without_flapkit(HEADS, folders)
 
 
 def test_the_code_is_short_and_imports_little(tmp_path):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from conftest import make_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flapkit
 from flapkit.model.plan import Budget, PruningPlan
 from flapkit.model.site import Site
+from flapkit.model.surgery import Correction
+from flapkit.pruning.method import Pruned
+from flapkit.pruning.statistics import Moments, SiteStatistics
 from flapkit.system.errors import BudgetError, InputError
 
 SITES = (
@@ -64,3 +72,51 @@ def test_no_ratio(ratio):
 def test_an_unknown_base():
     with pytest.raises(BudgetError, match="did you mean 'blocks'"):
         Budget.over(SITES, 0.5, "block")
+
+
+def experts(layer, count, units=8):
+    return [
+        Site(f"layers.{layer}.experts.{index}", layer, "mlp", "e", units, 1, 8, (), expert=index, group="e")
+        for index in range(count)
+    ]
+
+
+def test_a_summary_is_a_table():
+    sites = [
+        *(replace(site, name=f"layers.{layer}.{site.kind}") for layer in range(11) for site in SITES),
+        *experts(0, 3),
+    ]
+    keep = {site.name: tuple(range(site.units // 2)) for site in sites}
+    plan = PruningPlan({**keep, "layers.10.mlp": (4,), "layers.0.attention": (0, 1, 2, 3)})
+    lines = plan.summary(sites).splitlines()
+    assert lines[0].split() == ["layer", "attention", "mlp", "experts"]
+    assert lines[1].split() == ["0", "4", "of", "4", "5", "of", "10", "3", "x", "4", "of", "8"]
+    assert lines[11].split() == ["10", "2", "of", "4", "1", "of", "10"]
+    removed = plan.removed_params(sites)
+    assert lines[12].startswith(f"removed: {removed:,} of {sum(site.params for site in sites):,} parameters (")
+    assert plan.summary().splitlines()[11].split() == ["10", "2", "1"]
+    page = plan._repr_html_()
+    assert page.count("<tr>") == 12
+    assert "<td>3 x 4</td>" in page
+    assert PruningPlan({"<a>": (1,)})._repr_html_() == (
+        "<table><tr><th>layer</th><th>&lt;a&gt;</th></tr><tr><td></td><td>1</td></tr></table>"
+    )
+    assert PruningPlan().summary() == "layer"
+
+
+@torch.no_grad()
+def test_what_is_shown_of_an_object_is_short():
+    model = make_llama(intermediate_size=2000)
+    sites = flapkit.sites(model)
+    shown = [
+        *sites,
+        Budget.over(sites, 0.2),
+        PruningPlan({site.name: tuple(range(site.units)) for site in sites}),
+        Correction(torch.ones(100, 100), torch.ones(100), "a note"),
+        Correction(),
+        SiteStatistics([Moments.of(sites[0])]),
+        Moments.of(sites[1]),
+        Pruned({site.name: torch.ones(site.units, 1) for site in sites}, PruningPlan()),
+    ]
+    assert all(len(repr(each)) < 120 for each in shown)
+    assert repr(shown[-5]) == "Correction(weight=[100, 100] float32, bias=[100] float32, note='a note')"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from flapkit_searchers.al_am import ALAM
 
 import flapkit
 from flapkit.interfaces import (
@@ -59,7 +60,36 @@ class LooksForLayers(StructureSearcher):
         return PruningPlan({site.name: scores["layer0"] for site in sites})
 
 
+@dataclass(frozen=True)
+class RemovesAll(StructureSearcher):
+    name = "removes_all"
+
+    def search(self, sites, scores, budget):
+        return PruningPlan({site.name: (0,) for site in sites})
+
+
+@dataclass(frozen=True)
+class RemovesNothing(StructureSearcher):
+    name = "removes_nothing"
+
+    def search(self, sites, scores, budget):
+        return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
+
+
+@dataclass(frozen=True)
+class GoesOverBudget(RemovesNothing):
+    """Removes half as much again as it should."""
+
+    name = "goes_over_budget"
+
+    def search(self, sites, scores, budget):
+        return ALAM().search(sites, scores, replace(budget, base=round(1.5 * budget.base)))
+
+
 MISTAKES = {
+    "searcher 'removes_all': its plan removes .* of blocks.*, but the budget is .*40.00%": {"searcher": RemovesAll()},
+    "searcher 'removes_nothing': its plan removes 0 parameters": {"searcher": RemovesNothing()},
+    "searcher 'goes_over_budget': its plan removes .* it may miss the budget by": {"searcher": GoesOverBudget()},
     "metric 'raises' at layers.0.attention: RuntimeError": {"metric": Raises()},
     # Although the compensator has it measured.
     "metric 'undeclared' at layers.0.attention: KeyError: .*Moments was not measured": {"metric": Undeclared()},

@@ -108,6 +108,25 @@ def test_evaluates_by_the_protocol(tokens):
     torch.testing.assert_close(evaluate.results["text"].over_windows.float(), mean.exp(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "test_step of Mine must return a mapping with `nll` and `targets`.* it returned None"),
+        (torch.ones(1), "it returned a Tensor"),
+        ({"loss": torch.ones(1)}, "it returned a mapping with loss"),
+    ],
+)
+def test_a_test_step_that_does_not_measure(tokens, returned, message):
+    class Mine(CausalLM):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            return returned
+
+    data = PruningData(evaluations={"text": cut_windows(tokens.flatten(), 16)})
+    trainer = build_trainer([Evaluate(data.evaluation_names)], accelerator="cpu", devices=1)
+    with pytest.raises(RunError, match=message):
+        trainer.test(Mine(make_llama()), data, verbose=False)
+
+
 def test_a_device_that_is_not_here():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
