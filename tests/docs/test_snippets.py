@@ -43,6 +43,7 @@ BEFORE = {
         import shutil
         shutil.rmtree("pruned")
     """,
+    "docs/tutorial.md: class Mine": "from lightning import LightningModule",
     "docs/tutorial.md: from lightning": "calibration = torch.arange(256).view(8, 32)",
 }
 """Page and first words of a snippet -> what the page takes for granted there."""

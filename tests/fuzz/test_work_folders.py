@@ -185,7 +185,7 @@ def test_a_cached_statistic_that_was_damaged(tmp_path, unheard):
         unheard().clear()
         found = read_statistic(tmp_path, calibrated, Moments, torch.device("cpu"))
         for name, each in (found or {}).items():
-            assert same(each.saved(), before[name].saved())
+            assert same(each.state, before[name].state)
         assert bool(unheard()) == (found is None and not of_other_format(path))
         (entry,) = entries(tmp_path)
         assert isinstance(entry.statistic + entry.model, str)

@@ -105,7 +105,7 @@ def test_the_windows_are_counted_as_they_are(recipe):
     asked = recipe(make_llama(vocab_size=4096), calibration=calibration, evaluate=evaluate)
     few = recipe(make_llama(vocab_size=4096), calibration={**calibration, "samples": 1}, evaluate=evaluate)
     many = needs_of(asked).own - needs_of(few).own
-    assert many == pytest.approx(8 * 64 * 1_000_000, rel=0.02)
+    assert many == pytest.approx(8 * 64 * 1_000_000, rel=0.05)
     write_recipe(Path(), model={"path": "dense"}, calibration=calibration, evaluate=evaluate)
     done = subprocess.run([sys.executable, "-c", READ], stdout=subprocess.PIPE, check=True)
     assert many < int(done.stdout) < 1.4 * many + estimate.TEXT
