@@ -26,6 +26,14 @@ def site_of(units: int, width: int, out_features: int = 4) -> Site:
     )
 
 
+def random_scores(sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Draw a score for every channel of some sites, the same each time."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        site.name: torch.rand(site.units, site.channels_per_unit, generator=draw, dtype=torch.float64) for site in sites
+    }
+
+
 def measured(
     x: torch.Tensor, *components: Component, width: int = 1, held_out: torch.Tensor | Sequence[int] = ()
 ) -> SiteStatistics:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from flapkit.model.precision import name_of
 from flapkit.system.errors import ModelError, is_panic
 from flapkit.system.paths import cache_folder
 
@@ -49,7 +50,7 @@ def dequantised(file: Path) -> Path:
     if folder.is_dir():
         return folder
     dtype = _check(file)
-    log.info("%s: its weights are dequantised to %s, in %s", file, str(dtype).removeprefix("torch."), folder)
+    log.info("%s: its weights are dequantised to %s, in %s", file, name_of(dtype), folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))

@@ -96,10 +96,10 @@ class PrunedClasses:
             dense=self.dense,
             config=config.__name__,
             config_module=config.__module__,
-            stock=", ".join(each.__name__ for each in stock),
+            stock=", ".join(base.__name__ for base in stock),
             model_module=stock[0].__module__,
         )
-        classes = [CLASS.format(stock=each.__name__, config=config.__name__) for each in stock]
+        classes = [CLASS.format(stock=base.__name__, config=config.__name__) for base in stock]
         return "".join([inspect.getsource(resize), head, *classes])
 
     @property
@@ -167,7 +167,7 @@ def check_head(model: PreTrainedModel) -> str:
     classes = pruned_classes(model.config.model_type)
     head = classes.head_of(model) if classes else None
     if head is None:
-        known = ", ".join(_stock_of(each).__name__ for each in classes.heads.values()) if classes else ""
+        known = ", ".join(_stock_of(pruned).__name__ for pruned in classes.heads.values()) if classes else ""
         instead = f"; of this type, it can save {known}" if known else ""
         raise ModelError(f"flapkit has no class to save a pruned {type(model).__name__} by{instead}")
     return head

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return a type's name as recipes write it, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def convert(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Convert floating-point tensors of a model to the type that they are stored in.
 
@@ -42,10 +47,9 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     converted = tensor.to(dtype)
     if not converted.isfinite().all() and tensor.isfinite().all():
-        shown = str(dtype).removeprefix("torch.")
         raise RunError(
-            f"{name}: its largest value, {float(tensor.abs().max()):.3g}, is too large for {shown}, the type of the "
-            "checkpoint; set model.save_dtype: float32"
+            f"{name}: its largest value, {float(tensor.abs().max()):.3g}, is too large for {name_of(dtype)}, the type "
+            "of the checkpoint; set model.save_dtype: float32"
         )
     return converted
 

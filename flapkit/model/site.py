@@ -106,6 +106,16 @@ class Site:
         return f"Site({self.name!r}, {size})"
 
     @property
+    def units_per_run(self) -> int:
+        """Units of one run."""
+        return self.units // self.runs
+
+    @property
+    def step(self) -> int:
+        """Units of a run that are removed together: ``multiple`` of an MLP, one of an attention."""
+        return self.multiple if self.kind == "mlp" else 1
+
+    @property
     def channels(self) -> int:
         """Input channels of the consumer."""
         return self.units * self.channels_per_unit
@@ -169,6 +179,5 @@ def unit_costs(sites: Sequence[Site]) -> list[int]:
     """
     costs = []
     for together in groups(sites):
-        multiple = together[0].multiple if together[0].kind == "mlp" else 1
-        costs.append(multiple * sum(site.runs * site.params_per_unit for site in together))
+        costs.append(together[0].step * sum(site.runs * site.params_per_unit for site in together))
     return costs

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from flapkit.model.precision import name_of
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def check_float_weight(name: str, tensor: Tensor) -> None:
 
     data = tensor.data
     if data.dtype not in FLOATS or type(data) not in (Tensor, DTensor):
-        of = str(data.dtype).removeprefix("torch.") if data.dtype not in FLOATS else type(data).__name__
+        of = name_of(data.dtype) if data.dtype not in FLOATS else type(data).__name__
         raise ModelError(f"{name} is quantised ({of}); {ADVICE}")
 
 

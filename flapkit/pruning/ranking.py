@@ -199,8 +199,7 @@ class _Queue:
     @classmethod
     def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> _Queue:
         site = together[0]
-        multiple = site.multiple if site.kind == "mlp" else 1
-        length = site.units // site.runs
+        multiple, length = site.step, site.units_per_run
         lots, columns = [], []
         for member in together:
             values, order = ranking[member.name].cpu().view(site.runs, length).sort(dim=1, stable=True)

@@ -80,7 +80,7 @@ class _Rounding:
     @classmethod
     def of(cls, together: list[Site], plan: PruningPlan, multiple_of: int) -> _Rounding:
         site = together[0]
-        kept, whole = len(plan.keep[site.name]) // site.runs, site.units // site.runs
+        kept, whole = len(plan.keep[site.name]) // site.runs, site.units_per_run
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
         if kept == whole or kept % step == 0:
             return cls(together, kept, kept, kept)
@@ -97,7 +97,7 @@ def _choose(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) 
     """Choose ``count`` units of each run: the plan's first, then others; of either, those with the highest scores."""
     value = torch.arange(site.units, 0, -1.0) if scores is None else scores.double().mean(dim=1)
     kept = set(keep)
-    run = site.units // site.runs
+    run = site.units_per_run
     chosen: list[int] = []
     for index in range(site.runs):
         units = range(index * run, (index + 1) * run)

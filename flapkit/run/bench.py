@@ -14,6 +14,7 @@ from torch import nn
 
 from flapkit.checkpoint.load import DType, load
 from flapkit.evaluation.speed import Speed, Tick, Workload, measure_speed
+from flapkit.model.precision import name_of
 from flapkit.system.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -99,7 +100,7 @@ def bench(
     models = {path: load(path, dtype) for path in (against, checkpoint) if path is not None}
     for model in models.values():
         nn.Module.to(model, place)
-    types = {str(model.dtype).removeprefix("torch.") for model in models.values()}
+    types = {name_of(model.dtype) for model in models.values()}
     if len(types) > 1:
         raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype to run both in the same")
     speeds = measure_speed(models, workload, compiled=compiled, tick=tick)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flapkit.model.precision import name_of
 from flapkit.recipe.schema import Model
 
 if TYPE_CHECKING:
@@ -69,8 +70,3 @@ def choose_dtypes(settings: Model, config: PreTrainedConfig, device: torch.devic
     else:
         saved = stored if stored.itemsize < compute.itemsize else compute
     return DTypes(stored, compute, saved)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return a type's name as recipes write it, such as ``float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -72,7 +72,7 @@ def _evaluate(checkpoint: str, recipe: LoadedRecipe, against: str | None, runtim
     with runtime.progress.stage("text"):
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         check_unquantised(checkpoint, config)
-        empties = [skeleton(each) for each in (config, *([] if against is None else [load_config(against)]))]
+        empties = [skeleton(known) for known in (config, *([] if against is None else [load_config(against)]))]
         for empty in empties:
             check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, recipe.adapter))
         render = renderer(recipe.adapter, tokenizer)

@@ -23,23 +23,23 @@ def run_lengths(
 
 
 def evaluation_lengths(
-    asked: Evaluate, tokenizer: PreTrainedTokenizerBase | None, adapter: ArchitectureAdapter | None
+    settings: Evaluate, tokenizer: PreTrainedTokenizerBase | None, adapter: ArchitectureAdapter | None
 ) -> dict[str, int]:
     """Return the tokens of each sequence that is measured: windows, and prompts with what is generated after them.
 
     Args:
-        asked: what is measured.
+        settings: what is measured.
         tokenizer: the model's; None where no samples are generated.
         adapter: the model's, for prompts that are conversations.
     """
-    lengths = {f"evaluate.perplexity[{number}].length": text.length for number, text in enumerate(asked.perplexity)}
-    if asked.samples is None or tokenizer is None:
+    lengths = {f"evaluate.perplexity[{number}].length": text.length for number, text in enumerate(settings.perplexity)}
+    if settings.samples is None or tokenizer is None:
         return lengths
     # The last token is generated, but not read.
-    generated = asked.samples.tokens - 1
+    generated = settings.samples.tokens - 1
     return lengths | {
         f"evaluate.samples.prompts[{number}] and `tokens`": len(tokenise(tokenizer, prompt)["input_ids"]) + generated
-        for number, prompt in enumerate(render_prompts(asked.samples, adapter, tokenizer))
+        for number, prompt in enumerate(render_prompts(settings.samples, adapter, tokenizer))
     }
 
 

@@ -25,13 +25,14 @@ from flapkit.execution.runtime import Runtime
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import Budget
 from flapkit.model.positions import check_lengths
+from flapkit.model.precision import name_of
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.captured import capture_warnings
-from flapkit.run.dtypes import DTypes, choose_dtypes, name_of
+from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log

@@ -94,4 +94,4 @@ def pair_samples(settings: Samples | None, dense: Sequence[str], pruned: Sequenc
 
 
 def _shown(prompt: str | Sequence[Message]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{each.role}: {each.content}" for each in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{message.role}: {message.content}" for message in prompt)

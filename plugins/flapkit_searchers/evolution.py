@@ -143,11 +143,10 @@ class _Group:
     def of(cls, sites: Sequence[Site], fraction: float, min_units: int) -> _Group:
         """Divide the units of some sites into steps."""
         site = sites[0]
-        length = site.units // site.runs
-        multiple = site.multiple if site.kind == "mlp" else 1
-        step = max(1, round(fraction * length / multiple)) * multiple
+        length = site.units_per_run
+        step = max(1, round(fraction * length / site.step)) * site.step
         floor = math.ceil(min_units / site.runs)
-        cost = step * sum(each.params_per_unit * each.runs for each in sites)
+        cost = step * sum(member.params_per_unit * member.runs for member in sites)
         return cls(sites, step, max(0, length - floor) // step, cost)
 
     @property
@@ -190,7 +189,7 @@ class _Space:
         for index, (group, steps) in enumerate(zip(self.groups, removed, strict=True)):
             for site in group.sites:
                 order = self.order[site.name]
-                first = order < (steps * group.step - 0.5) / (site.units // site.runs)
+                first = order < (steps * group.step - 0.5) / site.units_per_run
                 # What is chosen goes first, and then what is left of the budget, at one site as far as it has units.
                 ranking[site.name] = order - 10.0 * first - 5.0 * (index == rest)
         return remove_lowest(self.sites, ranking, self.budget, self.min_units)
@@ -237,7 +236,7 @@ class _Space:
 
     def _rounded(self, ratios: Sequence[float], draw: random.Random) -> Removed:
         steps = [
-            min(group.steps, round(ratio * (group.sites[0].units // group.sites[0].runs) / group.step))
+            min(group.steps, round(ratio * group.sites[0].units_per_run / group.step))
             for group, ratio in zip(self.groups, ratios, strict=True)
         ]
         return self._met(steps, draw)

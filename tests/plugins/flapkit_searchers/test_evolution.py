@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import make_llama
+from planted import random_scores
 
 import flapkit
 from flapkit.model.plan import Budget
@@ -21,11 +22,7 @@ SHORT = {"generations": 6, "children": 4, "survivors": 1}
 
 def search(objective, ratio=0.4, **options):
     sites = flapkit.sites(make_llama())
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        site.name: torch.rand(site.units, site.channels_per_unit, generator=generator, dtype=torch.float64)
-        for site in sites
-    }
+    scores = random_scores(sites)
     searcher = REGISTRY.create(SEARCHER, "evolution", {**SHORT, **options})
     budget = Budget.over(sites, ratio)
     return sites, budget, find_plan(sites, scores, searcher, budget, objective)

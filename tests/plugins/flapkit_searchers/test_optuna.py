@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from conftest import make_llama
+from planted import random_scores
 
 import flapkit
 from flapkit.model.plan import Budget
@@ -16,11 +16,7 @@ REGISTRY = Registry.load()
 
 def search(objective, ratio=0.4, **options):
     sites = flapkit.sites(make_llama())
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        site.name: torch.rand(site.units, site.channels_per_unit, generator=generator, dtype=torch.float64)
-        for site in sites
-    }
+    scores = random_scores(sites)
     searcher = REGISTRY.create(SEARCHER, "optuna", options)
     budget = Budget.over(sites, ratio)
     start = REGISTRY.create(SEARCHER, "al_am").search(sites, scores, budget)
