@@ -17,14 +17,15 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.budget import Budget, BudgetBase
 from flapkit.model.classes import CAUSAL_LM, check_head, pruned_classes
-from flapkit.model.plan import Budget, BudgetBase, PruningPlan
+from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, TrialSearcher, recovery_of
-from flapkit.pruning.method import Method
 from flapkit.pruning.recovery import Recovery
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
 from flapkit.system.errors import ModelError, RecipeError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from flapkit.checkpoint.exporter import Exporter
+    from flapkit.checkpoint.formats import Exporter
     from flapkit.model.adapter import ArchitectureAdapter
     from flapkit.model.declaration import Family
     from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher

@@ -9,15 +9,16 @@ Plugins import only from this module; the rest of flapkit may change at any time
 from __future__ import annotations
 
 from flapkit.checkpoint.export import EXPORTS
-from flapkit.checkpoint.exporter import Checkpoint, Exporter, Prospect, Runner
+from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
+from flapkit.model.budget import Budget, BudgetBase
 from flapkit.model.classes import PRUNED_KEYS, dense_config
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
-from flapkit.model.plan import Budget, BudgetBase, PruningPlan
+from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import count_rows, rows_of
 from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
 from flapkit.model.surgery import Correction

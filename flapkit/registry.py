@@ -20,7 +20,7 @@ import pluggy
 import pydantic
 
 from flapkit import hookspecs
-from flapkit.checkpoint.exporter import Exporter
+from flapkit.checkpoint.formats import Exporter
 from flapkit.model.adapter import ArchitectureAdapter, adapter_class
 from flapkit.model.component import Component
 from flapkit.model.declaration import Family

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from conftest import recipe_text
 
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Coupling, Site
 from flapkit.pruning.ranking import remove_lowest
 from flapkit.pruning.site_errors import SiteError
 from flapkit.run.report.document import RunDocument
-from flapkit.run.report.record import SampleRecord, make_record
+from flapkit.run.report.report_record import SampleRecord, make_record
 
 
 def make_sites(layers: int = 3) -> list[Site]:

@@ -10,7 +10,7 @@ and ``flapkit.json``. Output is written to a temporary folder and renamed when i
 - ``consistency``: check that configuration, plan and tensors fit each other.
 - ``card``: the model card.
 - ``push``: upload to the Hugging Face hub.
-- ``exporter``: the interface of exporters.
+- ``formats``: the interface of exporters.
 - ``export``: export a checkpoint, and compare the result with the pruned model.
 - ``expand``: map a LoRA, or a tensor, back to the dense model.
 - ``bundled``: the tiny models that come with flapkit.

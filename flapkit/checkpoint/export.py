@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flapkit.checkpoint.exporter import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.folder import check_output, check_output_file, new_file, new_folder
+from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import load, load_config, load_tokenizer
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton

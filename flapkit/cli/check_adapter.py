@@ -26,7 +26,7 @@ def check_adapter(
     ] = None,
 ) -> None:
     """Check an adapter on tiny random models; no weights are read."""
-    from flapkit.recipe.declaration import load_registry
+    from flapkit.recipe.plugin_files import load_registry
     from flapkit.registry import ADAPTER
     from flapkit.testing import conformance
 

@@ -14,8 +14,8 @@ from flapkit.cli.progress import json_lines, progress_listener
 from flapkit.system.progress import Listener
 
 if TYPE_CHECKING:
-    from flapkit.run.record import RunRecord
     from flapkit.run.recover import RecoveryRecord
+    from flapkit.run.run_record import RunRecord
 
 
 @app.command()

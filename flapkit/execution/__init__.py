@@ -7,7 +7,7 @@ Modules:
     executor: the interface of executors, and `prune_`
     layerwise: one decoder layer in memory at a time
     needs: memory, disk and passes, computed from sizes
-    records: the file format of the cache and of unfinished runs
+    record_files: the file format of the cache and of unfinished runs
     resume: reuse what an interrupted run has finished
     runtime: run a model over text with Lightning
     shards: shard a model over processes, for evaluation and recovery

@@ -28,7 +28,7 @@ from torch import Tensor
 from flapkit.checkpoint.gguf import FOLDER as GGUF_MODELS
 from flapkit.checkpoint.gguf import SOURCE
 from flapkit.checkpoint.weights import grouped, remove_abandoned
-from flapkit.execution.records import (
+from flapkit.execution.record_files import (
     FORMAT,
     OtherFormatError,
     Record,

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.records import Record
+from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
+from flapkit.pruning.algorithm import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrialSearcher
-from flapkit.pruning.method import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.progress import Progress

@@ -28,7 +28,7 @@ from flapkit.execution.executor import (
 )
 from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.records import Record, write_record
+from flapkit.execution.record_files import Record, write_record
 from flapkit.execution.resume import Resume, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
@@ -38,9 +38,9 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, slice_
+from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, Objective
-from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device

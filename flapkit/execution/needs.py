@@ -10,8 +10,8 @@ import torch
 
 from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.components import corrector_of
-from flapkit.pruning.method import Method
 from flapkit.pruning.statistics import Gram, size_of, split_by_memory
 
 if TYPE_CHECKING:

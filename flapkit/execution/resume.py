@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from flapkit.execution.records import OtherFormatError, Record, read_record, write_record
+from flapkit.execution.record_files import OtherFormatError, Record, read_record, write_record
 from flapkit.system.errors import OutputError
 from flapkit.system.json_files import parse_json
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero

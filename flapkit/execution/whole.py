@@ -26,7 +26,7 @@ from flapkit.execution.executor import (
     sweep,
 )
 from flapkit.execution.needs import Needs, Workload
-from flapkit.execution.records import Record
+from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
@@ -34,9 +34,9 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import round_
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_
+from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective
-from flapkit.pruning.method import Repairs
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
 from flapkit.system.errors import RecipeError

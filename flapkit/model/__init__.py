@@ -9,7 +9,8 @@ measures statistics or trains.
 - ``site``: ``Site`` and ``Coupling``: what can be removed, and what goes with it.
 - ``layout``: the sites of a model from its declaration.
 - ``positions``: how long a text a model can take.
-- ``plan``: ``Budget`` and ``PruningPlan``.
+- ``budget``: how much to remove.
+- ``plan``: which units stay.
 - ``history``: the plan that a pruned model carries, and the plan of several prunings.
 - ``surgery``: slice or mask a model's weights.
 - ``resize``: the modeling code that every pruned checkpoint carries.

@@ -7,7 +7,7 @@ Modules:
     collector: measure the consumers' inputs while batches run
     components: the interfaces of metrics, searchers and compensators
     experts: observe the consumers of a mixture's experts
-    method: scores, plan and corrections from statistics
+    algorithm: scores, plan and corrections from statistics
     ranking: from scores to a plan; shared by searchers
     recovery: the training that a compensator describes
     rounding: round a plan's widths

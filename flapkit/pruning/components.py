@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from flapkit.model.budget import Budget
 from flapkit.model.component import Component
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, unit_costs
 from flapkit.model.surgery import Correction
 from flapkit.pruning.recovery import Recovery

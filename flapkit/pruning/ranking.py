@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError, InputError
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.model.surgery import consumer_of, mask_
+from flapkit.pruning.algorithm import Repairs, find_corrections
 from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, corrector_of
-from flapkit.pruning.method import Repairs, find_corrections
 from flapkit.pruning.statistics import SiteStatistics, Statistic, TargetGram
 from flapkit.system.float64 import with_float64
 

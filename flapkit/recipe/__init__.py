@@ -4,7 +4,7 @@ A recipe is read as a tree that keeps positions, overridden from the command lin
 components are built; all problems are reported together, each with file, line and column.
 
 Modules:
-    declaration: read an architecture's declaration from a YAML file
+    plugin_files: load plugin files, in Python and YAML
     dump: write a recipe as YAML
     files: find recipes, the user's and those shipped with flapkit
     json_schema: the JSON schema of recipes

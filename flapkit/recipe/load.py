@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flapkit.checkpoint.exporter import Exporter
+from flapkit.checkpoint.formats import Exporter
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.component import Component
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, corrector_of, recovery_of
-from flapkit.pruning.method import Method
-from flapkit.recipe.declaration import add_file
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
+from flapkit.recipe.plugin_files import add_file
 from flapkit.recipe.schema import KEYS, SEVERAL, ComponentSpec, Recipe
 from flapkit.recipe.validation import adapter_of, check
 from flapkit.registry import KINDS, ComponentKind, Registry

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from flapkit.execution.lightning.loggers import LoggerName
-from flapkit.model.plan import Budget, BudgetBase
+from flapkit.model.budget import Budget, BudgetBase
 from flapkit.model.site import Site
 from flapkit.system.options import Count, PathText, Section
 from flapkit.text.source import TextSource

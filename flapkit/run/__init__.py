@@ -11,9 +11,9 @@ Modules:
     executors: open a recipe's model: whole, layer by layer, sharded
     lengths: the lengths of all sequences that a recipe runs through its model
     journal: log figures as stages finish
-    origin: read the files of a pruned checkpoint
+    checkpoint_files: read the files of a pruned checkpoint
     pipeline: run a recipe
-    record: the results of a run, and its output folder
+    run_record: the results of a run, and its output folder
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
     target: the model's sites, from its configuration

@@ -11,11 +11,12 @@ import torch
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.execution.lightning.loggers import check_loggers
+from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
+from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.components import recovery_of
-from flapkit.pruning.method import find_plan
 from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings

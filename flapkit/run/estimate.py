@@ -18,8 +18,8 @@ from flapkit.execution.lightning.trainer import MODEL_PARALLEL
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
+from flapkit.model.budget import Budget
 from flapkit.model.empty import build_empty
-from flapkit.model.plan import Budget
 from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import recovery_of

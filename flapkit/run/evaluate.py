@@ -16,7 +16,7 @@ from flapkit.model.soundness import check_unquantised
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.executors import load_model, open_runtime
 from flapkit.run.lengths import evaluation_lengths
-from flapkit.run.record import put_texts_beside
+from flapkit.run.run_record import put_texts_beside
 from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, renderer
 from flapkit.system.errors import InputError

@@ -22,8 +22,8 @@ from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
+from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
-from flapkit.model.plan import Budget
 from flapkit.model.positions import check_lengths
 from flapkit.model.precision import name_of
 from flapkit.pruning.components import recovery_of
@@ -37,8 +37,8 @@ from flapkit.run.estimate import refuse_too_large
 from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
 from flapkit.run.lengths import run_lengths
-from flapkit.run.record import RunRecord, compare, count_params, rewrite_result, save_run
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
+from flapkit.run.run_record import RunRecord, compare, count_params, rewrite_result, save_run
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks

@@ -29,13 +29,13 @@ from flapkit.pruning.recovery import Recovery
 from flapkit.recipe.dump import dump_published
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.captured import capture_warnings
+from flapkit.run.checkpoint_files import RESULT, Origin
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import check_batch_size, load_model, open_runtime, open_stream
 from flapkit.run.lengths import evaluation_lengths, recovery_length
-from flapkit.run.origin import RESULT, Origin
-from flapkit.run.record import add_text_beside, put_texts_beside, recipe_files, rewrite_result
 from flapkit.run.report.document import PAGE, RunDocument
 from flapkit.run.report.page import render_run
+from flapkit.run.run_record import add_text_beside, put_texts_beside, recipe_files, rewrite_result
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
 from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap

@@ -12,10 +12,10 @@ from flapkit.execution.executor import Executor
 from flapkit.execution.lightning.data import held_out
 from flapkit.execution.runtime import Runtime
 from flapkit.model.site import Site
-from flapkit.pruning.method import Pruned
+from flapkit.pruning.algorithm import Pruned
 from flapkit.pruning.site_errors import SiteError, Trace
 from flapkit.recipe.schema import Message, ReportSection, Samples
-from flapkit.run.report.record import SampleRecord
+from flapkit.run.report.report_record import SampleRecord
 from flapkit.run.text import RunText
 from flapkit.system.progress import Progress
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
-from flapkit.checkpoint.exporter import Prospect
+from flapkit.checkpoint.formats import Prospect
 from flapkit.checkpoint.load import check_language_model, check_unpickled, load_config
 from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.model.plan import prunable
+from flapkit.model.budget import prunable
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
 from flapkit.recipe.load import LoadedRecipe

@@ -34,11 +34,11 @@ import flapkit
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.model.site import Site
 from flapkit.model.surgery import copy_sharing_weights
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import Statistics
-from flapkit.pruning.method import Method
 
 T = TypeVar("T")
 

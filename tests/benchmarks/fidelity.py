@@ -31,11 +31,12 @@ from transformers import PreTrainedModel
 
 import flapkit
 from flapkit.evaluation.perplexity import cross_entropy
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import apply_plan_, consumer_of, slice_
+from flapkit.pruning.algorithm import Method, find_corrections, find_plan, score_sites
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import Method, find_corrections, find_plan, score_sites
 from flapkit.pruning.ranking import raise_attention, standardise
 from flapkit.pruning.statistics import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry

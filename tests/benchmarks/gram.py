@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 import flapkit
 from flapkit.checkpoint.load import load
 from flapkit.execution.lightning.data import held_out
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
+from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import Batch, measure, run_batch
-from flapkit.pruning.method import find_corrections
 from flapkit.pruning.statistics import FittedGram, Gram, HeldOutGram, Moments
 from flapkit.registry import COMPENSATOR, SEARCHER, Registry
 

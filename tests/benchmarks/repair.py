@@ -23,10 +23,10 @@ import flapkit
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.whole import WholeExecutor
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.model.surgery import share
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import Method
 from flapkit.registry import Registry
 from flapkit.text.windows import draw_windows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flapkit.recipe.declaration import load_family, load_registry
+from flapkit.recipe.plugin_files import load_family, load_registry
 from flapkit.registry import ADAPTER
 from flapkit.system.errors import ModelError
 from flapkit.testing import check_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flapkit.checkpoint.export import export
-from flapkit.recipe.declaration import load_registry
+from flapkit.recipe.plugin_files import load_registry
 from flapkit.registry import EXPORTER, KINDS, METRIC
 
 DOCS = Path(__file__).parents[2] / "docs"

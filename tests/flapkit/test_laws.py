@@ -9,11 +9,12 @@ import torch
 from conftest import FORMS, make_llama
 
 import flapkit
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import apply_plan_, mask_, slice_
+from flapkit.pruning.algorithm import find_corrections, find_plan, score_sites
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
-from flapkit.pruning.method import find_corrections, find_plan, score_sites
 from flapkit.pruning.statistics import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 

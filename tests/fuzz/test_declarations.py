@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flapkit.model.declaration import evaluate
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
-from flapkit.recipe.declaration import load_family
+from flapkit.recipe.plugin_files import load_family
 
 ATTENTION = {
     "kind": "attention",

@@ -20,7 +20,7 @@ import flapkit
 from flapkit.checkpoint.card import CARD, licence_of, model_card
 from flapkit.evaluation.zero_shot import add_scores
 from flapkit.recipe.load import LoadedRecipe, load_recipe
-from flapkit.run.origin import Origin, plan_of
+from flapkit.run.checkpoint_files import Origin, plan_of
 from flapkit.run.recover import RecoveryRecord, _files, _metadata
 from flapkit.system.errors import InputError
 

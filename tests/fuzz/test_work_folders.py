@@ -18,12 +18,12 @@ from torch import Tensor
 
 from flapkit.execution.cache import Calibrated, clear, entries, read_statistic, write_statistic
 from flapkit.execution.executor import record_of
-from flapkit.execution.records import OtherFormatError, RecordError, read_record
+from flapkit.execution.record_files import OtherFormatError, RecordError, read_record
 from flapkit.execution.resume import ResumeStore
 from flapkit.execution.stream import HiddenStates
 from flapkit.execution.training import Workplace
 from flapkit.model.surgery import Correction
-from flapkit.pruning.method import Repairs
+from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.statistics import Moments
 from flapkit.system.workdir import WorkDir, open_workdir
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.recipe.files import find_recipe, shipped_recipes
 from flapkit.recipe.load import load_recipe
 from flapkit.registry import ADAPTER

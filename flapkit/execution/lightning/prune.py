@@ -15,9 +15,10 @@ from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.lightning.callbacks import Calibrate, model_of
 from flapkit.execution.lightning.restore import KEY, restore_pruning_, resumes, state_of
 from flapkit.execution.whole import WholeExecutor
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
-from flapkit.pruning.method import Method, Pruned
+from flapkit.pruning.algorithm import Method, Pruned
 from flapkit.system.errors import RunError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ Modules:
     document: read the files of a run's folder
     figures: the figures as PNG and SVG, by matplotlib
     page: the HTML page, self-contained, by jinja2 and Observable Plot
-    record: `report.json`, what a run records for its report
+    report_record: `report.json`, what a run records for its report
     view: the numbers of a report as plain data, from a run's files
 """
 

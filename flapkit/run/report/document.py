@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
 from flapkit.recipe.files import read_settings
-from flapkit.run.report.record import ReportRecord, Total
+from flapkit.run.report.report_record import ReportRecord, Total
 from flapkit.system.errors import InputError
 from flapkit.system.json_files import read_object
 

@@ -11,7 +11,7 @@ from typing import Any
 from flapkit.model.site import Kind
 from flapkit.recipe.nodes import Position, parse
 from flapkit.run.report.document import RunDocument
-from flapkit.run.report.record import ReportRecord, SiteRecord
+from flapkit.run.report.report_record import ReportRecord, SiteRecord
 
 KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP"}
 HEADS, KV_GROUPS, CHANNELS = "heads", "KV heads with their query heads", "intermediate channels"

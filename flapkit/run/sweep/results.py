@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pydantic
 from pydantic import ConfigDict
 
-from flapkit.run.report.record import Total
+from flapkit.run.report.report_record import Total
 from flapkit.system.errors import OutputError
 from flapkit.system.json_files import parse_json
 

@@ -15,7 +15,7 @@ import torch
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, prune_
-from flapkit.execution.records import hash_tensors
+from flapkit.execution.record_files import hash_tensors
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.empty import skeleton
@@ -27,7 +27,7 @@ from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.lengths import run_lengths
-from flapkit.run.record import compare, count_params
+from flapkit.run.run_record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
 from flapkit.run.sweep.results import Results, Row
 from flapkit.run.target import Target, find_target

@@ -12,7 +12,7 @@ from conftest import make_llama
 
 import flapkit
 from flapkit.checkpoint.export import agreement, check_exports, export, is_uniform, prospect_of
-from flapkit.checkpoint.exporter import Exporter
+from flapkit.checkpoint.formats import Exporter
 from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import FlapkitError, InputError, OutputError, RunError
 

@@ -17,7 +17,7 @@ from flapkit.checkpoint.weights import remove_abandoned, write_tensors
 from flapkit.execution.cache import Calibrated, clear, entries, read_statistic, write_statistic
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.lightning.data import PruningData
-from flapkit.execution.records import FORMAT
+from flapkit.execution.record_files import FORMAT
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
@@ -189,7 +189,7 @@ def test_a_file_of_another_format_is_as_none(tokens, cache, forwards, caplog, mo
     find(make_llama(), tokens, cache, Moments)
     ran = len(forwards)
     with monkeypatch.context() as patched:
-        patched.setattr("flapkit.execution.records.FORMAT", FORMAT + 1)
+        patched.setattr("flapkit.execution.record_files.FORMAT", FORMAT + 1)
         find(make_llama(), tokens, cache, Moments)
     assert len(forwards) == 2 * ran
     assert "damaged" not in caplog.text

@@ -16,8 +16,8 @@ from flapkit.execution.executor import record_of, repairs_of
 from flapkit.execution.resume import ResumeStore
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.surgery import Correction
+from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import run_batch
-from flapkit.pruning.method import Repairs
 from flapkit.pruning.sequential import LayerRepair
 from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run

@@ -21,8 +21,8 @@ from flapkit.execution.lightning.prune import Prune
 from flapkit.execution.lightning.trainer import build_trainer
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, Workplace, recover_, take_windows
-from flapkit.model.plan import Budget
-from flapkit.pruning.method import Method
+from flapkit.model.budget import Budget
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.recovery import Recovery
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import DataError, RunError

@@ -17,7 +17,7 @@ from flapkit.model.layout import sites_of
 from flapkit.model.surgery import mask_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import random_plan, verify
-from flapkit.recipe.declaration import load_family
+from flapkit.recipe.plugin_files import load_family
 from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import InputError, ModelError, PluginError
 

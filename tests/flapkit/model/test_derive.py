@@ -15,7 +15,7 @@ from flapkit.model.derive import Auto, as_yaml, derive
 from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify, verify_loaded
-from flapkit.recipe.declaration import load_family
+from flapkit.recipe.plugin_files import load_family
 from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import ModelError
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flapkit
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
-from flapkit.pruning.method import Pruned
+from flapkit.pruning.algorithm import Pruned
 from flapkit.pruning.statistics import Moments, SiteStatistics
 from flapkit.system.errors import BudgetError, InputError
 

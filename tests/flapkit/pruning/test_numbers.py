@@ -16,9 +16,9 @@ from torch import nn
 import flapkit
 from flapkit.checkpoint.bundled import bundled_models
 from flapkit.model.plan import PruningPlan
+from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import measure, run_batch
 from flapkit.pruning.components import Compensator
-from flapkit.pruning.method import find_corrections
 from flapkit.pruning.ranking import standardise
 from flapkit.pruning.statistics import Gram, Moments
 from flapkit.registry import COMPENSATOR, METRIC, Registry

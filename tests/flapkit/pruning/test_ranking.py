@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.model.site import Coupling, Site
 from flapkit.pruning.ranking import remove_lowest, standardise
 from flapkit.system.errors import BudgetError

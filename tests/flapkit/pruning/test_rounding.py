@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import flapkit
-from flapkit.model.plan import Budget, PruningPlan
-from flapkit.pruning.method import find_plan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
+from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.rounding import round_plan, unaligned_widths
 from flapkit.registry import SEARCHER, Registry
 

@@ -14,7 +14,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.site import groups
 from flapkit.model.surgery import copy_sharing_weights, mask_
 from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.pruning.method import Repairs
+from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.sequential import LayerRepair, adds_outputs, copy_layer
 from flapkit.pruning.statistics import Gram, TargetGram
 

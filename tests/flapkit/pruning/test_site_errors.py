@@ -10,10 +10,10 @@ import flapkit
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.whole import WholeExecutor
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.pruning import site_errors
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import Method
 from flapkit.pruning.site_errors import Trace
 from flapkit.pruning.statistics import Gram
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry

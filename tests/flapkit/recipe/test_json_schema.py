@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from flapkit.recipe.declaration import load_registry
 from flapkit.recipe.json_schema import recipe_schema
+from flapkit.recipe.plugin_files import load_registry
 from flapkit.registry import Registry
 from flapkit.system.errors import PluginError
 

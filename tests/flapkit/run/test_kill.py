@@ -19,7 +19,7 @@ from conftest import RECIPE as SMALL
 import flapkit
 from flapkit import cli
 from flapkit.checkpoint.weights import Weights
-from flapkit.execution.records import hash_tensors
+from flapkit.execution.record_files import hash_tensors
 from flapkit.pruning.collector import run_batch
 
 PLUGIN = '''

@@ -15,7 +15,7 @@ from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.lightning.module import CausalLM
 from flapkit.execution.lightning.prune import Prune, SaveCheckpoint
 from flapkit.execution.lightning.trainer import build_trainer
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.run.report import RunDocument, draw_figures, render_run

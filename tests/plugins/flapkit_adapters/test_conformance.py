@@ -9,7 +9,7 @@ import pytest
 from flapkit.model.derive import Auto, as_yaml, derive
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import verify
-from flapkit.recipe.declaration import load_family
+from flapkit.recipe.plugin_files import load_family
 from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import ModelError
 from flapkit.testing import CHECKS, FORMS, _forms, check_adapter, conformance

@@ -16,9 +16,9 @@ import flapkit
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import apply_plan_
+from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
-from flapkit.pruning.method import find_corrections
 from flapkit.pruning.statistics import Gram, HeldOutGram
 from flapkit.pruning.trials import perplexity_of
 from flapkit.system.errors import CalibrationError

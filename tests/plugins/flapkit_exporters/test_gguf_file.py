@@ -11,7 +11,7 @@ from transformers import Gemma2Config, MistralConfig
 
 import flapkit
 from flapkit.checkpoint.export import export
-from flapkit.checkpoint.exporter import Prospect
+from flapkit.checkpoint.formats import Prospect
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.registry import EXPORTER, Registry
 from flapkit.system.errors import InputError, ModelError

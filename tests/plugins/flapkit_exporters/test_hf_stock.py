@@ -16,7 +16,7 @@ from transformers import (
 
 import flapkit
 from flapkit.checkpoint.export import export, prospect_of
-from flapkit.checkpoint.exporter import Prospect
+from flapkit.checkpoint.formats import Prospect
 from flapkit.model.adapter import adapter_class
 from flapkit.model.declaration import Block, Family
 from flapkit.model.plan import PruningPlan

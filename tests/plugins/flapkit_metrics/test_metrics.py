@@ -7,8 +7,8 @@ import torch
 from conftest import FORMS, make_llama
 
 import flapkit
+from flapkit.pruning.algorithm import score_sites
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import score_sites
 from flapkit.registry import METRIC, Registry
 
 

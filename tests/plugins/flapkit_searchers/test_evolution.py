@@ -11,8 +11,8 @@ from conftest import make_llama
 from planted import random_scores
 
 import flapkit
-from flapkit.model.plan import Budget
-from flapkit.pruning.method import find_plan
+from flapkit.model.budget import Budget
+from flapkit.pruning.algorithm import find_plan
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, InputError, RunError
 

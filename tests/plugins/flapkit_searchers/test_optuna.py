@@ -7,7 +7,7 @@ from conftest import make_llama
 from planted import random_scores
 
 import flapkit
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import InputError
 

@@ -7,7 +7,7 @@ from conftest import make_llama
 from flapkit_searchers.per_parameter import PerParameter
 
 import flapkit
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
 
 
 def test_what_is_removed_is_worth_less_a_parameter_than_what_stays():

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import flapkit
 from flapkit.checkpoint.export import is_uniform
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Coupling, Site
-from flapkit.pruning.method import find_plan
+from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.ranking import standardise
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import BudgetError, InputError, PluginError

@@ -14,9 +14,9 @@ from flapkit.execution.lightning.data import PruningData, WindowRows, collate
 from flapkit.execution.lightning.module import CausalLM, Optimization
 from flapkit.execution.lightning.prune import Prune, SaveCheckpoint
 from flapkit.execution.lightning.trainer import build_trainer
-from flapkit.model.plan import Budget
+from flapkit.model.budget import Budget
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
-from flapkit.pruning.method import Method
 from flapkit.pruning.statistics import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, RecipeError, RunError

@@ -13,7 +13,7 @@ from runs import make_run
 
 from flapkit.run.report import view
 from flapkit.run.report.page import render_comparison, render_run, tiles
-from flapkit.run.report.record import SampleRecord
+from flapkit.run.report.report_record import SampleRecord
 
 VOID = {"meta", "link", "br"}
 

@@ -9,7 +9,7 @@ from runs import make_run
 
 from flapkit.pruning.site_errors import SiteError
 from flapkit.run.report import view
-from flapkit.run.report.record import SampleRecord
+from flapkit.run.report.report_record import SampleRecord
 
 
 def test_the_ledger_adds_up():

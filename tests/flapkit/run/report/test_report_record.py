@@ -8,8 +8,9 @@ import pytest
 import torch
 from runs import make_run, make_scores, make_sites
 
-from flapkit.model.plan import Budget, PruningPlan
-from flapkit.run.report.record import ReportRecord, make_record
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
+from flapkit.run.report.report_record import ReportRecord, make_record
 from flapkit.system.errors import InputError
 
 

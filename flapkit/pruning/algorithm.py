@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flapkit.model.plan import Budget, PruningPlan, prunable
+from flapkit.model.budget import Budget, prunable
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, weight_of
 from flapkit.pruning.collector import Statistics

@@ -16,7 +16,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.recipe.files import read_settings
 from flapkit.recipe.schema import Recipe
 from flapkit.run.report.document import RECORD, read_made, read_record, read_result
-from flapkit.run.report.record import ReportRecord
+from flapkit.run.report.report_record import ReportRecord
 from flapkit.system.errors import InputError, ModelError
 from flapkit.system.json_files import read_object
 from flapkit.system.paths import within

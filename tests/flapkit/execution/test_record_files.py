@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flapkit.execution.records import (
+from flapkit.execution.record_files import (
     FORMAT,
     Record,
     RecordError,
@@ -59,7 +59,7 @@ def test_other_files_are_no_records(tmp_path):
 def test_another_format_is_refused_by_a_run_that_is_resumed(tmp_path, monkeypatch):
     with open_workdir(tmp_path / "out", resume=True) as work:
         with monkeypatch.context() as patched:
-            patched.setattr("flapkit.execution.records.FORMAT", FORMAT + 1)
+            patched.setattr("flapkit.execution.record_files.FORMAT", FORMAT + 1)
             ResumeStore(work).find("scores", lambda: RECORD)
         with pytest.raises(OutputError, match=r"scores\.safetensors: written by another version of flapkit") as caught:
             read_finished(work.path("scores.safetensors"))

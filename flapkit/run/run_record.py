@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
+from flapkit.model.budget import Budget
 from flapkit.model.derive import Auto
-from flapkit.model.plan import Budget, PruningPlan
-from flapkit.pruning.method import Pruned
+from flapkit.model.plan import PruningPlan
+from flapkit.pruning.algorithm import Pruned
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
@@ -21,7 +22,7 @@ from flapkit.run.dtypes import DTypes
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
 from flapkit.run.report.page import render_run
-from flapkit.run.report.record import SampleRecord, make_record
+from flapkit.run.report.report_record import SampleRecord, make_record
 from flapkit.run.target import Target
 from flapkit.run.text import RunText
 from flapkit.system.paths import name_only, names_only, without_folders

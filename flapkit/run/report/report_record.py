@@ -15,7 +15,8 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from flapkit.model.plan import Budget, PruningPlan
+from flapkit.model.budget import Budget
+from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Kind, Site
 from flapkit.pruning.site_errors import SiteError
 from flapkit.system.errors import InputError
