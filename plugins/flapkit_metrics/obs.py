@@ -11,6 +11,9 @@ from torch import Tensor
 
 from flapkit.interfaces import Gram, ImportanceMetric, Site, SiteStatistics
 
+PENDING = 64
+"""Removed channels after which the matrices are updated."""
+
 Ridge = Annotated[float, Field(gt=0, description="Added to the covariance's diagonal, as a fraction of its mean.")]
 
 
@@ -27,9 +30,18 @@ class OBS(ImportanceMetric):
     statistics = (Gram,)
 
     ridge: Ridge = 1e-3
+    greedy: Annotated[
+        bool,
+        Field(
+            description="Remove the units one at a time, each with a repair of the rest, and score each by what its "
+            "removal adds to the error; units that reproduce each other are not both removed."
+        ),
+    ] = False
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""
+        if self.greedy:
+            return removed_one_at_a_time(site, stats[Gram].covariance[0], weight, self.ridge)
         columns, residual = unexplained(site, stats[Gram].covariance[0], weight, self.ridge)
         return (columns * residual).sum(dim=(1, 2)).view(site.units, 1)
 
@@ -46,10 +58,69 @@ def unexplained(site: Site, covariance: Tensor, weight: Tensor, ridge: float) ->
     Returns:
         W_u' and [(C^-1)_uu]^-1 W_u', both [units, channels_per_unit, out_features].
     """
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean() or 1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    inverse = inverted(covariance, ridge)
     width = site.channels_per_unit
     blocks = inverse.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = weight.to(inverse).reshape(site.out_features, site.units, width).permute(1, 2, 0)
     solved: Tensor = torch.linalg.solve(blocks, columns)
     return columns, solved
+
+
+def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """Score every unit by what its removal adds to the error, when the lowest score goes first and the rest is repaired.
+
+    With P the inverse covariance and M = W'W: tr(M_uu P_uu^-1) is what the removal of u adds. Then p = P_uu^-1 P_u,
+    P' = P - P_u' p, and W' = W - W_u p, so that M' = M - p'q - q'p with q = M_u - M_uu p / 2. Both are kept as they
+    were some removals ago, less products of few rows, of which only the rows of the next unit are computed.
+
+    Args:
+        site: the site.
+        covariance: covariance of its channels [channels, channels]; changed in place.
+        weight: the consumer's weight [out_features, channels].
+        ridge: added to the covariance's diagonal, as a fraction of its mean.
+
+    Returns:
+        Scores [units, 1], never lower than those of the units that go before.
+    """
+    inverse = inverted(covariance, ridge)
+    weight = weight.to(inverse)
+    products, width = weight.T @ weight, site.channels_per_unit
+    blocks = (site.units, width, site.units, width)
+    inverses = inverse.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    norms = products.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    scores = weight.new_zeros(site.units)
+    gone = torch.zeros(site.units, dtype=torch.bool, device=weight.device)
+    rows = weight.new_empty((3, max(width, PENDING // width * width), weight.shape[1]))
+    pending, reached = 0, weight.new_zeros(())
+    for _ in range(site.units):
+        added = (torch.linalg.solve(inverses, norms)).diagonal(dim1=1, dim2=2).sum(dim=1) if width > 1 else (norms / inverses).flatten()
+        unit = int(added.masked_fill(gone, float("inf")).argmin())
+        own = slice(unit * width, (unit + 1) * width)
+        ps, qs, firsts = rows[:, :pending]
+        first = inverse[own] - firsts[:, own].T @ ps
+        own_products = products[own] - ps[:, own].T @ qs - qs[:, own].T @ ps
+        p = torch.linalg.solve(first[:, own], first)
+        q = own_products - own_products[:, own] @ p / 2
+        reached = torch.maximum(reached, added[unit])
+        scores[unit], gone[unit] = reached, True
+        rows[:, pending : pending + width] = torch.stack([p, q, first])
+        pending += width
+
+        def diagonal(a: Tensor, b: Tensor) -> Tensor:
+            return torch.einsum("wui,wuj->uij", a.view(width, site.units, width), b.view(width, site.units, width))
+
+        inverses -= diagonal(first, p)
+        norms -= diagonal(p, q) + diagonal(q, p)
+        inverses[unit] = torch.eye(width, dtype=weight.dtype, device=weight.device)
+        if pending == rows.shape[1]:
+            ps, qs, firsts = rows
+            inverse -= firsts.T @ ps
+            products -= ps.T @ qs + qs.T @ ps
+            pending = 0
+    return scores[:, None]
+
+
+def inverted(covariance: Tensor, ridge: float) -> Tensor:
+    """Return the inverse of a covariance plus a ridge, which is a fraction of its diagonal's mean; changes it."""
+    covariance.diagonal().add_(ridge * covariance.diagonal().mean() or 1)
+    return torch.cholesky_inverse(torch.linalg.cholesky(covariance))
