@@ -36,7 +36,7 @@ def check(
         table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
     text = settings.calibration
     passes = f", {needs.passes} passes" if needs.passes > 1 else ""
-    table.add_row("calibration", f"{text.dataset}: {text.samples} windows of {text.length} tokens{passes}")
+    table.add_row("calibration", f"{text.text.title}: {text.samples} windows of {text.length} tokens{passes}")
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if outcome.unaligned:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from flapkit.model.site import Site
 from flapkit.system.options import Count
+from flapkit.text.mix import TextMix
 from flapkit.text.source import Dataset, Split, Subset, TextField, TextSource
 
 if TYPE_CHECKING:
@@ -63,15 +64,15 @@ class Training:
         if self.dataset is None and (self.subset or self.split or self.field):
             raise ValueError("`subset`, `split` and `field` need `dataset`")
 
-    def source(self, calibration: TextSource) -> TextSource:
-        """Return the source of the training text.
+    def source(self, calibration: TextMix) -> TextMix:
+        """Return where the training text comes from.
 
         Args:
-            calibration: the source to use where ``dataset`` is not given.
+            calibration: what to use where ``dataset`` is not given.
         """
         if self.dataset is None:
             return calibration
-        return TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field)
+        return TextMix.of(TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field))
 
 
 class Trainable(Protocol):

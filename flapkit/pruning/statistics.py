@@ -205,6 +205,15 @@ class _SpreadStatistic(Statistic):
     def _empty(self, device: torch.device) -> Spread:
         """Return the spread of no tokens."""
 
+    @abstractmethod
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in inputs of the consumer.
+
+        Args:
+            x: [tokens, channels], any floating dtype.
+            weights: for how many tokens each of them counts, floating [tokens], none negative; None for one each.
+        """
+
     def merge_(self) -> None:
         """Merge the processes' spreads, also that of a process that saw nothing."""
         self._keep(self.spread)
@@ -251,20 +260,23 @@ class Moments(_SpreadStatistic):
         zeros = torch.zeros(self.channels, dtype=torch.float64, device=device)
         return Spread(zeros.new_zeros(1), zeros, zeros)
 
-    def update(self, x: Tensor) -> None:
-        """Merge the moments of ``x`` [tokens, channels]."""
-        if len(x) == 0:
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Merge the moments of ``x`` [tokens, channels], counted by ``weights`` [tokens]."""
+        if len(x) == 0 or (weights is not None and not weights.any()):
             return
         # One sweep over rows that stay in a processor's cache.
-        parts = x.split(max(1, IN_CACHE // self.channels) if x.device.type == "cpu" else len(x))
+        size = max(1, IN_CACHE // self.channels) if x.device.type == "cpu" else len(x)
+        parts = x.split(size)
+        counts: Sequence[Tensor | None] = [None] * len(parts) if weights is None else weights.double().split(size)
         seen = self.spread
         about = seen.mean if seen.tokens else parts[0].double().mean(dim=0)
         first, second = torch.zeros_like(about), torch.zeros_like(about)
-        for part in parts:
+        for part, count in zip(parts, counts, strict=True):
             deviations = part.to(torch.float64, copy=True).sub_(about)
-            first += deviations.sum(dim=0)
-            second += deviations.square_().sum(dim=0)
-        tokens = seen.tokens + len(x)
+            first += deviations.sum(dim=0) if count is None else count @ deviations
+            deviations.square_()
+            second += deviations.sum(dim=0) if count is None else count @ deviations
+        tokens = seen.tokens + (len(x) if weights is None else weights.sum(dtype=torch.float64))
         squares = seen.squares + (second - first.square() / tokens).clamp_(min=0)
         self._keep(Spread(tokens, about + first / tokens, squares))
 
@@ -309,17 +321,24 @@ class Gram(_SpreadStatistic):
         squares = torch.zeros((self.blocks, width, width), dtype=dtype, device=device)
         return Spread(zeros.new_zeros(1), zeros, squares)
 
-    def update(self, x: Tensor) -> None:
-        """Merge the products of ``x`` [tokens, channels]."""
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Merge the products of ``x`` [tokens, channels], counted by ``weights`` [tokens]."""
         if not self._tokens.numel():
             self._keep(self._empty(self.device))
-        if len(x) == 0:
+        if len(x) == 0 or (weights is not None and not weights.any()):
             return
         mean = x.mean(dim=0, dtype=torch.float64)
-        batch, seen, delta = mean.new_full((1,), len(x)), self._tokens, mean - self._mean
-        # Spread.merged, but in place, since the matrix may be large; delta becomes one more deviation.
         rows = x.new_empty((len(x) + 1, self.channels), dtype=torch.promote_types(x.dtype, torch.float32))
         torch.sub(x, mean.to(rows.dtype), out=rows[:-1])
+        if weights is None:
+            batch = mean.new_full((1,), len(x))
+        else:
+            batch = weights.sum(dtype=torch.float64)[None]
+            shift = (weights / batch).to(rows.dtype) @ rows[:-1]
+            mean = mean + shift
+            rows[:-1].sub_(shift).mul_(weights.to(rows.dtype).sqrt()[:, None])
+        seen, delta = self._tokens, mean - self._mean
+        # Spread.merged, but in place, since the matrix may be large; delta becomes one more deviation.
         rows[-1] = delta * (seen * batch / (seen + batch)).sqrt()
         # Mixed precision would round the products.
         with torch.autocast(x.device.type, enabled=False):

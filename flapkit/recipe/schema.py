@@ -17,13 +17,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from flapkit.execution.lightning.loggers import LoggerName
 from flapkit.model.budget import Budget, BudgetBase
 from flapkit.model.site import Site
 from flapkit.system.options import Count, PathText, Section
-from flapkit.text.source import TextSource
+from flapkit.text.mix import MixedSource, TextMix, apportion
+from flapkit.text.source import DATASET, Split, Subset, TextField, TextSource
 
 UNSUPPORTED = ("fsdp", "deepspeed")
 """Prefixes of the names of Lightning strategies that shard a model and that flapkit does not support."""
@@ -91,11 +92,18 @@ class Model(Section):
         return self.path if self.file is None else f"{self.path.rstrip('/')}/{self.file}"
 
 
-class Calibration(TextSource):
+class Calibration(Section):
     """The text on which statistics are measured."""
 
+    mix: tuple[MixedSource, ...] = Field(
+        default=(), description="Instead of `dataset`: several datasets, each with its share of the windows."
+    )
+    dataset: PathText | None = Field(default=None, validate_default=True, description=DATASET)
+    subset: Subset = None
+    split: Split = None
+    field: TextField = None
     length: Count = Field(default=128, ge=2, description="Tokens in a window.")
-    samples: Count = Field(default=1024, ge=1, description="Windows to draw.")
+    samples: Count = Field(default=1024, ge=1, validate_default=True, description="Windows to draw.")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
     batch_size: Count = Field(default=8, ge=1, description="Windows that go through the model at once.")
     statistics_memory: str = Field(
@@ -109,6 +117,44 @@ class Calibration(TextSource):
         description="Repair in one sweep over the layers, in which each site also corrects the error of the earlier "
         "sites; costs about four forward passes of the text.",
     )
+
+    @field_validator("dataset", "subset", "split", "field")
+    @classmethod
+    def _one_or_several(cls, value: str | None, info: ValidationInfo) -> str | None:
+        mix = info.data.get("mix")
+        if mix and value is not None:
+            raise PydanticCustomError(
+                "mix",
+                "expected either `{key}` or `mix`; remove one of them: {key}=null or mix=[]"
+                if info.field_name == "dataset"
+                else "expected no `{key}` beside `mix`; give it to the entries of `mix`",
+                {"key": info.field_name},
+            )
+        if mix == () and value is None and info.field_name == "dataset":
+            raise PydanticKnownError("missing")
+        return value
+
+    @field_validator("samples")
+    @classmethod
+    def _some_of_each(cls, samples: int, info: ValidationInfo) -> int:
+        mix = info.data.get("mix")
+        for index, count in enumerate(apportion(samples, [entry.share for entry in mix]) if mix else ()):
+            if not count:
+                raise PydanticCustomError(
+                    "mix",
+                    "calibration.mix.{index} gets none of {samples} windows; increase its share, or the samples",
+                    {"index": index, "samples": samples},
+                )
+        return samples
+
+    @property
+    def text(self) -> TextMix:
+        """Where the text comes from."""
+        if self.dataset is not None:
+            source = TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field)
+            return TextMix.of(source)
+        keys = tuple(f"calibration.mix.{index}" for index in range(len(self.mix)))
+        return TextMix(self.mix, tuple(entry.share for entry in self.mix), keys)
 
     @property
     def statistics_bytes(self) -> int:

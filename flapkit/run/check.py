@@ -73,7 +73,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     settings = recipe.recipe
     check_output(Path(settings.output).expanduser(), overwrite=overwrite)
     target = find_target(recipe)
-    settings.calibration.check("calibration")
+    settings.calibration.text.check("calibration")
     for text in settings.evaluate.perplexity:
         text.check("evaluation")
     if settings.evaluate.zero_shot is not None:

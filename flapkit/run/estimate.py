@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
-from flapkit.text.source import Purpose
+from flapkit.text.source import Purpose, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def estimate_needs(
     texts = _texts(recipe, processes)
     own = psutil.Process().memory_info().rss + TEXT + sum(WINDOWS[text.purpose] * text.tokens for text in texts)
     # Text is read before the model.
-    reading = own + max((TOKENISED[text.purpose] * (text.size or 0) for text in texts), default=0)
+    reading = own + max((TOKENISED[text.purpose] * text.size for text in texts), default=0)
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
     workload = Workload(
         empty,
@@ -158,7 +159,7 @@ def estimate_needs(
         sharded = sharded and max(sharded, own + (left + teacher) // processes + gathered + beside)
     flops = workload.passes * calibration_flops(recipe, target)
     device = on_device + workload.statistics + batch
-    unread = tuple(dict.fromkeys(text.dataset for text in texts if text.size is None))
+    unread = tuple(dict.fromkeys(dataset for text in texts for dataset in text.unread))
     mapped = weights if dtypes.compute == dtypes.stored else 0
     passes = workload.passes
     return Estimate(weights, mapped, own, held, least, layerwise, sharded, device, disk, flops, passes, trained, unread)
@@ -169,36 +170,42 @@ class _Text:
     """A text of a recipe: what is read of it, and what is kept.
 
     Args:
-        dataset: its name.
         purpose: what it is read for.
-        size: bytes of text; None if they are not known.
+        size: bytes of text, as far as they are known; the sources of a mix are read before windows are drawn.
         tokens: tokens of its windows.
+        unread: the datasets whose size is not known.
     """
 
-    dataset: str
     purpose: Purpose
-    size: int | None
+    size: int
     tokens: int
+    unread: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sources: Sequence[TextSource], purpose: Purpose, tokens: int) -> _Text:
+        """Look at the text of some sources."""
+        sizes = [(source.dataset, source.size(purpose)) for source in sources]
+        unread = tuple(dataset for dataset, size in sizes if size is None)
+        return cls(purpose, sum(size or 0 for _, size in sizes), tokens, unread)
 
 
 def _texts(recipe: LoadedRecipe, processes: int) -> list[_Text]:
     """List the texts of a recipe."""
     settings = recipe.recipe
     calibration = settings.calibration
-    windows = calibration.samples * calibration.length
-    texts = [_Text(calibration.dataset, "calibration", calibration.size("calibration"), windows)]
+    texts = [_Text.of(calibration.text.sources, "calibration", calibration.samples * calibration.length)]
     for text in settings.evaluate.perplexity:
-        size = text.size("evaluation")
+        read = _Text.of([text], "evaluation", 0)
         # A token has two bytes or more, in most languages.
-        most = (size or 0) // 2
+        most = read.size // 2
         cut = most * text.length // (text.stride or text.length)
         tokens = cut if text.windows is None else text.windows * text.length
-        texts.append(_Text(text.dataset, "evaluation", size, tokens))
+        texts.append(replace(read, tokens=tokens))
     if (recovery := recovery_of(recipe.compensators)) is not None:
-        training, source = recovery.training, recovery.training.source(calibration)
+        training = recovery.training
         steps = training.steps * training.batch_size * settings.trainer.accumulate_grad_batches * processes
         tokens = (steps + training.validation_windows) * training.length
-        texts.append(_Text(source.dataset, "calibration", source.size("calibration"), tokens))
+        texts.append(_Text.of(training.source(calibration.text).sources, "calibration", tokens))
     return texts
 
 

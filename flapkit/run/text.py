@@ -20,9 +20,10 @@ from flapkit.run.target import Target
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.system.paths import name_only
 from flapkit.text.conversations import Conversation
+from flapkit.text.mix import Documents, TextMix, draw_mix
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
-from flapkit.text.windows import Encoded, TokenStore, draw_windows, encode_measured
+from flapkit.text.windows import Encoded, TokenStore, encode_measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,10 +132,9 @@ def calibration_windows(
     settings: Calibration, target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore | None = None
 ) -> Tensor:
     """Draw the calibration windows of a recipe, [windows, tokens]."""
-    return draw_windows(
+    return draw_mix(
         tokenizer,
-        settings.documents("calibration", renderer(target.adapter, tokenizer)),
-        settings.separator("calibration"),
+        settings.text.documents("calibration", renderer(target.adapter, tokenizer)),
         samples=settings.samples,
         length=settings.length,
         seed=settings.seed,
@@ -143,21 +143,24 @@ def calibration_windows(
     )
 
 
-def recovery_source(training: Training, recipe: Recipe) -> TextSource:
-    """Return the source of a recovery's training text.
+def recovery_source(training: Training, recipe: Recipe) -> TextMix:
+    """Return where a recovery's training text comes from.
 
     Raises:
         RecipeError: training or validation text is evaluated as well, which would make the figure meaningless.
     """
-    source = training.source(recipe.calibration)
-    for used, purpose in ((source, "train"), (training.validation, "validate")):
+    mix = training.source(recipe.calibration.text)
+    used_for = [(source, "train") for source in mix.sources]
+    if training.validation is not None:
+        used_for.append((training.validation, "validate"))
+    for used, purpose in used_for:
         for evaluation in recipe.evaluate.perplexity:
-            if used is not None and used.shares_text(evaluation):
+            if used.shares_text(evaluation):
                 raise RecipeError(
                     f"compensator: the recovery would {purpose} on {used.dataset}, and `evaluate` measures the "
                     "perplexity of the same text; choose other text for one of them"
                 )
-    return source
+    return mix
 
 
 def name_evaluations(texts: Sequence[Perplexity]) -> dict[str, Perplexity]:
@@ -250,7 +253,7 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
 
 def read_recovery_text(
     training: Training,
-    source: TextSource,
+    mix: TextMix,
     target: Target,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
@@ -260,7 +263,7 @@ def read_recovery_text(
 
     Args:
         training: the number and length of the windows, and the seed.
-        source: the training text.
+        mix: where the training text comes from.
         target: the model.
         tokenizer: the model's tokenizer.
         runtime: what the recovery runs on.
@@ -270,26 +273,25 @@ def read_recovery_text(
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
-    documents, held_out = hold_out(source.documents("calibration", render))
-    separator, held_out_separator = (source.separator("calibration"),) * 2
-    if training.validation is not None:
-        documents = source.documents("calibration", render)
-        held_out = training.validation.documents("calibration", render)
-        held_out_separator = training.validation.separator("calibration")
+    texts = mix.documents("calibration", render)
+    if training.validation is None:
+        halves = [hold_out(documents.texts) for documents in texts]
+        held_out = [replace(documents, texts=rest) for documents, (_, rest) in zip(texts, halves, strict=True)]
+        texts = [replace(documents, texts=first) for documents, (first, _) in zip(texts, halves, strict=True)]
+    else:
+        held_out = TextMix.of(training.validation).documents("calibration", render)
 
-    def draw(texts: Sequence[str], between: str | None, samples: int) -> Tensor:
-        vocabulary = target.config.vocab_size
-        return draw_windows(
+    def draw(documents: Sequence[Documents], samples: int) -> Tensor:
+        return draw_mix(
             tokenizer,
-            texts,
-            between,
+            documents,
             samples=samples,
             length=training.length,
             seed=training.seed,
-            vocab_size=vocabulary,
+            vocab_size=target.config.vocab_size,
             store=store,
         )
 
     windows = training.steps * windows_per_step(training, runtime)
     validation = runtime.processes * math.ceil(training.validation_windows / runtime.processes)
-    return RecoveryText(draw(documents, separator, windows), draw(held_out, held_out_separator, validation))
+    return RecoveryText(draw(texts, windows), draw(held_out, validation))

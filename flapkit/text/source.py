@@ -110,10 +110,10 @@ DATASETS: Mapping[str, NamedDataset] = {
 """The datasets that recipes can name."""
 
 
-Dataset = Annotated[
-    PathText,
-    Field(description=f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN})."),
-]
+DATASET = f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN})."
+"""What a dataset's name in a recipe may be."""
+
+Dataset = Annotated[PathText, Field(description=DATASET)]
 Subset = Annotated[str | None, Field(description="Configuration of a hub dataset.")]
 Split = Annotated[
     str | None,

@@ -10,9 +10,10 @@ from flapkit_compensators.bias import Bias
 from flapkit_compensators.least_squares import LeastSquares
 from flapkit_compensators.lora import Lora
 from flapkit_compensators.none import NoCompensation
+from flapkit_compensators.procrustes import Procrustes
 
 
 @hookimpl
 def flapkit_compensators() -> Iterable[type[Compensator]]:
     """Offer the default compensators."""
-    return [Bias, LeastSquares, Lora, NoCompensation]
+    return [Bias, LeastSquares, Lora, NoCompensation, Procrustes]

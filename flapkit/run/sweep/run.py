@@ -122,7 +122,7 @@ def check_sweep(sweep: Sweep) -> None:
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
             target = find_target(point.recipe)
-            settings.calibration.check("calibration")
+            settings.calibration.text.check("calibration")
             for text in settings.evaluate.perplexity:
                 text.check("evaluation")
             lengths = run_lengths(settings, None, None)

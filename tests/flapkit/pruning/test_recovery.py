@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flapkit.pruning.recovery import Training, divergence, hold_out
+from flapkit.text.mix import TextMix
 from flapkit.text.source import TextSource
 
 
@@ -34,10 +35,10 @@ def test_divergence_is_what_torch_says_of_each_token():
 
 
 def test_the_calibrations_text_is_the_default():
-    calibration = TextSource(dataset="stdlib", split="train")
+    calibration = TextMix.of(TextSource(dataset="stdlib", split="train"))
     assert Training().source(calibration) == calibration
-    assert Training(dataset="wikitext2", split="train").source(calibration) == TextSource(
-        dataset="wikitext2", split="train"
+    assert Training(dataset="wikitext2", split="train").source(calibration) == TextMix.of(
+        TextSource(dataset="wikitext2", split="train")
     )
 
 

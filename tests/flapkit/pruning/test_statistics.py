@@ -150,3 +150,44 @@ def test_a_wide_gram_is_computed_in_strips(width, dtype):
 def test_a_covariance_needs_two_tokens():
     with pytest.raises(CalibrationError, match="a covariance needs two tokens, and 1 was seen"):
         _ = gram(torch.ones(1, 2)).covariance
+
+
+KINDS = [(Moments, {}), (Gram, {}), (UnitGram, {"blocks": 2})]
+
+
+def weighed(of, options, *batches: tuple[torch.Tensor, torch.Tensor]):
+    statistic = of(6, **options)
+    for x, weights in batches:
+        statistic.update(x, weights)
+    return statistic
+
+
+def assert_equal_spreads(found, expected):
+    for one, other in zip(found.spread, expected.spread, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("of", "options"), KINDS)
+def test_a_weight_is_a_number_of_tokens(of, options):
+    """As if each were seen that often, in several batches, some of which count for nothing."""
+    x, often = correlated(0) + 3, torch.arange(60) % 4
+    expected = measured(of, x.repeat_interleave(often, dim=0), **options)
+    weights = often.float()
+    found = weighed(of, options, (x[:7], weights[:7]), (x[:5], torch.zeros(5)), (x[7:], weights[7:]))
+    assert_equal_spreads(found, expected)
+
+
+@pytest.mark.parametrize(("of", "options"), KINDS)
+def test_only_ratios_of_weights_matter_to_mean_and_spread(of, options):
+    x, weights = correlated(1), torch.rand(60, generator=torch.Generator().manual_seed(2))
+    one, other = (weighed(of, options, (x, factor * weights)).spread for factor in (1.0, 1e-4))
+    torch.testing.assert_close(other.mean, one.mean)
+    torch.testing.assert_close(other.squares / other.tokens, one.squares / one.tokens, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weighted_mean_of_narrow_types_is_exact(dtype):
+    x, weights = (correlated(3) + 100).to(dtype), torch.rand(60, generator=torch.Generator().manual_seed(4))
+    expected = (weights.double() @ x.double()) / weights.double().sum()
+    for of, options in KINDS:
+        torch.testing.assert_close(weighed(of, options, (x, weights)).mean, expected, rtol=1e-6, atol=0)

@@ -136,6 +136,23 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (2, "calibration: {dataset: x, length: 1}", "calibration.length: expected at least 2, got 1"),
         (2, "calibration: {dataset: x, seed: -1}", "calibration.seed: expected at least 0, got -1"),
         (2, "calibration: {dataset: x, seed: 4294967296}", "calibration.seed: expected at most 4294967295"),
+        (2, "calibration: {}", "r.yaml:2:14: calibration.dataset: required, but missing"),
+        (2, "calibration: {datset: x}", "calibration.datset: unknown key; did you mean 'dataset'?"),
+        (2, "calibration: {mix: []}", "r.yaml:2:14: calibration.dataset: required, but missing"),
+        (2, "calibration: {mix: [{share: 1}]}", "r.yaml:2:21: calibration.mix.0.dataset: required, but missing"),
+        (2, "calibration: {mix: [{dataset: 1}]}", "r.yaml:2:31: calibration.mix.0.dataset: expected text, got 1"),
+        (2, "calibration: {mix: [{dataset: x, share: 0}]}", "2:41: calibration.mix.0.share: expected over 0.0, got 0"),
+        (
+            2,
+            "calibration: {mix: [{dataset: x}], dataset: y}",
+            "2:45: calibration.dataset: expected either `dataset` or",
+        ),
+        (2, "calibration: {mix: [{dataset: x}], split: y}", "2:43: calibration.split: expected no `split` beside"),
+        (
+            2,
+            "calibration: {mix: [{dataset: x}, {dataset: y}], samples: 1}",
+            "r.yaml:2:59: calibration.samples: calibration.mix.1 gets none of 1 windows; increase its share, or the",
+        ),
         (3, "budget: {ratio: 0.2, of: block}", "r.yaml:3:26: budget.of: expected 'blocks', 'model', 'attention' or"),
         (
             3,
@@ -454,7 +471,9 @@ def test_problems_of_several_compensators(tmp_path: Path, compensator: str, expe
 
 
 @pytest.mark.parametrize(
-    "key", ["calibration", "evaluate.perplexity.0", "compensator.1", "compensator.1.validation"], ids=str
+    "key",
+    ["calibration", "calibration.mix.1", "evaluate.perplexity.0", "compensator.1", "compensator.1.validation"],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
@@ -467,7 +486,8 @@ def test_problems_of_several_compensators(tmp_path: Path, compensator: str, expe
 )
 def test_texts_are_checked_alike(tmp_path: Path, key: str, name: str, value: str, problem: str) -> None:
     """In calibration, in evaluation, and in a training and its validation."""
-    text = GOOD + (
+    calibration = "mix: [{dataset: stdlib}, {dataset: stdlib}]" if "mix" in key else "dataset: stdlib"
+    text = GOOD.replace("dataset: stdlib", calibration) + (
         "evaluate: {perplexity: [{dataset: stdlib}]}\n"
         "compensator: [bias, {name: lora, dataset: stdlib, validation: {dataset: stdlib}}]\n"
     )

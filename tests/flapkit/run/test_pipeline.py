@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import write_recipe
 
 import flapkit
 from flapkit.api import PruneOptions
@@ -55,6 +56,22 @@ def test_a_sequential_run_does_what_prune_does(recipe, tmp_path, compensator):
     written = flapkit.load(tmp_path / "out", "float32").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(written[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mix_of_texts(home):
+    """Whole and layer by layer; the overlap with one of the texts is found, and the record names both."""
+    (home / "other.txt").write_text("class Other:\n    size = 1\n" * 100)
+    mix = {"mix": [{"dataset": "text.txt", "share": 3}, {"dataset": "other.txt"}], "samples": 8, "length": 32}
+    plans = []
+    for mode in ("whole", "layerwise"):
+        record = run(load_recipe(write_recipe(home, calibration=mix, execution=mode, output=mode)))
+        plans.append(record.plan)
+        assert any("100.0 % of its scored tokens" in warning for warning in record.warnings)
+        written = json.loads((record.output / "flapkit.json").read_text())["calibration"]["mix"]
+        assert [(entry["dataset"], entry["share"]) for entry in written] == [("text.txt", 3), ("other.txt", 1)]
+        again = load_recipe(record.output / "recipe.yaml").recipe.calibration
+        assert again.text.title == "text.txt (0.75) + other.txt (0.25)"
+    assert plans[0] == plans[1]
 
 
 def test_the_record_holds_what_reports_need(recipe, caplog):
