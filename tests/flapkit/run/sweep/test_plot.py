@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 from xml.etree import ElementTree
 
 import pytest
 
+from flapkit.recipe.schema import Perplexity
 from flapkit.run.sweep.plot import draw, lines
 from flapkit.run.sweep.results import Row
 from flapkit.run.sweep.schema import Plot
-from flapkit.run.sweep.table import to_csv
+from flapkit.run.sweep.table import columns, table, to_csv
+from flapkit.run.text import name_evaluations
 
 KEYS = ("metric", "calibration.seed", "budget.ratio")
 
@@ -65,6 +68,37 @@ def test_axes_are_labelled_with_numbers(perplexities, x):
 def test_csv():
     read = list(csv.DictReader(io.StringIO(to_csv(KEYS, [*ROWS[:1], FAILED]))))
     assert read[0]["metric"] == "wifv"
-    assert float(read[0]["removed of blocks"]) == 0.25
-    assert (float(read[0]["perplexity, text"]), float(read[0]["perplexity, text, dense"])) == (7.0, 5.0)
+    assert float(read[0]["removed"]) == 0.25
+    assert (float(read[0]["perplexity.text"]), float(read[0]["perplexity.text.dense"])) == (7.0, 5.0)
     assert read[1]["error"] == "BudgetError: too much"
+
+
+def test_columns_are_identifiers():
+    """A column for each text, whatever its name; the same names as a run gives to its texts."""
+    texts = [
+        *name_evaluations(
+            [
+                Perplexity(dataset="data/valid.txt", length=128),
+                Perplexity(dataset="data/valid.txt", length=128, windows=4),
+                Perplexity(dataset="stdlib", split="heldout", length=2048, stride=512),
+                Perplexity(dataset="my text: one.jsonl.gz", length=64),
+                Perplexity(dataset="valid.md", length=128),
+            ]
+        ),
+        "$",
+        "",
+    ]
+    measured = {text: {"dense": 5.0, "pruned": 7.0} for text in texts}
+    found = columns(KEYS, [dataclasses.replace(ROWS[0], perplexity=measured)])
+    pruned = [name for name in found if name.startswith("perplexity.") and not name.endswith(".dense")]
+    assert pruned == [
+        "perplexity.valid.128",
+        "perplexity.valid.128.2",
+        "perplexity.stdlib_heldout.2048.stride_512",
+        "perplexity.my_text_one.64",
+        "perplexity.valid.128_2",
+        "perplexity.text",
+        "perplexity.text_2",
+    ]
+    assert len(set(found)) == len(found) == len(table(KEYS, [dataclasses.replace(ROWS[0], perplexity=measured)])[0])
+    assert all(re.fullmatch(r"[\w.]+", name) for name in found)
