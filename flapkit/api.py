@@ -40,6 +40,7 @@ class PruneOptions:
 
     Args:
         multiple_of: round the pruned widths to multiples of this.
+        tensor_parallel: round heads and widths further, so that this many devices can share every layer.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; if they need more, the text runs through the model several times.
         sequential: repair in one sweep over the layers, in which each site also repairs the error of the earlier ones.
@@ -48,6 +49,7 @@ class PruneOptions:
     """
 
     multiple_of: int = 1
+    tensor_parallel: int = 1
     batch_size: int = 8
     statistics_memory: float = 4e9
     sequential: bool = False
@@ -59,7 +61,7 @@ class PruneOptions:
         Raises:
             RecipeError: one of them is not positive.
         """
-        for name in ("multiple_of", "batch_size", "statistics_memory"):
+        for name in ("multiple_of", "tensor_parallel", "batch_size", "statistics_memory"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise RecipeError(f"{name}: expected a number above 0, found {value!r}")
@@ -131,7 +133,7 @@ def prune_(
     resolved = registry.resolve(adapter, model.config)
     model_sites = resolved.sites(model.config)
     resolved.check_declaration(model.config)
-    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of)
+    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of, options.tensor_parallel)
     if all(site.block for site in model_sites):
         check_head(model)
     check_lengths(model, _lengths(calibration, options.recovery_text))

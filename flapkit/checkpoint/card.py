@@ -26,6 +26,17 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 The layers differ in heads and widths, so the folder contains a modeling file. {with_flapkit}"""
 
+OTHERS = """\
+Its model type is its own, so other programs need to be told to run the file, and PEFT what to train:
+
+| | |
+|---|---|
+| pipelines | `pipeline("text-generation", "{name}", trust_remote_code=True)` |
+| classifiers | `AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True)` |
+| PEFT | `LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")` |
+| lm-eval | `lm_eval --model hf --model_args pretrained={name},trust_remote_code=True --tasks arc_easy` |"""
+"""What other programs need to know about a language model."""
+
 WITH_FLAPKIT = {
     True: 'With flapkit installed,\n`flapkit.load("{name}")` needs no `trust_remote_code`.',
     False: "Once flapkit is\nimported, this needs no `trust_remote_code`.",
@@ -75,6 +86,8 @@ def model_card(
     with_flapkit = WITH_FLAPKIT[head == CAUSAL_LM].format(name=name)
     load = LOAD.format(name=name, head=head, with_flapkit=with_flapkit)
     parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", load]
+    if head == CAUSAL_LM:
+        parts.append(OTHERS.format(name=name))
     if result:
         parts += ["## Results", *_results(result)]
     if recipe:

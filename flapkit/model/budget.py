@@ -23,12 +23,14 @@ class Budget:
             and head), ``attention`` or ``mlp`` (only these sites, and only they are pruned).
         base: number of parameters that the ratio refers to.
         multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
+        tensor_parallel: round them further, so that this many devices can share every layer.
     """
 
     ratio: float
     of: BudgetBase
     base: int
     multiple_of: int = 1
+    tensor_parallel: int = 1
 
     @classmethod
     def over(
@@ -38,6 +40,7 @@ class Budget:
         of: BudgetBase = "blocks",
         model_params: int = 0,
         multiple_of: int = 1,
+        tensor_parallel: int = 1,
     ) -> Budget:
         """Make a budget from a ratio, counting its base over a model's sites.
 
@@ -47,6 +50,7 @@ class Budget:
             of: what the ratio refers to.
             model_params: number of parameters of the model; needed if ``of`` is ``model``.
             multiple_of: round pruned widths to a multiple of this.
+            tensor_parallel: round them further, so that this many devices can share every layer.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -58,7 +62,7 @@ class Budget:
                 f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
             )
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
-        return cls(ratio, of, base, multiple_of)
+        return cls(ratio, of, base, multiple_of, tensor_parallel)
 
     @property
     def params(self) -> int:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 PRUNED_KEYS = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
 
+HEAD_DIM = "head_dim"
+"""The configuration's entry for the size of a head; a pruned model's always has it."""
+
 CONFIG = '''
 
 from huggingface_hub.dataclasses import strict
@@ -181,8 +184,18 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     if not config.model_type.startswith(PREFIX):
         return config
+    stock: Any = transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
     values = {key: value for key, value in config.to_dict().items() if key not in PRUNED_KEYS}
-    return config_of(transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)], values)
+    if getattr(stock, HEAD_DIM, None) is None and values.get(HEAD_DIM) == _default_head_dim(config):
+        del values[HEAD_DIM]
+    return config_of(stock, values)
+
+
+def _default_head_dim(config: PreTrainedConfig) -> int:
+    """Return the size of a head where a configuration does not say it: the hidden size by the dense model's heads."""
+    values = config.to_dict()
+    hidden, heads = (values[config.attribute_map.get(name, name)] for name in ("hidden_size", "num_attention_heads"))
+    return int(hidden // heads)
 
 
 def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
@@ -207,6 +220,10 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
         layers[site.layer].update(_sizes(model, site))
     _fill_missing_keys(layers, dense)
     dense.pop("model_type")
+    # Falcon's class computes it.
+    if not isinstance(getattr(type(model.config), HEAD_DIM, None), property) and not dense.get(HEAD_DIM):
+        # Who reads the configuration alone, as vLLM does, would take the hidden size by the heads of the pruned layer.
+        dense[HEAD_DIM] = _default_head_dim(model.config)
     declaration = {"layers": _layers_of(sites[0]), "blocks": [block.data for block in blocks if block]}
     _replace_config(model, classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration}))
 

@@ -25,10 +25,10 @@ from flapkit.pruning.components import (
     corrector_of,
     needed_statistics,
 )
-from flapkit.pruning.rounding import round_plan
+from flapkit.pruning.rounding import can_share, round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
-from flapkit.system.errors import CalibrationError, FlapkitError, InputError, PluginError
+from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError
 from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:
@@ -248,9 +248,20 @@ def _complete(
             f"budget is {budget.params:,} ({budget.ratio:.2%}); it may miss the budget by {tolerance:,}: one unit, "
             "unless the searcher overrides `tolerance`"
         )
-    if budget.multiple_of > 1:
-        plan = round_plan(pruned, plan, scores, budget.multiple_of)
+    if budget.multiple_of > 1 or budget.tensor_parallel > 1:
+        _check_unpruned(sites, pruned, budget)
+        plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel)
     return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
+
+
+def _check_unpruned(sites: Sequence[Site], pruned: Sequence[Site], budget: Budget) -> None:
+    """Raise ``BudgetError`` if a site outside the budget cannot be shared by the devices."""
+    for site in sites:
+        if site not in pruned and not can_share(site, site.units, budget.tensor_parallel):
+            raise BudgetError(
+                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and budget.of: "
+                f"{budget.of} does not prune it"
+            )
 
 
 def repair_sites(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
+from flapkit.system.errors import BudgetError
 
 log = logging.getLogger(__name__)
 
@@ -19,36 +20,84 @@ KERNELS = 32
 """Multiples of this suit vector units, matrix kernels, and the blocks of quantised formats."""
 
 
-def round_plan(sites: Sequence[Site], plan: PruningPlan, scores: Mapping[str, Tensor], multiple_of: int) -> PruningPlan:
-    """Round the widths of a plan to multiples of a number.
+def round_plan(
+    sites: Sequence[Site],
+    plan: PruningPlan,
+    scores: Mapping[str, Tensor],
+    multiple_of: int = 1,
+    tensor_parallel: int = 1,
+) -> PruningPlan:
+    """Round the widths of a plan to multiples of a number, and to sizes that several devices can share.
 
     The width of a site is the size of its consumer's input: an MLP's channels, or an attention's heads times their
     size. A site is rounded down or up, or stays whole. As few as possible are rounded up: sites are rounded down, those
     that lose the fewest units first, while no more parameters are removed than before. Rounding up restores the units
-    with the highest scores; rounding down removes those with the lowest.
+    with the highest scores; rounding down removes those with the lowest. A site that the devices cannot share whole is
+    rounded down, and others up instead.
 
     Args:
         sites: the sites of the plan.
         plan: the units kept.
         scores: site name -> scores [units, k]; at a site without scores, later units are removed first.
         multiple_of: the number.
+        tensor_parallel: the number of devices that share every site.
 
     Returns:
         The rounded plan. It removes at most as many parameters as the plan, and fewer by less than the largest step.
+
+    Raises:
+        BudgetError: the devices cannot share a site, or can only if more is removed.
     """
-    roundings = [_Rounding.of(together, plan, multiple_of) for together in groups(sites)]
-    left = sum(rounding.step_cost * (rounding.up - rounding.before) for rounding in roundings)
-    counts = {id(rounding): rounding.up for rounding in roundings}
-    for rounding in sorted(roundings, key=lambda rounding: rounding.before - rounding.down):
-        cost = rounding.step_cost * (rounding.up - rounding.down)
-        if rounding.down < rounding.up and cost <= left:
-            counts[id(rounding)] = rounding.down
+    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel) for together in groups(sites)]
+    counts = [rounding.up or rounding.down for rounding in roundings]
+    left = sum(
+        rounding.step_cost * (count - rounding.before) for rounding, count in zip(roundings, counts, strict=True)
+    )
+    while left < 0:
+        # Sites that the devices cannot share whole have lost more than was asked for: others get units back.
+        steps = [
+            (rounding.step_cost * (larger - count), index, larger)
+            for index, (rounding, count) in enumerate(zip(roundings, counts, strict=True))
+            if (larger := next((size for size in rounding.sizes if size > count), 0))
+        ]
+        if not steps:
+            least = sum(r.step_cost * (r.together[0].units_per_run - r.sizes[-1]) for r in roundings)
+            raise BudgetError(
+                f"budget.tensor_parallel: {tensor_parallel} devices can share every layer only if at least {least:,} "
+                "parameters are removed; raise budget.ratio, or choose a smaller number"
+            )
+        cost, index, counts[index] = min(steps)
+        left += cost
+    order = sorted(range(len(roundings)), key=lambda index: roundings[index].before - roundings[index].down)
+    for index in order:
+        rounding = roundings[index]
+        cost = rounding.step_cost * (counts[index] - rounding.down)
+        if 0 < rounding.down < counts[index] and cost <= left:
+            counts[index] = rounding.down
             left -= cost
     keep: dict[str, tuple[int, ...]] = {}
-    for rounding in roundings:
+    for rounding, count in zip(roundings, counts, strict=True):
         for site in rounding.together:
-            keep[site.name] = _choose(site, plan.keep[site.name], scores.get(site.name), counts[id(rounding)])
+            keep[site.name] = _choose(site, plan.keep[site.name], scores.get(site.name), count)
     return PruningPlan({name: keep[name] for name in plan.keep if name in keep})
+
+
+def can_share(site: Site, units: int, devices: int) -> bool:
+    """Return whether devices can share a site with a number of kept units, each taking equal parts of it.
+
+    Query heads and channels are divided. Key/value heads are divided too, or, if they are fewer, each goes to several
+    devices: the rule of vLLM's tensor parallelism.
+
+    Args:
+        site: the site.
+        units: units that it keeps.
+        devices: how many share it.
+    """
+    sizes = site.sizes(units)
+    if site.kind == "mlp":
+        return sizes["I"] % devices == 0
+    heads, kv_heads = sizes["H"], sizes["K"]
+    return heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
 
 
 def unaligned_widths(sites: Sequence[Site], plan: PruningPlan, multiple_of: int = KERNELS) -> list[int]:
@@ -70,22 +119,38 @@ def warn_of_unaligned_widths(sites: Sequence[Site], plan: PruningPlan) -> None:
 
 @dataclass(frozen=True)
 class _Rounding:
-    """Sites that keep the same number of units in each of their runs: that number, rounded down, and rounded up."""
+    """Sites that keep the same number of units in each of their runs.
+
+    Args:
+        together: the sites.
+        before: the number in the plan.
+        sizes: all allowed numbers, ascending.
+        down: the largest allowed number up to ``before``; 0 if there is none.
+        up: the smallest allowed number from ``before`` on; 0 if there is none.
+    """
 
     together: list[Site]
     before: int
+    sizes: Sequence[int]
     down: int
     up: int
 
     @classmethod
-    def of(cls, together: list[Site], plan: PruningPlan, multiple_of: int) -> _Rounding:
+    def of(cls, together: list[Site], plan: PruningPlan, multiple_of: int, devices: int) -> _Rounding:
         site = together[0]
         kept, whole = len(plan.keep[site.name]) // site.runs, site.units_per_run
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
-        if kept == whole or kept % step == 0:
-            return cls(together, kept, kept, kept)
-        down, up = kept // step * step, min(whole, -(-kept // step) * step)
-        return cls(together, kept, down or up, up)
+        aligned = [*range(step, whole, step), whole]
+        sizes = [count for count in aligned if can_share(site, count * site.runs, devices)]
+        if not sizes:
+            width = "width" if site.kind == "mlp" else f"heads ({site.heads} with {site.kv_heads} key/value heads)"
+            rule = f" to multiples of {multiple_of}" if multiple_of > 1 else ""
+            raise BudgetError(
+                f"budget.tensor_parallel: {site.name}: its {width} cannot be rounded{rule} so that {devices} devices "
+                "share it; choose a smaller number"
+            )
+        down, up = max((size for size in sizes if size <= kept), default=0), next((s for s in sizes if s >= kept), 0)
+        return cls(together, kept, sizes, down, up)
 
     @property
     def step_cost(self) -> int:

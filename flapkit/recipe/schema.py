@@ -246,10 +246,17 @@ class BudgetSection(Section):
         "multiple of this, with any searcher; never removes more than the ratio. 32 or 64 suit most kernels, 256 suits "
         "GGUF's K types.",
     )
+    tensor_parallel: Count = Field(
+        default=1,
+        ge=1,
+        description="Round heads and widths further, so that this many devices can share every layer, as vLLM's "
+        "`--tensor-parallel-size` does: it divides query heads and widths in each layer, and divides key/value heads "
+        "or is a multiple of them.",
+    )
 
     def over(self, sites: Iterable[Site], model_params: int) -> Budget:
         """Return the budget for a model with these sites and this number of parameters."""
-        return Budget.over(sites, self.ratio, self.of, model_params, self.multiple_of)
+        return Budget.over(sites, self.ratio, self.of, model_params, self.multiple_of, self.tensor_parallel)
 
 
 class Message(Section):

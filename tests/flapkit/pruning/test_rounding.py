@@ -14,6 +14,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.rounding import round_plan, unaligned_widths
 from flapkit.registry import SEARCHER, Registry
+from flapkit.system.errors import BudgetError
 
 SITES = flapkit.sites(make_llama(num_key_value_heads=2, head_dim=12))
 
@@ -41,6 +42,64 @@ def test_every_width_is_a_multiple_or_whole(seed, multiple_of):
         assert shorter <= longer
     assert rounded.removed_params(SITES) <= plan.removed_params(SITES)
     assert round_plan(SITES, rounded, scores, multiple_of) == rounded
+
+
+def shared(site, count, devices):
+    """What vLLM asks of every layer."""
+    if site.kind == "mlp":
+        return count % devices == 0
+    kv_heads = count if site.units == site.kv_heads else site.kv_heads
+    heads = count * site.heads // site.units
+    return heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
+
+
+UNEVEN = make_llama(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, head_dim=8)
+UNEVEN_SITES = {unit: flapkit.sites(UNEVEN, {"name": "llama", "unit": unit}) for unit in ("kv_group", "query_head")}
+
+
+@given(some.integers(0, 10_000), some.sampled_from([2, 3, 4, 6]), some.sampled_from([1, 8, 48]), some.booleans())
+@settings(deadline=None, max_examples=60)
+def test_devices_can_share_every_layer_or_the_plan_is_refused(seed, devices, multiple_of, single):
+    sites = UNEVEN_SITES["query_head" if single else "kv_group"]
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for site in sites:
+        count = int(torch.randint(1, site.units_per_run + 1, (1,), generator=generator))
+        keep[site.name] = tuple(r * site.units_per_run + unit for r in range(site.runs) for unit in range(count))
+    plan = PruningPlan(keep)
+    try:
+        rounded = round_plan(sites, plan, {}, multiple_of, devices)
+    except BudgetError:
+        # No rounding of some layer is shared, or only one that removes more.
+        return
+    rounded.check(sites)
+    for site in sites:
+        count = len(rounded.keep[site.name])
+        assert shared(site, count, devices)
+        assert count == site.units or count * site.channels_per_unit % multiple_of == 0
+    assert rounded.removed_params(sites) <= plan.removed_params(sites)
+
+
+def test_a_layer_that_devices_cannot_share_whole_is_pruned_and_others_less():
+    """Three key/value heads of three query heads each: two devices can share two of the three alone."""
+    sites = UNEVEN_SITES["kv_group"]
+    whole = {site.name: tuple(range(site.units)) for site in sites}
+    narrow = PruningPlan(whole | {site.name: tuple(range(1)) for site in sites if site.kind == "mlp"})
+    rounded = round_plan(sites, narrow, {}, 1, 2)
+    assert [len(rounded.keep[site.name]) for site in sites if site.kind == "attention"] == [2, 2]
+    least = sum(site.params_per_unit for site in sites if site.kind == "attention")
+    with pytest.raises(BudgetError, match=rf"only if at least {least:,} parameters are removed; raise budget\.ratio"):
+        round_plan(sites, PruningPlan(whole), {}, 1, 2)
+    with pytest.raises(BudgetError, match=r"layers.0.attention: its heads \(9 with 3 key/value heads\) cannot be"):
+        round_plan(sites, narrow, {}, 1, 8)
+
+
+def test_a_site_outside_the_budget_is_shared_too():
+    sites = UNEVEN_SITES["kv_group"]
+    budget = Budget.over(sites, 0.3, "mlp", tensor_parallel=2)
+    scores = {site.name: torch.rand(site.units, 1) for site in sites}
+    with pytest.raises(BudgetError, match=r"2 devices cannot share layers\.0\.attention, and budget\.of: mlp does not"):
+        find_plan(sites, scores, Registry.load().create(SEARCHER, "ul_um"), budget)
 
 
 def test_the_highest_scores_come_back_and_the_lowest_go():

@@ -84,7 +84,10 @@ def test_an_option_of_one_of_several(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("budget.ration=0.3", "budget.ration: unknown key; did you mean 'ratio'? (known: multiple_of, of, ratio)"),
+        (
+            "budget.ration=0.3",
+            "budget.ration: unknown key; did you mean 'ratio'? (known: multiple_of, of, ratio, tensor_parallel)",
+        ),
         ("budget.ratio=3", "budget.ratio: 3 is not a ratio; give the fraction to remove"),
         ("budget.ratio=", "budget.ratio: null is not a ratio"),
         ("metric=wivf", "metric: unknown metric 'wivf'; did you mean 'wifv'?"),
