@@ -25,7 +25,15 @@ from flapkit.model.site import Site
 from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, TrialSearcher, recovery_of
+from flapkit.pruning.components import (
+    Compensator,
+    ImportanceMetric,
+    StructureSearcher,
+    TrainedSearcher,
+    TrialSearcher,
+    recovery_of,
+)
+from flapkit.pruning.gates import check_gated
 from flapkit.pruning.recovery import Recovery
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
 from flapkit.system.errors import ModelError, RecipeError
@@ -134,6 +142,8 @@ def prune_(
     model_sites = resolved.sites(model.config)
     resolved.check_declaration(model.config)
     budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of, options.tensor_parallel)
+    if isinstance(method.searcher, TrainedSearcher):
+        _check_gated(model, model_sites)
     if all(site.block for site in model_sites):
         check_head(model)
     check_lengths(model, _lengths(calibration, options.recovery_text))
@@ -163,12 +173,22 @@ def _check_model(model: PreTrainedModel, method: Method) -> None:
         return
     of_language = {
         f"metric {method.metric.name!r}": needs_gradient(method.statistics),
-        f"searcher {method.searcher.name!r}": isinstance(method.searcher, TrialSearcher),
+        f"searcher {method.searcher.name!r}": isinstance(method.searcher, (TrialSearcher, TrainedSearcher)),
         "a compensator that trains": recovery_of(method.compensators) is not None,
     }
     for what, is_used in of_language.items():
         if is_used:
             raise ModelError(f"{what} needs the loss of a language model, and this is a {type(model).__name__}")
+
+
+def _check_gated(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    """Refuse a model whose gates cannot be trained."""
+    check_gated(sites)
+    if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
+        raise ModelError(
+            f"the model is on {', '.join(sorted(map(str, devices)))}; a searcher that trains gates needs it on one "
+            "device: load it without a device_map, or choose another searcher"
+        )
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:
@@ -194,8 +214,7 @@ def _recovery_text(model: PreTrainedModel, recovery: Recovery | None, options: P
 
 def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery, text: RecoveryText) -> None:
     device = model.device
-    options = {"accelerator": "cpu", "devices": 1} if device.type == "cpu" else {"devices": [device.index or 0]}
-    recover_(model, sites, recovery, text, Runtime(options))
+    recover_(model, sites, recovery, text, Runtime.on(device))
     nn.Module.to(model, device)
 
 

@@ -22,7 +22,15 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import count_rows, rows_of
 from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
 from flapkit.model.surgery import Correction
-from flapkit.pruning.components import Compensator, ImportanceMetric, Objective, StructureSearcher, TrialSearcher
+from flapkit.pruning.components import (
+    Compensator,
+    ImportanceMetric,
+    Objective,
+    StructureSearcher,
+    TrainedSearcher,
+    TrialSearcher,
+)
+from flapkit.pruning.gates import Gates
 from flapkit.pruning.ranking import (
     layer_ratios,
     raise_attention,
@@ -32,7 +40,7 @@ from flapkit.pruning.ranking import (
     standardise,
     whole_units,
 )
-from flapkit.pruning.recovery import Recovery, Trainable, Training
+from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
 from flapkit.pruning.statistics import (
     FittedGram,
     FittedTargetGram,
@@ -87,6 +95,7 @@ __all__ = [
     "FittedGram",
     "FittedTargetGram",
     "FlapkitError",
+    "Gates",
     "GradientStatistic",
     "Gram",
     "HeldOutGram",
@@ -112,6 +121,7 @@ __all__ = [
     "StructureSearcher",
     "TargetGram",
     "Trainable",
+    "TrainedSearcher",
     "Training",
     "TrialSearcher",
     "UnitGram",
@@ -119,11 +129,13 @@ __all__ = [
     "count_rows",
     "dense_config",
     "did_you_mean",
+    "divergence",
     "float64_rows",
     "groups",
     "hookimpl",
     "layer_ratios",
     "load",
+    "next_token_loss",
     "open_weights",
     "raise_attention",
     "remove_lowest",

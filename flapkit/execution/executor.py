@@ -28,7 +28,7 @@ from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
 from flapkit.pruning.collector import Batch, Statistics
-from flapkit.pruning.components import Compensator, Objective, TrialSearcher
+from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.progress import Progress
@@ -83,6 +83,26 @@ class CalibrationText:
             check_vocabulary(batch["input_ids"], vocabulary)
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedPlan:
+    """The result of training gates.
+
+    Args:
+        plan: the units to keep at the gated sites.
+        validations: optimizer step -> mean loss on the held-out windows, in nats.
+        best_step: the step whose plan was chosen.
+    """
+
+    plan: PruningPlan
+    validations: Mapping[int, float]
+    best_step: int
+
+    def summary(self) -> dict[str, Any]:
+        """Summarise it for ``result.json``."""
+        losses = {str(step): loss for step, loss in self.validations.items()}
+        return {"best_step": self.best_step, "steps": max(self.validations), "validation_loss": losses}
+
+
 class Executor(ABC):
     """Holds the weights of a model and runs them.
 
@@ -120,6 +140,21 @@ class Executor(ABC):
 
         Raises:
             RecipeError: this executor cannot evaluate candidate plans.
+        """
+
+    @abstractmethod
+    def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
+        """Train the gates of a searcher, with the model's weights frozen.
+
+        Args:
+            searcher: describes the gates and the training.
+            sites: the prunable sites.
+            scores: site name -> scores [units, k].
+            budget: how many parameters to remove.
+
+        Raises:
+            RecipeError: this executor cannot train, or the statistics do not fit in memory.
+            RunError: a loss is not finite.
         """
 
     @abstractmethod
@@ -206,20 +241,35 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     if method.searcher.uses_scores:
         ahead = () if sequential else method.repairing
         scores = executor.score(score, method.scoring, ahead)
-    plan = _find_plan(executor, method, budget, scores, correct)
+    plan, search = _find_plan(executor, method, budget, scores, correct)
     if sequential:
         repairs = executor.repair_in_sequence_(plan, method.compensators)
     else:
         repairs = executor.repair_(plan, repair, method.repairing)
-    return Pruned(scores, plan, repairs.notes, repairs.expected)
+    return Pruned(scores, plan, repairs.notes, repairs.expected, search)
 
 
-def _find_plan(executor: Executor, method: Method, budget: Budget, scores: Scores, correct: Correct) -> PruningPlan:
-    """Let the searcher choose, by trials if it tries plans."""
+def _find_plan(
+    executor: Executor, method: Method, budget: Budget, scores: Scores, correct: Correct
+) -> tuple[PruningPlan, Mapping[str, Any]]:
+    """Let the searcher choose: by trials if it tries plans, by training if it trains gates.
+
+    Returns:
+        The plan, and the course of a training for ``result.json``.
+    """
     searcher = method.searcher
+    if isinstance(searcher, TrainedSearcher) and budget.params:
+        course: dict[str, Any] = {}
+
+        def learn(searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores) -> PruningPlan:
+            learned = executor.learn(searcher, sites, scores, budget)
+            course.update(learned.summary())
+            return learned.plan
+
+        return find_plan(executor.sites, scores, searcher, budget, learn=learn), course
     if not isinstance(searcher, TrialSearcher) or not budget.params:
         with executor.progress.stage("search"):
-            return find_plan(executor.sites, scores, searcher, budget)
+            return find_plan(executor.sites, scores, searcher, budget), {}
     with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:
         objective = executor.objective(searcher.objective, correct, method.repairing)
 
@@ -228,7 +278,7 @@ def _find_plan(executor: Executor, method: Method, budget: Budget, scores: Score
             stage.advance()
             return value
 
-        return find_plan(executor.sites, scores, searcher, budget, tried)
+        return find_plan(executor.sites, scores, searcher, budget, tried), {}
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from flapkit.execution.executor import (
     CalibrationText,
     Correct,
     Executor,
+    LearnedPlan,
     Repair,
     Score,
     Scores,
@@ -32,6 +33,7 @@ from flapkit.execution.record_files import Record, write_record
 from flapkit.execution.resume import Resume, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
+from flapkit.model.budget import Budget
 from flapkit.model.classes import set_pruned_config_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
@@ -40,7 +42,7 @@ from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, slice_
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
-from flapkit.pruning.components import Compensator, Objective
+from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device
@@ -124,6 +126,10 @@ class LayerwiseExecutor(Executor):
     ) -> Objective:
         """Refuse: candidate plans are evaluated on a whole model."""
         raise RecipeError("execution: layerwise: the searcher needs the whole model to evaluate plans; choose another")
+
+    def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
+        """Refuse: gates are trained on a whole model."""
+        raise RecipeError("execution: layerwise: the searcher trains gates on the whole model; choose another")
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Repair and slice layer by layer.

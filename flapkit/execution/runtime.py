@@ -42,6 +42,11 @@ class Runtime:
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
 
+    @classmethod
+    def on(cls, device: torch.device) -> Runtime:
+        """Return a runtime on one device, for a model outside a run."""
+        return cls({"accelerator": "cpu", "devices": 1} if device.type == "cpu" else {"devices": [device.index or 0]})
+
     def check_processes(self) -> None:
         """Raise ``RecipeError`` if the number of started processes differs from the options."""
         check_started(self.processes)
@@ -229,6 +234,7 @@ def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*treespec.*")
         warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
             call(*args, **kwargs)

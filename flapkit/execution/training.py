@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flapkit.execution.lightning.callbacks import LAST, ProgressCallback, Recover, recovery_callbacks
+from flapkit.execution.executor import LearnedPlan
+from flapkit.execution.lightning.callbacks import (
+    LAST,
+    KeepBest,
+    LearnGates,
+    ProgressCallback,
+    Recover,
+    recovery_callbacks,
+)
 from flapkit.execution.lightning.data import RecoveryData
 from flapkit.execution.lightning.loggers import LoggerName, build_loggers
-from flapkit.execution.lightning.module import CausalLM, Optimization
+from flapkit.execution.lightning.module import CausalLM, GatedLM, Optimization
 from flapkit.execution.runtime import Runtime, quietly
 from flapkit.model.site import Site
+from flapkit.pruning.collector import Batch
+from flapkit.pruning.gates import GatedModel, Gates
 from flapkit.pruning.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training
-from flapkit.system.errors import DataError, OutputError
+from flapkit.system.errors import CalibrationError, DataError, OutputError
 from flapkit.system.json_files import read_object
 from flapkit.system.processes import broadcast_from_rank0
 from flapkit.system.workdir import damaged_as_output_error, differences, write_file
@@ -32,6 +42,9 @@ if TYPE_CHECKING:
 
 LOG_POINTS = 100
 """How many training losses the loggers receive, approximately."""
+
+TEXT = ("input_ids", "attention_mask")
+"""What a training takes of a calibration batch."""
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +159,9 @@ def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
             f"got {tokens.dtype} {list(tokens.shape)}"
         )
     held_out = torch.arange(len(tokens)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
-    seen, generator = tokens.cpu()[~held_out], torch.Generator().manual_seed(training.seed)
-    needed = training.steps * training.batch_size
-    rounds = [torch.randperm(len(seen), generator=generator) for _ in range(-(-needed // len(seen)))]
-    return RecoveryText(seen[torch.cat(rounds)[:needed]], tokens.cpu()[held_out][: training.validation_windows])
+    seen = tokens.cpu()[~held_out]
+    order = _shuffled(len(seen), training.steps * training.batch_size, training.seed)
+    return RecoveryText(seen[order], tokens.cpu()[held_out][: training.validation_windows])
 
 
 def windows_per_step(training: Training, runtime: Runtime) -> int:
@@ -186,27 +198,115 @@ def recover_(
     """
     training = recovery.training
     recover = Recover(recovery, sites, trainable)
-    module = CausalLM(
-        model, Optimization(lr=training.lr, weight_decay=training.weight_decay, warmup=training.warmup), teacher=teacher
-    )
+    module = CausalLM(model, _optimization(training), teacher=teacher)
     per_epoch = training.validate_every * windows_per_step(training, runtime)
     data = RecoveryData(text.windows, text.validation, batch_size=training.batch_size, per_epoch=per_epoch)
-    resumed = broadcast_from_rank0(workplace.open) if workplace else None
-    options = {**_options(training), **_precision(model, runtime), **_logging(workplace)}
-    with torch.random.fork_rng(), runtime.progress.stage("recover", training.steps, "steps") as stage:
-        folder = workplace.folder if workplace else None
-        watching = recovery_callbacks(training, folder, log_rate=bool(workplace and workplace.loggers))
-        trainer = runtime.trainer([recover, *watching, ProgressCallback(stage)], **options)
-        quietly(trainer.validate, module, data, verbose=False)
-        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if resumed:
-            log.info("recover: resuming from %s", resumed)
-        quietly(trainer.fit, module, data, ckpt_path=resumed, weights_only=True)
+    trained = _fit(module, data, recover, training, runtime, workplace, "recover")
     assert recover.trainable is not None
     assert recover.best_step is not None
+    parameters = sum(parameter.numel() for parameter in trained)
     recovered = Recovered(recover.trainable, parameters, recover.validations, recover.best_step, recover.best)
     _log_result(recovered)
     return recovered
+
+
+def learn_plan(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    gates: Gates,
+    training: Training,
+    text: Sequence[Batch],
+    runtime: Runtime,
+    *,
+    workplace: Workplace | None = None,
+) -> LearnedPlan:
+    """Train gates with the model's weights frozen, and return the plan of the step with the lowest validation loss.
+
+    Args:
+        model: the dense model, unchanged at the end.
+        sites: the gated sites.
+        gates: the gates.
+        training: how they are trained.
+        text: the calibration text; the windows that are ``held_out`` choose the step.
+        runtime: what it runs on.
+        workplace: where checkpoints and logs are written, and an interrupted training is resumed from.
+
+    Raises:
+        CalibrationError: there are no windows to train on, or to choose the step by.
+        RunError: a loss is not finite.
+    """
+    windows, validation = _split_calibration(training, text, windows_per_step(training, runtime), runtime.processes)
+    data = RecoveryData(
+        windows,
+        validation,
+        batch_size=training.batch_size,
+        per_epoch=training.validate_every * windows_per_step(training, runtime),
+    )
+    gated = GatedModel(model, sites, gates)
+    learn = LearnGates(gates, training.seed, "search")
+    try:
+        _fit(GatedLM(model, gated, _optimization(training)), data, learn, training, runtime, workplace, "search")
+        plan = gates.plan()
+    finally:
+        gated.remove_()
+    assert learn.best_step is not None
+    first, best = (learn.validations[step] for step in (0, learn.best_step))
+    log.info("search: loss %.4f -> %.4f, step %d of %d", first, best, learn.best_step, max(learn.validations))
+    return LearnedPlan(plan, learn.validations, learn.best_step)
+
+
+def _split_calibration(
+    training: Training, text: Sequence[Batch], per_step: int, processes: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split calibration windows into training windows, in random orders as often as needed, and held-out ones."""
+    together = {name: torch.cat([batch[name] for batch in text]) for name in (*TEXT, "held_out")}
+    held_out = together["held_out"].bool()
+    chosen = held_out.nonzero()[: training.validation_windows, 0]
+    chosen = chosen[: len(chosen) - len(chosen) % processes]
+    left = (~held_out).nonzero()[:, 0]
+    if not len(left) or not len(chosen):
+        raise CalibrationError(
+            "calibration: gates are trained on three windows of four, and the best step is chosen on the fourth; use "
+            f"at least {4 * processes} windows"
+        )
+    order = left[_shuffled(len(left), training.steps * per_step, training.seed)]
+    return ({name: together[name][order] for name in TEXT}, {name: together[name][chosen] for name in TEXT})
+
+
+def _shuffled(count: int, needed: int, seed: int) -> Tensor:
+    """Return as many indices below ``count`` as needed, in one random order after another."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+    return torch.cat(rounds)[:needed]
+
+
+def _fit(
+    module: CausalLM,
+    data: RecoveryData,
+    keep: KeepBest,
+    training: Training,
+    runtime: Runtime,
+    workplace: Workplace | None,
+    name: str,
+) -> list[nn.Parameter]:
+    """Validate, train, and validate regularly; return the trained parameters."""
+    model = module.model
+    resumed = broadcast_from_rank0(workplace.open) if workplace else None
+    options = {**_options(training), **_precision(model, runtime), **_logging(workplace)}
+    with torch.random.fork_rng(), runtime.progress.stage(name, training.steps, "steps") as stage:
+        folder = workplace.folder if workplace else None
+        watching = recovery_callbacks(training, folder, log_rate=bool(workplace and workplace.loggers))
+        trainer = runtime.trainer([keep, *watching, ProgressCallback(stage)], **options)
+        quietly(trainer.validate, module, data, verbose=False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if resumed:
+            log.info("%s: resuming from %s", name, resumed)
+        quietly(trainer.fit, module, data, ckpt_path=resumed, weights_only=True)
+    return trained
+
+
+def _optimization(training: Training) -> Optimization:
+    return Optimization(lr=training.lr, weight_decay=training.weight_decay, warmup=training.warmup)
 
 
 def _options(training: Training) -> dict[str, Any]:

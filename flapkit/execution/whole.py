@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +19,7 @@ from flapkit.execution.executor import (
     CalibrationText,
     Correct,
     Executor,
+    LearnedPlan,
     Repair,
     Score,
     Scores,
@@ -30,13 +32,15 @@ from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.stream import HiddenStates, LayerRunner, layers_of
+from flapkit.execution.training import Workplace, learn_plan
+from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import round_
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
-from flapkit.pruning.components import Compensator, Objective
+from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
 from flapkit.system.errors import RecipeError
@@ -67,6 +71,7 @@ class WholeExecutor(Executor):
         resume: reads what an interrupted run has finished, and stores what this one finishes.
         statistics: site name -> statistics that are measured already.
         saved: dtype of the checkpoint to be written, to which pruned weights are rounded; by default the model's.
+        folder: where a training of gates stores its checkpoints; None for no checkpoints.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class WholeExecutor(Executor):
         resume: Resume = make_without_store,
         statistics: Statistics | None = None,
         saved: torch.dtype | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.model = model
         self.sites = sites
@@ -91,6 +97,7 @@ class WholeExecutor(Executor):
         self._cache = cache
         self._resume = resume
         self._saved = saved or model.dtype
+        self._folder = folder
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
@@ -131,6 +138,30 @@ class WholeExecutor(Executor):
             return float(self._resume(f"trial {digest} {share:g}", make).tensors["value"])
 
         return tried
+
+    def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
+        """Train the gates of a searcher on the calibration text."""
+        if self._missing(searcher.measures()):
+            raise RecipeError(
+                "the searcher trains gates, which needs the statistics of all sites in memory together; raise "
+                "calibration.statistics_memory"
+            )
+
+        def make() -> Record:
+            self._place()
+            visible = {site.name: self._measured[site.name].only(searcher.measures()) for site in sites}
+            gates = searcher.gates(sites, scores, visible, budget)
+            runtime, training = self._runtime or Runtime.on(self.model.device), searcher.training
+            workplace = Workplace(self._folder / "search", asdict(training)) if self._folder else None
+            batches = self._text.batches()
+            learned = learn_plan(self.model, sites, gates, training, batches, runtime, workplace=workplace)
+            return Record({}, {"plan": learned.plan.to_json(), "validations": list(learned.validations.items())})
+
+        metadata = self._resume("trained gates", make).metadata
+        self._place()
+        validations = {int(step): float(loss) for step, loss in metadata["validations"]}
+        plan = PruningPlan.from_json(metadata["plan"])
+        return LearnedPlan(plan, validations, min(validations, key=validations.__getitem__))
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Measure the statistics for the corrections, compute these, and slice."""

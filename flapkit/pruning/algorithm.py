@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from flapkit.pruning.components import (
     ImportanceMetric,
     Objective,
     StructureSearcher,
+    TrainedSearcher,
     TrialSearcher,
     corrector_of,
     needed_statistics,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+Learn = Callable[[TrainedSearcher, Sequence[Site], Mapping[str, Tensor]], PruningPlan]
+"""Trains the gates of a searcher, given the prunable sites and their scores [units, k]."""
 
 FEW_TOKENS = 128
 """An expert that receives fewer calibration tokens causes a warning."""
@@ -56,8 +60,10 @@ class Method:
 
     @property
     def scoring(self) -> tuple[type[Statistic], ...]:
-        """The statistics to measure for the scores; empty where the searcher uses no scores."""
-        return self.metric.measures() if self.searcher.uses_scores else ()
+        """The statistics to measure for the scores and for a searcher that trains."""
+        scoring = self.metric.measures() if self.searcher.uses_scores else ()
+        training = self.searcher.measures() if isinstance(self.searcher, TrainedSearcher) else ()
+        return tuple(dict.fromkeys([*scoring, *training]))
 
     @property
     def repairing(self) -> tuple[type[Statistic], ...]:
@@ -103,12 +109,14 @@ class Pruned:
         notes: site name -> the compensator's remark about it.
         expected: site name -> predicted squared error of the consumer's output per token; None where the statistics do
             not allow a prediction.
+        search: the course of a search that trains, for ``result.json``; empty otherwise.
     """
 
     scores: Mapping[str, Tensor] = field(repr=False)
     plan: PruningPlan
     notes: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, float | None] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -191,6 +199,7 @@ def find_plan(
     searcher: StructureSearcher,
     budget: Budget,
     objective: Objective | None = None,
+    learn: Learn | None = None,
 ) -> PruningPlan:
     """Let a searcher choose the units to keep; sites outside the budget keep all of theirs.
 
@@ -201,6 +210,7 @@ def find_plan(
         budget: how much to remove.
         objective: what a ``TrialSearcher`` minimises; if None, it runs no trials and returns the plan that it would
             start from.
+        learn: trains the gates of a ``TrainedSearcher``; if None, it returns the plan that they would start from.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -219,6 +229,9 @@ def find_plan(
 
         with _as_plugin_error(where):
             plan = searcher.search_by_trials(pruned, known, budget, judge)
+    elif learn is not None and isinstance(searcher, TrainedSearcher):
+        with _as_plugin_error(where):
+            plan = learn(searcher, pruned, known)
     else:
         with _as_plugin_error(where):
             plan = searcher.search(pruned, known, budget)

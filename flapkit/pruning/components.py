@@ -13,7 +13,8 @@ from flapkit.model.component import Component
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, unit_costs
 from flapkit.model.surgery import Correction
-from flapkit.pruning.recovery import Recovery
+from flapkit.pruning.gates import Gates
+from flapkit.pruning.recovery import Recovery, Training
 from flapkit.pruning.statistics import SiteStatistics, Statistic
 from flapkit.system.errors import RecipeError
 
@@ -145,6 +146,40 @@ class TrialSearcher(StructureSearcher):
             scores: as for ``search``.
             budget: how many parameters to remove.
             objective: evaluates a plan for exactly these sites.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+        """
+
+
+class TrainedSearcher(StructureSearcher, CalibratedComponent):
+    """A searcher that trains gates, with the model's weights frozen.
+
+    It describes the gates and the training; the core runs it, on the calibration windows that are not held out. The
+    step with the lowest loss on the held-out windows counts. ``search`` returns the plan that the gates start from;
+    ``flapkit check`` uses it to check the budget. The recipe's evaluation text is never used.
+    """
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """How the gates are trained. The text is always the calibration text, in its own windows."""
+
+    @abstractmethod
+    def gates(
+        self,
+        sites: Sequence[Site],
+        scores: Mapping[str, Tensor],
+        statistics: Mapping[str, SiteStatistics],
+        budget: Budget,
+    ) -> Gates:
+        """Build the gates to train.
+
+        Args:
+            sites: the prunable sites, in the model's order.
+            scores: as for ``search``.
+            statistics: site name -> the statistics that the searcher declares.
+            budget: how many parameters to remove.
 
         Raises:
             BudgetError: the budget cannot be met.

@@ -129,6 +129,21 @@ def divergence(student: Tensor, teacher: Tensor, attended: Tensor) -> Tensor:
     return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
+def next_token_loss(logits: Tensor, tokens: Tensor, attended: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next token.
+
+    Args:
+        logits: [windows, tokens, vocabulary].
+        tokens: the windows [windows, tokens].
+        attended: which tokens are not padding, bool [windows, tokens]; pairs with padding are left out.
+
+    Returns:
+        Nats per predicted token, a scalar in float32.
+    """
+    counts = attended[:, :-1] & attended[:, 1:]
+    return functional.cross_entropy(logits[:, :-1][counts].float(), tokens[:, 1:][counts])
+
+
 def hold_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split documents into training and validation: one in ten validates.
 

@@ -23,9 +23,10 @@ from flapkit.model.budget import Budget
 from flapkit.model.empty import build_empty
 from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import recovery_of
+from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens
+from flapkit.pruning.statistics import size_of
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Perplexity, Recipe
 from flapkit.run.dtypes import DTypes, choose_dtypes
@@ -121,6 +122,7 @@ def estimate_needs(
     # Text is read before the model.
     reading = own + max((TOKENISED[text.purpose] * text.size for text in texts), default=0)
     batch = max(_calibration_batch(recipe, target, size), _evaluation_batch(recipe, empty))
+    batch = max(batch, _gates_memory(recipe, target, size))
     workload = Workload(
         empty,
         target.sites,
@@ -331,6 +333,17 @@ def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     windows = min(settings.report.error_windows, int(held_out(settings.calibration.samples).sum()))
     tokens = trace_tokens(target.sites, windows, settings.calibration.length, size)
     return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
+
+
+def _gates_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
+    """Return the bytes that a searcher that trains gates needs beside the weights and its statistics; 0 for others."""
+    searcher = recipe.method.searcher
+    if not isinstance(searcher, TrainedSearcher):
+        return 0
+    # The dense model's predictions are learned; what the statistics give takes about as much as they do.
+    training = replace(searcher.training, length=recipe.recipe.calibration.length, distill=True)
+    units = sum(site.units for site in target.sites)
+    return _training_memory(training, target, size, units) + size_of(searcher.measures(), target.sites)
 
 
 def _training_memory(training: Training, target: Target, size: int, trained: int) -> int:

@@ -19,7 +19,8 @@ from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.soundness import check_plain
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import TrialSearcher
+from flapkit.pruning.components import TrainedSearcher, TrialSearcher
+from flapkit.pruning.gates import check_gated
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
 from flapkit.run.dtypes import choose_dtypes
@@ -79,7 +80,9 @@ def open_executor(
         check_plain(model)
         target.adapter.confirm(model, target.sites)
         saved = dtypes.saved
-        return WholeExecutor(model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume, saved=saved)
+        return WholeExecutor(
+            model, target.sites, text, runtime, memory=memory, cache=cache, resume=resume, saved=saved, folder=folder
+        )
     if runtime.sharded:
         # A model is sharded for recovery and evaluation; here every process streams its share of the windows.
         runtime = Runtime({**runtime.options, "strategy": "ddp"}, runtime.progress)
@@ -116,6 +119,8 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
                 f"{recipe.path}: trainer.strategy: model_parallel shards evaluation and recovery; to prune a model "
                 "that no device holds, add `execution: layerwise`"
             )
+        if isinstance(method.searcher, TrainedSearcher):
+            check_gated(target.sites)
         return None
     precision = settings.trainer.precision or ""
     refused = {
@@ -127,6 +132,9 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         ),
         f"searcher {method.searcher.name!r} needs the whole model to evaluate plans; choose another": (
             isinstance(method.searcher, TrialSearcher)
+        ),
+        f"searcher {method.searcher.name!r} trains gates on the whole model; choose another": (
+            isinstance(method.searcher, TrainedSearcher)
         ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)

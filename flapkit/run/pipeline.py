@@ -26,7 +26,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
 from flapkit.model.precision import name_of
-from flapkit.pruning.components import recovery_of
+from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
@@ -186,9 +186,11 @@ def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     pairs = zip(recipe.compensators, settings.compensator, strict=True)
     pruning = [(component, spec) for component, spec in pairs if component.corrects or component.recovery() is None]
     defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
+    # A searcher that trains uses them as well.
+    trains = isinstance(recipe.method.searcher, TrainedSearcher)
     changed = {
         "compensator": tuple(spec for _, spec in pruning),
-        "trainer": settings.trainer.model_copy(update=defaults),
+        "trainer": settings.trainer if trains else settings.trainer.model_copy(update=defaults),
         "export": (),
         "output": str(output),
     }

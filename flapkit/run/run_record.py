@@ -93,6 +93,7 @@ class RunRecord:
             "params": dict(self.params),
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
+            **({"search": dict(self.pruned.search)} if self.pruned.search else {}),
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
             "warnings": [without_folders(warning) for warning in self.warnings],

@@ -93,7 +93,11 @@ def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge:
     rows = weight.new_empty((3, max(width, PENDING // width * width), weight.shape[1]))
     pending, reached = 0, weight.new_zeros(())
     for _ in range(site.units):
-        added = (torch.linalg.solve(inverses, norms)).diagonal(dim1=1, dim2=2).sum(dim=1) if width > 1 else (norms / inverses).flatten()
+        added = (
+            (torch.linalg.solve(inverses, norms)).diagonal(dim1=1, dim2=2).sum(dim=1)
+            if width > 1
+            else (norms / inverses).flatten()
+        )
         unit = int(added.masked_fill(gone, float("inf")).argmin())
         own = slice(unit * width, (unit + 1) * width)
         ps, qs, firsts = rows[:, :pending]

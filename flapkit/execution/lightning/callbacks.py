@@ -172,12 +172,80 @@ class Evaluate(Callback):
         self.results = {name: metric.compute() for name, metric in zip(self._names, self._metrics, strict=True)}
 
 
-class Recover(Callback):
+class KeepBest(Callback):
+    """Use the step with the lowest validation loss of a training; stop at the first loss that is not finite.
+
+    If ``validate`` runs before ``fit``, the untrained parameters take part in the comparison. Lightning's checkpoints
+    contain the best step so far, so that a resumed training ends like an uninterrupted one.
+
+    Args:
+        seed: seed of what is random in the training.
+        what: what is trained, for messages.
+
+    Attributes:
+        best: name of a trained parameter -> its value at the best step, whole, on the CPU.
+        validations: optimizer step -> mean loss on the validation text, in nats.
+    """
+
+    def __init__(self, seed: int, what: str) -> None:
+        self._seed = seed
+        self._what = what
+        self.best: dict[str, Tensor] = {}
+        self.validations: dict[int, float] = {}
+
+    @property
+    def best_step(self) -> int | None:
+        """The first step with the lowest validation loss; None before the first validation."""
+        return min(self.validations, key=self.validations.__getitem__, default=None)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed the dropout, so that a resumed training equals an uninterrupted one."""
+        torch.manual_seed(self._seed + trainer.current_epoch * trainer.world_size + trainer.global_rank)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise an error on every device at the first loss that is not finite."""
+        finite = bool(torch.isfinite(outputs["loss"]))
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise self._not_finite(trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the loss, and the trained parameters if it is the lowest."""
+        loss = float(trainer.callback_metrics["validation/loss"])
+        if not math.isfinite(loss):
+            raise self._not_finite(trainer.global_step)
+        self.validations[trainer.global_step] = loss
+        if self.best_step == trainer.global_step:
+            self.best = {name: gathered(value.detach()).cpu().clone() for name, value in _trained(pl_module)}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the best step."""
+        for name, value in _trained(pl_module):
+            if name in self.best:
+                fill_(value, self.best[name])
+        pl_module.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a resumed training."""
+        return {"validations": self.validations, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state from a checkpoint."""
+        self.validations = dict(state_dict["validations"])
+        self.best = dict(state_dict["best"])
+
+    def _not_finite(self, step: int) -> RunError:
+        return RunError(
+            f"the {self._what}'s loss is not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or "
+            "choose another trainer.precision (bf16-mixed, 32-true)"
+        )
+
+
+class Recover(KeepBest):
     """Train a pruned model by a recovery while ``trainer.fit`` runs, and use the step with the lowest validation loss.
 
-    The trainable part is attached in ``setup``, before the optimizer is created. If ``validate`` runs before ``fit``,
-    the untrained model takes part in the comparison. Lightning's checkpoints contain the best step so far, so that a
-    resumed training ends like an uninterrupted one.
+    The trainable part is attached in ``setup``, before the optimizer is created.
 
     Args:
         recovery: the recovery.
@@ -186,22 +254,14 @@ class Recover(Callback):
 
     Attributes:
         trainable: the trainable part; merged at the end if the recovery merges.
-        best: name of a trained parameter -> its value at the best step, whole, on the CPU.
-        validations: optimizer step -> mean cross-entropy of the validation text, in nats.
     """
 
     def __init__(self, recovery: Recovery, sites: Sequence[Site], trainable: Trainable | None = None) -> None:
+        super().__init__(recovery.training.seed, "recovery")
         self._recovery = recovery
         self._sites = sites
         self._merges = recovery.merge and trainable is None
-        self.best: dict[str, Tensor] = {}
         self.trainable = trainable
-        self.validations: dict[int, float] = {}
-
-    @property
-    def best_step(self) -> int | None:
-        """The first step with the lowest validation loss; None before the first validation."""
-        return min(self.validations, key=self.validations.__getitem__, default=None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach the trainable part, once."""
@@ -212,46 +272,32 @@ class Recover(Callback):
         """Turn dropout on."""
         pl_module.train()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed the dropout, so that a resumed training equals an uninterrupted one."""
-        torch.manual_seed(
-            self._recovery.training.seed + trainer.current_epoch * trainer.world_size + trainer.global_rank
-        )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Raise an error on every device at the first loss that is not finite."""
-        finite = bool(torch.isfinite(outputs["loss"]))
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise not_finite(trainer.global_step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the loss, and the trained parameters if it is the lowest."""
-        loss = float(trainer.callback_metrics["validation/loss"])
-        if not math.isfinite(loss):
-            raise not_finite(trainer.global_step)
-        self.validations[trainer.global_step] = loss
-        if self.best_step == trainer.global_step:
-            self.best = {name: gathered(value.detach()).cpu().clone() for name, value in _trained(pl_module)}
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the best step, and merge it if the recovery merges."""
-        for name, value in _trained(pl_module):
-            if name in self.best:
-                fill_(value, self.best[name])
-        pl_module.eval()
+        super().on_fit_end(trainer, pl_module)
         if self._merges and self.trainable is not None:
             self.trainable.merge_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a resumed training."""
-        return {"validations": self.validations, "best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint."""
-        self.validations = dict(state_dict["validations"])
-        self.best = dict(state_dict["best"])
+class LearnGates(KeepBest):
+    """Train the gates of a searcher while ``trainer.fit`` runs, and use the step with the lowest validation loss.
+
+    The model stays in evaluation mode, as it will be pruned; only the gates are in training mode.
+
+    Args:
+        gates: the gates.
+        seed: seed of what is random in the training.
+        what: what is trained, for messages.
+    """
+
+    def __init__(self, gates: nn.Module, seed: int, what: str) -> None:
+        super().__init__(seed, what)
+        self._gates = gates
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Turn the training of the gates on."""
+        pl_module.eval()
+        self._gates.train()
 
 
 def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: bool) -> list[Callback]:
@@ -270,14 +316,6 @@ def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: boo
             ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, every_n_epochs=1, enable_version_counter=False)
         )
     return callbacks
-
-
-def not_finite(step: int) -> RunError:
-    """Build the error of a training that diverged."""
-    return RunError(
-        f"the recovery's loss is not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or choose "
-        "another trainer.precision (bf16-mixed, 32-true)"
-    )
 
 
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:

@@ -186,33 +186,46 @@ class RecoveryData(LightningDataModule):
     (``reload_dataloaders_every_n_epochs=1``); a resumed training then continues with the next windows.
 
     Args:
-        windows: training tokens [windows, tokens].
-        validation: validation tokens [windows, tokens]; a multiple of the devices, since a device with an additional
+        windows: training tokens [windows, tokens]; or a mapping with ``input_ids`` and ``attention_mask``, both of that
+            shape.
+        validation: validation tokens, in the same form; a multiple of the devices, since a device with an additional
             batch would wait for the others.
         batch_size: windows that go through the model at once, on each device.
         per_epoch: windows of one epoch, on all devices together; a multiple of the devices.
     """
 
-    def __init__(self, windows: Tensor, validation: Tensor, *, batch_size: int, per_epoch: int) -> None:
+    def __init__(
+        self,
+        windows: Tensor | Mapping[str, Tensor],
+        validation: Tensor | Mapping[str, Tensor],
+        *,
+        batch_size: int,
+        per_epoch: int,
+    ) -> None:
         super().__init__()
-        self._windows = windows
-        self._validation = validation
+        self._windows = _by_name(windows)
+        self._validation = _by_name(validation)
         self._batch_size = batch_size
         self._per_epoch = per_epoch
 
     def train_dataloader(self) -> DataLoader[Row]:
         """Load the windows of the trainer's epoch."""
         first = (self.trainer.current_epoch if self.trainer else 0) * self._per_epoch
-        return self._loader("recovery", self._windows[first : first + self._per_epoch])
+        epoch = {name: values[first : first + self._per_epoch] for name, values in self._windows.items()}
+        return self._loader("recovery", epoch)
 
     def val_dataloader(self) -> DataLoader[Row]:
         """Load the validation windows."""
         return self._loader("validation", self._validation)
 
-    def _loader(self, name: str, windows: Tensor) -> DataLoader[Row]:
-        rows = WindowRows({"input_ids": windows})
+    def _loader(self, name: str, windows: Mapping[str, Tensor]) -> DataLoader[Row]:
+        rows = WindowRows(windows)
         sampler = _sampler(name, rows, _share_of(self))
         return DataLoader(rows, batch_size=self._batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
+
+
+def _by_name(windows: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {"input_ids": windows} if isinstance(windows, Tensor) else windows
 
 
 def collate(rows: Sequence[Row]) -> Batch:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from flapkit.evaluation.perplexity import cross_entropy
 from flapkit.execution.lightning.restore import KEY, restore_pruning_
 from flapkit.pruning.collector import attended, run_batch
+from flapkit.pruning.gates import GatedModel
 from flapkit.pruning.recovery import divergence
 
 Batch = Mapping[str, Tensor]
@@ -139,3 +140,37 @@ class CausalLM(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class GatedLM(CausalLM):
+    """A language model whose gates are trained, its weights frozen. The dense model is the same one without its gates.
+
+    Args:
+        model: the language model.
+        gated: its gates.
+        optimization: how they are trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, gated: GatedModel, optimization: Optimization) -> None:
+        super().__init__(model, optimization)
+        self._gated = gated
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Return the loss of the gates, in nats per predicted token."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch) -> None:
+        """Log the loss of the gates as ``validation/loss``."""
+        windows = len(batch["input_ids"])
+        self.log("validation/loss", self._loss(batch), prog_bar=True, batch_size=windows, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log nothing more: the loss is no logarithm of a perplexity."""
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._gated.dense():
+            dense = self.model(**batch, use_cache=False).logits
+        logits = self.model(**batch, use_cache=False).logits
+        return self._gated.gates.loss(logits, dense, batch["input_ids"], attended(batch))
