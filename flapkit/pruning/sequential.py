@@ -3,6 +3,10 @@
 Two streams of hidden states pass through the layers: the dense model's, and that of the model as pruned so far. In each
 layer, site by site, the consumer is fitted so that the pruned stream matches the dense one after it. The sweep costs a
 few forward passes of the calibration text, regardless of the depth.
+
+What reads the stream normalises each token first, so that errors count relative to the token: a token's weight in
+the fit is one over the mean square of its dense hidden state. Otherwise the few tokens with massive activations (Sun et
+al., arXiv 2402.17762), often the first of a window, decide the fit of all.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02
 """Largest difference of a layer's change from the sum of its consumers' outputs, relative to the change; it allows for
 bfloat16."""
+
+SMALLEST = 1e-12
+"""Smallest mean square of a hidden state, so that a state of zeros has a weight."""
 
 log = logging.getLogger(__name__)
 
@@ -211,9 +218,13 @@ class TargetCollector(Collector):
         if bias is not None:
             target = target - bias.detach().to(x.device)
         rows = torch.cat([x.float(), target.flatten(0, -2)], dim=1)
+        weights = 1 / self._target.to(x.device).flatten(0, -2).square().mean(dim=1).clamp(min=SMALLEST)
         for statistic in self._statistics_of(site, x.device):
-            seen = rows if isinstance(statistic, TargetGram) else x
-            statistic.update(seen[self._tokens_of(statistic, x.device)])
+            tokens = self._tokens_of(statistic, x.device)
+            if isinstance(statistic, TargetGram):
+                statistic.update(rows[tokens], weights[tokens])
+            else:
+                statistic.update(x[tokens])
         self._leave_when_seen(site)
 
 

@@ -67,7 +67,7 @@ def unexplained(site: Site, covariance: Tensor, weight: Tensor, ridge: float) ->
 
 
 def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """Score every unit by what its removal adds to the error, when the lowest score goes first and the rest is repaired.
+    """Score every unit by what its removal adds to the error, when the lowest goes first and the rest is repaired.
 
     With P the inverse covariance and M = W'W: tr(M_uu P_uu^-1) is what the removal of u adds. Then p = P_uu^-1 P_u,
     P' = P - P_u' p, and W' = W - W_u p, so that M' = M - p'q - q'p with q = M_u - M_uu p / 2. Both are kept as they
@@ -93,11 +93,7 @@ def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge:
     rows = weight.new_empty((3, max(width, PENDING // width * width), weight.shape[1]))
     pending, reached = 0, weight.new_zeros(())
     for _ in range(site.units):
-        added = (
-            (torch.linalg.solve(inverses, norms)).diagonal(dim1=1, dim2=2).sum(dim=1)
-            if width > 1
-            else (norms / inverses).flatten()
-        )
+        added = torch.linalg.solve(inverses, norms).diagonal(dim1=1, dim2=2).sum(dim=1)
         unit = int(added.masked_fill(gone, float("inf")).argmin())
         own = slice(unit * width, (unit + 1) * width)
         ps, qs, firsts = rows[:, :pending]

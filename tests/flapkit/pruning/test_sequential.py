@@ -59,12 +59,23 @@ def test_a_target_makes_the_hidden_state_the_dense_one(llama, tokens, monkeypatc
     llama.model.layers[1] = copy_layer(llama, llama.model.layers[1], in_layer)
     repair.mask_(in_layer[:1], PruningPlan({in_layer[0].name: (0, 1)}), Repairs())
     seen = []
-    monkeypatch.setattr(TargetGram, "update", lambda self, rows: seen.append(rows[:, in_layer[1].channels :]))
+    monkeypatch.setattr(TargetGram, "update", lambda self, rows, weights: seen.append(rows[:, in_layer[1].channels :]))
     repair._measure(in_layer[1:], LeastSquares(ridge=0.1))
     consumer = llama.get_submodule(in_layer[1].consumer)
     target = seen[0].view(*tokens.shape, -1) + (0 if consumer.bias is None else consumer.bias)
     consumer.register_forward_hook(lambda module, args, output: target)
     torch.testing.assert_close(runner.step(1, batch, first), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_weighs_less_the_larger_it_is(llama, tokens, monkeypatch):
+    """The norm that reads the hidden state divides by its size."""
+    repair, sites = layer_repair(llama, 0, tokens)
+    repair.run_dense()
+    seen = []
+    monkeypatch.setattr(TargetGram, "update", lambda self, rows, weights: seen.append(weights))
+    repair._measure(sites[:1], LeastSquares(ridge=0.1))
+    sizes = repair._targets[sites[0].name][0].flatten(0, 1).square().mean(dim=1)
+    torch.testing.assert_close(seen[0] * sizes, torch.ones_like(sizes))
 
 
 @torch.no_grad()
