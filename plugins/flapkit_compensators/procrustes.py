@@ -17,10 +17,11 @@ from flapkit.interfaces import Compensator, Correction, Gram, Site, SiteStatisti
 class Procrustes(Compensator):
     """Rotate the output of the kept channels: W' = Q W_S, where Q is the orthogonal matrix that fits best.
 
-    RCPU (arXiv 2510.07782). With C the covariance of the inputs, m their mean, and S the kept channels: Q = U V' of the
-    singular value decomposition U Σ V' of W C_:S W_S' + λ W_S W_S', and b' = W m - Q W_S m_S. This minimises
-    E|Wx - W'x_S - b'|² + λ |W' - W_S|² over all Q that are orthogonal, so that it is never worse than ``bias`` (Q = I)
-    on the calibration text. Without the intercept C is E[xx'] and m is 0: no bias is added.
+    RCPU (arXiv 2510.07782), with a penalty. With C the covariance of the inputs, m their mean, and S the kept channels:
+    Q = U V' of the singular value decomposition U Σ V' of W C_:S W_S' + λ W_S W_S', and b' = W m - Q W_S m_S. This
+    minimises E|Wx - W'x_S - b'|² + λ |W' - W_S|² over all Q that are orthogonal, so that it is never worse than
+    ``bias`` (Q = I) on the calibration text. Without the intercept C is E[xx'] and m is 0: no bias is added. The paper
+    has λ = 0; a penalty is better with few windows, where directions that the text hardly shows would turn at random.
 
     In a sequential repair the targets take the place of the dense outputs Wx.
     """
@@ -35,7 +36,7 @@ class Procrustes(Compensator):
             description="Penalty on changes of the weight, as a fraction of the kept channels' mean variance; the "
             "larger it is, the smaller the rotation.",
         ),
-    ] = 0.0
+    ] = 1.0
 
     @property
     def adds_bias(self) -> bool:
