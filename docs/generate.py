@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from flapkit.cli import app
-from flapkit.recipe.schema import Recipe
+from flapkit.recipe.json_schema import recipe_schema
+from flapkit.recipe.schema import KEYS, Recipe
+from flapkit.registry import ADAPTER, KINDS, Registry
 
 HERE = Path(__file__).parent
 
@@ -28,10 +33,16 @@ def recipes() -> str:
 def _table(section: dict[str, Any]) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, entry in section["properties"].items():
-        default = "required" if key in section.get("required", ()) else f"`{entry.get('default')}`"
+        default = "required" if key in section.get("required", ()) else f"`{_yaml(entry.get('default'))}`"
         meaning = entry.get("description", "").replace("|", "\\|")
         lines.append(f"| `{key}` | {_type(entry)} | {default} | {meaning} |")
     return [*lines, ""]
+
+
+def _yaml(value: Any) -> str:
+    """Write a default as in a recipe, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    return str(text).strip().removesuffix("...").strip()
 
 
 def _type(entry: dict[str, Any]) -> str:
@@ -47,6 +58,84 @@ def _type(entry: dict[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_type(entry['items'])}"
     return str(entry.get("type", "any"))
+
+
+def components() -> str:
+    """Write the reference of components: all five kinds, with the options of each, from the schema of recipes."""
+    registry = Registry.load()
+    schema = recipe_schema(registry)
+    lines = [_COMPONENTS]
+    nested: set[str] = set()
+    for kind in KINDS:
+        options = _options(schema, KEYS[kind.name])
+        lines += [f"## {kind.name.capitalize()}s", "", f"In a recipe: `{KEYS[kind.name]}`. {_MORE[kind.name]}", ""]
+        if kind == ADAPTER:
+            lines += ["| name | models |", "|---|---|"]
+            lines += [f"| `{name}` | {_summary(component)} |" for name, component in registry.names(kind).items()]
+            lines += ["", "Every adapter has the same options:", "", *_table(options["auto"])]
+            assert all(entry["properties"].keys() == options["auto"]["properties"].keys() for entry in options.values())
+        else:
+            for name, component in registry.names(kind).items():
+                lines += [f"### {name}", "", _prose(inspect.getdoc(component) or ""), ""]
+                lines += _table(options[name]) if options[name]["properties"] else ["It has no options.", ""]
+        nested |= {name for entry in options.values() for name in _references(entry)}
+    lines += ["## Sections of options", ""]
+    for name in sorted(nested):
+        section = schema["$defs"][name]
+        lines += [f"### {name}", "", section.get("description", "").replace("``", "`"), "", *_table(section)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_COMPONENTS = """# Components
+
+What comes with flapkit, with the options that each component has in a recipe. A component is a name, or a section with
+a name and options; `flapkit list` shows what is installed, and `flapkit schema` prints the options for editors.
+
+```yaml
+metric: wifv
+searcher: {name: al_am, attention_power: 1}
+compensator: [bias, {name: lora, steps: 500}]
+```
+"""
+
+_MORE = {
+    "metric": "[Metrics](interfaces/metrics.md) compares them.",
+    "searcher": "[Searchers](interfaces/searchers.md) compares them.",
+    "compensator": "[Compensation](compensation.md) compares them.",
+    "adapter": "[Families](families.md) has measurements.",
+    "exporter": "[Run the pruned model](run-the-model.md) uses them.",
+}
+"""Kind -> where its components are explained."""
+
+
+def _options(schema: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """Map the names of the components of a recipe's key to the schemas of their options, without the name itself."""
+    options = {}
+    for branch in schema["properties"][key]["oneOf"]:
+        if "$ref" in branch:
+            entry = schema["$defs"][branch["$ref"].rpartition("/")[2]]
+            properties = dict(entry["properties"])
+            options[properties.pop("name")["const"]] = {**entry, "properties": properties}
+    return options
+
+
+def _references(entry: Any) -> set[str]:
+    """Find the sections that a schema refers to."""
+    if isinstance(entry, dict):
+        own = {entry["$ref"].rpartition("/")[2]} if "$ref" in entry else set()
+        return own.union(*(_references(value) for value in entry.values()))
+    return set().union(*(_references(value) for value in entry)) if isinstance(entry, list) else set()
+
+
+def _summary(component: type) -> str:
+    return _prose((inspect.getdoc(component) or "").split("\n\n")[0])
+
+
+def _prose(docstring: str) -> str:
+    """Write a docstring as Markdown: without its sections, formulas as they are."""
+    text = re.split(r"\n(?=(?:Args|Attributes|Returns|Raises):\n)", docstring)[0].strip().replace("``", "`")
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_|<\[\]])", r"\\\1", part) for part in parts)
 
 
 def cli() -> str:
@@ -71,7 +160,7 @@ def _help(command: str) -> str:
 
 def pages() -> dict[str, str]:
     """Map the generated pages' names to their text."""
-    return {"recipes.md": recipes(), "cli.md": cli()}
+    return {"recipes.md": recipes(), "components.md": components(), "cli.md": cli()}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from flapkit.pruning.gates import Gates
 from flapkit.pruning.ranking import (
     layer_ratios,
     raise_attention,
+    remove_by_layer,
     remove_lowest,
     remove_units,
     split_modules,
@@ -138,6 +139,7 @@ __all__ = [
     "next_token_loss",
     "open_weights",
     "raise_attention",
+    "remove_by_layer",
     "remove_lowest",
     "remove_units",
     "rows_of",

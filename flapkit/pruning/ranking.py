@@ -115,6 +115,42 @@ def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float]
     return ratios
 
 
+def remove_by_layer(
+    sites: Sequence[Site],
+    ranking: Mapping[str, Tensor],
+    budget: Budget,
+    profile: Sequence[float],
+    min_units: int = 1,
+) -> PruningPlan:
+    """Remove the lowest units of each layer, heads and neurons ranked together, until its share of the budget is met.
+
+    What a layer leaves of its share, less than a unit, goes to the next one, so that the whole plan falls short of the
+    budget by less than a unit. A layer with the ratio 0 stays whole.
+
+    Args:
+        sites: the sites to prune, in the model's order.
+        ranking: site name -> one value per unit [units]; low goes first within a layer.
+        budget: how many parameters to remove.
+        profile: relative ratios of the layers, in order; scaled to meet the budget.
+        min_units: units that every site keeps.
+
+    Returns:
+        The units to keep at each site.
+
+    Raises:
+        BudgetError: the profile does not fit the layers, or ``min_units`` does not allow a layer's share.
+    """
+    keep: dict[str, tuple[int, ...]] = {}
+    due = 0.0
+    for layer, ratio in layer_ratios(sites, budget, profile).items():
+        members = [site for site in sites if site.layer == layer]
+        due += ratio * sum(site.params for site in members)
+        plan = remove_lowest(members, ranking, round(due) if ratio else 0, min_units)
+        due -= plan.removed_params(members)
+        keep |= plan.keep
+    return PruningPlan({site.name: keep[site.name] for site in sites})
+
+
 def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: int, min_units: int = 1) -> PruningPlan:
     """Remove a number of units, the lowest of all sites together, regardless of their sizes.
 

@@ -154,7 +154,7 @@ class GradientStatistic(Statistic):
 class Spread(NamedTuple):
     """How inputs lie about their mean, over some tokens.
 
-    Args:
+    Attributes:
         tokens: how many, float64 [1].
         mean: float64 [channels].
         squares: summed squares of the deviations [channels]; or summed products of the deviations of channels of one

@@ -29,6 +29,16 @@ BEFORE = {
     """,
     "docs/architectures.md: from pathlib import Path": "",
     "docs/cluster.md: model = flapkit": "",
+    "docs/how-to/fine-tune.md: import flapkit": "",
+    "docs/how-to/lightning.md: import flapkit": "",
+    "docs/how-to/plot.md: import json": "",
+    "docs/how-to/plot.md: import pandas": """
+        import os
+        os.makedirs("runs/sweeps/compare")
+        columns = "metric,budget.ratio,perplexity.stdlib_heldout.128,perplexity.stdlib_heldout.128.dense,error"
+        lines = [columns, "wifv,0.2,21.1,14.8,", "wifv,0.5,60.2,14.8,", "random,0.2,40.1,14.8,", "random,0.5,,,no"]
+        open("runs/sweeps/compare/table.csv", "w").write("\\n".join(lines))
+    """,
     "docs/layerwise.md: from flapkit": """
         path, batches = "builtin:tiny-llama", [{"input_ids": torch.arange(64).view(2, 32)}]
     """,
@@ -57,6 +67,8 @@ WITHOUT_FLAPKIT = ("docs/run-the-model.md: from transformers", f"{CARD_OF_RUN}: 
 ELSEWHERE = (
     "README.md: # my_metric",
     "docs/architectures.md: from flapkit",
+    "docs/how-to/layers.md",
+    "docs/how-to/statistic.md",
     "docs/interfaces/",
 )
 """Snippets that are plugins, which other tests load."""

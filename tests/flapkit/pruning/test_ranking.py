@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flapkit.model.budget import Budget
-from flapkit.model.site import Coupling, Site
-from flapkit.pruning.ranking import remove_lowest, standardise
+from flapkit.model.site import Coupling, Site, unit_costs
+from flapkit.pruning.ranking import remove_by_layer, remove_lowest, standardise
 from flapkit.system.errors import BudgetError
 
 
@@ -48,3 +50,29 @@ def test_floors_that_do_not_allow_the_budget():
     ranking = {s.name: torch.zeros(s.units) for s in SITES}
     with pytest.raises(BudgetError, match="the largest ratio of blocks is"):
         remove_lowest(SITES, ranking, Budget.over(SITES, 0.95), min_units=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.01, 0.5), st.integers(0, 2**31))
+def test_a_budget_spent_by_layer(ratio, seed):
+    """Each layer loses its share and the whole plan the budget, both to within one unit; the lowest units go."""
+    sites = [
+        dataclasses.replace(site, name=f"{layer}.{site.name}", layer=layer) for layer in range(4) for site in SITES
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    ranking = {site.name: torch.randperm(site.units, generator=generator).double() for site in sites}
+    budget, profile = Budget.over(sites, ratio), [1.0, 0.0, 2.0, 1.5]
+    plan = remove_by_layer(sites, ranking, budget, profile)
+    unit = max(unit_costs(sites))
+    assert 0 <= budget.params - plan.removed_params(sites) < unit
+    for layer, weight in enumerate(profile):
+        members = [site for site in sites if site.layer == layer]
+        assert abs(plan.removed_params(members) - weight / sum(profile) * budget.params) <= unit * (weight > 0)
+        for site in members:
+            removed = plan.removed_units(site)
+            assert sorted(ranking[site.name][list(removed)].tolist()) == list(range(len(removed)))
+
+
+def test_a_profile_that_does_not_fit():
+    with pytest.raises(BudgetError, match="expected 1 ratios, one per layer"):
+        remove_by_layer(SITES, {}, Budget.over(SITES, 0.2), [1.0, 2.0])

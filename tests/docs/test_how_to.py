@@ -1,0 +1,57 @@
+"""The plugins and the YAML files of the how-to pages work as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import make_llama
+
+import flapkit
+from flapkit.recipe.load import load_recipe
+from flapkit.recipe.plugin_files import load_registry
+from flapkit.registry import METRIC, SEARCHER
+from flapkit.run.sweep.load import load_sweep
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+
+
+def block(page: str, language: str, folder: Path) -> Path:
+    """Write the page's block that begins with a file's name into that file."""
+    text = (HOW_TO / page).read_text(encoding="utf-8")
+    ((name, code),) = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", text, flags=re.DOTALL)
+    (folder / name).write_text(code)
+    return folder / name
+
+
+@pytest.fixture
+def model():
+    return make_llama(num_hidden_layers=3)
+
+
+def test_a_statistic_of_your_own(tmp_path, model, tokens):
+    metric = load_registry([block("statistic.md", "python", tmp_path)]).create(METRIC, "largest_input", {"power": 0.5})
+    before = model.num_parameters()
+    flapkit.prune_(model, tokens, metric=metric, ratio=0.3)
+    assert model.num_parameters() < before
+
+
+def test_a_budget_for_each_layer(tmp_path, model, tokens):
+    searcher = load_registry([block("layers.md", "python", tmp_path)]).create(SEARCHER, "owl", {"outlier": 1.5})
+    sites = flapkit.sites(model)
+    plan = flapkit.prune_(model, tokens, metric="wifn", searcher=searcher, ratio=0.3)
+    shares = [
+        plan.removed_params(members) / sum(site.params for site in members)
+        for members in ([site for site in sites if site.layer == layer] for layer in range(3))
+    ]
+    assert max(shares) - min(shares) > 0.01
+
+
+def test_the_comparison_is_a_sweep(tmp_path):
+    block("statistic.md", "python", tmp_path)
+    assert len(load_sweep(block("compare.md", "yaml", tmp_path), []).points) == 18
+
+
+def test_the_recipe_of_conversations(tmp_path):
+    assert load_recipe(block("conversations.md", "yaml", tmp_path)).recipe.calibration.dataset == "./chat.jsonl"
