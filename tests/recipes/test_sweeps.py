@@ -13,7 +13,7 @@ SWEEPS = shipped_sweeps()
 
 
 def test_they_are_all_there():
-    assert set(SWEEPS) >= {"ablation", "calibration", "ratio"}
+    assert set(SWEEPS) >= {"ablation", "calibration", "ratio", "smollm2-ablation", "smollm2-compensation"}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -23,7 +23,8 @@ def test_it_loads_and_says_what_it_does(name):
     assert first.startswith("# ")
     assert len(first) < 120
     assert sweep.file.output == f"runs/sweeps/{name}"
-    assert {point.recipe.recipe.model.path for point in sweep.points} == {"builtin:tiny-llama"}
+    model = "models/smollm2-135m" if name.startswith("smollm2") else "builtin:tiny-llama"
+    assert {point.recipe.recipe.model.path for point in sweep.points} == {model}
     assert len({point.label for point in sweep.points}) == len(sweep.points) >= 12
 
 
