@@ -1,7 +1,7 @@
 """Compensators with few calibration windows: perplexity of text of the same and of another kind.
 
 ```
-python tests/benchmarks/few_windows.py MODEL TEXT SAME OTHER [--windows 8 16 ...] [--ratio R] [COMPENSATOR ...]
+python tests/benchmarks/few_windows.py MODEL TEXT SAME OTHER [COMPENSATOR ...] [--windows 8 16 ...] [--ratio R]
 ```
 
 MODEL is a checkpoint. Windows of 128 tokens are drawn from the first 3 million characters of TEXT, the smaller numbers
@@ -66,6 +66,6 @@ if __name__ == "__main__":
     for name in ("model", "text", "same", "other"):
         parser.add_argument(name)
     parser.add_argument("compensators", nargs="*", metavar="COMPENSATOR")
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32, 128])
+    parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--ratio", type=float, default=0.2)
     main(parser.parse_args())
