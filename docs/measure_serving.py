@@ -101,7 +101,7 @@ REASONS = {
     "Heterogeneous MLA": "vLLM's latent attention needs layers that do not differ",
     "intermediate_size' is a per-layer attribute": "vLLM's experts have the same width in all layers",
     "does not dispatch through": "a layer without attention",
-    "were not initialized from checkpoint": "vLLM does not load its projections of the type `Conv1D`",
+    "from checkpoint: {": "vLLM does not load its projections of the type `Conv1D`",
 }
 """Part of vLLM's message -> the reason on the page."""
 

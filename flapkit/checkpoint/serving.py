@@ -20,7 +20,8 @@ VLLM = "0.32.0"
 def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
     """Return why vLLM does not serve a pruned model, or an empty text.
 
-    The reasons are those that ``docs/measure_serving.py`` meets.
+    Interface, Conv1D and experts are from a run of vLLM (docs/serving.md); latent attention and layers without
+    attention are from its source.
 
     Args:
         config: the dense or the pruned model's configuration.
