@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVE_VENV := .venv-serve
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smollm2 test test-all test-real fuzz lint docs clean
+.PHONY: demo smollm2 test test-all test-real test-serve fuzz lint docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/flapkit run recipes/demo.yaml --overwrite
@@ -23,6 +24,11 @@ test-all: $(VENV)/all
 test-real: $(VENV)/dev
 	$(BIN)/python -m pytest -m real
 
+# Models in vLLM, on a CPU, in an environment of its own: vLLM allows other versions of transformers than constraints.txt.
+# With the model of `make smollm2` it takes a quarter of an hour; `docs/measure_serving.py` writes docs/serving.md there.
+test-serve: $(SERVE_VENV)/ready
+	$(SERVE_VENV)/bin/python -m pytest -m serve tests/serve
+
 # An hour or two of one core; what it finds goes into the test as an @example.
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pytest tests/fuzz --numprocesses auto --hypothesis-profile=deep
@@ -38,7 +44,7 @@ docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) dist site
+	rm -rf $(VENV) $(SERVE_VENV) dist site
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +57,10 @@ $(VENV)/dev: $(VENV)/demo
 
 $(VENV)/docs: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+$(SERVE_VENV)/ready: tools/serve_venv.py pyproject.toml
+	$(PYTHON) tools/serve_venv.py $(SERVE_VENV)
 	touch $@
 
 # Every extra; llama-cpp-python is compiled, which takes some minutes.

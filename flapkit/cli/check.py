@@ -20,6 +20,7 @@ def check(
     set_logging(quiet=True, verbose=False)
     loaded = load_recipe(find_recipe(recipe), overrides or [])
     # A mistake in the recipe is reported before the rest is imported.
+    from flapkit.checkpoint.serving import VLLM
     from flapkit.run.check import check as check_recipe
     from flapkit.run.estimate import memory_limit
 
@@ -60,6 +61,8 @@ def check(
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
     table.add_row("output", settings.output)
+    served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
+    table.add_row("served by vLLM", served)
     for warning in outcome.warnings:
         table.add_row("warning", warning)
     if outcome.left:

@@ -58,3 +58,12 @@ def run(
     if not quiet:
         print_result(model, record)
         print_(f"report: {record.output / 'report.html'}")
+        _print_next_steps(model, record)
+
+
+def _print_next_steps(model: str, record: RunRecord | RecoveryRecord) -> None:
+    from flapkit.run.run_record import RunRecord
+
+    if isinstance(record, RunRecord):
+        for purpose, command in record.next_steps(str(record.output), model).items():
+            print_(f"{purpose}: {command}")

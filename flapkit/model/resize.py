@@ -51,6 +51,12 @@ class Resized:
                     resize_(module, block, heads, shape)
         pin_rotary_heads_(self)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Answer for the stock class, which is in the module that has the attention; vLLM asks this."""
+        stock: Any = cls.__mro__[cls.__mro__.index(Resized) + 1]
+        return bool(stock._can_set_attn_implementation())
+
 
 def pin_rotary_heads_(model: Any) -> None:
     """Make rotary embeddings read the dense model's number of heads, from which they compute the size of a head."""

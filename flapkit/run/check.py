@@ -10,6 +10,7 @@ import torch
 
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
+from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.execution.lightning.loggers import check_loggers
 from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
@@ -46,6 +47,7 @@ class Checked:
             formats.
         left: the files of an interrupted run in the output's work folder.
         warnings: warnings that the run will give, as far as they are known.
+        unserved: why vLLM will not serve the pruned model; empty if it will.
     """
 
     target: Target
@@ -57,6 +59,7 @@ class Checked:
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    unserved: str = ""
 
 
 def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False) -> Checked:
@@ -110,6 +113,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),
         warnings,
+        vllm_obstacle(target.config, target.sites),
     )
 
 

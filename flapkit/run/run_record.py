@@ -19,6 +19,7 @@ from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.run.dtypes import DTypes
+from flapkit.run.next_steps import next_steps
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
 from flapkit.run.report.page import render_run
@@ -97,7 +98,12 @@ class RunRecord:
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
             "warnings": [without_folders(warning) for warning in self.warnings],
+            "next": self.next_steps(self.output.name, name_only(self.recipe.recipe.model.source)),
         }
+
+    def next_steps(self, folder: str, dense: str) -> dict[str, str]:
+        """List what to do with the pruned model, purpose -> command, by names of its folder and of the dense model."""
+        return next_steps(self.recipe, self.target, folder, dense)
 
     def metadata(self) -> dict[str, Any]:
         """Describe how the model was made, for ``flapkit.json``; files by their names alone."""

@@ -58,7 +58,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
             "(flapkit.interfaces.Family), which the class that loads them needs"
         )
     if recipe.exporters:
-        check_exports(recipe.exporters, _prospect(recipe, config, sites))
+        check_exports(recipe.exporters, prospect(recipe, config, sites))
     return Target(config, adapter, sites)
 
 
@@ -72,7 +72,7 @@ def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site
         ) from error
 
 
-def _prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
+def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe the pruned model, as far as the recipe determines it."""
     biases = biased_kinds(config, sites)
     if any(compensator.adds_bias for compensator in recipe.compensators):

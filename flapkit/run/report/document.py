@@ -65,6 +65,7 @@ class _Result(TypedDict):
     seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]
     total_seconds: NotRequired[Annotated[Figure, Field(ge=0)]]
     warnings: NotRequired[list[str]]
+    next: NotRequired[Mapping[str, str]]
 
 
 class _Named(TypedDict):

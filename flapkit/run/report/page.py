@@ -52,6 +52,7 @@ def render_run(run: RunDocument) -> str:
         method=view.method(run.made),
         hashes=view.hashes(run.made, run.result),
         seconds=dict(run.result.get("seconds") or {}),
+        next_steps=dict(run.result.get("next") or {}),
         warnings=list(dict.fromkeys(run.result.get("warnings", ()))),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from conftest import write_recipe
@@ -42,6 +43,13 @@ def test_run_then_show(command, home):
     result = json.loads((home / "out" / "result.json").read_text())
     assert result["params"]["dense"] - result["params"]["removed"] <= result["params"]["pruned"]
     assert set(result["seconds"]) >= {"load", "calibrate", "prune", "evaluate dense", "evaluate pruned"}
+    # The commands at the end, which the report has too, are true for this folder.
+    steps = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+    assert steps["serve"] == "vllm serve out --trust-remote-code"
+    assert {"load", "measure", "train"} <= steps.keys()
+    assert "vllm serve out --trust-remote-code" in (home / "out" / "report.html").read_text()
+    code, _, err = command(*shlex.split(steps["export"])[1:])
+    assert code == 0, err
     code, out, _ = command("show", "out")
     assert code == 0
     assert "of 512" in out

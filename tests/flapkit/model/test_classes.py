@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.model.classes import dense_config
+from flapkit.model.classes import CAUSAL_LM, dense_config, pruned_classes
 from flapkit.model.tiny import tiny_config, tiny_model
 
 
@@ -20,3 +20,10 @@ def test_a_configuration_says_the_size_of_a_head_and_its_dense_form_is_the_dense
     flapkit.prune_(model, tokens, ratio=0.3)
     assert model.config.head_dim == 8
     assert dense_config(model.config).to_dict() == dense
+
+
+@pytest.mark.parametrize(("model_type", "can"), [("llama", True), ("bloom", False)])
+def test_a_pruned_class_has_its_stock_classs_attention(model_type, can):
+    """vLLM asks it, and otherwise loads a model that it cannot run."""
+    head = pruned_classes(model_type).heads[CAUSAL_LM]
+    assert (head.is_backend_compatible(), head._can_set_attn_implementation()) == (can, can)
