@@ -31,7 +31,7 @@ def measure(name: str) -> list[Outcome]:
     """Check one adapter."""
     import torch
 
-    from flapkit.registry import Registry
+    from flapkit.registry import ADAPTER, Registry
     from flapkit.testing import conformance
 
     torch.set_num_threads(1)
@@ -63,9 +63,9 @@ def _size(figure: str) -> float:
 
 def main(names: Sequence[str]) -> None:
     """Check families, two at a time; the rows of the others stay."""
-    from flapkit.registry import Registry
+    from flapkit.registry import ADAPTER, Registry
 
-    known = [name for name in Registry.load().names("adapter") if name not in ("auto", "vicuna")]
+    known = [name for name in Registry.load().names(ADAPTER) if name not in ("auto", "vicuna")]
     old = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
     rows = {line.split("`")[1]: line for line in old if line.startswith("| `")}
     chosen = names or known
