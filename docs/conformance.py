@@ -31,7 +31,7 @@ def measure(name: str) -> list[Outcome]:
     """Check one adapter."""
     import torch
 
-    from flapkit.registry import ADAPTER, Registry
+    from flapkit.registry import Registry
     from flapkit.testing import conformance
 
     torch.set_num_threads(1)
