@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 # The same cases on every machine and in every run, and nothing kept of them; `deep` is for a search of an hour or two.
 hypothesis.settings.register_profile("usual", derandomize=True, database=None, deadline=None)
-hypothesis.settings.register_profile("deep", database=None, deadline=None, max_examples=5000, print_blob=True)
+hypothesis.settings.register_profile("deep", database=None, deadline=None, max_examples=12_500, print_blob=True)
 hypothesis.settings.load_profile("usual")
 
 FORMS = {

@@ -1,7 +1,7 @@
 """What the fuzz tests share: how many cases, and values that nobody expects.
 
 Each test runs the number of cases that its ``cases`` says, the same ones every time. ``--hypothesis-profile=deep`` runs
-fifty times as many, other ones every time.
+125 times as many, other ones every time.
 """
 
 from __future__ import annotations

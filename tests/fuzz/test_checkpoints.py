@@ -30,7 +30,7 @@ def test_weights_whose_header_was_changed(dense):
     )
     lengths = st.none() | st.sampled_from([0, 1, 8, 2**31, 2**63, 2**64 - 1])
 
-    @cases(1000)
+    @cases(400)
     @given(tampered(few, odd | VALUES), lengths, st.integers(0, len(data)))
     def check(changed, length, cut):
         tree = {**changed, **others} if isinstance(changed, dict) else changed
@@ -54,7 +54,7 @@ def test_weights_that_are_none(dense, first):
 def test_bytes_of_weights_that_were_changed(pruned):
     content = (pruned / WEIGHTS).read_bytes()
 
-    @cases(1000)
+    @cases(400)
     @given(st.integers(0, 4000), st.binary(min_size=1, max_size=8), st.sampled_from(["within", "over", "cut"]))
     def check(place, patch, how):
         (pruned / WEIGHTS).write_bytes(damaged(content, (place, patch, how)))
@@ -94,7 +94,7 @@ def sharded(tmp_path_factory) -> Path:
 def test_an_index_that_was_changed(sharded):
     content = (sharded / INDEX).read_text()
 
-    @cases(500)
+    @cases(200)
     @given(tampered(json.loads(content), SHARDS | VALUES))
     def check(tree):
         (sharded / INDEX).write_text(json.dumps(tree))

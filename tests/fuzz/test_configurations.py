@@ -96,7 +96,7 @@ def test_a_configuration_that_was_changed(request, registry, which):
     path: Path = request.getfixturevalue(which) / "config.json"
     known = json.loads(path.read_text())
 
-    @cases(800)
+    @cases(320)
     @given(tampered(known, ODD, most=2))
     @example({**known, "dtype": 1.5})
     @example({**known, "head_dim": 0})
@@ -116,7 +116,7 @@ def test_a_model_whose_configuration_was_changed(request, which):
     path: Path = request.getfixturevalue(which) / "config.json"
     known = json.loads(path.read_text())
 
-    @cases(150)
+    @cases(60)
     @given(tampered(known, ODD, most=2))
     def check(tree):
         path.write_text(json.dumps(tree))
@@ -154,7 +154,7 @@ def test_no_memory_is_taken_for_a_configuration_that_is_not_the_weights_own(dens
         flapkit.load(dense)
 
 
-@cases(100)
+@cases(40)
 @given(data=st.data())
 def test_a_check_of_a_configuration_that_was_changed(recipe, dense, data):
     path = dense / "config.json"
@@ -172,7 +172,7 @@ def test_a_check_names_the_model(recipe, dense, change):
         check_recipe(recipe)
 
 
-@cases(100)
+@cases(40)
 @given(data=st.data())
 def test_generation_settings_that_were_changed(dense, tmp_path_factory, data):
     """Those that are read can be saved with what was pruned."""

@@ -42,7 +42,7 @@ def write(tree: Any) -> str:
     return json.dumps(tree)
 
 
-@cases(1200)
+@cases(480)
 @given(st.text(max_size=40) | st.lists(TOKENS, max_size=12).map("".join) | VALUES.map(write))
 @example('{"keep": ' + "[" * 200_000)
 @example('{"keep": {"a": [' + "9" * 5000 + "]}}")
@@ -58,7 +58,7 @@ def test_no_plan(text):
     assert plan.to_json() == PruningPlan.from_json(plan.to_json()).to_json()
 
 
-@cases(1200)
+@cases(480)
 @given(tampered(PLAN))
 @example({"keep": {**PLAN["keep"], "layers.0.mlp": [0, 0, 1]}})
 @example({"keep": {**PLAN["keep"], "layers.0.mlp": [1, 0]}})
@@ -90,7 +90,7 @@ def rows_of(folder: Path, lines: list[str]) -> list[Row]:
     return list((read(lambda: Results(folder).rows, "results.jsonl:") or {}).values())
 
 
-@cases(1000)
+@cases(400)
 @given(st.lists(tampered(ROW).map(write) | st.text(max_size=20), max_size=3))
 @example(["[" * 100_000])
 @example(['{"id": [], "settings": {}}'])

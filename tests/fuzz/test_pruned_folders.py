@@ -99,7 +99,7 @@ def examine(checkpoint: Path, name: str, content: str | bytes, recipe: LoadedRec
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_was_changed(checkpoint, recipe, name):
-    @cases(300)
+    @cases(120)
     @given(tampered(FILES[name]))
     def check(tree):
         examine(checkpoint, name, json.dumps(tree), recipe)
@@ -107,7 +107,7 @@ def test_a_file_that_was_changed(checkpoint, recipe, name):
     check()
 
 
-@cases(300)
+@cases(120)
 @given(st.sampled_from([*FILES, "recipe.yaml"]), DAMAGE)
 def test_bytes_that_were_changed(checkpoint, recipe, name, damage):
     examine(checkpoint, name, damaged((checkpoint / name).read_bytes(), damage), recipe)
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_a_plan_is_named(checkpoint):
 HEADER = {"license": "mit", "tags": ["a"], "model-index": [{"name": "x", "results": []}]}
 
 
-@cases(300)
+@cases(120)
 @given(tampered(HEADER, VALUES).map(yaml.safe_dump) | st.text(max_size=40) | st.binary(max_size=30), st.booleans())
 @example("- a", True)
 @example("&a [*a]", True)
@@ -177,7 +177,7 @@ def test_a_card_of_the_dense_model_that_was_changed(tmp_path_factory, header, cl
     model_card("x", str(folder), metadata={}, result=None, recipe=None)
 
 
-@cases(100)
+@cases(40)
 @given(st.text(max_size=20) | st.sampled_from(["a" * 300, "~nobody-of-this-name/x", "\0", "a/" * 3000, "a/b"]))
 def test_a_name_of_the_dense_model_that_is_none(name):
     model_card("x", name, metadata={}, result=None, recipe=None)

@@ -91,7 +91,7 @@ def write(tree: Any) -> str:
     return yaml.dump(tree, Dumper=yaml.SafeDumper, allow_unicode=True, sort_keys=False)
 
 
-@cases(300)
+@cases(120)
 @given(st.binary(max_size=60) | st.text(max_size=60))
 @example(b"\xff\xfe\x00")
 @example("\ufeffmodel: 1")
@@ -100,7 +100,7 @@ def test_any_bytes(folder, content):
     assert isinstance(load(content), FlapkitError)
 
 
-@cases(1200)
+@cases(480)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join))
 @example("a: &a [x, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n")
 @example("[" * 5000)
@@ -118,13 +118,13 @@ def test_pieces_of_yaml(folder, content):
     assert isinstance(load(content), FlapkitError)
 
 
-@cases(200)
+@cases(80)
 @given(VALUES.filter(lambda tree: not names_the_trap(tree)))
 def test_any_structure(folder, tree):
     assert isinstance(load(write(tree)), FlapkitError)
 
 
-@cases(500)
+@cases(200)
 @given(tampered(WHOLE).filter(lambda tree: not names_the_trap(tree)))
 @example({**WHOLE, "plugins": ["a\0b"]})
 @example({**WHOLE, "searcher": {"name": "plan", "path": "a" * 5000}})
@@ -142,7 +142,7 @@ KEYS = st.sampled_from(
 )
 
 
-@cases(250)
+@cases(100)
 @given(KEYS | TEXT, st.sampled_from(PIECES) | TEXT | NUMBERS.map(str))
 def test_overrides(folder, key, value):
     if "trap" not in value:
@@ -152,7 +152,7 @@ def test_overrides(folder, key, value):
 POINTS = {"set": {"budget.of": "mlp"}, "points": [{"metric": "ifv"}], "plot": {"x": "metric"}}
 
 
-@cases(250)
+@cases(100)
 @given(tampered({**SWEEP, **POINTS}))
 @example({**SWEEP, "grid": {f"a{index}": list(range(10)) for index in range(12)}})
 @example({**SWEEP, "recipe": "/etc/passwd"})
@@ -162,7 +162,7 @@ def test_a_sweep_that_was_changed(folder, tree):
         load(write(tree), loader=load_sweep)
 
 
-@cases(200)
+@cases(80)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join))
 def test_a_sweep_of_pieces(folder, content):
     assert isinstance(load(content, loader=load_sweep), FlapkitError)

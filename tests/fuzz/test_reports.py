@@ -110,7 +110,7 @@ def report(folder: Path, name: str, content: str | bytes, render: Callable[[RunD
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_run_s_file_that_was_changed(run, name):
-    @cases(400)
+    @cases(160)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
         report(run, name, json.dumps(tree))
@@ -120,7 +120,7 @@ def test_a_run_s_file_that_was_changed(run, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_comparison_with_a_run_whose_file_was_changed(run, name):
-    @cases(75)
+    @cases(30)
     @given(tampered(FILES[name], MARKUP | VALUES))
     def check(tree):
         report(run, name, json.dumps(tree), lambda document: render_comparison([document, RUN]))
@@ -133,13 +133,13 @@ LINES = st.lists(
 )
 
 
-@cases(150)
+@cases(60)
 @given(LINES.map("\n".join) | VALUES.map(json.dumps) | st.binary(max_size=40), st.booleans())
 def test_a_recipe_that_was_changed(run, content, compared):
     report(run, "recipe.yaml", content, (lambda found: render_comparison([found, RUN])) if compared else render_run)
 
 
-@cases(250)
+@cases(100)
 @given(st.sampled_from(sorted(FILES)), DAMAGE)
 def test_bytes_that_were_changed(run, name, damage):
     report(run, name, damaged((run / name).read_bytes(), damage))

@@ -51,7 +51,7 @@ def documents(path: Path, content: bytes, field: str | None = None, render: Any 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift_jis")
 
 
-@cases(600)
+@cases(240)
 @given(st.text(max_size=30), st.sampled_from(ENCODINGS))
 @example("", "utf-8")
 @example(" \n\t\r\n", "utf-8-sig")
@@ -67,7 +67,7 @@ def test_text_in_any_encoding(folder, text, encoding):
 FILES = [f"a{suffix}{compression}" for suffix in FORMATS for compression in ("", *COMPRESSIONS)]
 
 
-@cases(600)
+@cases(240)
 @given(st.binary(max_size=60), st.sampled_from(FILES))
 def test_any_bytes(folder, content, name):
     documents(folder / name, content)
@@ -83,7 +83,7 @@ MESSAGES = st.lists(
 CONVERSATIONS = st.fixed_dictionaries({"messages": MESSAGES}).map(json.dumps)
 
 
-@cases(1000)
+@cases(400)
 @given(st.lists(LINES | CONVERSATIONS | VALUES.map(json.dumps) | st.text(max_size=20), max_size=4))
 @example(['{"text": "a"}', '{"text": 1}'])
 @example(['{"text": "a"}', '{"body": "b"}'])
@@ -109,7 +109,7 @@ TURNS = st.lists(
 TEMPLATES = ["{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", "{{ messages[9].x }}", "{{ 1/0 }}"]
 
 
-@cases(1000)
+@cases(400)
 @given(st.lists(TURNS | MESSAGES, min_size=1, max_size=3), st.sampled_from([*TEMPLATES, "vicuna"]))
 @example([[]], "vicuna")
 @example([[{"role": "assistant", "content": "a"}]], "vicuna")
@@ -133,7 +133,7 @@ def whole_table() -> bytes:
 TABLE = whole_table()
 
 
-@cases(600)
+@cases(240)
 @given(DAMAGE)
 def test_a_damaged_table(folder, damage):
     documents(folder / "a.parquet", damaged(TABLE, damage))
@@ -157,7 +157,7 @@ FILE_CONTENTS = {
 
 @pytest.mark.parametrize("name", FILE_CONTENTS)
 def test_a_damaged_file(folder, name):
-    @cases(200)
+    @cases(80)
     @given(DAMAGE)
     def check(damage):
         documents(folder / name, damaged(FILE_CONTENTS[name], damage))
@@ -240,7 +240,7 @@ def columns(draw: st.DrawFn) -> Any:
     return pyarrow.array(draw(st.lists(values_of(of), max_size=3)), of)
 
 
-@cases(300)
+@cases(120)
 @given(st.dictionaries(st.sampled_from(["text", "messages", "conversations", "x", ""]), columns(), max_size=2))
 def test_a_table_of_any_types(folder, tokenizer, table):
     length = max(map(len, table.values()), default=0)
@@ -262,7 +262,7 @@ WINOGRANDE = {"continuation": "a", "context_options": ["b", "c"], "gold": 0}
 def test_rows_of_a_local_task(folder, task, row):
     path = folder / f"{task}.jsonl"
 
-    @cases(500)
+    @cases(200)
     @given(st.lists(tampered(row).map(json.dumps) | st.text(max_size=9) | st.binary(max_size=9), max_size=3))
     @example(["[" * 100_000])
     @example([json.dumps({**row, "gold": True})])

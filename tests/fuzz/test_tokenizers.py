@@ -128,7 +128,7 @@ def test_a_tokenizer_that_was_changed(folder, model):
     known = {**BASE, "model": MODELS[model]}
     vocabulary = known["model"]["vocab"]
 
-    @cases(350)
+    @cases(140)
     @given(tampered(known))
     @example({**known, "post_processor": {**BASE["post_processor"], "special_tokens": {}}})
     @example({**known, "model": {**known["model"], "vocab": [*vocabulary][1:], "unk_token": "<x>"}})
@@ -140,7 +140,7 @@ def test_a_tokenizer_that_was_changed(folder, model):
     check()
 
 
-@cases(700)
+@cases(280)
 @given(tampered(SETTINGS, CLASSES | VALUES))
 @example({**SETTINGS, "model_max_length": "2048"})
 @example({**SETTINGS, "chat_template": ["x"]})
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_was_changed_as_gguf_has_it(folder, pre):
     pytest.importorskip("gguf")
     known = {**BASE, "model": MODELS["BPE"]}
 
-    @cases(150)
+    @cases(60)
     @given(tampered(known))
     @example({**known, "added_tokens": [], "model": {**known["model"], "vocab": {}, "merges": [], "unk_token": None}})
     @example({**known, "post_processor": {**BASE["post_processor"], "special_tokens": {}}})
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_was_changed_as_gguf_has_it(folder, pre):
 SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", **TOKEN}, "additional_special_tokens": ["<x>"]}
 
 
-@cases(200)
+@cases(80)
 @given(st.sampled_from(["special_tokens_map.json", "added_tokens.json"]), tampered({**SPECIAL, "<y>": 7}))
 def test_special_tokens_that_were_changed(folder, name, tree):
     examine(folder, name, json.dumps(tree))
@@ -182,13 +182,13 @@ PIECES = "{{ ¦{% ¦}} ¦%} ¦messages ¦for m in messages ¦endfor ¦set x = ¦
 PIECES += "¦x.__class__ ¦range(9) ¦raise_exception('no') ¦strftime_now('%Y') ¦self ¦cycler.__init__ ¦* 10**7 ¦'a' "
 
 
-@cases(200)
+@cases(80)
 @given(st.lists(st.sampled_from(PIECES.split("¦")), max_size=10).map("".join) | st.text(max_size=20))
 def test_a_chat_template_of_pieces(folder, template):
     examine(folder, "chat_template.jinja", template)
 
 
-@cases(200)
+@cases(80)
 @given(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), DAMAGE)
 def test_bytes_that_were_changed(folder, name, damage):
     examine(folder, name, damaged((folder / name).read_bytes(), damage))

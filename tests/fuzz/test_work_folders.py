@@ -74,7 +74,7 @@ def test_a_piece_that_was_damaged(work):
     kept.find("repair", lambda: record_of(REPAIR))
     path, piece = work.path("repair.safetensors"), record_of(REPAIR)
 
-    @cases(400)
+    @cases(160)
     @given(changed(path.read_bytes()))
     def check(content):
         path.write_bytes(content)
@@ -86,7 +86,7 @@ def test_a_piece_that_was_damaged(work):
     check()
 
 
-@cases(300)
+@cases(120)
 @given(tampered(FIGURES).map(json.dumps) | DAMAGE.map(lambda damage: damaged(json.dumps(FIGURES).encode(), damage)))
 @example("[" * 100_000)
 @example('{"a": [1, null, ' + "9" * 5000 + "]}")
@@ -101,7 +101,7 @@ def test_figures_that_were_damaged(work, content):
         assert isinstance(size, int)
 
 
-@cases(300)
+@cases(120)
 @given(
     tampered({"settings": ASKED, "inputs": {"texts": {"a": "b"}}}).map(json.dumps)
     | DAMAGE.map(lambda damage: damaged(json.dumps({"settings": ASKED}).encode(), damage))
@@ -128,7 +128,7 @@ def test_a_training_that_was_damaged(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(4)}, "step": 3, "callbacks": {}}, workplace.checkpoint)
     contents = {path: path.read_bytes() for path in (workplace.checkpoint, workplace.folder / "training.json")}
 
-    @cases(400)
+    @cases(160)
     @given(st.sampled_from([*contents]), DAMAGE)
     def check(path, damage):
         for each, content in contents.items():
@@ -145,7 +145,7 @@ def test_hidden_states_that_were_damaged(tmp_path):
     hidden.advance()
     (path,) = tmp_path.rglob("*.safetensors")
 
-    @cases(200)
+    @cases(80)
     @given(changed(path.read_bytes()))
     def check(content):
         path.write_bytes(content)
@@ -178,7 +178,7 @@ def test_a_cached_statistic_that_was_damaged(tmp_path, unheard):
     write_statistic(tmp_path, calibrated, Moments, before)
     path = calibrated.file(tmp_path, Moments)
 
-    @cases(400)
+    @cases(160)
     @given(changed(path.read_bytes()))
     def check(content):
         path.write_bytes(content)

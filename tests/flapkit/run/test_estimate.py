@@ -100,15 +100,18 @@ print(now("VmHWM") - before)
 """Reads the text of a recipe as a run does, and prints by how much the program grows meanwhile."""
 
 
+SAMPLES = 500_000
+
+
 def test_the_windows_are_counted_as_they_are(recipe, monkeypatch):
     # What this process takes changes from one call to the next, and is a part of both.
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**9)))
-    calibration = {"dataset": "text.txt", "samples": 1_000_000, "length": 64}
+    calibration = {"dataset": "text.txt", "samples": SAMPLES, "length": 64}
     evaluate = {"perplexity": [{"dataset": "text.txt", "length": 24, "windows": 16}]}
     asked = recipe(make_llama(vocab_size=4096), calibration=calibration, evaluate=evaluate)
     few = recipe(make_llama(vocab_size=4096), calibration={**calibration, "samples": 1}, evaluate=evaluate)
     many = needs_of(asked).own - needs_of(few).own
-    assert many == pytest.approx(8 * 64 * 1_000_000, rel=0.02)
+    assert many == pytest.approx(8 * 64 * SAMPLES, rel=0.02)
     write_recipe(Path(), model={"path": "dense"}, calibration=calibration, evaluate=evaluate)
     done = subprocess.run([sys.executable, "-c", READ], stdout=subprocess.PIPE, check=True)
     assert many < int(done.stdout) < 1.4 * many + estimate.TEXT
