@@ -28,8 +28,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the environment's folder; made if it does not exist")
     folder: Path = parser.parse_args().folder
-    if sys.version_info < (3, 11):
-        sys.exit(f"{VLLM} needs Python 3.11 or later, and this is {sys.version.split()[0]}; set PYTHON=python3.11")
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip"]
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -12,7 +12,7 @@ from flapkit.cli.app import app
 from flapkit.cli.output import print_
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What ``flapkit list`` lists."""
 
     METRICS = "metrics"

@@ -6,11 +6,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from flapkit.model.site import Site
 from flapkit.system.errors import CalibrationError

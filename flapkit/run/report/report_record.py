@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, ClassVar, Literal
 
@@ -235,7 +235,7 @@ def make_record(
         error_tokens=error_tokens,
         samples=tuple(samples),
         environment=environment(),
-        written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
