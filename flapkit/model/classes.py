@@ -191,11 +191,15 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config_of(stock, values)
 
 
-def _default_head_dim(config: PreTrainedConfig) -> int:
-    """Return the size of a head where a configuration does not say it: the hidden size by the dense model's heads."""
+def _default_head_dim(config: PreTrainedConfig) -> int | None:
+    """Return the size of a head where a configuration does not say it: the hidden size by the dense model's heads.
+
+    None if these are no numbers of channels and heads.
+    """
     values = config.to_dict()
     hidden, heads = (values[config.attribute_map.get(name, name)] for name in ("hidden_size", "num_attention_heads"))
-    return int(hidden // heads)
+    sound = all(isinstance(value, int) and value > 0 for value in (hidden, heads))
+    return hidden // heads if sound else None
 
 
 def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:

@@ -89,8 +89,10 @@ def _problems(errors: Sequence[Any], root: Node, of: type[Any], prefix: str) -> 
         if error["type"] in _UNKNOWN:
             problems.append(Problem(node.key_position, key, _unknown(of, path)))
         elif error["type"] in _MISSING:
-            if (*path, rest[-1]) not in intended:
-                problems.append(Problem(node.position, f"{key}.{rest[-1]}".lstrip("."), "required, but missing"))
+            # A key whose value is null is there, but says nothing.
+            missing = ".".join([key, *map(str, rest[-1:])]).lstrip(".")
+            if (*path, *rest[-1:]) not in intended:
+                problems.append(Problem(node.position, missing, "required, but missing"))
         elif (phrase := _expectation(error)) is not None:
             phrases = expected.setdefault(key, (node, []))[1]
             phrases.extend([phrase] * (phrase not in phrases))

@@ -137,6 +137,7 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (2, "calibration: {dataset: x, seed: -1}", "calibration.seed: expected at least 0, got -1"),
         (2, "calibration: {dataset: x, seed: 4294967296}", "calibration.seed: expected at most 4294967295"),
         (2, "calibration: {}", "r.yaml:2:14: calibration.dataset: required, but missing"),
+        (2, "calibration: {dataset: null}", "r.yaml:2:24: calibration.dataset: required, but missing"),
         (2, "calibration: {datset: x}", "calibration.datset: unknown key; did you mean 'dataset'?"),
         (2, "calibration: {mix: []}", "r.yaml:2:14: calibration.dataset: required, but missing"),
         (2, "calibration: {mix: [{share: 1}]}", "r.yaml:2:21: calibration.mix.0.dataset: required, but missing"),
