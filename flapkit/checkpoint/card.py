@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def model_card(
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
     parts += ["## Files", (_PLAN if has_plan else "") + _MARK]
     return f"---\n{_header(base, head)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def published_card(card: str, repo: str, revision: str | None = None) -> str:
+    """Let a model card name the repository that holds the model, in place of the folder that it was written to.
+
+    Args:
+        card: the folder's card.
+        repo: the repository, ``owner/name``.
+        revision: the branch, if it is not the repository's main one.
+    """
+    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)
+    if title is None:
+        return card
+    place = f'("{repo}"' + (f', revision="{revision}"' if revision else "")
+    renamed = card.replace(title[0], f"# {repo}", 1)
+    return renamed.replace(f'("{title[1]}"', place)
 
 
 def licence_of(base: str) -> str | None:
