@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_llama, write_recipe
 from safetensors.torch import load_file
-from spread import DEVICES, spread_
+from spread import spread_
 
 import flapkit
 from flapkit.api import PruneOptions
@@ -23,14 +26,11 @@ from flapkit.run.pipeline import run
 from flapkit.system.errors import ModelError, RecipeError
 
 MODEL = {"path": "builtin:tiny-llama", "dtype": "float32", "save_dtype": "float32"}
-OFFLOADED = {"model.embed_tokens": "cpu:0", "model.layers": "cpu", "model.norm": "cpu:0", "lm_head": "cpu:0"}
-"""What lies on the CPU beside another device is loaded for each forward pass."""
-
 METHODS = {
     "plain": {},
     "least squares, sequential": {"compensator": "least_squares", "options": PruneOptions(sequential=True)},
     "gradients": {"metric": "taylor"},
-    "trials": {"searcher": {"name": "evolution", "generations": 1, "offspring": 2}},
+    "trials": {"searcher": {"name": "evolution", "generations": 1, "children": 2, "survivors": 1}},
 }
 
 
@@ -51,17 +51,17 @@ def test_a_saved_spread_model_is_a_model(tokens, probe, tmp_path):
     assert torch.equal(flapkit.load(tmp_path / "pruned")(probe).logits, spread(probe).logits)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_recipe_prunes_a_spread_model(text_folder, monkeypatch, cache, sequential):
+def test_a_recipe_prunes_a_spread_model(text_folder, monkeypatch, cache):
+    """Measured on the spread model, and from statistics that another run has left."""
+
     def run_as(name, device_map):
         model = {**MODEL, "device_map": device_map}
         changes = {"model": model, "output": name, "evaluate": EVALUATE}
-        changes["calibration"] = {"dataset": "text.txt", "samples": 8, "length": 32, "sequential": sequential}
-        return run(load_recipe(write_recipe(text_folder, **changes)), cache=cache if name != "again" else None)
+        return run(load_recipe(write_recipe(text_folder, **changes)), cache=None if name == "measured" else cache)
 
     run_as("whole", None)
     monkeypatch.setattr(executors, "load", lambda *args, device_map, **options: spread_(loading.load(*args, **options)))
-    for name in ("spread", "again"):
+    for name in ("measured", "cached"):
         run_as(name, "auto")
         expected, found = (
             load_file(folder / "model.safetensors") for folder in (text_folder / "whole", text_folder / name)
@@ -85,30 +85,26 @@ def text_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_lightning_leaves_a_spread_model_where_it_is(llama):
-    assert [name for name, _ in CausalLM(spread_(llama)).named_parameters()] == []
+def test_lightning_leaves_a_spread_model_where_it_is():
+    assert list(CausalLM(spread_(make_llama())).named_parameters()) == []
 
 
-def test_a_batch_fits_on_the_device_with_the_least_memory_left(llama, monkeypatch):
+def test_a_batch_fits_on_the_device_with_the_least_memory_left(monkeypatch):
     memory = {"cuda:0": 2**40, "cuda:1": 2**20}
-
-    class Properties:
-        def __init__(self, device):
-            self.total_memory = memory[str(device)]
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    llama.hf_device_map = {"model.embed_tokens": 0, "model": 1}
-    sizes = [parameter.nbytes for parameter in llama.parameters()]
-
-    class Placed:
-        def __init__(self, index, size):
-            self.device, self.nbytes = torch.device("cuda", index), size
-
-    placed = [Placed(index % 2, size) for index, size in enumerate(sizes)]
-    monkeypatch.setattr(llama, "parameters", lambda: iter(placed))
-    spread = first_batch_size(llama, 32, torch.device("cuda", 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[str(device)])
+    )
+    llama = make_llama()
+    weights = [
+        SimpleNamespace(device=torch.device("cuda", index % 2), nbytes=parameter.nbytes)
+        for index, parameter in enumerate(llama.parameters())
+    ]
+    spread: Any = SimpleNamespace(
+        parameters=lambda: iter(weights), hf_device_map={"": 0, "lm_head": 1}, config=llama.config, dtype=llama.dtype
+    )
+    small = first_batch_size(spread, 32, torch.device("cuda", 0))
     memory["cuda:1"] = 2**40
-    assert spread < first_batch_size(llama, 32, torch.device("cuda", 0))
+    assert small < first_batch_size(spread, 32, torch.device("cuda", 0))
 
 
 def test_on_one_device_it_is_a_plain_model(text_folder):
@@ -146,10 +142,10 @@ def test_a_wrong_map_is_refused(tmp_path, device_map, message):
         load_recipe(write_recipe(tmp_path, model={**MODEL, "device_map": device_map}))
 
 
-def test_an_offloaded_part_is_refused_when_it_is_loaded(text_folder):
-    where = {"model.rotary_emb": "cpu:0", **OFFLOADED}
+def test_an_offloaded_part_is_refused_when_it_is_loaded(text_folder, monkeypatch):
+    monkeypatch.setattr(executors, "load", lambda *args, **options: cpu_offload(loading.load(*args)))
     with pytest.raises(ModelError, match=r"its device_map offloads it.*execution: layerwise"):
-        run(load_recipe(write_recipe(text_folder, model={**MODEL, "device_map": where})))
+        run(load_recipe(write_recipe(text_folder, model={**MODEL, "device_map": "auto"})))
     assert not (text_folder / "out").exists()
 
 
@@ -171,7 +167,3 @@ def test_a_recovery_of_a_spread_model_is_refused(tokens):
     options = PruneOptions(recovery_text=tokens)
     with pytest.raises(ModelError, match="spread over several; load it without device_map"):
         flapkit.prune_(spread_(make_llama()), tokens, compensator=["bias", "lora"], options=options)
-
-
-def test_the_devices_differ():
-    assert len(set(DEVICES)) == 2
