@@ -105,12 +105,22 @@ def published_card(card: str, repo: str, revision: str | None = None) -> str:
         repo: the repository, ``owner/name``.
         revision: the branch, if it is not the repository's main one.
     """
-    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)
-    if title is None:
+    title, (before, heading, after) = re.search(r"^# (.+)$", card, flags=re.MULTILINE), card.partition("\n## Load\n")
+    if title is None or not heading:
         return card
-    place = f'("{repo}"' + (f', revision="{revision}"' if revision else "")
-    renamed = card.replace(title[0], f"# {repo}", 1)
-    return renamed.replace(f'("{title[1]}"', place)
+    name, load, rest = title[1], *_split_section(after)
+    option = f', revision="{revision}"' if revision else ""
+    load = re.sub(f'"{re.escape(name)}"(?=[,)])', lambda _: f'"{repo}"{option}', load)
+    option = f",revision={revision}" if revision else ""
+    load = re.sub(f"pretrained={re.escape(name)}(?=,)", lambda _: f"pretrained={repo}{option}", load)
+    return before.replace(title[0], f"# {repo}", 1) + heading + load + rest
+
+
+def _split_section(text: str) -> tuple[str, str]:
+    """Split text at the next heading."""
+    found = re.search(r"^## ", text, flags=re.MULTILINE)
+    end = len(text) if found is None else found.start()
+    return text[:end], text[end:]
 
 
 def licence_of(base: str) -> str | None:

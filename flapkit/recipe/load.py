@@ -12,7 +12,14 @@ from flapkit.checkpoint.formats import Exporter
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.component import Component
 from flapkit.pruning.algorithm import Method
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, corrector_of, recovery_of
+from flapkit.pruning.components import (
+    Compensator,
+    ImportanceMetric,
+    StructureSearcher,
+    TrainedSearcher,
+    corrector_of,
+    recovery_of,
+)
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
@@ -105,7 +112,7 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
     problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
     if isinstance(recipe, Recipe):
-        problems += _device_map(root, recipe, components["compensator"])
+        problems += _device_map(root, recipe, components["compensator"], components["searcher"])
     if problems or not complete or isinstance(recipe, list):
         return [*problems, *(recipe if isinstance(recipe, list) else [])]
     several = {kind: tuple(components.pop(kind)) for kind in SEVERAL}
@@ -245,7 +252,9 @@ def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Proble
     return []
 
 
-def _device_map(root: Node, recipe: Recipe, compensators: Sequence[Compensator]) -> list[Problem]:
+def _device_map(
+    root: Node, recipe: Recipe, compensators: Sequence[Compensator], searchers: Sequence[StructureSearcher]
+) -> list[Problem]:
     """List what a model that is spread over several devices, in one process, cannot be combined with."""
     trainer, precision = recipe.trainer, recipe.trainer.precision or ""
     model = root.child("model")
@@ -266,7 +275,10 @@ def _device_map(root: Node, recipe: Recipe, compensators: Sequence[Compensator])
             precision.endswith("-true") and precision != "32-true"
         ),
         "a compensator that trains: leave it out, and call `flapkit recover` afterwards, without device_map": (
-            any(compensator.recovery() for compensator in compensators)
+            any(compensator.recovery() is not None for compensator in compensators)
+        ),
+        "a searcher that trains, which needs the model on one device; choose another": (
+            any(isinstance(searcher, TrainedSearcher) for searcher in searchers)
         ),
     }
     return [

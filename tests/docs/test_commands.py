@@ -60,10 +60,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with the files that snippets name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
-    (metric,) = (code for code in blocks(ROOT / "README.md", "python") if code.startswith("# my_metric.py"))
-    (tmp_path / "my_metric.py").write_text(metric)
-    (declaration,) = (code for code in blocks(ROOT / "README.md", "yaml") if code.startswith("# glm.yaml"))
-    (tmp_path / "glm.yaml").write_text(declaration)
+    for page in PAGES:
+        for code in blocks(page, "python", "yaml"):
+            if name := re.match(r"# (\w+\.(?:py|yaml))\b", code):
+                (tmp_path / name[1]).write_text(code)
     return tmp_path
 
 
@@ -99,7 +99,7 @@ def command_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_commands_parse(line):
+def test_commands_parse(folder, line):
     group = typer.main.get_command(app)
     words = shlex.split(line, comments=True)
     with group.make_context("flapkit", list(words), resilient_parsing=True) as context:
@@ -107,7 +107,8 @@ def test_commands_parse(line):
         parsed = command.make_context(name, rest, parent=context)
     overrides = parsed.params.get("overrides") or []
     recipe = str(parsed.params.get("recipe"))
-    if name in ("run", "check") and (ROOT / recipe).is_file():
-        load_recipe(ROOT / recipe, overrides)
-    elif name in ("run", "check") and (ROOT / "recipes" / f"{recipe}.yaml").is_file():
-        load_recipe(ROOT / "recipes" / f"{recipe}.yaml", overrides)
+    shipped = [path for path in (ROOT / recipe, ROOT / "recipes" / f"{recipe}.yaml") if path.is_file()]
+    if name in ("run", "check") and shipped:
+        # Beside the files that the command names.
+        (folder / "recipe.yaml").write_text(shipped[0].read_text())
+        load_recipe(folder / "recipe.yaml", overrides)

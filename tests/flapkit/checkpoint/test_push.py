@@ -53,12 +53,15 @@ def test_the_card_names_the_repository(pruned_folder, monkeypatch):
     hub, name = Hub(monkeypatch), pruned_folder.name
     flapkit.push(pruned_folder, "owner/name", revision="dev")
     _, uploaded, _ = hub.calls
-    card = uploaded["path_or_fileobj"].decode()
+    card, local = uploaded["path_or_fileobj"].decode(), (pruned_folder / "README.md").read_text()
     assert (uploaded["path_in_repo"], uploaded["revision"]) == ("README.md", "dev")
     assert "\n# owner/name\n" in card
-    assert card.count('("owner/name", revision="dev"') == 3
+    assert f'"{name}"' in local
+    assert f"pretrained={name}," in local
     assert f'"{name}"' not in card
-    assert f'from_pretrained("{name}"' in (pruned_folder / "README.md").read_text()
+    assert "pretrained=owner/name,revision=dev," in card
+    assert 'pipeline("text-generation", "owner/name", revision="dev", trust_remote_code=True)' in card
+    assert card.count('"owner/name", revision="dev"') == local.count(f'"{name}"')
     flapkit.push(pruned_folder, "owner/name")
     assert 'flapkit.load("owner/name")' in hub.calls[-2]["path_or_fileobj"].decode()
 

@@ -118,6 +118,7 @@ REFUSED = {
     "processes": ({"trainer": {"accelerator": "cpu", "devices": 2}}, "does not go with several processes"),
     "precision": ({"trainer": {"precision": "bf16-true"}}, "set model.dtype instead"),
     "recovery": ({"compensator": ["bias", {"name": "lora"}]}, "does not go with a compensator that trains"),
+    "gates": ({"searcher": "gates"}, "does not go with a searcher that trains"),
 }
 
 
