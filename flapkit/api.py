@@ -20,9 +20,9 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import Budget, BudgetBase
 from flapkit.model.classes import CAUSAL_LM, check_head, pruned_classes
 from flapkit.model.plan import PruningPlan
-from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
+from flapkit.model.spread import is_spread
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import (
@@ -146,7 +146,6 @@ def prune_(
         _check_gated(model, model_sites)
     if all(site.block for site in model_sites):
         check_head(model)
-    check_lengths(model, _lengths(calibration, options.recovery_text))
     was_training = model.training
     model.eval()
     try:
@@ -169,6 +168,11 @@ def _check_model(model: PreTrainedModel, method: Method) -> None:
     name = str(model.config.name_or_path or type(model).__name__)
     check_unquantised(name, model.config)
     check_weights(name, model.named_parameters())
+    if is_spread(model) and recovery_of(method.compensators) is not None:
+        raise ModelError(
+            "a compensator that trains needs the model on one device, and this one is spread over several; load it "
+            "without device_map"
+        )
     if _is_language_model(model):
         return
     of_language = {
@@ -208,7 +212,7 @@ def _recovery_text(model: PreTrainedModel, recovery: Recovery | None, options: P
     if recovery is None or tokens is None:
         return None
     text = take_windows(recovery.training, tokens)
-    CalibrationText(tokens).check(model)
+    CalibrationText(tokens).check(model, "recovery_text")
     return text
 
 
@@ -216,12 +220,6 @@ def _recover_(model: PreTrainedModel, sites: Sequence[Site], recovery: Recovery,
     device = model.device
     recover_(model, sites, recovery, text, Runtime.on(device))
     nn.Module.to(model, device)
-
-
-def _lengths(calibration: Tensor | Dataset[Any], recovery_text: Tensor | None) -> dict[str, int]:
-    """Return the tokens of the windows, as far as their form tells; what is wrong with it is said where it is read."""
-    texts = {"calibration": calibration, "recovery_text": recovery_text}
-    return {name: text.shape[1] for name, text in texts.items() if isinstance(text, Tensor) and text.dim() == 2}
 
 
 def _method(
@@ -242,7 +240,7 @@ def _method(
 class FlapPruning(PruneBeforeTraining):
     """Prune a model before it is trained, in your own script: ``Trainer(callbacks=[FlapPruning(...)])``.
 
-    It prunes in ``setup``, before the optimizer is created; the module has its transformers model in the attribute
+    It prunes before the optimizer is created; the module has its transformers model in the attribute
     ``model``. Lightning's checkpoints contain the plan: a resumed training slices the dense model by it. For
     ``load_from_checkpoint``, see ``flapkit.restore_pruning_``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,32 @@ def model_card(
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
     parts += ["## Files", (_PLAN if has_plan else "") + _MARK]
     return f"---\n{_header(base, head)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def published_card(card: str, repo: str, revision: str | None = None) -> str:
+    """Let a model card name the repository that holds the model, in place of the folder that it was written to.
+
+    Args:
+        card: the folder's card.
+        repo: the repository, ``owner/name``.
+        revision: the branch, if it is not the repository's main one.
+    """
+    title, (before, heading, after) = re.search(r"^# (.+)$", card, flags=re.MULTILINE), card.partition("\n## Load\n")
+    if title is None or not heading:
+        return card
+    name, load, rest = title[1], *_split_section(after)
+    option = f', revision="{revision}"' if revision else ""
+    load = re.sub(f'"{re.escape(name)}"(?=[,)])', lambda _: f'"{repo}"{option}', load)
+    option = f",revision={revision}" if revision else ""
+    load = re.sub(f"pretrained={re.escape(name)}(?=,)", lambda _: f"pretrained={repo}{option}", load)
+    return before.replace(title[0], f"# {repo}", 1) + heading + load + rest
+
+
+def _split_section(text: str) -> tuple[str, str]:
+    """Split text at the next heading."""
+    found = re.search(r"^## ", text, flags=re.MULTILINE)
+    end = len(text) if found is None else found.start()
+    return text[:end], text[end:]
 
 
 def licence_of(base: str) -> str | None:

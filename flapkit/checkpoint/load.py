@@ -28,6 +28,7 @@ from flapkit.model.empty import check_depth
 from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.registration import PREFIX as PRUNED
 from flapkit.model.soundness import check_unquantised, check_weights
+from flapkit.model.spread import check_accelerate
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.system.json_files import parse_json
 from flapkit.system.paths import to_path, within
@@ -67,7 +68,7 @@ def load(
         path: a folder, a Hugging Face hub id, a GGUF file, or ``builtin:NAME``.
         dtype: data type of the weights; ``auto`` is that of the checkpoint.
         revision: branch, tag or commit of a hub model.
-        device_map: passed to transformers.
+        device_map: spreads the model over devices by accelerate; passed to transformers.
 
     Returns:
         The model in evaluation mode.
@@ -76,6 +77,7 @@ def load(
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
             do not fit each other.
     """
+    check_accelerate(device_map)
     source, stored = _source(path, revision), {}
     config = load_config(path, revision=revision)
     check_language_model(path, config)

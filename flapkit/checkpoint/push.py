@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from flapkit.checkpoint.card import CARD, published_card
 from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK
 from flapkit.system.errors import InputError, ModelError, RunError
 
@@ -20,7 +21,7 @@ def push(
     message: str = "Upload a model that flapkit pruned",
     exports: bool = False,
 ) -> str:
-    """Upload a checkpoint's folder, with the login of ``huggingface_hub``.
+    """Upload a checkpoint's folder, with the login of ``huggingface_hub``; its model card then names the repository.
 
     Args:
         checkpoint: a folder that flapkit wrote.
@@ -44,12 +45,21 @@ def push(
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if (folder / CARD).is_file():
+            card = published_card((folder / CARD).read_text(encoding="utf-8"), repo, revision)
+            api.upload_file(
+                path_or_fileobj=card.encode(),
+                path_in_repo=CARD,
+                repo_id=repo,
+                revision=revision,
+                commit_message="Upload the model card",
+            )
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=[LOCAL_RECIPE, f"*/{LOCAL_RECIPE}", *([] if exports else ["exports/*"])],
+            ignore_patterns=[CARD, LOCAL_RECIPE, f"*/{LOCAL_RECIPE}", *([] if exports else ["exports/*"])],
         )
     except HFValidationError as error:
         raise InputError(f"push {repo}: {error}") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from flapkit.model.spread import is_spread
 from flapkit.system.errors import RunError
 
 if TYPE_CHECKING:
@@ -35,15 +37,18 @@ def first_batch_size(model: PreTrainedModel, length: int, device: torch.device) 
     Args:
         model: the model to evaluate.
         length: tokens per window.
-        device: the device it will run on.
+        device: the device it will run on; one that is spread over several runs where its weights are.
 
     Returns:
         A power of two, at most ``LARGEST``.
     """
-    weights = sum(_local(parameter).nbytes for parameter in model.parameters())
     if device.type == "cuda":
+        weights = Counter[torch.device]()
+        for parameter in model.parameters():
+            weights[parameter.device if is_spread(model) else device] += _local(parameter).nbytes
+        left = min(torch.cuda.get_device_properties(on).total_memory - size for on, size in weights.items())
         # A quarter, since the estimate per window does not include the model's own temporary tensors.
-        budget = (torch.cuda.get_device_properties(device).total_memory - weights) // 4
+        budget = left // 4
     else:
         budget = min(CPU_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
         budget = min(budget, CPU_TOKENS * bytes_per_token(model))

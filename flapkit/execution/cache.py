@@ -109,7 +109,7 @@ _UNRELATED = ("_name_or_path", "transformers_version", "dtype")
 
 
 def read_statistic(
-    folder: Path, calibrated: Calibrated, statistic: type[Statistic], device: torch.device
+    folder: Path, calibrated: Calibrated, statistic: type[Statistic], device: Callable[[Site], torch.device]
 ) -> SiteStates | None:
     """Read a statistic from the cache.
 
@@ -117,7 +117,7 @@ def read_statistic(
         folder: the cache.
         calibrated: what the statistic depends on.
         statistic: its class.
-        device: the device to load it to.
+        device: returns the device to load a site's statistic to.
 
     Returns:
         The statistic of each site; None if it is not in the cache, or, with a warning, if its file is damaged.
@@ -127,7 +127,7 @@ def read_statistic(
         return None
     try:
         saved = grouped(read_record(path).tensors)
-        return {site.name: statistic.restored(site, saved[site.name]).to(device) for site in calibrated.sites}
+        return {site.name: statistic.restored(site, saved[site.name]).to(device(site)) for site in calibrated.sites}
     except OtherFormatError:
         return None
     except (RecordError, KeyError) as error:

@@ -24,6 +24,7 @@ from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
+from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
@@ -72,15 +73,22 @@ class CalibrationText:
         """Return the windows in batches; ``share`` as for ``data``."""
         return list(self.data(share).predict_dataloader())
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Read all windows, and raise ``DataError`` if one of them is not for this model.
+    def check(self, model: PreTrainedModel, name: str = "calibration") -> None:
+        """Read all windows, and refuse those that are not for this model.
 
         Args:
             model: what the windows are to run through.
+            name: name of the text, for messages.
+
+        Raises:
+            DataError: a token is not in the model's vocabulary.
+            InputError: a window is longer than the model's table of positions.
         """
-        vocabulary = len(next(model.get_input_embeddings().parameters()))
+        vocabulary, longest = len(next(model.get_input_embeddings().parameters())), 0
         for batch in self.data().predict_dataloader():
             check_vocabulary(batch["input_ids"], vocabulary)
+            longest = max(longest, batch["input_ids"].shape[1])
+        check_lengths(model, {name: longest})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from flapkit.execution.lightning.data import PruningData
 from flapkit.execution.lightning.module import CausalLM
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL, build_trainer, init_processes
 from flapkit.model.site import Site
+from flapkit.model.spread import is_spread
 from flapkit.pruning.collector import Statistics, needs_gradient
 from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import RecipeError, RunError
@@ -90,8 +91,9 @@ class Runtime:
         return make
 
     def place_(self, model: PreTrainedModel) -> None:
-        """Move a model to the device that the loops run on."""
-        model.to(self.device)  # type: ignore[arg-type]
+        """Move a model to the device that the loops run on; one that is spread over several devices stays there."""
+        if not is_spread(model):
+            model.to(self.device)  # type: ignore[arg-type]
 
     def init_processes(self) -> None:
         """Initialise the process group; Lightning starts the processes unless a launcher did.

@@ -37,7 +37,8 @@ from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import round_
 from flapkit.model.site import Site
-from flapkit.model.surgery import Correction, apply_plan_
+from flapkit.model.spread import is_spread
+from flapkit.model.surgery import Correction, apply_plan_, weight_of
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
@@ -271,8 +272,8 @@ class WholeExecutor(Executor):
         if self._cache is None or self._runtime is None:
             return {}
         with self._runtime.progress.stage("find statistics"):
-            key, device = self._calibration_key, float64_device(self._runtime.device)
-            cached = keep_common({kind: read_statistic(self._cache, key, kind, device) for kind in statistics})
+            key = self._calibration_key
+            cached = keep_common({kind: read_statistic(self._cache, key, kind, self._device_of) for kind in statistics})
         if len(cached) == len(statistics):
             log.info("calibration: all statistics are from the cache, %s; --no-cache measures them again", self._cache)
         return cached
@@ -289,6 +290,12 @@ class WholeExecutor(Executor):
         """What cached statistics depend on; first used while the model is still dense."""
         assert self._runtime is not None
         return Calibrated.of(self.model, self.sites, self._text.data().calibration_rows(), self._runtime.numerics)
+
+    def _device_of(self, site: Site) -> torch.device:
+        """Return the device on which a site's statistics are used: that of its weights, once these are placed."""
+        assert self._runtime is not None
+        spread = is_spread(self.model)
+        return float64_device(weight_of(self.model, site).device if spread else self._runtime.device)
 
     def _place(self) -> None:
         """Move the model to its device: Lightning leaves it on the CPU when a loop ends."""

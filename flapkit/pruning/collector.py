@@ -123,7 +123,8 @@ class Collector:
 
     def _hook(self, site: Site) -> Any:
         def hook(consumer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._see(site, args[0].flatten(0, -2), output, None)
+            # Where accelerate spreads the model, the input may come from another device than the weights'.
+            self._see(site, args[0].flatten(0, -2).to(output.device), output, None)
 
         return hook
 

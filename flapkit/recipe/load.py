@@ -12,7 +12,14 @@ from flapkit.checkpoint.formats import Exporter
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.component import Component
 from flapkit.pruning.algorithm import Method
-from flapkit.pruning.components import Compensator, ImportanceMetric, StructureSearcher, corrector_of, recovery_of
+from flapkit.pruning.components import (
+    Compensator,
+    ImportanceMetric,
+    StructureSearcher,
+    TrainedSearcher,
+    corrector_of,
+    recovery_of,
+)
 from flapkit.recipe.files import read
 from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position
@@ -104,6 +111,8 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
     components, problems = _components(root, registry, path.parent, complete=complete)
     problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
+    if isinstance(recipe, Recipe):
+        problems += _device_map(root, recipe, components["compensator"], components["searcher"])
     if problems or not complete or isinstance(recipe, list):
         return [*problems, *(recipe if isinstance(recipe, list) else [])]
     several = {kind: tuple(components.pop(kind)) for kind in SEVERAL}
@@ -241,6 +250,42 @@ def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Proble
     except RecipeError as error:
         return [Problem(node.position, "compensator", str(error))]
     return []
+
+
+def _device_map(
+    root: Node, recipe: Recipe, compensators: Sequence[Compensator], searchers: Sequence[StructureSearcher]
+) -> list[Problem]:
+    """List what a model that is spread over several devices, in one process, cannot be combined with."""
+    trainer, precision = recipe.trainer, recipe.trainer.precision or ""
+    model = root.child("model")
+    node = model.child("device_map") if model is not None else None
+    if recipe.model.device_map is None or node is None:
+        return []
+    refused = {
+        "execution: layerwise: it has one layer in memory at a time; leave one of the two out": (
+            recipe.execution.mode == "layerwise"
+        ),
+        "trainer.strategy: model_parallel: it shards the weights over processes; leave one of the two out": (
+            trainer.strategy == "model_parallel"
+        ),
+        "several processes: one uses all devices; set trainer.devices and trainer.num_nodes to 1": (
+            trainer.strategy != "model_parallel" and (trainer.devices != 1 or trainer.num_nodes != 1)
+        ),
+        f"trainer.precision: {precision}: set model.dtype instead": (
+            precision.endswith("-true") and precision != "32-true"
+        ),
+        "a compensator that trains: leave it out, and call `flapkit recover` afterwards, without device_map": (
+            any(compensator.recovery() is not None for compensator in compensators)
+        ),
+        "a searcher that trains, which needs the model on one device; choose another": (
+            any(isinstance(searcher, TrainedSearcher) for searcher in searchers)
+        ),
+    }
+    return [
+        Problem(node.position, "model.device_map", f"does not go with {reason}")
+        for reason, is_refused in refused.items()
+        if is_refused
+    ]
 
 
 def _options(node: Node) -> Node:

@@ -66,6 +66,23 @@ class ComponentSpec(BaseModel):
         raise PydanticCustomError("component", "expected a name, or a section with a name and options")
 
 
+def _check_device_map(value: Any) -> Any:
+    if isinstance(value, Mapping) and "disk" in value.values():
+        raise PydanticCustomError(
+            "offload",
+            "no part of the model can be offloaded to the disk; set `execution: layerwise`, which has one layer in "
+            "memory at a time",
+        )
+    return value
+
+
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, str | Annotated[Count, Field(ge=0)]],
+    BeforeValidator(_check_device_map),
+]
+"""How accelerate spreads a model: a policy, or the device of each module."""
+
+
 class Model(Section):
     """The model to prune."""
 
@@ -84,6 +101,14 @@ class Model(Section):
     save_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
         description="Type of the written weights; `auto` is the dense checkpoint's, unless it is wider than `dtype`.",
+    )
+
+    device_map: DeviceMap | None = Field(
+        default=None,
+        description="Spread the model over several devices by accelerate, in one process: `auto`, `balanced`, "
+        "`balanced_low_0`, `sequential`, or a mapping of modules to devices, such as `{model.embed_tokens: 0, ...}`. "
+        "Every statistic is kept on the device of its weights. Nothing is offloaded: for a model that the devices do "
+        "not hold together, set `execution: layerwise`.",
     )
 
     @property

@@ -251,7 +251,11 @@ def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
     elif runtime.sharded and device.type != "cuda":
         needed = needs.sharded or 0
     elif device.type == "cuda":
-        needed, limit, where = needs.device, torch.cuda.get_device_properties(device).total_memory, " on the GPU"
+        needed, limit, where = needs.device, _device_memory(device), " on the GPU"
+        if recipe.recipe.model.device_map is not None:
+            # accelerate spreads the weights; what does not fit is known, and refused, when they are loaded.
+            devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+            limit, where = sum(map(_device_memory, devices)), " on the GPUs"
     if needed <= limit:
         return
     shared = f" in each of {processes} processes" if processes > 1 else ""
@@ -260,6 +264,10 @@ def check_fits(recipe: LoadedRecipe, needs: Estimate, runtime: Runtime) -> None:
         f"{recipe.path}: the run needs about {_gigabytes(needed)} of memory{where}{shared}; {_gigabytes(limit)} "
         f"available{' to each' if shared else ''}; {way}--force runs it anyway"
     )
+
+
+def _device_memory(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def memory_limit(processes: int = 1) -> int:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from flapkit.checkpoint.load import load, load_config, open_weights, restore_plan_
 from flapkit.checkpoint.weights import Weights
 from flapkit.execution.executor import CalibrationText, Executor
@@ -17,12 +19,13 @@ from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.model.soundness import check_plain
+from flapkit.model.soundness import check_in_memory, check_plain
+from flapkit.model.spread import check_accelerate, embeddings_device, is_spread
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrainedSearcher, TrialSearcher
 from flapkit.pruning.gates import check_gated
 from flapkit.recipe.load import LoadedRecipe
-from flapkit.recipe.schema import Recipe, TrainerSection
+from flapkit.recipe.schema import Model, Recipe, TrainerSection
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.target import Target, find_target
 from flapkit.system.errors import RecipeError
@@ -76,7 +79,7 @@ def open_executor(
     forms = check_execution(recipe, target)
     if forms is None:
         runtime.init_processes()
-        model = load(settings.model.source, dtypes.compute, revision=settings.model.revision)
+        model = load_whole(settings.model, dtypes.compute, runtime)
         check_plain(model)
         target.adapter.confirm(model, target.sites)
         saved = dtypes.saved
@@ -113,6 +116,7 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         ModelError: models of this type cannot be run layer by layer.
     """
     settings, method = recipe.recipe, recipe.method
+    check_accelerate(settings.model.device_map)
     if settings.execution.mode != "layerwise":
         if settings.trainer.strategy == MODEL_PARALLEL:
             raise RecipeError(
@@ -175,6 +179,33 @@ def open_stream(
     return stream
 
 
+def load_whole(settings: Model, dtype: torch.dtype, runtime: Runtime) -> PreTrainedModel:
+    """Load a whole model, spread over several devices if its ``device_map`` says so.
+
+    Args:
+        settings: the recipe's model.
+        dtype: the type that it computes in.
+        runtime: what it will run on.
+
+    Raises:
+        ModelError: the model is missing or damaged, or its devices do not hold it.
+        RecipeError: ``device_map`` puts all of it on another device than the trainer's.
+    """
+    model = load(settings.source, dtype, revision=settings.revision, device_map=settings.device_map)
+    check_in_memory(model)
+    device = embeddings_device(model)
+    if settings.device_map is not None and not is_spread(model) and not _same(device, runtime.device):
+        raise RecipeError(
+            f"model.device_map puts the whole model on {device}, and trainer.accelerator is {runtime.device}; leave "
+            "device_map out, and set trainer.accelerator"
+        )
+    return model
+
+
+def _same(device: torch.device, other: torch.device) -> bool:
+    return (device.type, device.index or 0) == (other.type, other.index or 0)
+
+
 def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
     """Load a recipe's model: whole, or sharded over the processes if its strategy is ``model_parallel``.
 
@@ -190,7 +221,7 @@ def load_model(recipe: LoadedRecipe, runtime: Runtime) -> PreTrainedModel:
     if not runtime.sharded:
         config = load_config(settings.model.source, revision=settings.model.revision)
         dtype = choose_dtypes(settings.model, config, runtime.device).compute
-        return load(settings.model.source, dtype, revision=settings.model.revision)
+        return load_whole(settings.model, dtype, runtime)
     check_batch_size(recipe)
     runtime.init_processes()
     return shard(open_stream(settings, find_target(replace(recipe, exporters=())), runtime))

@@ -116,7 +116,8 @@ class RecoveryRecord:
         """Gather the measurements for ``result.json``."""
         names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
         result = {name: getattr(self, name) for name in names}
-        return {**result, "warnings": [without_folders(warning) for warning in self.warnings]}
+        # Those of the pruning are in the pruned model's record, and, where one command does both, in this one's too.
+        return {**result, "warnings": list(dict.fromkeys(map(without_folders, self.warnings)))}
 
 
 def recover(

@@ -183,7 +183,7 @@ def test_a_cached_statistic_that_was_damaged(tmp_path, unheard):
     def check(content):
         path.write_bytes(content)
         unheard().clear()
-        found = read_statistic(tmp_path, calibrated, Moments, torch.device("cpu"))
+        found = read_statistic(tmp_path, calibrated, Moments, lambda site: torch.device("cpu"))
         for name, each in (found or {}).items():
             assert same(each.state, before[name].state)
         assert bool(unheard()) == (found is None and not of_other_format(path))

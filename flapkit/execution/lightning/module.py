@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from flapkit.evaluation.perplexity import cross_entropy
 from flapkit.execution.lightning.restore import KEY, restore_pruning_
+from flapkit.model.spread import embeddings_device, is_spread
 from flapkit.pruning.collector import attended, run_batch
 from flapkit.pruning.gates import GatedModel
 from flapkit.pruning.recovery import divergence
@@ -48,7 +49,7 @@ class CausalLM(LightningModule):
     Lightning's checkpoints contain only trained parameters.
 
     Args:
-        model: the language model.
+        model: the language model. One that is spread over several devices stays where it is, and is not trained.
         optimization: how it is trained.
         calibrate_gradient: calibration needs a backward pass.
         teacher: a model whose predictions are matched in training; not a submodule.
@@ -63,7 +64,11 @@ class CausalLM(LightningModule):
         teacher: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        if is_spread(model):
+            # Not as a submodule, so that Lightning leaves each weight on its device.
+            vars(self)["model"] = model
+        else:
+            self.model = model
         self.calibrate_gradient = calibrate_gradient
         self.optimization = optimization or Optimization()
         # In a tuple, so that torch does not register it as a submodule.
@@ -88,9 +93,10 @@ class CausalLM(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return each window's summed cross-entropy in nats and its number of scored tokens, both [windows]."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        device = embeddings_device(self.model) if is_spread(self.model) else self.device
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         logits = self.model(**inputs, use_cache=False).logits
-        nll, targets = cross_entropy(logits, batch["labels"])
+        nll, targets = cross_entropy(logits, batch["labels"].to(logits.device))
         return {"nll": nll, "targets": targets}
 
     def training_step(self, batch: Batch) -> Tensor:

@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from flapkit.checkpoint.save import save
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.lightning.callbacks import Calibrate, model_of
-from flapkit.execution.lightning.restore import KEY, restore_pruning_, resumes, state_of
+from flapkit.execution.lightning.restore import KEY, restore_pruning_, state_of
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
+from flapkit.model.spread import is_spread
 from flapkit.pruning.algorithm import Method, Pruned
-from flapkit.system.errors import RunError
+from flapkit.system.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ class SaveCheckpoint(Callback):
 
 
 class PruneBeforeTraining(Callback):
-    """Prune a model before it is trained: in ``setup``, before the optimizer is created.
+    """Prune a model before it is trained, and before the optimizer is created.
 
     The module has its transformers model in the attribute ``model``. Lightning's checkpoints contain the plan: a
     resumed loop slices the model by it, without calibration.
@@ -108,27 +109,38 @@ class PruneBeforeTraining(Callback):
         """Prune the model in place, on its device."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune once, on the trainer's device; or, if the trainer resumes, by the checkpoint's plan."""
-        model = model_of(pl_module)
-        if resumes(trainer):
-            self._restore_on_load(pl_module)
-        elif self.plan is None:
-            pl_module.to(trainer.strategy.root_device)
-            self.plan = self.prune(model)
-            self._state = state_of(model, self.plan)
+        """Have the model pruned once: by the checkpoint's plan if the trainer loads one, otherwise by calibration.
 
-    def _restore_on_load(self, pl_module: LightningModule) -> None:
-        """Make the module slice its model when the checkpoint is loaded, before its weights are; only once."""
-        own = pl_module.on_load_checkpoint
+        Lightning says whether it loads a checkpoint only when it does so, which is after this hook. It then sets up its
+        strategy: moves the model to its device, wraps it, and creates the optimizer. Between the two is the time to
+        prune, and no hook; so one is added to both, for this loop.
+        """
+        strategy, restored = trainer.strategy, pl_module.on_load_checkpoint
+        set_up = type(strategy).setup
 
         def restore(checkpoint: dict[str, Any]) -> None:
-            del vars(pl_module)["on_load_checkpoint"]
-            model = model_of(pl_module)
-            self.plan = restore_pruning_(model, checkpoint)
-            self._state = state_of(model, self.plan)
-            own(checkpoint)
+            self._keep(model_of(pl_module), restore_pruning_(model_of(pl_module), checkpoint))
+            restored(checkpoint)
+
+        def prune_and_set_up(of: Trainer) -> None:
+            vars(strategy).pop("setup")
+            vars(pl_module).pop("on_load_checkpoint")
+            if self.plan is None:
+                model = model_of(pl_module)
+                if is_spread(model):
+                    raise ModelError(
+                        "the model is spread over several devices, and Lightning moves it to one; load it without "
+                        "device_map"
+                    )
+                pl_module.to(strategy.root_device)
+                self._keep(model, self.prune(model))
+            set_up(strategy, of)
 
         vars(pl_module)["on_load_checkpoint"] = restore
+        vars(strategy)["setup"] = prune_and_set_up
+
+    def _keep(self, model: PreTrainedModel, plan: PruningPlan) -> None:
+        self.plan, self._state = plan, state_of(model, plan)
 
     @property
     def state_key(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,31 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flapkit.model.classes import reshape_
 from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.plan import PruningPlan
-from flapkit.system.errors import ModelError, RunError
+from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
     from transformers import PreTrainedModel
 
 KEY = "flapkit.FlapPruning"
 """The key of the state among those of a checkpoint's callbacks."""
-
-
-def resumes(trainer: Trainer) -> bool:
-    """Return whether the trainer resumes from a checkpoint; for use in ``setup``.
-
-    Lightning sets ``trainer.ckpt_path`` only when it loads the checkpoint, which is after ``setup``. The path is
-    therefore read from the frame of ``Trainer._run``.
-
-    Raises:
-        RunError: this version of Lightning does not call ``setup`` from there.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer and "ckpt_path" in frame.f_locals:
-            return frame.f_locals["ckpt_path"] is not None
-        frame = frame.f_back
-    raise RunError("FlapPruning does not work with this version of Lightning; install one that flapkit asks for")
 
 
 def state_of(model: PreTrainedModel, plan: PruningPlan) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from flapkit.checkpoint.load import load, load_tokenizer
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, prune_
 from flapkit.execution.record_files import hash_tensors
@@ -25,7 +25,7 @@ from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import choose_dtypes
-from flapkit.run.executors import open_runtime
+from flapkit.run.executors import load_whole, open_runtime
 from flapkit.run.lengths import run_lengths
 from flapkit.run.run_record import compare, count_params
 from flapkit.run.sweep.load import Point, Sweep
@@ -153,7 +153,7 @@ def _run_group(
         runtime = open_runtime(first.recipe.trainer, progress)
         dtypes = choose_dtypes(source, target.config, runtime.device)
         dtypes.tell()
-        model = load(source.source, dtypes.compute, revision=source.revision)
+        model = load_whole(source, dtypes.compute, runtime)
         target.adapter.confirm(model, target.sites)
         dense = Dense(
             model,

@@ -22,7 +22,7 @@ class Hub:
 
     def __init__(self, monkeypatch, error=None):
         self.calls, self.error = [], error
-        for name in ("create_repo", "upload_folder"):
+        for name in ("create_repo", "upload_file", "upload_folder"):
             monkeypatch.setattr(HfApi, name, getattr(self, name))
 
     def create_repo(self, repo, **options):
@@ -30,20 +30,40 @@ class Hub:
             raise self.error
         self.calls.append((repo, options))
 
+    def upload_file(self, **options):
+        self.calls.append(options)
+
     def upload_folder(self, **options):
         self.calls.append(options)
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
 
 def test_uploads_the_folder(pruned_folder, monkeypatch):
-    hub, local = Hub(monkeypatch), ["recipe.local.yaml", "*/recipe.local.yaml"]
+    hub, local = Hub(monkeypatch), ["README.md", "recipe.local.yaml", "*/recipe.local.yaml"]
     assert flapkit.push(pruned_folder, "owner/name", private=True, revision="dev") == "https://hub/commit/1"
-    made, uploaded = hub.calls
+    made, _, uploaded = hub.calls
     assert made == ("owner/name", {"private": True, "exist_ok": True})
     assert (uploaded["folder_path"], uploaded["revision"]) == (pruned_folder, "dev")
     assert uploaded["ignore_patterns"] == [*local, "exports/*"]
     flapkit.push(pruned_folder, "owner/name", exports=True)
     assert hub.calls[-1]["ignore_patterns"] == local
+
+
+def test_the_card_names_the_repository(pruned_folder, monkeypatch):
+    hub, name = Hub(monkeypatch), pruned_folder.name
+    flapkit.push(pruned_folder, "owner/name", revision="dev")
+    _, uploaded, _ = hub.calls
+    card, local = uploaded["path_or_fileobj"].decode(), (pruned_folder / "README.md").read_text()
+    assert (uploaded["path_in_repo"], uploaded["revision"]) == ("README.md", "dev")
+    assert "\n# owner/name\n" in card
+    assert f'"{name}"' in local
+    assert f"pretrained={name}," in local
+    assert f'"{name}"' not in card
+    assert "pretrained=owner/name,revision=dev," in card
+    assert 'pipeline("text-generation", "owner/name", revision="dev", trust_remote_code=True)' in card
+    assert card.count('"owner/name", revision="dev"') == local.count(f'"{name}"')
+    flapkit.push(pruned_folder, "owner/name")
+    assert 'flapkit.load("owner/name")' in hub.calls[-2]["path_or_fileobj"].decode()
 
 
 def test_a_folder_of_another(tmp_path):

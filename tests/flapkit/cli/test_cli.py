@@ -81,6 +81,14 @@ def test_check(command, home):
     assert "530,842 of 2,654,208 parameters of blocks" in out
 
 
+@pytest.mark.parametrize("execution", ["whole", "layerwise"])
+def test_check_takes_a_pruned_model(command, home, execution):
+    assert command("run", write_recipe(home), "--no-cache")[0] == 0
+    path = write_recipe(home, "again.yaml", model={"path": "out", "dtype": "float32"}, execution=execution, output="b")
+    code, out, err = command("check", path)
+    assert (code, "is valid" in out) == (0, True), err
+
+
 @pytest.mark.parametrize("kind", ["metrics", "searchers", "compensators", "adapters", "datasets", "recipes", "sweeps"])
 def test_list(command, kind):
     code, out, _ = command("list", kind)

@@ -220,7 +220,7 @@ def test_nothing_half_written_is_left(tokens, cache):
         write_statistic(cache, key, Moments, measured)
     assert not [path for path in cache.rglob("*") if path.is_file()]
     assert entries(cache) == []
-    assert read_statistic(cache, key, Moments, CPU) is None
+    assert read_statistic(cache, key, Moments, lambda site: CPU) is None
 
 
 def test_cleared(tokens, cache):

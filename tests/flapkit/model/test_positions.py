@@ -10,6 +10,8 @@ from conftest import make_llama
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import flapkit
+from flapkit.api import PruneOptions
+from flapkit.execution.executor import CalibrationText
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths, context_length, table_length
 from flapkit.system.errors import InputError
@@ -85,4 +87,16 @@ def test_pruning_from_python_is_refused_before_it_starts():
     before = model.num_parameters()
     with pytest.raises(InputError, match="calibration: 17 tokens"):
         flapkit.prune_(model, torch.ones(4, TABLE + 1, dtype=torch.long), ratio=0.3)
+    assert model.num_parameters() == before
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_datasets_longest_window_counts(position):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **TABLES["gpt2"])).eval()
+    rows = [{"input_ids": torch.ones(TABLE, dtype=torch.long)} for _ in range(4)]
+    CalibrationText(rows, batch_size=1).check(model)
+    rows[position] = {"input_ids": torch.ones(TABLE + 1, dtype=torch.long)}
+    before = model.num_parameters()
+    with pytest.raises(InputError, match="calibration: 17 tokens"):
+        flapkit.prune_(model, rows, ratio=0.3, options=PruneOptions(batch_size=1))
     assert model.num_parameters() == before

@@ -49,7 +49,8 @@ def schema() -> dict[str, Any]:
 
 def sections(part: Any) -> Iterator[dict[str, Any]]:
     if isinstance(part, dict):
-        if part.get("type") == "object":
+        # Without properties it is a mapping of names of the user's.
+        if part.get("type") == "object" and "properties" in part:
             yield part
         for inner in part.values():
             yield from sections(inner)

@@ -21,7 +21,7 @@ from flapkit.execution.lightning.callbacks import Recover
 from flapkit.recipe.load import load_recipe
 from flapkit.run import pipeline
 from flapkit.run.pipeline import run
-from flapkit.run.recover import recover
+from flapkit.run.recover import RecoveryRecord, recover
 
 LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "validation_windows": 4, "length": 32, "lr": 1e-3}
 CHANGES = {
@@ -66,6 +66,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def equal(one: Path, other: Path) -> bool:
     first, second = weights(one), weights(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_warning_of_the_pruning_and_of_the_whole_run_stands_once(tmp_path):
+    warnings = [f"{tmp_path}/text.txt: short", "other", f"{tmp_path}/text.txt: short", "other"]
+    record = RecoveryRecord(tmp_path, {}, {}, {}, {}, {}, ["text.txt: short", *warnings])
+    assert record.result()["warnings"] == ["text.txt: short", "other"]
 
 
 def test_what_a_run_that_trains_leaves(done):
