@@ -6,7 +6,8 @@ from huggingface_hub import HfApi
 
 
 def test_prints_the_address(command, pruned_folder, monkeypatch):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: None)
+    for name in ("create_repo", "upload_file"):
+        monkeypatch.setattr(HfApi, name, lambda *arguments, **options: None)
     done = SimpleNamespace(commit_url="https://hub/commit/1")
     monkeypatch.setattr(HfApi, "upload_folder", lambda *arguments, **options: done)
     assert command("push", pruned_folder, "owner/name")[:2] == (0, "https://hub/commit/1\n")
