@@ -15,10 +15,9 @@ from flapkit.checkpoint.folder import MARK, PLAN, recipe_of
 from flapkit.model.plan import PruningPlan
 from flapkit.recipe.files import read_settings
 from flapkit.recipe.schema import Recipe
-from flapkit.run.report.document import RECORD, read_made, read_record, read_result
+from flapkit.run.report.document import RECORD, read_checked, read_made, read_record, read_result
 from flapkit.run.report.report_record import ReportRecord
 from flapkit.system.errors import InputError, ModelError
-from flapkit.system.json_files import read_object
 from flapkit.system.paths import within
 
 RESULT = "result.json"
@@ -143,13 +142,7 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is damaged.
     """
-    mark = read_object(checkpoint / MARK, ModelError)
-    try:
-        _MARK.validate_python(mark, strict=True)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{checkpoint / MARK}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return mark
+    return read_checked(checkpoint / MARK, _MARK, ModelError)
 
 
 def carried_by(checkpoint: Path, mark: Mapping[str, Any]) -> dict[str, Path]:

@@ -59,10 +59,8 @@ def unexplained(site: Site, covariance: Tensor, weight: Tensor, ridge: float) ->
         W_u' and [(C^-1)_uu]^-1 W_u', both [units, channels_per_unit, out_features].
     """
     inverse = inverted(covariance, ridge)
-    width = site.channels_per_unit
-    blocks = inverse.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.to(inverse).reshape(site.out_features, site.units, width).permute(1, 2, 0)
-    solved: Tensor = torch.linalg.solve(blocks, columns)
+    columns = weight.to(inverse).reshape(site.out_features, site.units, site.channels_per_unit).permute(1, 2, 0)
+    solved: Tensor = torch.linalg.solve(unit_blocks(site, inverse), columns)
     return columns, solved
 
 
@@ -85,9 +83,11 @@ def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge:
     inverse = inverted(covariance, ridge)
     weight = weight.to(inverse)
     products, width = weight.T @ weight, site.channels_per_unit
-    blocks = (site.units, width, site.units, width)
-    inverses = inverse.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-    norms = products.view(blocks).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    inverses, norms = unit_blocks(site, inverse).clone(), unit_blocks(site, products).clone()
+
+    def blocks_of_product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("wui,wuj->uij", a.view(width, site.units, width), b.view(width, site.units, width))
+
     scores = weight.new_zeros(site.units)
     gone = torch.zeros(site.units, dtype=torch.bool, device=weight.device)
     rows = weight.new_empty((3, max(width, PENDING // width * width), weight.shape[1]))
@@ -105,12 +105,8 @@ def removed_one_at_a_time(site: Site, covariance: Tensor, weight: Tensor, ridge:
         scores[unit], gone[unit] = reached, True
         rows[:, pending : pending + width] = torch.stack([p, q, first])
         pending += width
-
-        def diagonal(a: Tensor, b: Tensor) -> Tensor:
-            return torch.einsum("wui,wuj->uij", a.view(width, site.units, width), b.view(width, site.units, width))
-
-        inverses -= diagonal(first, p)
-        norms -= diagonal(p, q) + diagonal(q, p)
+        inverses -= blocks_of_product(first, p)
+        norms -= blocks_of_product(p, q) + blocks_of_product(q, p)
         inverses[unit] = torch.eye(width, dtype=weight.dtype, device=weight.device)
         if pending == rows.shape[1]:
             ps, qs, firsts = rows
@@ -124,3 +120,9 @@ def inverted(covariance: Tensor, ridge: float) -> Tensor:
     """Return the inverse of a covariance plus a ridge, which is a fraction of its diagonal's mean; changes it."""
     covariance.diagonal().add_(ridge * covariance.diagonal().mean() or 1)
     return torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+
+
+def unit_blocks(site: Site, matrix: Tensor) -> Tensor:
+    """Return the diagonal blocks of a matrix [channels, channels]: [units, channels_per_unit, channels_per_unit]."""
+    width = site.channels_per_unit
+    return matrix.view(site.units, width, site.units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

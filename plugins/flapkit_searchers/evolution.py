@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from flapkit.interfaces import (
 )
 from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.options import AttentionPower, MinUnits
+from flapkit_searchers.order import places
 
 log = logging.getLogger(__name__)
 
@@ -267,8 +267,4 @@ def _by_kind(divided: Sequence[_Group]) -> list[int]:
 
 def _order(site: Site, scores: Tensor) -> Tensor:
     """Return each unit's place among those of its run that go first [units], from 0 to below 1."""
-    runs = scores.double().mean(dim=1).view(site.runs, -1)
-    places = torch.empty_like(runs)
-    lowest = runs.argsort(dim=1, stable=True)
-    places.scatter_(1, lowest, torch.arange(runs.shape[1], dtype=runs.dtype).expand_as(runs) / runs.shape[1])
-    return places.flatten()
+    return places(site, scores) / site.units_per_run

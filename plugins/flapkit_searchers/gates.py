@@ -27,6 +27,7 @@ from flapkit.interfaces import (
     remove_lowest,
 )
 from flapkit_searchers.options import MinUnits
+from flapkit_searchers.order import places
 
 RIDGE = 1e-2
 """Added to the kept channels' covariance, as a fraction of the mean variance."""
@@ -268,11 +269,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _first(site: Site, scores: Tensor) -> Tensor:
     """Return the gates' first values [units]: each unit's place among those of its run, up to 1; attentions up to 2."""
-    runs = scores.double().mean(dim=1).view(site.runs, -1)
-    places = torch.empty_like(runs)
-    place = (torch.arange(runs.shape[1], dtype=runs.dtype) + 0.5) / runs.shape[1]
-    places.scatter_(1, runs.argsort(dim=1, stable=True), place.expand_as(runs))
-    return places.flatten() * (2 if site.kind == "attention" else 1)
+    return (places(site, scores) + 0.5) / site.units_per_run * (2 if site.kind == "attention" else 1)
 
 
 def _channels(site: Site, statistics: SiteStatistics) -> tuple[Tensor, Tensor | None]:

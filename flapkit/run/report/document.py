@@ -126,7 +126,7 @@ class RunDocument:
             read_result(folder / "result.json"),
             _read(folder / "recipe.yaml"),
             read_made(folder / "flapkit.json"),
-            _checked(folder / BENCH, _BENCH) if (folder / BENCH).exists() else {},
+            read_checked(folder / BENCH, _BENCH) if (folder / BENCH).exists() else {},
         )
 
 
@@ -162,7 +162,7 @@ def read_made(path: Path) -> Mapping[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    return _checked(path, _MADE)
+    return read_checked(path, _MADE)
 
 
 def read_result(path: Path) -> Mapping[str, Any]:
@@ -171,15 +171,19 @@ def read_result(path: Path) -> Mapping[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    return _checked(path, _RESULT)
+    return read_checked(path, _RESULT)
 
 
-def _checked(path: Path, of: pydantic.TypeAdapter[Any]) -> Mapping[str, Any]:
-    """Read a JSON object, and check the part that a report uses."""
-    content = read_object(path)
+def read_checked(path: Path, of: pydantic.TypeAdapter[Any], raises: type[InputError] = InputError) -> dict[str, Any]:
+    """Read a JSON object, and check the part that is used.
+
+    Raises:
+        InputError: the file is damaged; or an error of the type ``raises``.
+    """
+    content = read_object(path, raises)
     try:
         of.validate_python(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise raises(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return content
