@@ -2,9 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SERVE_VENV := .venv-serve
+LOWEST_VENV := .venv-lowest
 export OMP_NUM_THREADS ?= 1
+LOWEST_TESTS := tests/flapkit/test_laws.py tests/flapkit/checkpoint/test_load.py tests/flapkit/execution \
+	tests/flapkit/recipe tests/flapkit/text tests/plugins/flapkit_compensators
 
-.PHONY: demo smollm2 test test-all test-real test-serve fuzz lint docs clean
+.PHONY: demo smollm2 test test-all test-real test-serve test-lowest fuzz lint docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/flapkit run recipes/demo.yaml --overwrite
@@ -29,6 +32,10 @@ test-real: $(VENV)/dev
 test-serve: $(SERVE_VENV)/ready
 	$(SERVE_VENV)/bin/python -m pytest -m serve tests/serve
 
+# The lowest versions that pyproject.toml allows, with the tests that touch them most. Their deprecations are not ours.
+test-lowest: $(LOWEST_VENV)/ready
+	$(LOWEST_VENV)/bin/python -m pytest --numprocesses auto -W ignore::DeprecationWarning -W ignore::FutureWarning $(LOWEST_TESTS)
+
 # An hour or two of one core; what it finds goes into the test as an @example.
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pytest tests/fuzz --numprocesses auto --hypothesis-profile=deep
@@ -44,7 +51,7 @@ docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(SERVE_VENV) dist site
+	rm -rf $(VENV) $(SERVE_VENV) $(LOWEST_VENV) dist site
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,4 +73,9 @@ $(SERVE_VENV)/ready: tools/serve_venv.py pyproject.toml
 # Every extra; llama-cpp-python is compiled, which takes some minutes.
 $(VENV)/all: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	touch $@
+
+$(LOWEST_VENV)/ready: pyproject.toml tools/lowest.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint tools/lowest.txt --editable ".[dev]"
 	touch $@

@@ -4,9 +4,10 @@ Two streams of hidden states pass through the layers: the dense model's, and tha
 layer, site by site, the consumer is fitted so that the pruned stream matches the dense one after it. The sweep costs a
 few forward passes of the calibration text, regardless of the depth.
 
-What reads the stream normalises each token first, so that errors count relative to the token: a token's weight in
-the fit is one over the mean square of its dense hidden state. Otherwise the few tokens with massive activations (Sun et
-al., arXiv 2402.17762), often the first of a window, decide the fit of all.
+What reads the stream normalises each token first, so that errors count relative to the token. Without weights the few
+tokens with massive activations (Sun et al., arXiv 2402.17762), often the first of a window, decide the fit of all; with
+one over the mean square of its dense hidden state as a token's weight, they hardly count. The weight is the square root
+of that: on SmolLM2-135M better than either, on a good plan.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class TargetCollector(Collector):
         if bias is not None:
             target = target - bias.detach().to(x.device)
         rows = torch.cat([x.float(), target.flatten(0, -2)], dim=1)
-        weights = 1 / self._target.to(x.device).flatten(0, -2).square().mean(dim=1).clamp(min=SMALLEST)
+        weights = self._target.to(x.device).flatten(0, -2).square().mean(dim=1).clamp(min=SMALLEST).rsqrt()
         for statistic in self._statistics_of(site, x.device):
             tokens = self._tokens_of(statistic, x.device)
             if isinstance(statistic, TargetGram):
