@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import yaml
-from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from flapkit.model.classes import CAUSAL_LM
@@ -135,13 +135,13 @@ def licence_of(base: str) -> str | None:
     card: Any = _path_or_none(f"{base}/{CARD}") if base else None
     try:
         if card is None or not card.is_file():
-            card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
+            card = huggingface_hub.try_to_load_from_cache(base, CARD) if is_hub_id(base) else None
     except HFValidationError:
         return None
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     try:
-        header = metadata_load(card) or {}
+        header = huggingface_hub.metadata_load(card) or {}
     except (ValueError, yaml.YAMLError):
         return None
     licence = header.get("license")
@@ -163,7 +163,7 @@ def _path_or_none(name: str) -> Path | None:
 
 
 def _header(base: str, head: str) -> str:
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(
         base_model=base if is_hub_id(base) else None,
         license=licence_of(base),
         library_name="transformers",

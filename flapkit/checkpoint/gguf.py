@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from flapkit.model.precision import name_of
 from flapkit.system.errors import ModelError, is_panic
@@ -121,6 +120,8 @@ def _check_types(file: Path, reader: GGUFReader) -> None:
 
 def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write a GGUF file's weights, configuration and tokenizer as transformers would have them."""
+    import transformers
+
     load_model: Any = transformers.AutoModelForCausalLM.from_pretrained
     load_tokenizer: Any = transformers.AutoTokenizer.from_pretrained
     options = {"gguf_file": file.name, "trust_remote_code": False}
@@ -144,6 +145,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def _with_pre_tokenizer(file: Path, tokenizer: Any) -> Any:
     """Return a tokenizer that splits text into words as the file says; transformers goes by the architecture alone."""
+    import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     field = _open(file).fields.get("tokenizer.ggml.pre")

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import huggingface_hub
 import torch
-import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -77,6 +76,8 @@ def load(
         ModelError: the model is missing, incomplete, damaged, pickled or quantised, or the parts of a pruned checkpoint
             do not fit each other.
     """
+    import transformers
+
     check_accelerate(device_map)
     source, stored = _source(path, revision), {}
     config = load_config(path, revision=revision)
@@ -135,7 +136,7 @@ def _plan_file(name: str, revision: str | None) -> Path | None:
     """Find the plan of a checkpoint in a folder, or on the hub."""
     if is_hub_id(name):
         try:
-            return Path(hf_hub_download(name, PLAN, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(name, PLAN, revision=revision))
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
             return None
     try:
@@ -159,6 +160,8 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     Raises:
         ModelError: the model does not exist, or its configuration cannot be read.
     """
+    import transformers
+
     source = _source(path, revision)
     plain, read = transformers.PreTrainedConfig.get_config_dict, transformers.AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
@@ -227,6 +230,8 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     Raises:
         ModelError: the tokenizer does not exist, or cannot be read.
     """
+    import transformers
+
     source = _source(path, revision)
     tokenizer: PreTrainedTokenizerBase = _call(
         path,
@@ -273,7 +278,9 @@ def open_weights(path: Path | str, *, revision: str | None = None) -> Weights:
     check_unquantised(path, load_config(path, revision=revision))
     if isinstance(source, str):
         hub = source
-        source = Path(_call(path, lambda: str(snapshot_download(hub, revision=revision, allow_patterns=[*PARTS]))))
+        source = Path(
+            _call(path, lambda: str(huggingface_hub.snapshot_download(hub, revision=revision, allow_patterns=[*PARTS])))
+        )
     _check_files(path, source)
     return Weights.of(_weight_files(path, source), str(path))
 
@@ -312,7 +319,9 @@ def _download_gguf(path: Path | str, file: Path, revision: str | None) -> Path:
     repository, _, inside = rest.partition("/")
     if isinstance(path, Path) or file.is_absolute() or owner.startswith((".", "~")) or not owner or not inside:
         raise ModelError(f"model {path}: file not found")
-    return Path(_call(path, lambda: hf_hub_download(f"{owner}/{repository}", inside, revision=revision)))
+    return Path(
+        _call(path, lambda: huggingface_hub.hf_hub_download(f"{owner}/{repository}", inside, revision=revision))
+    )
 
 
 def _check_files(name: Path | str, folder: Path) -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import transformers
-
 from flapkit.model.classes import dense_config
 from flapkit.model.site import Site
 
@@ -27,6 +25,8 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
         config: the dense or the pruned model's configuration.
         sites: its sites.
     """
+    import transformers
+
     dense = dense_config(config)
     stock: Any = transformers.AutoModelForCausalLM._model_mapping[type(dense)]
     if not stock.is_backend_compatible():

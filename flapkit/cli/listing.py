@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from functools import cache
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_
+
+if TYPE_CHECKING:
+    from flapkit.registry import Registry
 
 
 class Kind(StrEnum):
@@ -47,11 +51,18 @@ def _rows(kind: Kind) -> list[tuple[str, str, str]]:
             (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "), "flapkit")
             for name, path in (shipped_recipes() if kind is Kind.RECIPES else shipped_sweeps()).items()
         ]
-    from flapkit.registry import KINDS, Registry
+    from flapkit.registry import KINDS
 
-    registry = Registry.load()
+    registry = _registry()
     components = next(known for known in KINDS if known.hook == f"flapkit_{kind.value}")
     return [
         (name, (component.__doc__ or "").split("\n")[0], registry.origin(components, name))
         for name, component in registry.names(components).items()
     ]
+
+
+@cache
+def _registry() -> Registry:
+    from flapkit.registry import Registry
+
+    return Registry.load()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from wrapt import when_imported
 
 from flapkit.system.errors import OutputError
 from flapkit.system.processes import is_rank_zero
@@ -97,14 +98,16 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     # It retries, and its final error reports the attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    when_imported("transformers.utils.logging")(_quiet_transformers)
     # Lightning sets the level of its root logger on import; these are below it.
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+
+
+def _quiet_transformers(logging: Any) -> None:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 class Result(Protocol):

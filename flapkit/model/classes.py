@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
@@ -129,6 +128,8 @@ def pruned_classes(model_type: str) -> PrunedClasses | None:
 
 @cache
 def _make_classes(dense: str) -> PrunedClasses | None:
+    import transformers
+
     stock: Any = transformers.CONFIG_MAPPING[dense]
     backbone, causal_lm, *others = (
         getattr(transformers, auto)._model_mapping.get(stock, None) for auto in ("AutoModel", *HEADS)
@@ -182,6 +183,8 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ModelError: the dense model's configuration class does not accept its values.
     """
+    import transformers
+
     if not config.model_type.startswith(PREFIX):
         return config
     stock: Any = transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]

@@ -15,17 +15,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import transformers
 import yaml
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.adapter import FamilyAdapter
 from flapkit.model.declaration import Block, Family, declaration_of
 from flapkit.model.empty import check_causal, config_of, skeleton
 from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
-from flapkit.model.resize import find_module, heads_of
+from flapkit.model.resize import find_module, heads_of, is_linear
 from flapkit.model.site import Site
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import BROKEN, verify, verify_loaded
@@ -252,9 +250,7 @@ def _complete_attention(model: PreTrainedModel, path: str, block: Block) -> Bloc
 
 def _whole_norms(module: nn.Module, block: Block) -> dict[str, Any]:
     """List norms over a whole projection: their weights go with a unit, but the projection's rows do not."""
-    linears = [
-        layout for name, layout in block.parameters.items() if isinstance(_part(module, name), (nn.Linear, Conv1D))
-    ]
+    linears = [layout for name, layout in block.parameters.items() if is_linear(_part(module, name))]
     vectors = {
         name: layout
         for name, layout in block.parameters.items()
@@ -294,6 +290,8 @@ def _names_read(module: nn.Module) -> set[str]:
 
 def _reads(module: nn.Module, config: PreTrainedConfig) -> dict[str, str]:
     """Return the numbers of heads that the module's forward reads from the configuration."""
+    import transformers
+
     if not isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
         return {}
     counts = {"num_attention_heads": "H", "num_key_value_heads": "K"}

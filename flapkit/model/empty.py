@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from flapkit.system.errors import ModelError
 
@@ -28,11 +27,12 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ModelError: transformers cannot build a model from the configuration.
     """
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             # Without initialisation, tied weights would count twice.
             model.tie_weights()
     except Exception as error:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.declaration import Block, Family
 from flapkit.model.layout import sites_of
-from flapkit.model.resize import count_rows
+from flapkit.model.resize import count_rows, is_conv1d, is_linear
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
 
@@ -64,7 +63,7 @@ class Layer:
         """List the linears that write to the residual stream: their output has the hidden size."""
         hidden = self.model.get_input_embeddings().get_parameter("weight").shape[1]
         for name, module in self.module.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module.weight.shape[_row_dim(module)] == hidden:
+            if is_linear(module) and module.weight.shape[_row_dim(module)] == hidden:
                 yield name
 
     def rows_feeding(self, consumer: str, channels: Sequence[int]) -> dict[str, frozenset[int]]:
@@ -181,7 +180,7 @@ class Layer:
 
 
 def _row_dim(module: nn.Module) -> int:
-    return int(isinstance(module, Conv1D))
+    return int(is_conv1d(module))
 
 
 def _named_rows(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:

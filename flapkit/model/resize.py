@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 SIZES = {"q": "H", "k": "K", "i": "I"}
 
@@ -118,7 +117,7 @@ def columns_of(module: Any, block: Any) -> tuple[str, int]:
     name = block["consumer"]
     if block["kind"] == "experts":
         return name, 1 if module.is_transposed else 2
-    return f"{name}.weight", 0 if isinstance(module.get_submodule(name), Conv1D) else 1
+    return f"{name}.weight", 0 if is_conv1d(module.get_submodule(name)) else 1
 
 
 def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
@@ -131,13 +130,25 @@ def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
     if isinstance(target, nn.Parameter):
         stacked = block["kind"] == "experts"
         return [(path, 2 if stacked and target.dim() == 3 and module.is_transposed else int(stacked))]
-    transposed, bias = isinstance(target, Conv1D), getattr(target, "bias", None)
+    transposed, bias = is_conv1d(target), getattr(target, "bias", None)
     return [(f"{path}.weight", int(transposed)), *([(f"{path}.bias", 0)] if bias is not None else [])]
 
 
 def count_rows(layout: str, sizes: dict[str, int]) -> int:
     """Count the rows of a layout such as ``q+k+k``, in heads or in channels."""
     return sum(sizes[SIZES[part]] for part in layout.strip("()").split("+"))
+
+
+def is_conv1d(module: Any) -> bool:
+    """Tell whether a module is GPT-2's linear, whose weight is transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def is_linear(module: Any) -> bool:
+    """Tell whether a module is a linear of torch's or GPT-2's."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def replace_(module: Any, name: str, value: Tensor) -> None:
@@ -147,7 +158,7 @@ def replace_(module: Any, name: str, value: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=getattr(owner, leaf).requires_grad))
     if leaf == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = value.shape
-    elif leaf == "weight" and isinstance(owner, Conv1D):
+    elif leaf == "weight" and is_conv1d(owner):
         owner.nx, owner.nf = value.shape
 
 

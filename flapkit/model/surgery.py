@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flapkit.model.classes import set_pruned_config_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import add_bias_, replace_, set_sizes_
+from flapkit.model.resize import add_bias_, is_linear, replace_, set_sizes_
 from flapkit.model.site import Site, groups
 from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
@@ -70,7 +69,7 @@ def consumer_of(model: nn.Module, site: Site) -> nn.Module:
     if site.expert is not None:
         return model.get_submodule(site.path)
     consumer = model.get_submodule(site.consumer)
-    if not isinstance(consumer, (nn.Linear, Conv1D)):
+    if not is_linear(consumer):
         raise ModelError(f"{site.name}: the consumer {site.consumer} is a {type(consumer).__name__}, not a Linear")
     return consumer
 

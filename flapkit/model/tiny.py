@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 
 from flapkit.model.classes import dense_config
@@ -76,6 +75,8 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     Raises:
         ModelError: transformers does not know the model type, or its class does not accept the sizes.
     """
+    import transformers
+
     if not isinstance(of, str):
         # A pruned model's layers differ; a tiny one of its kind is dense.
         of = dense_config(of)
@@ -128,6 +129,8 @@ def tiny_model(
     Raises:
         ModelError: transformers has no causal language model for the configuration, or cannot build it.
     """
+    import transformers
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 
@@ -84,6 +83,7 @@ class HuggingFaceStock(Exporter):
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Load the pruned weights into the stock model, and save it."""
+        import transformers
         from transformers.initialization import no_init_weights
 
         prospect = checkpoint.prospect
@@ -130,6 +130,8 @@ class HuggingFaceStock(Exporter):
         )
 
     def _candidates(self, prospect: Prospect, keys: Mapping[str, int]) -> Iterator[PreTrainedConfig]:
+        import transformers
+
         config = {key: value for key, value in prospect.config.to_dict().items() if key not in PRUNED_KEYS}
         forms = [prospect.family] if self.form in ("auto", "own") else []
         slides = config.get("sliding_window") and config.get("use_sliding_window", True)

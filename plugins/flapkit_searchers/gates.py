@@ -62,7 +62,7 @@ class GateTraining(TrainedSearcher):
     ] = 0.05
     cross_entropy: Annotated[
         float, Field(ge=0, description="Weight of the cross-entropy, beside the divergence from the dense model.")
-    ] = 1.0
+    ] = 0.0
     stand_in: Annotated[
         Literal["fit", "mean"],
         Field(description="What replaces a closed channel: the fit of the open ones, or its mean, in less memory."),
