@@ -31,6 +31,31 @@ def test_points_do_not_touch_one_another(tmp_path):
     assert [point.recipe.searcher.min_units for point in sweep.points] == [3, 1, 5]
 
 
+def test_methods_are_crossed_with_the_grid_and_named_by_points(tmp_path):
+    methods = {"flap": {}, "repaired": {"compensator": "least_squares", "calibration.sequential": True}}
+    points = [{"method": "repaired", "budget.ratio": 0.6}, {"metric": "random"}]
+    sweep = load_sweep(write_sweep(tmp_path, methods=methods, grid={"budget.ratio": [0.2, 0.4]}, points=points))
+    assert [(point.method, dict(point.settings)) for point in sweep.points] == [
+        ("flap", {"budget.ratio": 0.2}),
+        ("flap", {"budget.ratio": 0.4}),
+        ("repaired", {"budget.ratio": 0.2}),
+        ("repaired", {"budget.ratio": 0.4}),
+        ("repaired", {"budget.ratio": 0.6}),
+        (None, {"metric": "random"}),
+    ]
+    repaired = sweep.points[4].recipe
+    assert (repaired.recipe.compensator[0].name, repaired.recipe.calibration.sequential) == ("least_squares", True)
+    assert sweep.keys == ("budget.ratio", "metric")
+    assert sweep.points[2].label == "repaired, budget.ratio=0.2"
+
+
+def test_methods_alone_are_points(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, methods={"a": {"metric": "ifv"}, "b": {}}, grid={}))
+    assert [point.label for point in sweep.points] == ["a", "b"]
+    with pytest.raises(RecipeError, match="the points set this key"):
+        load_sweep(write_sweep(tmp_path, methods={"a": {"metric": "ifv"}}, grid={}), ["metric=wifn"])
+
+
 def test_set_holds_for_all_and_the_command_line_is_stronger(tmp_path):
     path = write_sweep(tmp_path, set={"calibration.samples": 6, "calibration.seed": 1})
     sweep = load_sweep(path, ["calibration.seed=7"])
@@ -82,7 +107,11 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
         ({"grid": {"plugins": [["x.py"]]}}, "the sweep's own `plugins`"),
         ({"grid": {"export": ["hf"]}}, "nothing to export"),
         ({"grid": {"..": [1]}}, "expected a dotted key"),
-        ({"set": {"evaluate.zero_shot": {"tasks": ["boolq"]}}}, "a sweep measures only perplexity"),
+        ({"methods": {"dense": {}}}, "the dense model is always a row"),
+        ({"methods": {"a": {"metric": "ifv"}}}, "the method 'a' sets this key too"),
+        ({"methods": {"a": {}}, "points": [{"method": "b"}]}, "no method is called 'b'"),
+        ({"methods": {"a": {"metrc": "ifv"}}}, "did you mean 'metric'"),
+        ({"methods": {"a": "ifv"}}, "methods.a"),
         ({"recipe": "demmo"}, "did you mean 'demo'"),
         ({"outptu": "x"}, "did you mean 'output'"),
         ({"plugins": ["./missing.py"]}, "file not found"),
