@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 def sweep(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or a name of `list sweeps`.")],
     overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="KEY=VALUE", help="Run the points with this value alone, such as method=FLAP; repeatable."
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     no_cache: NoCache = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
@@ -31,10 +37,10 @@ def sweep(
 ) -> None:
     """Run a recipe with many settings, calibrated once; an interrupted sweep resumes."""
     from flapkit.recipe.files import find_sweep
-    from flapkit.run.sweep.load import label, load_sweep
+    from flapkit.run.sweep.load import label, load_sweep, select
     from flapkit.system.progress import Progress
 
-    loaded = load_sweep(find_sweep(sweep), overrides or [])
+    loaded = select(load_sweep(find_sweep(sweep), overrides or []), only or [])
     # A mistake in the sweep is reported before the rest is imported.
     from flapkit.run.sweep.run import run_sweep
     from flapkit.system.paths import cache_folder

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,34 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=_place)))
     return Sweep(path, file, tuple(points))
+
+
+def select(sweep: Sweep, only: Sequence[str]) -> Sweep:
+    """Return a sweep with some of its points.
+
+    Args:
+        sweep: the sweep.
+        only: ``key=value`` strings, the key a swept one or ``method``. A point is selected if each key has one of the
+            values that are given for it.
+
+    Raises:
+        RecipeError: a key is not swept, or no point is selected.
+    """
+    asked: dict[str, set[str]] = {}
+    for text in only:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if key not in (known := (METHOD, *sweep.keys)):
+            raise RecipeError(f"--only {text}: no point sets {key!r}{did_you_mean(key, known)}")
+        asked.setdefault(key, set()).add(value)
+
+    def is_asked(point: Point) -> bool:
+        shown = {METHOD: point.method or "", **{key: show(value) for key, value in point.settings.items()}}
+        return all(shown.get(key) in values for key, values in asked.items())
+
+    points = tuple(point for point in sweep.points if is_asked(point))
+    if not points:
+        raise RecipeError(f"--only {' --only '.join(only)}: {sweep.path} has no such point")
+    return replace(sweep, points=points)
 
 
 def _file(path: Path) -> tuple[Node, SweepFile]:

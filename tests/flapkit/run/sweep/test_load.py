@@ -6,7 +6,7 @@ import pytest
 import yaml
 from sweeps import write_sweep
 
-from flapkit.run.sweep.load import load_sweep, show
+from flapkit.run.sweep.load import load_sweep, select, show
 from flapkit.system.errors import RecipeError
 
 
@@ -47,6 +47,19 @@ def test_methods_are_crossed_with_the_grid_and_named_by_points(tmp_path):
     assert (repaired.recipe.compensator[0].name, repaired.recipe.calibration.sequential) == ("least_squares", True)
     assert sweep.keys == ("budget.ratio", "metric")
     assert sweep.points[2].label == "repaired, budget.ratio=0.2"
+
+
+def test_some_points_alone(tmp_path):
+    sweep = load_sweep(
+        write_sweep(tmp_path, methods={"a": {}, "b": {"metric": "ifv"}}, grid={"budget.ratio": [0.2, 0.4]})
+    )
+    chosen = select(sweep, ["method=b", "budget.ratio=0.4", "budget.ratio=0.2"]).points
+    assert [point.label for point in chosen] == ["b, budget.ratio=0.2", "b, budget.ratio=0.4"]
+    assert select(sweep, []) == sweep
+    with pytest.raises(RecipeError, match=r"no point sets 'budget.rato'; did you mean 'budget.ratio'"):
+        select(sweep, ["budget.rato=0.4"])
+    with pytest.raises(RecipeError, match="has no such point"):
+        select(sweep, ["method=c"])
 
 
 def test_methods_alone_are_points(tmp_path):
