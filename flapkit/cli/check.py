@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.options import Force, Overrides, Overwrite, RecipeArgument
 from flapkit.cli.output import print_, set_logging
+
+if TYPE_CHECKING:
+    from flapkit.run.check import Checked
+    from flapkit.run.presets import Better
 
 
 @app.command()
@@ -60,6 +67,7 @@ def check(
         table.add_row("", "not included: hidden states of texts in `evaluate` without `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
+    _add_presets(table, outcome)
     table.add_row("output", settings.output)
     served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
     table.add_row("served by vLLM", served)
@@ -68,3 +76,34 @@ def check(
     if outcome.left:
         table.add_row("interrupted run", f"finished {', '.join(outcome.left)}; --resume continues from it")
     print_(table)
+
+
+def _add_presets(table: Table, outcome: Checked) -> None:
+    """Say which preset the recipe is, and what a better one would cost."""
+    preset = outcome.preset
+    differs = f"none; the nearest is {preset.name}, with another {', '.join(preset.differs)}"
+    table.add_row("preset", differs if preset.differs else preset.name)
+    for better in outcome.better:
+        table.add_row(f"better: {better.name}", _cost(better))
+        changes = [_quoted(f"{key}={_flow(value)}") for key, value in better.settings.items()]
+        table.add_row("", " ".join(f"--set {change}" for change in changes))
+
+
+def _cost(better: Better) -> str:
+    if better.needs is None:
+        return f"not with this recipe: {better.obstacle}"
+    needs = better.needs
+    passes = f"{needs.passes} pass{'es' if needs.passes != 1 else ''} over the calibration text"
+    search = f", {better.search}" if better.search else ""
+    return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {needs.flops / 1e12:,.2f} TFLOP for calibration"
+
+
+def _flow(value: Any) -> str:
+    """Write a value as YAML in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(entry)}" for key, entry in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if " " in text else text

@@ -77,6 +77,16 @@ class Harness:
         """Number of items of all tasks."""
         return sum(self._items(name) for name in self.tasks)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows of all items, before any model answers them."""
+        digest = hashlib.sha256()
+        for name, task in self.tasks.items():
+            digest.update(name.encode())
+            for row in islice(task.eval_docs, self.limit):
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
     def evaluate(
         self,
         model: PreTrainedModel,

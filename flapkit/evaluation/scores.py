@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from typing_extensions import TypedDict
+
 BatchSize = int | Literal["auto"]
 
 
@@ -22,6 +24,13 @@ class Score:
     value: float
     stderr: float | None
     items: tuple[float, ...]
+
+
+class Figure(TypedDict):
+    """A score and its standard error, without the items."""
+
+    value: float
+    stderr: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapkit.evaluation.local_tasks import TASKS, find_task
+from flapkit.evaluation.scores import BatchSize, Figure, Score, TaskScores
 from flapkit.evaluation.significance import compare
 from flapkit.system.errors import InputError
 
 if TYPE_CHECKING:
     from flapkit.evaluation.harness import Harness
-from flapkit.evaluation.scores import BatchSize, Score, TaskScores
+
+ACCURACIES = ("acc_norm", "acc")
+"""lm-eval's names of accuracies, that by which a task is judged first."""
+
+MEAN = "mean"
+"""The name of the mean over tasks, beside the names of the tasks."""
 
 
 def load_harness(
@@ -68,6 +75,43 @@ def by_task(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
     }
 
 
+def main_scores(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, dict[str, Figure]]:
+    """Choose one score for each task, and average those that are accuracies.
+
+    A task's score is ``acc_norm`` if it has one, otherwise ``acc``, otherwise its first metric.
+
+    Args:
+        models: model -> task -> scores; the same tasks for every model.
+
+    Returns:
+        Task, and last ``mean`` if there is an accuracy -> model -> ``value`` and ``stderr``. The standard error of the
+        mean takes the tasks as independent; None if one of theirs is not known.
+    """
+    metrics = {name: _main_metric(task) for name, task in next(iter(models.values())).items() if task.scores}
+    chosen = {
+        name: {model: scores[name].scores[metric] for model, scores in models.items()}
+        for name, metric in metrics.items()
+    }
+    board = {name: {model: _figures(score) for model, score in scores.items()} for name, scores in chosen.items()}
+    if averaged := [scores for name, scores in chosen.items() if metrics[name] in ACCURACIES]:
+        board[MEAN] = {model: _mean([scores[model] for scores in averaged]) for model in models}
+    return board
+
+
+def _main_metric(task: TaskScores) -> str:
+    return next((metric for metric in ACCURACIES if metric in task.scores), next(iter(task.scores)))
+
+
+def _figures(score: Score) -> Figure:
+    return {"value": score.value, "stderr": score.stderr}
+
+
+def _mean(scores: Sequence[Score]) -> Figure:
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    stderr = math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None
+    return {"value": sum(score.value for score in scores) / len(scores), "stderr": stderr}
+
+
 def add_scores(known: Mapping[str, Any], stage: str, scores: Mapping[str, TaskScores]) -> dict[str, Any]:
     """Add another model's scores to those of earlier models.
 
@@ -79,10 +123,7 @@ def add_scores(known: Mapping[str, Any], stage: str, scores: Mapping[str, TaskSc
     extended = {}
     for name, task in scores.items():
         metrics = known.get(name, {}).get("metrics", {})
-        added = {
-            metric: {**metrics.get(metric, {}), stage: {"value": score.value, "stderr": score.stderr}}
-            for metric, score in task.scores.items()
-        }
+        added = {metric: {**metrics.get(metric, {}), stage: _figures(score)} for metric, score in task.scores.items()}
         extended[name] = describe(task) | {"metrics": added}
     return extended
 
@@ -100,7 +141,7 @@ def _metrics(models: Mapping[str, TaskScores]) -> dict[str, Any]:
 
 
 def _by_model(models: Mapping[str, Score]) -> dict[str, Any]:
-    entry: dict[str, Any] = {model: {"value": score.value, "stderr": score.stderr} for model, score in models.items()}
+    entry: dict[str, Any] = {model: _figures(score) for model, score in models.items()}
     items = [score.items for score in models.values()]
     if len(items) == 2 and all(values and set(values) <= {0.0, 1.0} for values in items):
         entry["paired"] = asdict(compare(*items))

@@ -1,7 +1,7 @@
 """The pruning algorithm, and the interface of executors, which hold a model's weights and run them.
 
 ``WholeExecutor`` holds the whole model in memory, ``LayerwiseExecutor`` one decoder layer at a time. Both measure,
-repair, slice and evaluate; ``prune_`` is the same for both.
+repair, slice and evaluate; ``prune_``, in its two halves ``search`` and ``repair_``, is the same for both.
 """
 
 from __future__ import annotations
@@ -223,6 +223,21 @@ class Executor(ABC):
         return ()
 
 
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """The result of scoring and searching.
+
+    Args:
+        scores: site name -> scores [units, k]; empty where the searcher uses none.
+        plan: the units to keep.
+        course: the course of a search that trains, for ``result.json``; empty otherwise.
+    """
+
+    scores: Scores
+    plan: PruningPlan
+    course: Mapping[str, Any]
+
+
 def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bool = False) -> Pruned:
     """Prune a model in place: score, plan, repair, slice.
 
@@ -235,26 +250,66 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     Raises:
         FlapkitError: the model cannot be pruned; it is then unchanged.
     """
+    searched = search(executor, method, budget, sequential=sequential)
+    repairs = repair_(executor, method, searched.plan, sequential=sequential)
+    return Pruned(searched.scores, searched.plan, repairs.notes, repairs.expected, searched.course)
+
+
+def search(executor: Executor, method: Method, budget: Budget, *, sequential: bool = False) -> Searched:
+    """Score the units, and choose those to keep; the model stays dense.
+
+    The plan is the same with and without sequential repair.
+
+    Args:
+        executor: holds the dense model.
+        method: the components.
+        budget: how much to remove.
+        sequential: the repair will be sequential, so that nothing need be measured for it now.
+
+    Raises:
+        FlapkitError: the model cannot be pruned.
+    """
 
     def score(sites: Sequence[Site], statistics: Statistics) -> Scores:
         return score_sites(executor.model, sites, statistics, method.metric)
-
-    def repair(sites: Sequence[Site], statistics: Statistics) -> Repairs:
-        return repair_sites(executor.model, sites, statistics, method.compensators, plan)
 
     def correct(sites: Sequence[Site], statistics: Statistics, plan: PruningPlan) -> Mapping[str, Correction]:
         return find_corrections(executor.model, sites, statistics, method.compensators, plan)
 
     scores: Scores = {}
     if method.searcher.uses_scores:
-        ahead = () if sequential else method.repairing
-        scores = executor.score(score, method.scoring, ahead)
-    plan, search = _find_plan(executor, method, budget, scores, correct)
+        scores = executor.score(score, method.scoring, needed_for_search(method, sequential=sequential))
+    plan, course = _find_plan(executor, method, budget, scores, correct)
+    return Searched(scores, plan, course)
+
+
+def needed_for_search(method: Method, *, sequential: bool) -> tuple[type[Statistic], ...]:
+    """List the statistics of the corrections that are measured with those of the scores.
+
+    Trials are repaired site by site, also where the repair of the plan that wins is sequential.
+    """
+    return method.repairing if not sequential or isinstance(method.searcher, TrialSearcher) else ()
+
+
+def repair_(executor: Executor, method: Method, plan: PruningPlan, *, sequential: bool = False) -> Repairs:
+    """Apply a plan in place: repair and slice.
+
+    Args:
+        executor: holds the dense model.
+        method: the components.
+        plan: the units to keep.
+        sequential: as for ``prune_``.
+
+    Raises:
+        FlapkitError: the model cannot be repaired; it is then unchanged.
+    """
+
+    def repair(sites: Sequence[Site], statistics: Statistics) -> Repairs:
+        return repair_sites(executor.model, sites, statistics, method.compensators, plan)
+
     if sequential:
-        repairs = executor.repair_in_sequence_(plan, method.compensators)
-    else:
-        repairs = executor.repair_(plan, repair, method.repairing)
-    return Pruned(scores, plan, repairs.notes, repairs.expected, search)
+        return executor.repair_in_sequence_(plan, method.compensators)
+    return executor.repair_(plan, repair, method.repairing)
 
 
 def _find_plan(

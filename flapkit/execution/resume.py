@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.record_files import OtherFormatError, Record, read_record, write_record
 from flapkit.system.errors import OutputError
 from flapkit.system.json_files import parse_json
@@ -95,3 +96,21 @@ class ResumeStore:
         if figures and is_rank_zero():
             write_file(path, json.dumps(figures, default=asdict))
         return figures
+
+    def perplexity(
+        self, name: str, texts: Mapping[str, EvaluationText], measure: Callable[[], Mapping[str, MeasuredPerplexity]]
+    ) -> dict[str, MeasuredPerplexity]:
+        """Read perplexities that an interrupted run has measured; otherwise measure and store them.
+
+        Args:
+            name: name of the figures.
+            texts: name -> text.
+            measure: measures them.
+        """
+
+        def figures() -> dict[str, tuple[float, float | None, int]]:
+            values = measure().items()
+            return {text: (value.perplexity, value.bits_per_byte, value.batch_size) for text, value in values}
+
+        values = self.figures(name, dict[str, tuple[float, float | None, int]], figures)
+        return {text: MeasuredPerplexity(texts[text], *measured) for text, measured in values.items()}

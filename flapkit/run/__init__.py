@@ -14,6 +14,7 @@ Modules:
     checkpoint_files: read the files of a pruned checkpoint
     pipeline: run a recipe
     run_record: the results of a run, and its output folder
+    presets: which preset a recipe is, and what a better one would cost
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
     target: the model's sites, from its configuration

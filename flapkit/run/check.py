@@ -25,6 +25,7 @@ from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.lengths import recovery_length, run_lengths
+from flapkit.run.presets import Better, Nearest, find_better, find_nearest
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
 from flapkit.run.text import recovery_source, render_prompts
@@ -48,6 +49,8 @@ class Checked:
         left: the files of an interrupted run in the output's work folder.
         warnings: warnings that the run will give, as far as they are known.
         unserved: why vLLM will not serve the pruned model; empty if it will.
+        preset: the preset that the recipe is, or is nearest to.
+        better: presets that are better than that one, with what the recipe would need with their methods.
     """
 
     target: Target
@@ -55,6 +58,8 @@ class Checked:
     budget: Budget
     needs: Estimate
     dtypes: DTypes
+    preset: Nearest
+    better: Sequence[Better]
     processes: int = 1
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
@@ -102,13 +107,15 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     if not force:
         check_fits(recipe, needs, runtime)
     # Last: it needs memory for every unit.
-    plan = _check_floors(recipe, target, budget)
+    plan, preset = _check_floors(recipe, target, budget), find_nearest(recipe)
     return Checked(
         target,
         params,
         budget,
         needs,
         dtypes,
+        preset,
+        find_better(recipe, preset, target, dtypes, runtime.processes),
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),

@@ -286,15 +286,8 @@ def _measure_dense(subject: Subject, runtime: Runtime, store: ResumeStore | None
     """Measure the dense model, or read the measurements of an interrupted run."""
     if store is None:
         return _measure(subject, runtime, "dense")
-    texts = subject.text.evaluations
-
-    def perplexity() -> dict[str, tuple[float, float | None, int]]:
-        measured = _perplexity(subject, "dense")
-        return {name: (text.perplexity, text.bits_per_byte, text.batch_size) for name, text in measured.items()}
-
-    values = store.figures("perplexity", dict[str, tuple[float, float | None, int]], perplexity)
     return Measurements(
-        {name: MeasuredPerplexity(texts[name], *figures) for name, figures in values.items()},
+        store.perplexity("perplexity", subject.text.evaluations, partial(_perplexity, subject, "dense")),
         store.figures("zero-shot", dict[str, TaskScores], partial(_answers, subject, runtime, "dense")),
         store.figures("samples", list[str], partial(_samples, subject, runtime, "dense")),
     )

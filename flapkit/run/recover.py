@@ -44,7 +44,7 @@ from flapkit.system.paths import names_only, without_folders
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, open_workdir
-from flapkit.text.windows import tokens_hash
+from flapkit.text.windows import TokenStore, tokens_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,26 +187,55 @@ def prepare(
         )
     if recipe.exporters and not recovery.merge:
         raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack the trained adapter")
-    settings, training, runtime = recipe.recipe, recovery.training, open_runtime(recipe.recipe.trainer, progress)
-    source = recovery_source(training, settings)
+    settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, progress)
     with progress.stage("recovery text"):
         path, revision = (
             (settings.model.source, settings.model.revision) if checkpoint is None else (str(checkpoint), None)
         )
         tokenizer, store = load_tokenizer(path, revision=revision), TokenCache(cache)
         empty = build_empty(target.config)
-        check_lengths(empty, recovery_length(training))
         if checkpoint is not None:
             check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, target.adapter))
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
-        recovery.attach(empty, target.sites)
-        text = read_recovery_text(training, source, target, tokenizer, runtime, store)
         render = renderer(target.adapter, tokenizer)
         evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.config.vocab_size, store)
-        for name, evaluation in evaluations.items():
-            warn_of_overlap(name, evaluation, text.windows, "recovery")
+        text = read_training(recipe, recovery, target, tokenizer, runtime, evaluations, store)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime, dtypes)
+
+
+def read_training(
+    recipe: LoadedRecipe,
+    recovery: Recovery,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    evaluations: Mapping[str, EvaluationText],
+    store: TokenStore,
+) -> RecoveryText:
+    """Try a recovery on an empty model, and read its text.
+
+    Args:
+        recipe: the recipe.
+        recovery: its recovery.
+        target: the model, dense or pruned.
+        tokenizer: the model's tokenizer.
+        runtime: what the recovery will run on.
+        evaluations: the evaluation texts; there is a warning if the recovery text holds parts of them.
+        store: where tokens are kept.
+
+    Raises:
+        RecipeError: the text is evaluated too.
+        DataError: a text cannot be read or is too short.
+        ModelError: the model lacks a module to train.
+    """
+    empty, source = build_empty(target.config), recovery_source(recovery.training, recipe.recipe)
+    check_lengths(empty, recovery_length(recovery.training))
+    recovery.attach(empty, target.sites)
+    text = read_recovery_text(recovery.training, source, target, tokenizer, runtime, store)
+    for name, evaluation in evaluations.items():
+        warn_of_overlap(name, evaluation, text.windows, "recovery")
+    return text
 
 
 def recover_checkpoint(

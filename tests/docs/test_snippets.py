@@ -35,8 +35,8 @@ BEFORE = {
     "docs/how-to/plot.md: import pandas": """
         import os
         os.makedirs("runs/sweeps/compare")
-        columns = "metric,budget.ratio,perplexity.stdlib_heldout.128,perplexity.stdlib_heldout.128.dense,error"
-        lines = [columns, "wifv,0.2,21.1,14.8,", "wifv,0.5,60.2,14.8,", "random,0.2,40.1,14.8,", "random,0.5,,,no"]
+        columns = "method,metric,budget.ratio,perplexity.stdlib_heldout.128,error"
+        lines = [columns, "dense,,,14.8,", ",wifv,0.2,21.1,", ",wifv,0.5,60.2,", ",random,0.2,40.1,", ",random,0.5,,no"]
         open("runs/sweeps/compare/table.csv", "w").write("\\n".join(lines))
     """,
     "docs/layerwise.md: from flapkit": """

@@ -17,7 +17,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.run.sweep.plot import draw
 from flapkit.run.sweep.results import Results, Row
 from flapkit.run.sweep.schema import Plot
-from flapkit.run.sweep.table import to_csv
+from flapkit.run.sweep.table import table, to_csv
 from flapkit.system.errors import InputError
 
 SITES = make_sites(2)
@@ -29,8 +29,12 @@ ROW: dict[str, Any] = {
     "settings": {"metric": "wifv", "budget.ratio": 0.2},
     "params": {"dense": 100, "pruned": 90, "blocks": 80, "removed": 10},
     "perplexity": {"t": {"dense": 4.0, "pruned": 5.0, "bits_per_byte": {"dense": 1.5}}},
+    "zero_shot": {"piqa": {"items": 3}},
+    "scores": {"mean": {"dense": {"value": 0.6, "stderr": 0.1}, "pruned": {"value": 0.5, "stderr": None}}},
+    "minutes": 0.1,
     "seconds": {"prune": 0.5},
     "warnings": ["w"],
+    "method": "mine",
 }
 TOKENS = st.sampled_from(
     ["{", "}", "[", "]", ",", ":", '"keep"', '"\\ud800"', "NaN", "1e999", "-1", "null", "9" * 5000, "\0"]
@@ -105,7 +109,7 @@ def test_rows_of_a_sweep(folder, lines):
     for row in rows:
         assert isinstance(row.id, str)
         assert row.error is None or isinstance(row.error, str)
-    assert to_csv(KEYS, rows).count("\n") > len(rows)
+    assert to_csv(table(KEYS, rows)).count("\n") > len(rows)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

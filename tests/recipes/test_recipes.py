@@ -11,6 +11,7 @@ from flapkit.model.budget import Budget
 from flapkit.recipe.files import find_recipe, shipped_recipes
 from flapkit.recipe.load import load_recipe
 from flapkit.registry import ADAPTER
+from flapkit.run.presets import PRESETS
 
 
 def llama(
@@ -35,6 +36,7 @@ MODELS = {
     "meta-llama/Llama-2-7b-hf": llama(4096, 11008, 32, 32),
     "meta-llama/Meta-Llama-3-8B": llama(4096, 14336, 32, 32, 8, vocab=128256),
     "lmsys/vicuna-7b-v1.5": llama(4096, 11008, 32, 32),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": llama(576, 1536, 30, 9, 3, vocab=49152),
     "models/smollm2-135m": llama(576, 1536, 30, 9, 3, vocab=49152),
 }
 PAPER = {
@@ -153,6 +155,14 @@ def test_the_demo_needs_no_network_and_no_accelerator() -> None:
     assert recipe.calibration.split == "train"
     assert {entry.split for entry in recipe.evaluate.perplexity} == {"heldout"}
     assert recipe.trainer.accelerator == "cpu"
+
+
+def test_presets_differ_in_their_method_alone_and_flap_is_the_papers() -> None:
+    presets = {name: load_recipe(RECIPES[name]).recipe for name in PRESETS}
+    own = {"output", "metric", "searcher", "compensator", "calibration", "evaluate"}
+    assert len({preset.model_dump_json(exclude=own) for preset in presets.values()}) == 1
+    paper = load_recipe(RECIPES["llama-2-7b-flap20"]).recipe
+    assert presets["flap"].model_dump(exclude={"model", "output"}) == paper.model_dump(exclude={"model", "output"})
 
 
 def test_every_file_of_the_folder_is_a_recipe() -> None:

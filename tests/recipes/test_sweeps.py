@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from flapkit.recipe.files import find_sweep, shipped_sweeps
-from flapkit.run.sweep.load import load_sweep
+from flapkit.run.presets import Nearest, find_nearest
+from flapkit.run.sweep.load import load_sweep, select
 
 SWEEPS = shipped_sweeps()
 
@@ -23,7 +24,7 @@ def test_it_loads_and_says_what_it_does(name):
     assert first.startswith("# ")
     assert len(first) < 120
     assert sweep.file.output == f"runs/sweeps/{name}"
-    model = "models/smollm2-135m" if name.startswith("smollm2") else "builtin:tiny-llama"
+    model = "models/smollm2-135m" if name.startswith(("smollm2", "scoreboard")) else "builtin:tiny-llama"
     assert {point.recipe.recipe.model.path for point in sweep.points} == {model}
     assert len({point.label for point in sweep.points}) == len(sweep.points) >= 12
 
@@ -33,6 +34,16 @@ def test_it_can_be_pointed_at_another_model(name):
     sweep = load_sweep(SWEEPS[name], ["model.path=./mine", "calibration.dataset=mine.txt", "calibration.split=null"])
     assert {point.recipe.recipe.model.path for point in sweep.points} == {"./mine"}
     assert {point.recipe.recipe.calibration.dataset for point in sweep.points} == {"mine.txt"}
+
+
+def test_the_scoreboard_has_the_presets():
+    """By the same settings, so that what is measured is what users get."""
+    sweep = load_sweep(SWEEPS["scoreboard"])
+    assert {point.recipe.recipe.budget.ratio for point in sweep.points} == {0.125, 0.2, 0.3, 0.375, 0.5}
+    same = {"FLAP": "flap", "least squares": "fast", "sweep": "balanced", "gates + sweep": "best"}
+    for method, preset in same.items():
+        (point,) = select(sweep, ["budget.ratio=0.5", f"method={method}"]).points
+        assert find_nearest(point.recipe) == Nearest(preset, [])
 
 
 def test_the_ablation_holds_the_papers_metrics_and_structures():

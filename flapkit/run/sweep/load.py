@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flapkit.recipe.nodes import Node, Position, Problem, parse
 from flapkit.recipe.overrides import override, override_position, put
 from flapkit.recipe.validation import check
 from flapkit.registry import Registry
-from flapkit.run.sweep.schema import PARAMETERS, SweepFile
+from flapkit.run.sweep.schema import METHOD, PARAMETERS, SweepFile
 from flapkit.system.errors import InputError, RecipeError, did_you_mean
 from flapkit.system.paths import to_path
 
@@ -33,17 +33,19 @@ class Point:
     """One recipe of a sweep.
 
     Args:
-        settings: dotted key -> the value that this point sets, as written in the file.
+        settings: dotted key -> the value that this point sets, as written in the file; not those of its method.
         recipe: the whole recipe.
+        method: name of its method; None for none.
     """
 
     settings: Mapping[str, Any]
     recipe: LoadedRecipe
+    method: str | None = None
 
     @property
     def label(self) -> str:
-        """The settings in one line."""
-        return label(self.settings)
+        """The method and the settings in one line."""
+        return label(self.settings, self.method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,23 @@ class Sweep:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys that points set, in order of their first use."""
+        """All keys that points set beside those of their methods, in order of their first use."""
         return tuple(dict.fromkeys(key for point in self.points for key in point.settings))
 
 
-def label(settings: Mapping[str, Any]) -> str:
-    """Write the settings of a point in one line."""
-    return ", ".join(f"{key}={show(value)}" for key, value in settings.items())
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A point as the file writes it: the name of its method, the method's settings, and its own."""
+
+    name: str | None
+    method: Mapping[str, Node]
+    settings: Mapping[str, Node]
+
+
+def label(settings: Mapping[str, Any], method: str | None = None) -> str:
+    """Write the method and the settings of a point in one line."""
+    parts = [method] if method is not None else []
+    return ", ".join([*parts, *(f"{key}={show(value)}" for key, value in settings.items())])
 
 
 def show(value: Any) -> str:
@@ -100,9 +112,10 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
     base_keys["plugins"] = Node(_plugin_files(base, recipe) + _plugin_files(root, path), root.position, root.position)
     registry, plugin_problems = load_plugins(base, recipe)
     problems += plugin_problems + _prepare(base, root, overrides)
-    points = []
-    for settings in _points(root):
-        point = _point(base, settings, path, registry, complete=not plugin_problems)
+    points, entries = [], _points(root)
+    problems += _check_methods(root, entries)
+    for entry in entries:
+        point = _point(base, entry, path, registry, complete=not plugin_problems)
         if isinstance(point, list):
             problems += point
         else:
@@ -111,6 +124,34 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=_place)))
     return Sweep(path, file, tuple(points))
+
+
+def select(sweep: Sweep, only: Sequence[str]) -> Sweep:
+    """Return a sweep with some of its points.
+
+    Args:
+        sweep: the sweep.
+        only: ``key=value`` strings, the key a swept one or ``method``. A point is selected if each key has one of the
+            values that are given for it.
+
+    Raises:
+        RecipeError: a key is not swept, or no point is selected.
+    """
+    asked: dict[str, set[str]] = {}
+    for text in only:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if key not in (known := (METHOD, *sweep.keys)):
+            raise RecipeError(f"--only {text}: no point sets {key!r}{did_you_mean(key, known)}")
+        asked.setdefault(key, set()).add(value)
+
+    def is_asked(point: Point) -> bool:
+        shown = {METHOD: point.method or "", **{key: show(value) for key, value in point.settings.items()}}
+        return all(shown.get(key) in values for key, values in asked.items())
+
+    points = tuple(point for point in sweep.points if is_asked(point))
+    if not points:
+        raise RecipeError(f"--only {' --only '.join(only)}: {sweep.path} has no such point")
+    return replace(sweep, points=points)
 
 
 def _file(path: Path) -> tuple[Node, SweepFile]:
@@ -155,7 +196,7 @@ def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
     problems = []
     for key, value in _entries(root.child("set")):
         problems += _set(base, key, value)
-    swept = {key for settings in _points(root) for key in settings}
+    swept = {key for entry in _points(root) for key in (*entry.method, *entry.settings)}
     for text in overrides:
         key = text.partition("=")[0].strip()
         if key in swept:
@@ -172,27 +213,46 @@ def _entries(node: Node | None) -> list[tuple[str, Node]]:
     return list(node.value.items()) if node is not None and isinstance(node.value, dict) else []
 
 
-def _points(root: Node) -> list[dict[str, Node]]:
-    """List the settings of every point: the combinations of the grid, the last key fastest, then the listed points."""
+def _points(root: Node) -> list[_Entry]:
+    """List every point: each method with the combinations of the grid, the last key fastest, then the listed points."""
+    methods = {name: dict(_entries(settings)) for name, settings in _entries(root.child("methods"))}
     axes = [[(key, value) for value in _items(values)] for key, values in _entries(root.child("grid"))]
-    grid = [dict(combination) for combination in itertools.product(*axes)] if axes else []
-    return [*grid, *(dict(_entries(point)) for point in _items(root.child("points")))]
+    grid = [dict(combination) for combination in itertools.product(*axes)] if methods or axes else []
+    crossed: list[tuple[str | None, dict[str, Node]]] = [*methods.items()] or [(None, {})]
+    points = [_Entry(name, method, cell) for name, method in crossed for cell in grid]
+    for point in _items(root.child("points")):
+        settings = dict(_entries(point))
+        named = settings.pop(METHOD, None)
+        name = None if named is None else str(named.value)
+        points.append(_Entry(name, methods.get(name or "", {}), settings))
+    return points
 
 
-def _point(
-    base: Node, settings: Mapping[str, Node], path: Path, registry: Registry, *, complete: bool
-) -> Point | list[Problem]:
-    root = copy.deepcopy(base)
-    problems = [problem for key, value in settings.items() for problem in _set(root, key, value)]
+def _check_methods(root: Node, entries: Sequence[_Entry]) -> list[Problem]:
+    """List methods that points name and nothing defines, and keys that both a method and its point set."""
+    known = [name for name, _ in _entries(root.child("methods"))]
+    named = [point.child(METHOD) for point in _items(root.child("points"))]
+    unknown = [node for node in named if node is not None and node.value not in known]
+    problems = [
+        Problem(node.position, METHOD, f"no method is called {node.value!r}{did_you_mean(str(node.value), known)}")
+        for node in unknown
+    ]
+    for entry in entries:
+        twice = [value for key, value in entry.settings.items() if key in entry.method]
+        what = f"the method {entry.name!r} sets this key too; remove one of the two"
+        problems += [Problem(value.key_position, "", what) for value in twice]
+    return problems
+
+
+def _point(base: Node, entry: _Entry, path: Path, registry: Registry, *, complete: bool) -> Point | list[Problem]:
+    root, settings = copy.deepcopy(base), [*entry.method.items(), *entry.settings.items()]
+    problems = [problem for key, value in settings for problem in _set(root, key, value)]
     if problems:
         return problems
     recipe = build_recipe(root, path, registry, complete=complete)
     if isinstance(recipe, list):
         return recipe
-    if recipe.recipe.evaluate.zero_shot is not None:
-        node = root.child("evaluate") or root
-        return [Problem(node.position, "evaluate.zero_shot", "a sweep measures only perplexity; remove this key")]
-    return Point({key: value.plain() for key, value in settings.items()}, recipe)
+    return Point({key: value.plain() for key, value in entry.settings.items()}, recipe, entry.name)
 
 
 def _set(root: Node, key: str, value: Node) -> list[Problem]:
@@ -203,7 +263,7 @@ def _set(root: Node, key: str, value: Node) -> list[Problem]:
 
 def _check_plot(root: Node, file: SweepFile) -> list[Problem]:
     """List the keys of the plot that no point sets."""
-    known = [PARAMETERS, *file.grid, *(key for point in file.points for key in point)]
+    known = [PARAMETERS, *file.grid, *(key for point in file.points for key in point if key != METHOD)]
     node = root.child("plot") or root
     unknown = [key for key in (file.plot.x, *file.plot.over) if key not in known]
     return [Problem(node.position, "plot", f"no point sets {key!r}{did_you_mean(key, known)}") for key in unknown]

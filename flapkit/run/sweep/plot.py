@@ -1,10 +1,11 @@
-"""The rows of a sweep as a plot: perplexity against parameters or a swept number, one line for each method."""
+"""The rows of a sweep as a plot: perplexity and accuracy against parameters or a number, a line for each method."""
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,10 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from flapkit.evaluation.zero_shot import MEAN
 from flapkit.run.sweep.load import show
 from flapkit.run.sweep.results import Row
-from flapkit.run.sweep.schema import PARAMETERS, Plot
+from flapkit.run.sweep.schema import DENSE, PARAMETERS, Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +30,7 @@ DASHES = ("-", "--", ":", "-.")
 
 @dataclass(slots=True)
 class Line:
-    """The rows of one method: x -> perplexities."""
+    """The rows of one method: x -> measured values."""
 
     values: dict[float, list[float]] = field(default_factory=dict)
 
@@ -37,14 +39,57 @@ class Line:
         self.values.setdefault(x, []).append(y)
 
 
-def lines(rows: Sequence[Row], keys: Sequence[str], plot: Plot, text: str) -> dict[str, Line]:
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One measurement of the models.
+
+    Args:
+        title: what was measured.
+        label: of the y axis.
+        value: a row's value for one of its models, by the model's name; None if it was not measured.
+        ratios: the values are compared by ratios, so that the axis may be logarithmic.
+    """
+
+    title: str
+    label: str
+    value: Callable[[Row, str], float | None]
+    ratios: bool
+
+    @classmethod
+    def of_text(cls, text: str) -> Panel:
+        """Show the perplexity of a text."""
+
+        def value(row: Row, model: str) -> float | None:
+            measured = row.perplexity.get(text, {}).get(model)
+            return None if measured is None else min(max(measured, 1 / LARGEST), LARGEST)
+
+        return cls(text, "perplexity", value, ratios=True)
+
+    @classmethod
+    def of_tasks(cls) -> Panel:
+        """Show the mean of the zero-shot tasks."""
+
+        def value(row: Row, model: str) -> float | None:
+            measured = row.scores[MEAN][model]["value"] if MEAN in row.scores else math.nan
+            return 100 * measured if math.isfinite(measured) else None
+
+        return cls("zero-shot tasks", "mean accuracy, %", value, ratios=False)
+
+
+def panels_of(rows: Sequence[Row]) -> list[Panel]:
+    """List a panel for each evaluation text, and one for the zero-shot tasks."""
+    texts = dict.fromkeys(name for row in rows for name in row.perplexity)
+    return [*map(Panel.of_text, texts), *([Panel.of_tasks()] if any(MEAN in row.scores for row in rows) else [])]
+
+
+def lines(rows: Sequence[Row], keys: Sequence[str], plot: Plot, panel: Panel) -> dict[str, Line]:
     """Group rows into lines: rows of one method differ only in the x axis and in the keys that are averaged over.
 
     Args:
         rows: the results of the points; failed ones are left out.
         keys: the swept keys.
         plot: what is plotted.
-        text: the name of the evaluation text.
+        panel: what was measured.
 
     Returns:
         Method -> its line.
@@ -52,17 +97,15 @@ def lines(rows: Sequence[Row], keys: Sequence[str], plot: Plot, text: str) -> di
     moving = {plot.x, *plot.over} if plot.x != PARAMETERS else {"budget.ratio", "budget.of", *plot.over}
     by_method: dict[str, Line] = {}
     for row in rows:
-        if row.error is not None or text not in row.perplexity:
+        y = panel.value(row, row.stage)
+        if row.error is not None or y is None:
             continue
         x: Any = row.params["pruned"] if plot.x == PARAMETERS else row.settings.get(plot.x)
         if isinstance(x, (int, float)):
-            method = ", ".join(_label(key, row) for key in keys if key in row.settings and key not in moving)
-            by_method.setdefault(method or "all", Line()).add(x, _drawable(row.perplexity[text]["pruned"]))
+            named = [row.method] if row.method is not None else []
+            named += [_label(key, row) for key in keys if key in row.settings and key not in moving]
+            by_method.setdefault(", ".join(named) or "all", Line()).add(x, y)
     return by_method
-
-
-def _drawable(perplexity: float) -> float:
-    return min(max(perplexity, 1 / LARGEST), LARGEST)
 
 
 def _label(key: str, row: Row) -> str:
@@ -71,17 +114,17 @@ def _label(key: str, row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], keys: Sequence[str], plot: Plot, kind: Literal["png", "svg"]) -> bytes:
-    """Draw one panel for each evaluation text, and return the image."""
-    texts = list(dict.fromkeys(name for row in rows for name in row.perplexity))
+    """Draw one panel for each evaluation text and one for the zero-shot tasks, and return the image."""
+    panels = panels_of(rows)
     # Names are drawn as they are: a dollar sign in a path does not start a formula.
     plain: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "flapkit", "font.size": 9}
     with rc_context(plain):
-        figure = Figure(figsize=(7 * max(len(texts), 1) + 2, 4.8), layout="constrained")
-        panels = figure.subplots(1, max(len(texts), 1), squeeze=False)[0]
-        for axes, text in zip(panels, texts, strict=False):
-            _panel(axes, rows, lines(rows, keys, plot, text), plot, text)
-        if texts:
-            handles, labels = panels[0].get_legend_handles_labels()
+        figure = Figure(figsize=(7 * max(len(panels), 1) + 2, 4.8), layout="constrained")
+        grid = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, rows, lines(rows, keys, plot, panel), plot, panel)
+        if panels:
+            handles, labels = grid[0].get_legend_handles_labels()
             columns = 1 + (len(labels) - 1) // 24
             figure.legend(handles, labels, loc="outside right upper", frameon=False, ncols=columns)
         image = io.BytesIO()
@@ -89,7 +132,7 @@ def draw(rows: Sequence[Row], keys: Sequence[str], plot: Plot, kind: Literal["pn
     return image.getvalue()
 
 
-def _panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, text: str) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, panel: Panel) -> None:
     styles = itertools.product(DASHES, colormaps["tab10"].colors)  # type: ignore[attr-defined]
     for (label, line), (dash, color), mark in zip(by_method.items(), styles, itertools.cycle(MARKS), strict=False):
         xs = sorted(line.values)
@@ -98,18 +141,19 @@ def _panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Pl
         if any(len(values) > 1 for values in line.values.values()):
             lowest, highest = ([of(line.values[x]) for x in xs] for of in (min, max))
             axes.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
-    _frame(axes, rows, by_method, plot, text)
+    _frame(axes, rows, by_method, plot, panel)
 
 
-def _frame(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, text: str) -> None:
-    dense = _drawable(next(row.perplexity[text]["dense"] for row in rows if text in row.perplexity))
-    axes.axhline(dense, color="0.6", linewidth=1, linestyle=(0, (1, 2)))
-    # Where points are far from the dense model: at few parameters, or at a high ratio.
-    side, align = (0.01, "left") if plot.x == PARAMETERS else (1, "right")
-    axes.annotate("dense", (side, dense), xycoords=("axes fraction", "data"), ha=align, va="bottom", color="0.4")
-    axes.set(xlabel=plot.x, ylabel="perplexity", title=text)
+def _frame(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, panel: Panel) -> None:
+    axes.set(xlabel=plot.x, ylabel=panel.label, title=panel.title)
     values = [y for line in by_method.values() for ys in line.values.values() for y in ys]
-    if values and max(values) > 4 * min([dense, *values]):
+    dense = next((value for row in rows if (value := panel.value(row, DENSE)) is not None), None)
+    if dense is not None:
+        axes.axhline(dense, color="0.6", linewidth=1, linestyle=(0, (1, 2)))
+        # Where points are far from the dense model: at few parameters, or at a high ratio.
+        side, align = (0.01, "left") if plot.x == PARAMETERS else (1, "right")
+        axes.annotate("dense", (side, dense), xycoords=("axes fraction", "data"), ha=align, va="bottom", color="0.4")
+    if panel.ratios and values and max(values) > 4 * min(values if dense is None else [dense, *values]):
         axes.set_yscale("log")
         _label_decades(axes)
     xs = {x for line in by_method.values() for x in line.values}

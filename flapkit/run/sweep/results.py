@@ -6,18 +6,22 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pydantic
 from pydantic import ConfigDict
 
+from flapkit.evaluation.scores import Figure
 from flapkit.run.report.report_record import Total
+from flapkit.run.sweep.schema import DENSE
 from flapkit.system.errors import OutputError
 from flapkit.system.json_files import parse_json
 
 RESULTS = "results.jsonl"
+PRUNED, RECOVERED = "pruned", "recovered"
+"""The models that a point measures: what it prunes, or what it then trains."""
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +32,17 @@ class Row:
 
     Args:
         id: hash of the point's whole recipe, of the weights and of the text.
-        settings: dotted key -> value.
+        settings: dotted key -> value; not those of the method.
         error: the error; None if the point succeeded.
         params: as in a run's ``result.json``.
-        perplexity: name of the text -> ``dense`` and ``pruned`` -> perplexity, and more.
+        perplexity: name of the text -> ``dense``, and ``pruned`` or ``recovered`` -> perplexity, and more.
+        zero_shot: task -> its settings and all metrics of both models, as in a run's ``result.json``.
+        scores: task, and ``mean`` -> the score of both models that tables show.
+        minutes: wall time of the search, the repair and the training; not of the calibration that points share, or of
+            the evaluation. A search that points share counts for each of them.
         seconds: stage -> wall time.
         warnings: flapkit's warnings.
+        method: name of the method; None for none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -43,18 +52,31 @@ class Row:
     error: str | None = None
     params: Mapping[str, Total] = field(default_factory=dict)
     perplexity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    zero_shot: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    minutes: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    method: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` if a number that tables and plots show is missing."""
-        counted = self.params.keys() >= {"pruned", "removed", "blocks"} and self.params["blocks"] > 0
-        if (self.params or self.perplexity) and not counted:
-            raise ValueError("params: expected pruned, removed and blocks")
+        counted = self.params.keys() >= {"dense", "pruned", "removed", "blocks"} and self.params["blocks"] > 0
+        if (self.params or self.perplexity or self.scores) and not counted:
+            raise ValueError("params: expected dense, pruned, removed and blocks")
         for text, measured in self.perplexity.items():
-            values = [measured.get(which) for which in ("dense", "pruned")]
+            values = [measured.get(which) for which in (DENSE, self.stage)]
             if not all(isinstance(value, (int, float)) and value > 0 for value in values):
-                raise ValueError(f"perplexity: {text}: expected dense and pruned, both over 0")
+                raise ValueError(f"perplexity: {text}: expected dense and {self.stage}, both over 0")
+        for task, score in self.scores.items():
+            if not score.keys() >= {DENSE, self.stage}:
+                raise ValueError(f"scores: {task}: expected dense and {self.stage}")
+
+    @property
+    def stage(self) -> str:
+        """Which model is measured beside the dense one: ``recovered`` if the point trains, otherwise ``pruned``."""
+        measured = [*self.perplexity.values(), *self.scores.values()]
+        return RECOVERED if any(RECOVERED in models for models in measured) else PRUNED
 
 
 _ROW = pydantic.TypeAdapter(Row)
@@ -93,6 +115,10 @@ class Results:
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written: {error}; finished rows are kept") from error
         self.rows[row.id] = row
+
+    def of(self, id_: str, settings: Mapping[str, Any], method: str | None) -> Row:
+        """Return the row of a point, under the names that the sweep's file gives it now."""
+        return replace(self.rows[id_], settings=settings, method=method)
 
     def done(self, id_: str) -> bool:
         """Return whether a point has a result without an error."""

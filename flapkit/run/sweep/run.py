@@ -2,90 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.execution.cache import TokenCache
-from flapkit.execution.executor import CalibrationText, prune_
+from flapkit.execution.executor import needed_for_search
 from flapkit.execution.record_files import hash_tensors
-from flapkit.execution.runtime import Runtime
-from flapkit.execution.whole import WholeExecutor
+from flapkit.execution.resume import ResumeStore
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
-from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
-from flapkit.pruning.components import recovery_of
-from flapkit.run.captured import capture_warnings
+from flapkit.pruning.components import TrainedSearcher, recovery_of
+from flapkit.pruning.gates import check_gated
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import load_whole, open_runtime
-from flapkit.run.lengths import run_lengths
-from flapkit.run.run_record import compare, count_params
+from flapkit.run.lengths import recovery_length, run_lengths
+from flapkit.run.recover import read_training
 from flapkit.run.sweep.load import Point, Sweep
+from flapkit.run.sweep.plot import draw
+from flapkit.run.sweep.point import Dense, Measured, PointText, Task, failed, measure_dense, run_point
 from flapkit.run.sweep.results import Results, Row
+from flapkit.run.sweep.table import table, to_csv
 from flapkit.run.target import Target, find_target
-from flapkit.run.text import RunText, read_text
+from flapkit.run.tasks import check_tasks, load_tasks
+from flapkit.run.text import read_text, recovery_source
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
-from flapkit.text.windows import TokenStore
+from flapkit.system.workdir import open_workdir, write_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """The dense model that several points share.
+def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None, cache: Path | None = None) -> list[Row]:
+    """Run the points of a sweep that have no result yet, and write its table and plot.
 
-    Args:
-        model: the whole model, never changed.
-        weights: SHA-256 of the weights.
-        target: its configuration, adapter and sites.
-        runtime: the devices that it runs on.
-        params: its number of parameters.
-        saved: the type that a pruned model of its kind would be written in.
-    """
-
-    model: PreTrainedModel
-    weights: str
-    target: Target
-    runtime: Runtime
-    params: int
-    saved: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A point, its text, and its id in the results."""
-
-    point: Point
-    text: RunText
-    id: str
-
-
-def run_sweep(
-    sweep: Sweep,
-    results: Results,
-    *,
-    progress: Progress | None = None,
-    cache: Path | None = None,
-) -> list[Row]:
-    """Run the points of a sweep that have no result yet; a point that fails does not stop the others.
+    A point that fails does not stop the others.
 
     Args:
         sweep: the sweep.
-        results: where rows are written as points finish.
+        folder: where rows are written as points finish; an interrupted sweep resumes from them.
         progress: shows the stages.
         cache: folder of the cache of statistics; None for no cache.
 
@@ -93,16 +56,22 @@ def run_sweep(
         The rows of all points, in the sweep's order.
 
     Raises:
-        FlapkitError: the text or the model that points share cannot be used.
+        FlapkitError: the text or the model that points share cannot be used, or the folder cannot be written.
     """
     progress = progress or Progress()
     check_sweep(sweep)
-    ids: dict[int, str] = {}
-    with progress.stage("points", len(sweep.points), "points") as stage:
-        for points in _grouped(sweep.points, _model_key):
-            for task in _run_group(points, results, progress, cache, stage.advance):
-                ids[id(task.point)] = task.id
-    return [results.rows[ids[id(point)]] for point in sweep.points]
+    with open_workdir(folder, {"sweep": str(folder.resolve())}, resume=True) as work:
+        results, store, ids = Results(folder), ResumeStore(work), {}
+        with progress.stage("points", len(sweep.points), "points") as stage:
+            for points in _grouped(sweep.points, _model_key):
+                for task in _run_group(points, results, store, progress, cache, stage.advance):
+                    ids[id(task.point)] = task.id
+        rows = [results.of(ids[id(point)], point.settings, point.method) for point in sweep.points]
+        write_file(folder / "table.csv", to_csv(table(sweep.keys, rows)))
+        for kind in ("png", "svg"):
+            write_file(folder / f"plot.{kind}", draw(rows, sweep.keys, sweep.file.plot, kind))
+        work.finish()
+    return rows
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -112,20 +81,22 @@ def check_sweep(sweep: Sweep) -> None:
     for point in sweep.points:
         settings = point.recipe.recipe
         try:
-            if recovery_of(point.recipe.compensators) is not None:
-                raise RecipeError(
-                    "a sweep does not train; remove the compensator that trains, and use `flapkit recover` afterwards"
-                )
             runtime = open_runtime(settings.trainer)
             if runtime.processes > 1 or runtime.sharded:
                 raise RecipeError(
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
-            target = find_target(point.recipe)
+            target, lengths = find_target(point.recipe), run_lengths(settings, None, None)
             settings.calibration.text.check("calibration")
             for text in settings.evaluate.perplexity:
                 text.check("evaluation")
-            lengths = run_lengths(settings, None, None)
+            if settings.evaluate.zero_shot is not None:
+                check_tasks(settings.evaluate.zero_shot)
+            if isinstance(point.recipe.searcher, TrainedSearcher):
+                check_gated(target.sites)
+            if (recovery := recovery_of(point.recipe.compensators)) is not None:
+                recovery_source(recovery.training, settings).check("calibration")
+                lengths |= recovery_length(recovery.training)
             if (settings.model, lengths) not in checked:
                 checked.append((settings.model, lengths))
                 check_lengths(skeleton(target.config), lengths)
@@ -138,6 +109,7 @@ def check_sweep(sweep: Sweep) -> None:
 def _run_group(
     points: Sequence[Point],
     results: Results,
+    store: ResumeStore,
     progress: Progress,
     cache: Path | None,
     advance: Callable[[], None],
@@ -155,116 +127,79 @@ def _run_group(
         dtypes.tell()
         model = load_whole(source, dtypes.compute, runtime)
         target.adapter.confirm(model, target.sites)
-        dense = Dense(
-            model,
-            hash_tensors(model.state_dict().items()),
-            target,
-            runtime,
-            model.num_parameters(),
-            dtypes.saved,
-        )
-    tasks = [Task(point, text, _id(point, text, dense)) for point, text in zip(points, texts, strict=True)]
+        weights = hash_tensors(model.state_dict().items())
+        params = model.num_parameters()
+        dense = Dense(model, weights, target, tokenizer, runtime, params, dtypes.saved, store, cache)
+    tasks = [Task.of(point, text, dense) for point, text in zip(points, texts, strict=True)]
     missing = {task.id: task for task in tasks if not results.done(task.id)}
     for _ in range(len(tasks) - len(missing)):
         advance()
     for same_evaluation in _grouped(missing.values(), lambda task: _evaluation_key(task.point)):
-        before = dense.runtime.evaluate(dense.model, same_evaluation[0].text.evaluations, "evaluate dense")
+        before = measure_dense(same_evaluation[0], dense)
         for shared in _grouped(same_evaluation, lambda task: _calibration_key(task.point)):
-            for row in _run_all(shared, dense, before, cache):
+            for row in _run_all(shared, dense, before):
                 results.add(row)
                 advance()
     return tasks
 
 
 def _read_texts(
-    points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore
-) -> list[RunText]:
+    points: Sequence[Point], target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenCache
+) -> list[PointText]:
     """Read the text of every point; text that several points share is read once."""
-    known: dict[str, RunText] = {}
-    for point in points:
-        key = _calibration_key(point) + _evaluation_key(point)
+    known: dict[str, Any] = {}
+
+    def once(key: str, read: Callable[[], T]) -> T:
         if key not in known:
-            known[key] = read_text(point.recipe.recipe, target, tokenizer, store)
-    return [known[_calibration_key(point) + _evaluation_key(point)] for point in points]
+            known[key] = read()
+        value: T = known[key]
+        return value
+
+    def read_point(point: Point) -> PointText:
+        recipe, settings = point.recipe, point.recipe.recipe
+        recovery, asked = recovery_of(recipe.compensators), settings.evaluate.zero_shot
+        key = _calibration_key(point) + _evaluation_key(point)
+        text = once(f"text {key}", lambda: read_text(settings, target, tokenizer, store))
+        tasks = once(f"tasks {asked}", lambda: load_tasks(asked, tokenizer, skeleton(target.config)))
+        if recovery is None:
+            return PointText(text, tasks, None)
+        runtime, evaluations = open_runtime(settings.trainer), text.evaluations
+        training = once(
+            f"training {key} {recovery.training}",
+            lambda: read_training(recipe, recovery, target, tokenizer, runtime, evaluations, store),
+        )
+        return PointText(text, tasks, training)
+
+    return [read_point(point) for point in points]
 
 
-def _calibrate(tasks: Sequence[Task], dense: Dense, cache: Path | None) -> Statistics | None:
-    """Measure the statistics of all points in one pass; None if each point has to measure its own.
+def _calibrate(tasks: Sequence[Task], dense: Dense) -> Statistics | None:
+    """Measure the statistics of all points in one pass; None if they do not fit, so that each point measures its own.
 
-    That is so with sequential calibration, and if the memory for statistics does not hold them all.
+    Sequential repair measures as it goes.
     """
-    if tasks[0].point.recipe.recipe.calibration.sequential:
-        return None
-    needed = dict.fromkeys(statistic for task in tasks for statistic in task.point.recipe.method.statistics)
-    return _executor(dense.model, tasks[0], dense, dense.runtime, cache).calibrate(tuple(needed))
+    needed = [
+        statistic
+        for task in tasks
+        for statistic in (
+            *task.point.recipe.method.scoring,
+            *needed_for_search(task.point.recipe.method, sequential=task.sequential),
+        )
+    ]
+    return tasks[0].executor(dense.model, dense, dense.runtime).calibrate(tuple(dict.fromkeys(needed)))
 
 
-def _executor(
-    model: PreTrainedModel,
-    task: Task,
-    dense: Dense,
-    runtime: Runtime,
-    cache: Path | None,
-    statistics: Statistics | None = None,
-) -> WholeExecutor:
-    text = CalibrationText(task.text.calibration, task.text.batch_size)
-    memory = task.point.recipe.recipe.calibration.statistics_bytes
-    sites = dense.target.sites
-    return WholeExecutor(
-        model, sites, text, runtime, memory=memory, cache=cache, statistics=statistics, saved=dense.saved
-    )
-
-
-def _run_all(tasks: Sequence[Task], dense: Dense, before: Mapping[str, Any], cache: Path | None) -> Iterator[Row]:
+def _run_all(tasks: Sequence[Task], dense: Dense, before: Measured) -> Iterator[Row]:
     """Run points that share their calibration, one after the other; if calibration fails, all of them fail."""
     try:
-        statistics = _calibrate(tasks, dense, cache)
+        statistics = _calibrate(tasks, dense)
     except Exception as error:
         log.warning("calibration failed: %s", error)
         log.debug("", exc_info=error)
-        yield from (Row(task.id, task.point.settings, _message(error)) for task in tasks)
+        yield from (failed(task, error) for task in tasks)
         return
     for task in tasks:
-        yield _run_point(task, dense, statistics, before, cache)
-
-
-def _message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _run_point(
-    task: Task, dense: Dense, statistics: Statistics | None, before: Mapping[str, Any], cache: Path | None
-) -> Row:
-    """Prune a copy of the dense model and evaluate it; a failure becomes the row's error."""
-    settings = task.point.settings
-    progress = Progress()
-    runtime = Runtime(dense.runtime.options, progress)
-    with capture_warnings() as warnings:
-        try:
-            runtime.place_(dense.model)
-            model = copy_sharing_weights(dense.model, dense.target.sites)
-            budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
-            recipe = task.point.recipe
-            executor = _executor(model, task, dense, runtime, cache, statistics)
-            pruned = prune_(executor, recipe.method, budget, sequential=recipe.recipe.calibration.sequential)
-            after = runtime.evaluate(model, task.text.evaluations, "evaluate pruned")
-        except Exception as error:
-            log.warning("%s: failed: %s", task.point.label, error)
-            log.debug("", exc_info=error)
-            return Row(task.id, settings, _message(error), warnings=list(warnings))
-        params = count_params(dense.target, pruned.plan, dense.params, model.num_parameters())
-    return Row(task.id, settings, None, params, compare(before, after), progress.seconds, list(warnings))
-
-
-def _id(point: Point, text: RunText, dense: Dense) -> str:
-    """Hash everything that a point's result depends on."""
-    tokens = {name: evaluation.windows.labels for name, evaluation in text.evaluations.items()}
-    parts = [
-        point.recipe.recipe.model_dump_json(exclude={"output", "export"}),
-        dense.weights,
-        hash_tensors([("calibration", text.calibration), *tokens.items()]),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        yield run_point(task, dense, statistics, before)
 
 
 def _model_key(point: Point) -> str:
@@ -272,7 +207,7 @@ def _model_key(point: Point) -> str:
 
 
 def _calibration_key(point: Point) -> str:
-    return point.recipe.recipe.calibration.model_dump_json()
+    return point.recipe.recipe.calibration.model_dump_json(exclude={"sequential"})
 
 
 def _evaluation_key(point: Point) -> str:

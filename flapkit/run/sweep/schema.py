@@ -11,12 +11,18 @@ from pydantic_core import PydanticCustomError
 
 from flapkit.system.options import PathText, Section
 
+DENSE = "dense"
+"""The name of the dense model among the methods of a table."""
+
+METHOD = "method"
+"""The key of a point that names its method."""
+
 PARAMETERS = "parameters"
 MOST_POINTS = 10_000
 
 
 class Plot(Section):
-    """What the plot shows: perplexity against one quantity, a line for each method."""
+    """What the plot shows: perplexity and the mean of tasks against one quantity, a line for each method."""
 
     x: str = Field(default=PARAMETERS, description="`parameters` (of the pruned model), or a swept key with numbers.")
     over: tuple[str, ...] = Field(
@@ -38,20 +44,28 @@ class SweepFile(Section):
     set: Mapping[str, Any] = Field(
         default={}, description="Dotted keys of the recipe, and their values for all points."
     )
+    methods: Mapping[Annotated[str, Field(min_length=1)], Mapping[str, Any]] = Field(
+        default={},
+        description="Names, each with dotted keys and their values: every method with every combination of the grid is "
+        "a point, and tables and plots show the name.",
+    )
     grid: Mapping[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={}, description="Dotted keys, each with a list of values: every combination is a point."
     )
     points: tuple[Mapping[str, Any], ...] = Field(
-        default=(), description="Further points: dotted keys with their values."
+        default=(), description="Further points: dotted keys with their values; `method` names one of the methods."
     )
     plot: Plot = Field(default=Plot(), description="What the plot shows.")
     output: PathText = Field(description="Folder of the results, relative to the current directory.")
 
     @model_validator(mode="after")
     def _some_points(self) -> SweepFile:
-        if not self.grid and not self.points:
-            raise PydanticCustomError("points", "the sweep has no points; give `grid` or `points`")
-        count = len(self.points) + (math.prod(map(len, self.grid.values())) if self.grid else 0)
+        if not self.methods and not self.grid and not self.points:
+            raise PydanticCustomError("points", "the sweep has no points; give `methods`, `grid` or `points`")
+        if DENSE in self.methods:
+            raise PydanticCustomError("methods", "the dense model is always a row, called `dense`; choose another name")
+        crossed = max(len(self.methods), 1) * math.prod(map(len, self.grid.values()))
+        count = len(self.points) + (crossed if self.methods or self.grid else 0)
         if count > MOST_POINTS:
             raise PydanticCustomError(
                 "points",

@@ -107,6 +107,18 @@ def test_the_plan_is_that_of_one_go(llama, tokens, compensator):
     assert all(torch.equal(llama.get_parameter(name), before[name]) for name in kept)
 
 
+def test_trials_are_repaired_in_one_go(tokens):
+    """Also where the metric does not measure what their repair needs: the plan that wins is the same."""
+    searcher = {"name": "evolution", "generations": 1, "children": 2, "survivors": 1, "steps": [0.25]}
+    plans = [
+        flapkit.prune_(
+            make_llama(), tokens, "magnitude", searcher, "least_squares", options=PruneOptions(sequential=sequential)
+        )
+        for sequential in (False, True)
+    ]
+    assert plans[0] == plans[1]
+
+
 def test_only_consumers_are_copied(llama):
     sites = [site for site in flapkit.sites(llama) if site.layer == 0]
     layer = llama.model.layers[0]

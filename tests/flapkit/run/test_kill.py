@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -142,6 +143,12 @@ def hashes(folder: Path, *names: str) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def rows_without_time(folder: Path) -> list[dict[str, str]]:
+    """Read the table of a sweep, without the minutes that its points took."""
+    with (folder / "table.csv").open() as file:
+        return [{name: cell for name, cell in row.items() if name != "minutes"} for row in csv.DictReader(file)]
+
+
 def hash_weights(folder: Path) -> str:
     """Hash the tensors alone: safetensors writes what a file says of itself in any order."""
     return hash_tensors(sorted(Weights.of(folder.glob("*.safetensors")).items()))
@@ -214,7 +221,7 @@ def test_a_sweep_that_is_stopped(tmp_path, monkeypatch, done, number, stage, row
     assert flapkit_(*command_of("sweep")) == 0
     assert len(batches) == RECIPE["calibration"]["samples"] // RECIPE["calibration"]["batch_size"]
     assert Path("out/results.jsonl").read_text().startswith(first)
-    assert Path("out/table.csv").read_text() == (expected / "table.csv").read_text()
+    assert rows_without_time(Path("out")) == rows_without_time(expected)
     assert not list(tmp_path.glob(".*"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from sweeps import write_sweep
 
-from flapkit.run.sweep.load import load_sweep, show
+from flapkit.run.sweep.load import load_sweep, select, show
 from flapkit.system.errors import RecipeError
 
 
@@ -29,6 +29,44 @@ def test_points_do_not_touch_one_another(tmp_path):
     points = [{"searcher.min_units": 3}, {"budget.ratio": 0.3}, {"searcher.min_units": 5}]
     sweep = load_sweep(write_sweep(tmp_path, grid={}, points=points))
     assert [point.recipe.searcher.min_units for point in sweep.points] == [3, 1, 5]
+
+
+def test_methods_are_crossed_with_the_grid_and_named_by_points(tmp_path):
+    methods = {"flap": {}, "repaired": {"compensator": "least_squares", "calibration.sequential": True}}
+    points = [{"method": "repaired", "budget.ratio": 0.6}, {"metric": "random"}]
+    sweep = load_sweep(write_sweep(tmp_path, methods=methods, grid={"budget.ratio": [0.2, 0.4]}, points=points))
+    assert [(point.method, dict(point.settings)) for point in sweep.points] == [
+        ("flap", {"budget.ratio": 0.2}),
+        ("flap", {"budget.ratio": 0.4}),
+        ("repaired", {"budget.ratio": 0.2}),
+        ("repaired", {"budget.ratio": 0.4}),
+        ("repaired", {"budget.ratio": 0.6}),
+        (None, {"metric": "random"}),
+    ]
+    repaired = sweep.points[4].recipe
+    assert (repaired.recipe.compensator[0].name, repaired.recipe.calibration.sequential) == ("least_squares", True)
+    assert sweep.keys == ("budget.ratio", "metric")
+    assert sweep.points[2].label == "repaired, budget.ratio=0.2"
+
+
+def test_some_points_alone(tmp_path):
+    sweep = load_sweep(
+        write_sweep(tmp_path, methods={"a": {}, "b": {"metric": "ifv"}}, grid={"budget.ratio": [0.2, 0.4]})
+    )
+    chosen = select(sweep, ["method=b", "budget.ratio=0.4", "budget.ratio=0.2"]).points
+    assert [point.label for point in chosen] == ["b, budget.ratio=0.2", "b, budget.ratio=0.4"]
+    assert select(sweep, []) == sweep
+    with pytest.raises(RecipeError, match=r"no point sets 'budget.rato'; did you mean 'budget.ratio'"):
+        select(sweep, ["budget.rato=0.4"])
+    with pytest.raises(RecipeError, match="has no such point"):
+        select(sweep, ["method=c"])
+
+
+def test_methods_alone_are_points(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, methods={"a": {"metric": "ifv"}, "b": {}}, grid={}))
+    assert [point.label for point in sweep.points] == ["a", "b"]
+    with pytest.raises(RecipeError, match="the points set this key"):
+        load_sweep(write_sweep(tmp_path, methods={"a": {"metric": "ifv"}}, grid={}), ["metric=wifn"])
 
 
 def test_set_holds_for_all_and_the_command_line_is_stronger(tmp_path):
@@ -82,7 +120,11 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path):
         ({"grid": {"plugins": [["x.py"]]}}, "the sweep's own `plugins`"),
         ({"grid": {"export": ["hf"]}}, "nothing to export"),
         ({"grid": {"..": [1]}}, "expected a dotted key"),
-        ({"set": {"evaluate.zero_shot": {"tasks": ["boolq"]}}}, "a sweep measures only perplexity"),
+        ({"methods": {"dense": {}}}, "the dense model is always a row"),
+        ({"methods": {"a": {"metric": "ifv"}}}, "the method 'a' sets this key too"),
+        ({"methods": {"a": {}}, "points": [{"method": "b"}]}, "no method is called 'b'"),
+        ({"methods": {"a": {"metrc": "ifv"}}}, "did you mean 'metric'"),
+        ({"methods": {"a": "ifv"}}, "methods.a"),
         ({"recipe": "demmo"}, "did you mean 'demo'"),
         ({"outptu": "x"}, "did you mean 'output'"),
         ({"plugins": ["./missing.py"]}, "file not found"),

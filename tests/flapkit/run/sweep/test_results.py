@@ -15,14 +15,19 @@ def test_rows_are_found_again(tmp_path):
         "a",
         {"metric": "wifv"},
         None,
-        {"pruned": 7, "removed": 1, "blocks": 6},
+        {"dense": 8, "pruned": 7, "removed": 1, "blocks": 6},
         {"text": {"dense": 1.0, "pruned": 2.0}},
+        {"piqa": {"items": 3}},
+        {"mean": {"dense": {"value": 0.5, "stderr": None}, "pruned": {"value": 0.4, "stderr": 0.1}}},
+        0.5,
         {"prune": 0.1},
+        method="mine",
     )
     Results(tmp_path / "out").add(row)
     found = Results(tmp_path / "out")
     assert found.rows == {"a": row}
     assert found.done("a")
+    assert found.of("a", {"metric": "ifv"}, "renamed").method == "renamed"
 
 
 def test_a_point_that_failed_is_tried_again(tmp_path):
