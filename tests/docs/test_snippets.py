@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from blocks import NOTEBOOK, OUTLINES, PLUGINS, ROOT, blocks
 from conftest import write_recipe
 
 from flapkit.checkpoint.card import CARD
-
-ROOT = Path(__file__).parents[2]
 
 BEFORE = {
     "README.md: import flapkit": """
@@ -43,18 +42,13 @@ BEFORE = {
         path, batches = "builtin:tiny-llama", [{"input_ids": torch.arange(64).view(2, 32)}]
     """,
     "docs/lora.md: import flapkit": "",
+    "docs/reference/text.md: from flapkit": 'open("notes.txt", "w").write("A line of a text. " * 200)',
     "docs/run-the-model.md: from peft": "",
     "docs/run-the-model.md: from safetensors": """
         import shutil
         shutil.copytree("runs/mine/adapter", "lora")
         shutil.copytree("runs/mine/adapter", "dense-lora")
     """,
-    "docs/tutorial.md: import flapkit": """
-        import shutil
-        shutil.rmtree("pruned")
-    """,
-    "docs/tutorial.md: class Mine": "from lightning import LightningModule",
-    "docs/tutorial.md: from lightning": "calibration = torch.arange(256).view(8, 32)",
 }
 """Page and first words of a snippet -> what the page takes for granted there."""
 
@@ -64,20 +58,8 @@ INSIDE = 'import os; os.chdir("runs")\n'
 WITHOUT_FLAPKIT = ("docs/run-the-model.md: from transformers", f"{CARD_OF_RUN}: from transformers")
 """Snippets that run where flapkit is not installed."""
 
-ELSEWHERE = (
-    "README.md: # my_metric",
-    "docs/architectures.md: from flapkit",
-    "docs/how-to/layers.md",
-    "docs/how-to/statistic.md",
-    "docs/interfaces/",
-)
-"""Snippets that are plugins, which other tests load."""
-
-NOT_CODE = ("docs/architecture.md: def prune_",)
-"""What is an outline with parts left out."""
-
 RUN = """
-import json, sys, torch
+import json, sys, time, torch
 for name in json.loads(sys.argv[2]):
     sys.modules[name] = None  # as if it were not installed
 for place, code in json.load(open(sys.argv[1])).items():
@@ -86,16 +68,17 @@ for place, code in json.load(open(sys.argv[1])).items():
     if not "flapkit" in json.loads(sys.argv[2]):
         import flapkit
         scope["flapkit"] = flapkit
+    start = time.process_time()
     exec(compile(code, place, "exec"), scope)
+    print(f"{time.process_time() - start:.1f} s", flush=True)
 """
 
 
-def snippets(*pages: Path, root: Path) -> dict[str, str]:
-    """Find the Python snippets of pages: the page and the snippet's first line -> its code."""
-    found = {}
-    for page in pages:
-        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            found[f"{page.relative_to(root)}: {code.strip().splitlines()[0]}"] = code
+def snippets(card: Path) -> dict[str, str]:
+    """Find the Python snippets of the pages and of a run's card: the page and the snippet's first line -> its code."""
+    found = {block.place: block.code for block in blocks() if block.language == "python"}
+    for code in re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), flags=re.DOTALL):
+        found[f"{CARD_OF_RUN}: {code.strip().splitlines()[0]}"] = code
     return found
 
 
@@ -134,10 +117,9 @@ def runs(command, home) -> Path:
 
 
 def test_snippets_run_and_ask_nothing(runs):
-    pages = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-    found = snippets(*pages, root=ROOT) | snippets(runs / CARD_OF_RUN, root=runs)
+    found = snippets(runs / CARD_OF_RUN)
     named = (*BEFORE, *WITHOUT_FLAPKIT)
-    ours = {place: code for place, code in found.items() if not place.startswith((*ELSEWHERE, *NOT_CODE))}
+    ours = {place: code for place, code in found.items() if not place.startswith((*PLUGINS, *OUTLINES, NOTEBOOK))}
     assert all(place.startswith(named) for place in ours), "name a new snippet in this file"
     assert all(any(place.startswith(name) for place in ours) for name in named), "a snippet named here is gone"
     (glm,) = re.findall(r"```yaml\n(# glm\.yaml.*?)```", (ROOT / "docs/architectures.md").read_text(), flags=re.DOTALL)
@@ -156,5 +138,6 @@ def test_snippets_run_and_ask_nothing(runs):
 
 
 def assert_quiet(code: int, shown: str) -> None:
+    print(shown)
     assert "y/N" not in shown, shown
     assert code == 0, shown
