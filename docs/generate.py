@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import method
 import typer
 import yaml
 from typer.testing import CliRunner
@@ -163,6 +164,14 @@ def pages() -> dict[str, str]:
     return {"recipes.md": recipes(), "components.md": components(), "cli.md": cli()}
 
 
+def drawings() -> dict[str, str]:
+    """Map the drawn pictures' names to their SVG."""
+    return {
+        "images/method-light.svg": method.method(method.LIGHT),
+        "images/method-dark.svg": method.method(method.DARK),
+    }
+
+
 if __name__ == "__main__":
-    for name, text in pages().items():
+    for name, text in (pages() | drawings()).items():
         (HERE / name).write_text(text, encoding="utf-8")

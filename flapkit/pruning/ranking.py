@@ -81,7 +81,7 @@ def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], li
 
 
 def whole_units(sites: Sequence[Site], ratio: float) -> int:
-    """Return how many whole units, all of one size, a ratio of the sites' parameters amounts to."""
+    """Return how many whole units a ratio of the sites' parameters is; all units have the same size."""
     params = sum(site.params for site in sites)
     return round(ratio * params) * sum(site.units for site in sites) // max(params, 1)
 

@@ -90,7 +90,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """A training of the pruned model.
+    """A training that repairs the pruned model.
 
     Args:
         training: the text, the number of steps, the learning rate.

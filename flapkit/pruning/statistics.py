@@ -51,7 +51,8 @@ class Statistic(ABC):
     """Raise it when what the statistic measures changes: cached values of another version are not used."""
 
     windows: ClassVar[Literal["all", "fitted", "held_out"]] = "all"
-    """Which calibration windows are taken in: all; those that are held out to judge what the rest fitted; the rest."""
+    """Which calibration windows are taken in: ``all``; those ``held_out`` to judge a fit; or the others, to which it is
+    ``fitted``."""
 
     def __init__(self, channels: int) -> None:
         self.channels = channels

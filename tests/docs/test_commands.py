@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from blocks import OUTLINES, PLUGINS, SHOWN, blocks
 from conftest import RECIPE
 
 from flapkit.cli import app
@@ -16,21 +18,8 @@ from flapkit.recipe.load import load_recipe
 from flapkit.run.sweep.load import load_sweep
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "plugin-template" not in path.parts),
-]
-GENERATED = ("cli.md", "recipes.md")
-"""Pages that show what commands print."""
 
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 STATEMENT = re.compile(r"^(?=\w)", flags=re.MULTILINE)
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """List the snippets of a page in some languages."""
-    found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    return [code for language, code in found if language in languages]
 
 
 def variants(code: str) -> list[dict[str, object]]:
@@ -47,11 +36,11 @@ def variants(code: str) -> list[dict[str, object]]:
 def yaml_snippets() -> list[tuple[str, dict[str, object]]]:
     """List what the pages' snippets of YAML say: page -> keys."""
     found = []
-    for page in PAGES:
-        for code in blocks(page, "yaml"):
+    for block in blocks():
+        if block.language == "yaml":
             # A part below a key begins with spaces.
-            whole = f"evaluate:\n{code}" if code.startswith(" ") else code
-            found += [(page.name, way) for way in variants(whole)]
+            whole = f"evaluate:\n{block.code}" if block.code.startswith(" ") else block.code
+            found += [(block.page, way) for way in variants(whole)]
     return found
 
 
@@ -60,10 +49,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with the files that snippets name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
-    for page in PAGES:
-        for code in blocks(page, "python", "yaml"):
-            if name := re.match(r"# (\w+\.(?:py|yaml))\b", code):
-                (tmp_path / name[1]).write_text(code)
+    for block in blocks():
+        if block.language in ("python", "yaml") and (name := re.match(r"# (\w+\.(?:py|yaml))\b", block.code)):
+            (tmp_path / name[1]).write_text(block.code)
     return tmp_path
 
 
@@ -84,21 +72,13 @@ def test_yaml_is_valid(folder):
     assert checked > 15
 
 
-def command_lines() -> list[str]:
-    """List the pages' calls of flapkit, whatever starts them."""
-    found = []
-    for page in PAGES:
-        if page.name in GENERATED:
-            continue
-        for code in blocks(page, "", "bash", "sh"):
-            for line in code.replace("\\\n", " ").splitlines():
-                call = re.match(r"^(?:\$ |torchrun .* -m |srun .* )?flapkit (.*)", line)
-                if call:
-                    found.append(call[1])
-    return found
+def command_lines(program: str) -> list[str]:
+    """List the arguments of the pages' calls of a program, whatever starts it."""
+    commands = [command for block in blocks() for command in block.commands]
+    return list(dict.fromkeys(arguments for name, arguments in commands if name == program))
 
 
-@pytest.mark.parametrize("line", command_lines())
+@pytest.mark.parametrize("line", command_lines("flapkit"))
 def test_commands_parse(folder, line):
     group = typer.main.get_command(app)
     words = shlex.split(line, comments=True)
@@ -112,3 +92,39 @@ def test_commands_parse(folder, line):
         # Beside the files that the command names.
         (folder / "recipe.yaml").write_text(shipped[0].read_text())
         load_recipe(folder / "recipe.yaml", overrides)
+
+
+@pytest.mark.parametrize("line", command_lines("make"))
+def test_make_has_the_target(line):
+    target = shlex.split(line, comments=True)[0]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", command_lines("python"))
+def test_python_has_the_script(line):
+    words = line.split()
+    scripts = [word for word in words if word.endswith(".py") and "/" in word]
+    assert scripts or words[0] in ("-c", "-m")
+    assert all((ROOT / script).is_file() for script in scripts)
+
+
+def test_python_on_the_command_line_compiles():
+    codes = [
+        code for block in blocks() for code in re.findall(r'^python -c "(.*?)"', block.code, re.DOTALL | re.MULTILINE)
+    ]
+    assert codes
+    for code in codes:
+        compile(code, "python -c", "exec")
+
+
+def test_json_is_valid():
+    texts = [block.code for block in blocks() if block.language == "json"]
+    assert all(json.loads(line) for text in texts for line in text.splitlines())
+
+
+def test_every_block_is_tested_or_excepted():
+    found = list(blocks())
+    unknown = [block.place for block in found if not block.test]
+    assert not unknown, "say in tests/blocks.py what a test does with these blocks"
+    gone = [place for place in (*SHOWN, *PLUGINS, *OUTLINES) if not any(b.place.startswith(place) for b in found)]
+    assert not gone, "blocks that tests/blocks.py names are gone"

@@ -22,11 +22,12 @@ NAMES = {
 }
 
 
-def test_generated_pages_are_up_to_date():
+def test_generated_pages_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    for name, text in generate.pages().items():
+    for name, text in (generate.pages() | generate.drawings()).items():
         assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python docs/generate.py`: {name} is old"
 
 

@@ -38,7 +38,7 @@ def render_run(run: RunDocument) -> str:
     return _render(
         "run.html",
         run=run,
-        title=f"{view.short(run.record.model)}, {view.percent(_removed(run))} removed",
+        title=f"{view.short(run.record.model)}, {view.percent(_removed(run))} removed by {view.method(run.made)}",
         verdict=verdict(run),
         tiles=tiles(run),
         figures=figures,
@@ -78,7 +78,7 @@ def render_comparison(runs: Sequence[RunDocument]) -> str:
     texts = list(dict.fromkeys(row["text"] for row in figures["tradeoff"]))
     return _render(
         "comparison.html",
-        title=f"{len(runs)} runs of flapkit",
+        title=f"{len(runs)} runs: {', '.join(names)}",
         verdict=_compare(rows, texts),
         rows=rows,
         texts=texts,

@@ -8,7 +8,10 @@
   const percent = (value) => (value === null ? "–" : `${value.toFixed(1)} %`);
   const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
   const colour = (run) => `var(--run${figures.runs.indexOf(run) % 8})`;
-  const dash = (run) => (figures.runs.indexOf(run) < 8 ? null : "4 3");
+  // There are eight colours: the ninth run and later ones are hollow and dashed.
+  const repeats = (run) => figures.runs.indexOf(run) >= 8;
+  const dash = (run) => (repeats(run) ? "4 3" : null);
+  const dotOf = (run) => (repeats(run) ? { fill: "var(--card)", stroke: colour(run), strokeWidth: 2 } : { fill: colour(run) });
   const shortNumber = (value) =>
     value >= 1e9 ? `${value / 1e9} B` : value >= 1e6 ? `${value / 1e6} M` : value >= 1e3 ? `${value / 1e3} k` : `${value}`;
 
@@ -208,7 +211,7 @@
           y: { type: logarithmic ? "log" : "linear", grid: true, label: "perplexity", labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(logarithmic ? { tickFormat: (value) => (/^[125]/.test(String(value)) ? String(value) : "") } : {}) },
           marks: [
             Plot.dot(dense, { x: "params", y: "perplexity", r: 6, stroke: "var(--dense)", strokeWidth: 2.5 }),
-            ...figures.runs.map((run) => Plot.dot(pruned.filter((row) => row.run === run), { x: "params", y: "perplexity", r: 5 + wider(run), fill: colour(run) })),
+            ...figures.runs.map((run) => Plot.dot(pruned.filter((row) => row.run === run), { x: "params", y: "perplexity", r: 5 + wider(run), ...dotOf(run) })),
             tipped(shown, "params", "perplexity", title, { pointer: Plot.pointer }),
           ],
         }),
@@ -229,7 +232,7 @@
         marks: [
           ...figures.runs.flatMap((run) => [
             Plot.line(joined(run), { x: "layer", y: "value", stroke: colour(run), strokeWidth: 2 + wider(run), strokeDasharray: dash(run) }),
-            Plot.dot(rows.filter((row) => row.run === run), { x: "layer", y, r: 3.5 + wider(run) / 1.5, fill: colour(run) }),
+            Plot.dot(rows.filter((row) => row.run === run), { x: "layer", y, r: 3.5 + wider(run) / 1.5, ...dotOf(run) }),
           ]),
           tipped(rows, "layer", y, title, { pointer: Plot.pointer }),
         ],

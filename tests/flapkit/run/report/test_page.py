@@ -141,3 +141,22 @@ def test_a_chart_without_values_is_a_note():
         assert page.count('data-chart="errors"') == 1
         assert "No errors" in page
     assert "No errors" not in render_comparison([make_run(ratio=0.5), make_run(ratio=0.5)])
+
+
+def test_titles_tell_runs_apart():
+    pages = [
+        render_run(make_run()),
+        render_run(make_run(ratio=0.5)),
+        render_comparison([make_run("a"), make_run("b")]),
+        render_comparison([make_run("a"), make_run("c")]),
+    ]
+    titles = {re.search(r"<title>(.*?)</title>", page)[1] for page in pages}
+    assert len(titles) == len(pages)
+    assert "wifv + al_am + bias" in re.search(r"<title>(.*?)</title>", pages[0])[1]
+
+
+def test_no_two_runs_of_a_comparison_look_the_same():
+    page = render_comparison([make_run(f"r{ratio}", ratio / 20, tasks=False) for ratio in range(1, 11)])
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    marks = re.findall(r'<span class="mark.*?>', table)
+    assert len(set(marks)) == len(marks) == 10
