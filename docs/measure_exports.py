@@ -50,9 +50,10 @@ A number is the largest difference of a logit from the pruned model's, as a frac
 each export was run by its target program. Every consumer has a bias, as FLAP adds one, and the layers differ in width
 (`hf-stock` pads them with zeros).
 
-- `no bias`: the stock class has no bias where pruning adds one; prune with `least_squares` without intercept, or with
-  `none`.
+- `no bias`: the stock class, or llama.cpp's architecture, has no bias where pruning adds one; prune with `least_squares`
+  without intercept, or with `none`.
 - `no`: the format cannot represent the family. The tiny Mistral has a sliding window, which llama.cpp's `deci` lacks.
+- `not run`: a test computes the file as llama.cpp's source says; llama.cpp itself has not run it yet.
 - `fails`: the error of the converter. A mixture of experts loops over the experts that the router chose, which
   torch.export cannot trace.
 """
@@ -92,7 +93,7 @@ def cell(registry: Registry, folder: Path, kind: str, options: dict[str, Any]) -
     try:
         found = export(folder / "pruned", exporter, folder / f"out{exporter.suffix or kind}")
     except ModelError as error:
-        return "no bias" if "lack the biases" in str(error) else "no"
+        return "no bias" if "biases" in str(error) else "no"
     except Exception as error:  # noqa: BLE001 - whatever a converter raises is what the table has to say
         return f"fails: {type(error).__name__}"
     return f"{found.relative:.0e}" if found else "?"
