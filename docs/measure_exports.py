@@ -50,8 +50,8 @@ A number is the largest difference of a logit from the pruned model's, as a frac
 each export was run by its target program. Every consumer has a bias, as FLAP adds one, and the layers differ in width
 (`hf-stock` pads them with zeros).
 
-- `no bias`: the stock class, or llama.cpp's architecture, has no bias where pruning adds one; prune with `least_squares`
-  without intercept, or with `none`.
+- `no bias`: the stock class, or llama.cpp's architecture, has no bias where pruning adds one; prune with
+  `least_squares` without intercept, or with `none`.
 - `no`: the format cannot represent the family. The tiny Mistral has a sliding window, which llama.cpp's `deci` lacks.
 - `not run`: a test computes the file as llama.cpp's source says; llama.cpp itself has not run it yet.
 - `fails`: the error of the converter. A mixture of experts loops over the experts that the router chose, which

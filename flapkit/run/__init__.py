@@ -6,6 +6,7 @@ Modules:
     bench: time checkpoints
     captured: collect the warnings of a run
     check: what a recipe will do, without running it
+    engines: llama.cpp and vLLM, to time them
     estimate: memory, disk and compute of a run
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
@@ -16,6 +17,7 @@ Modules:
     run_record: the results of a run, and its output folder
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
+    shortfall: why a pruned model is slower than promised
     target: the model's sites, from its configuration
     tasks: zero-shot tasks
     text: a run's text as tokens
