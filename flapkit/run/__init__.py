@@ -21,6 +21,7 @@ Modules:
     target: the model's sites, from its configuration
     tasks: zero-shot tasks
     text: a run's text as tokens
+    vllm_worker: run a model in vLLM, without flapkit
     report: the HTML page and the figures
     sweep: many points from one calibration
 """

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -126,8 +127,8 @@ def bench(
             raise InputError(f"bench: --compile is of the engine transformers; leave it out with {engine}")
         for path in paths:
             program.check(path, workload, dtype)
-        speeds = _time_engine(program, paths, workload, place, dtype, tick)
-        environment |= {"dtype": dtype, "version": program.version()}
+        speeds, version = _time_engine(program, paths, workload, place, dtype, tick)
+        environment |= {"dtype": dtype, "version": version}
     environment["device"] = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU"
     reasons: list[str] = []
     if against is not None:
@@ -150,14 +151,19 @@ def _time_transformers(
 
 def _time_engine(
     program: type[Engine], paths: Sequence[str], workload: Workload, place: torch.device, dtype: DType, tick: Tick
-) -> dict[str, Speed]:
-    """Time models in another program."""
-    models = {path: program(path, workload, place.type, dtype, len(paths)) for path in paths}
-    times = take_turns({path: model.run for path, model in models.items()}, workload, tick)
-    return {
+) -> tuple[dict[str, Speed], str]:
+    """Time models in another program; return the speeds, and the program's version."""
+    with ExitStack() as stack:
+        models: dict[str, Engine] = {}
+        for path in paths:
+            models[path] = program(path, workload, place.type, dtype, len(paths))
+            stack.callback(models[path].close)
+        times = take_turns({path: model.run for path, model in models.items()}, workload, tick)
+    speeds = {
         path: Speed(model.params, model.read_params, model.weights, None, None, None, **times[path].spreads())
         for path, model in models.items()
     }
+    return speeds, models[paths[-1]].version
 
 
 def _widths(checkpoint: str) -> Widths | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -17,9 +22,13 @@ from flapkit.evaluation.speed import Workload, read_params
 from flapkit.model.classes import pruned_classes
 from flapkit.model.empty import skeleton
 from flapkit.model.registration import PREFIX
-from flapkit.system.errors import InputError
+from flapkit.run import vllm_worker
+from flapkit.system.errors import InputError, RunError
 
 EngineName = Literal["transformers", "llama.cpp", "vllm"]
+
+SHORTEST = 1e-9
+"""Seconds of a generation whose time is lost in that of the prefill."""
 
 
 class Engine(ABC):
@@ -48,6 +57,9 @@ class Engine(ABC):
     weights: int
     """Bytes of all parameters."""
 
+    version: str
+    """The program and its version."""
+
     @abstractmethod
     def __init__(self, path: str, workload: Workload, device: str, dtype: DType, models: int) -> None: ...
 
@@ -66,10 +78,9 @@ class Engine(ABC):
         if importlib.util.find_spec(cls.package) is None:
             raise InputError(f"bench: engine {name} is not installed; install it with: pip install {cls.distribution}")
 
-    @classmethod
-    def version(cls) -> str:
-        """Return the version of the program's package."""
-        return f"{cls.distribution} {version(cls.distribution)}"
+    def close(self) -> None:
+        """Free the model."""
+        return
 
 
 class LlamaCpp(Engine):
@@ -87,6 +98,7 @@ class LlamaCpp(Engine):
         table = {tensor.name: int(tensor.n_elements) for tensor in tensors}
         self.read_params = self.params - (table["token_embd.weight"] if "output.weight" in table else 0)
         self.weights = sum(int(tensor.n_bytes) for tensor in tensors)
+        self.version = f"{self.distribution} {version(self.distribution)}"
         self._tokens = workload.tokens
         self._model = llama_cpp.Llama(
             path,
@@ -123,37 +135,51 @@ class LlamaCpp(Engine):
             self._model.eval([token])
         return first - start, first - start, time.perf_counter() - first
 
+    def close(self) -> None:
+        """Free the model."""
+        self._model.close()
+
 
 class VLLM(Engine):
-    """A checkpoint in vLLM, without the graphs that it would capture on a GPU."""
+    """A checkpoint in vLLM, which runs in a process of its own."""
 
     package = "vllm"
     distribution = "vllm"
 
     def __init__(self, path: str, workload: Workload, device: str, dtype: DType, models: int) -> None:
-        from vllm import LLM, SamplingParams
-
         model = skeleton(load_config(path))
         self.params, self.read_params = model.num_parameters(), read_params(model)
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
-        self._model = LLM(
-            path,
-            dtype=dtype,
-            max_model_len=workload.prompt + workload.tokens + 1,
-            max_num_seqs=workload.batch_size,
-            trust_remote_code=has_own_code(path),
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            **({} if device == "cpu" else {"gpu_memory_utilization": 0.9 / models}),
-        )
         draw = torch.Generator().manual_seed(workload.seed)
         shape = (workload.batch_size, workload.prompt)
-        prompts = torch.randint(model.config.get_text_config().vocab_size, shape, generator=draw).tolist()
-        self._prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
-        self._first, self._all = (
-            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-            for count in (1, workload.tokens + 1)
+        prompts = torch.randint(model.config.get_text_config().vocab_size, shape, generator=draw)
+        options: dict[str, Any] = {
+            "model": path,
+            "dtype": dtype,
+            "max_model_len": workload.prompt + workload.tokens + 1,
+            "max_num_seqs": workload.batch_size,
+            "trust_remote_code": has_own_code(path),
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+        }
+        if device != "cpu":
+            options["gpu_memory_utilization"] = 0.9 / models
+        settings = {"model": options, "prompts": prompts.tolist(), "tokens": workload.tokens}
+        self._path, self._opened = path, ExitStack()
+        # vLLM writes its messages there.
+        messages = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed with the process
+        self._messages = self._opened.enter_context(messages)
+        self._process = self._opened.enter_context(
+            subprocess.Popen(
+                # -P: the folder of the file is no place to import from.
+                [sys.executable, "-P", vllm_worker.__file__, json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                text=True,
+            )
         )
+        self.version = f"vllm {self._read()}"
 
     @classmethod
     def check(cls, path: str, workload: Workload, dtype: DType) -> None:
@@ -162,19 +188,30 @@ class VLLM(Engine):
 
     def run(self) -> tuple[float, float, float]:
         """Generate one token, and then again one with as many after it as are to be generated."""
-        start = time.perf_counter()
-        self._model.generate(self._prompts, self._first, use_tqdm=False)
-        middle = time.perf_counter()
-        self._model.generate(self._prompts, self._all, use_tqdm=False)
-        first = middle - start
-        return first, first, max(time.perf_counter() - middle - first, 1e-9)
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        first, whole = self._read()
+        return first, first, max(whole - first, SHORTEST)
 
-    @classmethod
-    def version(cls) -> str:
-        """Return vLLM's version; its build for CPUs is a package of another name."""
-        import vllm
+    def close(self) -> None:
+        """End the process: it stops where its input ends."""
+        self._opened.close()
 
-        return f"vllm {vllm.__version__}"
+    def _read(self) -> Any:
+        """Read the next answer.
+
+        Raises:
+            RunError: the process has ended.
+        """
+        for line in self._process.stdout or ():
+            if line.startswith(vllm_worker.MARK):
+                return json.loads(line.removeprefix(vllm_worker.MARK))
+        self._process.wait()
+        self._messages.seek(0)
+        said = [line for line in self._messages.read().splitlines() if line.strip()]
+        self.close()
+        raise RunError(f"bench: vLLM stopped while it ran {self._path}: {said[-1] if said else 'without a message'}")
 
 
 def has_own_code(path: str) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from flapkit.evaluation.speed import Workload
 from flapkit.run import engines
 from flapkit.run.bench import bench
-from flapkit.system.errors import InputError
+from flapkit.system.errors import InputError, RunError
 
 SMALL = Workload(prompt=4, tokens=2, repetitions=2, warm_up=1)
 
@@ -21,6 +21,7 @@ class Fake(engines.Engine):
     def __init__(self, path, workload, device, dtype, models):
         self.path, self.tokens = path, workload.tokens
         self.params = self.read_params = self.weights = 100 * len(path)
+        self.version = "fake 1"
 
     @classmethod
     def check(cls, path, workload, dtype):
@@ -31,6 +32,9 @@ class Fake(engines.Engine):
         self.order.append(self.path)
         return 1.0, 1.5, float(self.tokens * len(self.path))
 
+    def close(self):
+        self.order.append("closed")
+
 
 @pytest.fixture
 def fake(monkeypatch):
@@ -40,11 +44,11 @@ def fake(monkeypatch):
 
 def test_models_take_turns_in_another_program(fake):
     found = bench("ab.gguf", "abcdefghi.gguf", SMALL, engine="llama.cpp", device="cpu")
-    assert Fake.order == ["abcdefghi.gguf", "ab.gguf"] * 3
+    assert Fake.order == ["abcdefghi.gguf", "ab.gguf"] * 3 + ["closed"] * 2
     assert found.ratios["decode"] == found.expected == 2
     assert "decode_macs" not in found.ratios
     assert found.reasons == ["prefill is 1.00 times the dense model's, promised 2.00"]
-    assert found.environment["version"].startswith("pluggy ")
+    assert found.environment["version"] == "fake 1"
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,34 @@ def test_vllm_runs_no_code_but_flapkits(pruned_folder):
     file.write_text(file.read_text(encoding="utf-8") + "\nprint('changed')\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"modeling_flapkit_llama\.py is not the one that this version of flapkit"):
         engines.has_own_code(str(pruned_folder))
+
+
+FAKE_VLLM = """
+import sys
+__version__ = "0.0"
+assert "flapkit" not in sys.modules
+
+class SamplingParams:
+    def __init__(self, max_tokens, **options):
+        self.tokens = max_tokens
+
+class LLM:
+    def __init__(self, model, max_model_len, trust_remote_code, **options):
+        if options["max_num_seqs"] > 2:
+            raise ValueError("too many")
+        print("vLLM says this and that")
+        self.length = max_model_len
+    def generate(self, prompts, sampling, use_tqdm):
+        assert len(prompts[0]["prompt_token_ids"]) + sampling.tokens <= self.length
+"""
+
+
+def test_vllm_runs_in_a_process_without_flapkit(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = bench("builtin:tiny-llama", None, SMALL, engine="vllm", device="cpu")
+    assert found.environment["version"] == "vllm 0.0"
+    assert len(found.speeds["builtin:tiny-llama"].decode.values) == 2
+    with pytest.raises(RunError, match="vLLM stopped while it ran builtin:tiny-llama: ValueError: too many"):
+        bench("builtin:tiny-llama", None, Workload(batch_size=3, prompt=4, tokens=2), engine="vllm", device="cpu")
