@@ -32,6 +32,7 @@ class Prospect:
         sites: the sites, with the configuration's sizes.
         uniform: whether all layers have, or will have, the same sizes.
         biases: the kinds of sites whose consumers have, or will have, a bias.
+        multiple_of: before the run, the number whose multiples the pruned widths will be; None afterwards.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Prospect:
     sites: tuple[Site, ...]
     uniform: bool
     biases: frozenset[Kind]
+    multiple_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 def bench(
     checkpoint: CheckpointArgument,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model, timed in alternation.")] = None,
+    engine: Annotated[
+        Literal["transformers", "llama.cpp", "vllm"],
+        typer.Option(help="The program that runs the models; llama.cpp runs GGUF files."),
+    ] = "transformers",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
@@ -51,7 +55,14 @@ def bench(
     progress = Progress(progress_listener(quiet=as_json))
     with progress.stage("bench", turns(1 if against is None else 2, workload), "turns") as stage:
         result = time_models(
-            checkpoint, against, workload, device=device, dtype=dtype, compiled=compile_, tick=stage.advance
+            checkpoint,
+            against,
+            workload,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            compiled=compile_,
+            tick=stage.advance,
         )
     if output is not None:
         write_new(output, result.to_json())
@@ -70,16 +81,23 @@ def _print(result: BenchResult) -> None:
     print_(table)
     where, work = result.environment, result.workload
     print_(
-        f"{where['device']}, {where['threads']} threads on {where['processors']} processors, {where['dtype']}"
+        f"{where['engine']}, {where['device']}, {where['threads']} threads on {where['processors']} processors, "
+        f"{where['dtype']}"
         f"{', compiled' if where['compiled'] else ''}; batch {work.batch_size}, prompt {work.prompt}, then "
         f"{work.tokens} tokens; medians [quartiles] of {work.repetitions} turns after {work.warm_up} warm-up turns"
     )
+    for line in result.reasons:
+        print_(f"- {line}")
 
 
 def _expected(name: str, expected: float | None) -> str:
     if expected is None or name not in ("prefill", "decode", "first_token"):
         return ""
     return f"{expected if name != 'first_token' else 1 / expected:.3f}"
+
+
+def _macs(macs: int | None, digits: int) -> str:
+    return "unknown" if macs is None else f"{macs / 1e9:,.{digits}f}"
 
 
 def _quartiles(times: Any, scale: float = 1, digits: int = 1) -> str:
@@ -90,8 +108,8 @@ def _quartiles(times: Any, scale: float = 1, digits: int = 1) -> str:
 _ROWS: tuple[tuple[str, str, Any], ...] = (
     ("parameters", "params", lambda speed: f"{speed.params:,}"),
     ("parameters read per token", "read_params", lambda speed: f"{speed.read_params:,}"),
-    ("GMACs per prompt", "prefill_macs", lambda speed: f"{speed.prefill_macs / 1e9:,.3f}"),
-    ("GMACs per token", "decode_macs", lambda speed: f"{speed.decode_macs / 1e9:,.4f}"),
+    ("GMACs per prompt", "prefill_macs", lambda speed: _macs(speed.prefill_macs, 3)),
+    ("GMACs per token", "decode_macs", lambda speed: _macs(speed.decode_macs, 4)),
     ("peak memory, MB", "peak", lambda speed: "unknown" if speed.peak is None else f"{speed.peak / 1e6:,.1f}"),
     ("prefill, tokens/s", "prefill", lambda speed: _quartiles(speed.prefill)),
     ("decode, tokens/s", "decode", lambda speed: _quartiles(speed.decode)),

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tick = Callable[[], None]
+
+Turn = Callable[[], tuple[float, float, float]]
+"""One turn of a model: the seconds of the prefill, until the first token, and of the generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,8 @@ class Speed:
         read_params: number of parameters used for every token: all but an untied input embedding.
         weights: bytes of all parameters.
         peak: peak memory in bytes: weights plus working memory of a turn; None if the system does not report it.
-        prefill_macs: multiply-accumulates of a batch of prompts, with full (not causal) attention.
-        decode_macs: multiply-accumulates of one more token after the prompts.
+        prefill_macs: multiply-accumulates of a batch of prompts, with full (not causal) attention; None if not counted.
+        decode_macs: multiply-accumulates of one more token after the prompts; None if not counted.
         prefill: prompt tokens per second.
         decode: generated tokens per second.
         first_token: seconds from the prompt to the first token.
@@ -96,18 +100,30 @@ class Speed:
     read_params: int
     weights: int
     peak: int | None
-    prefill_macs: int
-    decode_macs: int
+    prefill_macs: int | None
+    decode_macs: int | None
     prefill: Spread
     decode: Spread
     first_token: Spread
 
 
-@dataclass(slots=True)
-class _Times:
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The timed turns of a model, in their order.
+
+    Args:
+        prefill: prompt tokens per second.
+        decode: generated tokens per second.
+        first_token: seconds from the prompt to the first token.
+    """
+
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
+
+    def spreads(self) -> dict[str, Spread]:
+        """Summarise them, by the names of ``Speed``."""
+        return {name: Spread.of(getattr(self, name)) for name in ("prefill", "decode", "first_token")}
 
 
 @torch.no_grad()
@@ -132,14 +148,29 @@ def measure_speed(
     macs = {name: _macs(model, prompts[name]) for name, model in models.items()}
     peaks = {name: _peak(model, prompts[name], workload.tokens) for name, model in models.items()}
     runs: dict[str, Any] = {name: torch.compile(m, dynamic=True) if compiled else m for name, m in models.items()}
-    times = {name: _Times() for name in models}
+    turn: dict[str, Turn] = {name: partial(_run, runs[name], prompts[name], workload.tokens) for name in models}
+    times = take_turns(turn, workload, tick)
+    return {name: _speed(model, macs[name], peaks[name], times[name]) for name, model in models.items()}
+
+
+def take_turns(models: Mapping[str, Turn], workload: Workload, tick: Tick = lambda: None) -> dict[str, Times]:
+    """Time models in turns, A B A B, after a warm-up.
+
+    Args:
+        models: name -> one turn of the model.
+        workload: the workload of a turn.
+        tick: called after each turn.
+    """
+    times = {name: Times() for name in models}
     for turn in range(workload.warm_up + workload.repetitions):
-        for name in models:
-            seconds = _run(runs[name], prompts[name], workload.tokens)
+        for name, run in models.items():
+            prefill, first, decode = run()
             tick()
             if turn >= workload.warm_up:
-                _add_times(times[name], seconds, workload)
-    return {name: _speed(model, macs[name], peaks[name], times[name]) for name, model in models.items()}
+                times[name].prefill.append(workload.batch_size * workload.prompt / prefill)
+                times[name].decode.append(workload.batch_size * workload.tokens / decode)
+                times[name].first_token.append(first)
+    return times
 
 
 def turns(models: int, workload: Workload) -> int:
@@ -221,14 +252,7 @@ class _CudaClock:
         return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-def _add_times(times: _Times, seconds: tuple[float, float, float], workload: Workload) -> None:
-    prefill, first, decode = seconds
-    times.prefill.append(workload.batch_size * workload.prompt / prefill)
-    times.decode.append(workload.batch_size * workload.tokens / decode)
-    times.first_token.append(first)
-
-
-def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, times: _Times) -> Speed:
+def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, times: Times) -> Speed:
     return Speed(
         params=model.num_parameters(),
         read_params=read_params(model),
@@ -236,9 +260,7 @@ def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, time
         peak=peak,
         prefill_macs=macs[0],
         decode_macs=macs[1],
-        prefill=Spread.of(times.prefill),
-        decode=Spread.of(times.decode),
-        first_token=Spread.of(times.first_token),
+        **times.spreads(),
     )
 
 

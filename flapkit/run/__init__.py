@@ -6,6 +6,7 @@ Modules:
     bench: time checkpoints
     captured: collect the warnings of a run
     check: what a recipe will do, without running it
+    engines: llama.cpp and vLLM, to time them
     estimate: memory, disk and compute of a run
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
@@ -17,9 +18,11 @@ Modules:
     presets: which preset a recipe is, and what a better one would cost
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
+    shortfall: why a pruned model is slower than promised
     target: the model's sites, from its configuration
     tasks: zero-shot tasks
     text: a run's text as tokens
+    vllm_worker: run a model in vLLM, without flapkit
     report: the HTML page and the figures
     sweep: many points from one calibration
 """

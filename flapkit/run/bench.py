@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from flapkit.checkpoint.load import DType, load
-from flapkit.evaluation.speed import Speed, Tick, Workload, measure_speed
+from flapkit.checkpoint.load import DType, load, load_config
+from flapkit.evaluation.speed import Speed, Tick, Workload, measure_speed, take_turns
+from flapkit.model.declaration import declaration_of
+from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
 from flapkit.model.precision import name_of
+from flapkit.run.engines import ENGINES, Engine, EngineName
+from flapkit.run.shortfall import Widths, shortfalls
 from flapkit.system.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -42,6 +48,7 @@ class BenchResult:
         workload: what was timed.
         environment: device, threads, dtype of the weights, whether the models were compiled, versions.
         speeds: path -> figures.
+        reasons: why the checkpoint is slower than its parameters promise; none if it is not.
     """
 
     checkpoint: str
@@ -49,6 +56,7 @@ class BenchResult:
     workload: Workload
     environment: Mapping[str, Any]
     speeds: Mapping[str, Speed]
+    reasons: Sequence[str] = ()
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -75,6 +83,7 @@ def bench(
     against: str | None,
     workload: Workload,
     *,
+    engine: EngineName = "transformers",
     device: Device = "auto",
     dtype: DType = "auto",
     compiled: bool = False,
@@ -83,37 +92,91 @@ def bench(
     """Load one or two models and time them in turns.
 
     Args:
-        checkpoint: a folder, a hub id, or ``builtin:NAME``.
+        checkpoint: a folder, a hub id, or ``builtin:NAME``; for llama.cpp a GGUF file.
         against: the dense model to compare with, likewise; None for none.
         workload: what to time.
+        engine: the program that runs the models.
         device: the device; ``auto`` is a GPU if there is one.
         dtype: dtype of the weights of both.
         compiled: run both through torch.compile.
         tick: called after each turn.
 
     Raises:
-        InputError: a model cannot be loaded, the device is missing, or the context is too short.
+        InputError: a model cannot be loaded, the engine or the device is missing, or the context is too short.
     """
     if against == checkpoint:
         raise InputError(f"bench: {checkpoint} cannot be compared with itself; give the dense model")
-    place = _device(device)
-    models = {path: load(path, dtype) for path in (against, checkpoint) if path is not None}
+    paths = [path for path in (against, checkpoint) if path is not None]
+    environment = {
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if engine == "transformers":
+        place = _device(device)
+        speeds, type_ = _time_transformers(paths, workload, place, dtype, compiled=compiled, tick=tick)
+        environment |= {"dtype": type_}
+    else:
+        program = ENGINES[engine]
+        program.check_installed(engine)
+        place = _device(device)
+        if compiled:
+            raise InputError(f"bench: --compile is of the engine transformers; leave it out with {engine}")
+        for path in paths:
+            program.check(path, workload, dtype)
+        speeds, version = _time_engine(program, paths, workload, place, dtype, tick)
+        environment |= {"dtype": dtype, "version": version}
+    environment["device"] = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU"
+    reasons: list[str] = []
+    if against is not None:
+        reasons = shortfalls(speeds[against], speeds[checkpoint], workload, _widths(checkpoint))
+    return BenchResult(checkpoint, against, workload, environment, speeds, reasons)
+
+
+def _time_transformers(
+    paths: Sequence[str], workload: Workload, place: torch.device, dtype: DType, *, compiled: bool, tick: Tick
+) -> tuple[dict[str, Speed], str]:
+    """Time models in transformers; return the speeds, and the type of the weights."""
+    models = {path: load(path, dtype) for path in paths}
     for model in models.values():
         nn.Module.to(model, place)
     types = {name_of(model.dtype) for model in models.values()}
     if len(types) > 1:
         raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype to run both in the same")
-    speeds = measure_speed(models, workload, compiled=compiled, tick=tick)
-    environment = {
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
-        "dtype": types.pop(),
-        "compiled": compiled,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+    return measure_speed(models, workload, compiled=compiled, tick=tick), types.pop()
+
+
+def _time_engine(
+    program: type[Engine], paths: Sequence[str], workload: Workload, place: torch.device, dtype: DType, tick: Tick
+) -> tuple[dict[str, Speed], str]:
+    """Time models in another program; return the speeds, and the program's version."""
+    with ExitStack() as stack:
+        models: dict[str, Engine] = {}
+        for path in paths:
+            models[path] = program(path, workload, place.type, dtype, len(paths))
+            stack.callback(models[path].close)
+        times = take_turns({path: model.run for path, model in models.items()}, workload, tick)
+    speeds = {
+        path: Speed(model.params, model.read_params, model.weights, None, None, None, **times[path].spreads())
+        for path, model in models.items()
     }
-    return BenchResult(checkpoint, against, workload, environment, speeds)
+    return speeds, models[paths[-1]].version
+
+
+def _widths(checkpoint: str) -> Widths | None:
+    """Read what a pruned checkpoint's speed depends on; None for a file, or a model that flapkit did not prune."""
+    if checkpoint.endswith(".gguf"):
+        return None
+    config = load_config(checkpoint)
+    if not hasattr(config, "flapkit"):
+        return None
+    model = skeleton(config)
+    sites = sites_of(model, declaration_of(config))
+    layers = len({site.layer for site in sites})
+    return Widths(layers, [site.channels for site in sites], model.get_output_embeddings().weight.numel())
 
 
 def _device(device: Device) -> torch.device:

@@ -74,7 +74,7 @@ def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site
 
 def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe the pruned model, as far as the recipe determines it."""
-    biases = biased_kinds(config, sites)
+    budget, biases = recipe.recipe.budget, biased_kinds(config, sites)
     if any(compensator.adds_bias for compensator in recipe.compensators):
-        biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.of)}
-    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases)
+        biases |= {site.kind for site in prunable(sites, budget.of)}
+    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases, budget.multiple_of)

@@ -10,10 +10,11 @@ from flapkit_exporters.gguf_file import GGUF
 from flapkit_exporters.hf import HuggingFace
 from flapkit_exporters.hf_stock import HuggingFaceStock
 from flapkit_exporters.onnx_file import ONNX
+from flapkit_exporters.quantised import CompressedTensors
 from flapkit_exporters.torch_export import TorchExport
 
 
 @hookimpl
 def flapkit_exporters() -> Iterable[type[Exporter]]:
     """Offer the default exporters."""
-    return [GGUF, HuggingFace, HuggingFaceStock, ONNX, TorchExport]
+    return [CompressedTensors, GGUF, HuggingFace, HuggingFaceStock, ONNX, TorchExport]

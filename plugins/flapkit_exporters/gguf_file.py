@@ -26,6 +26,17 @@ from flapkit.interfaces import (
     dense_config,
     open_weights,
 )
+from flapkit_exporters.gguf_families import (
+    ARCHITECTURES,
+    OPENELM,
+    OWN,
+    PAIRED,
+    as_llama,
+    check_family,
+    check_openelm,
+    fused,
+    parts_of,
+)
 from flapkit_exporters.gguf_rope import add_rope
 from flapkit_exporters.gguf_vocabulary import add_vocabulary, compare_vocabulary
 from flapkit_exporters.llama_cpp_quiet import load_llama_cpp
@@ -34,23 +45,17 @@ from flapkit_exporters.padding import Sizes, padder, rounded_up, sizes_of
 Type = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "Q4_0"]
 UNQUANTISED = ("F32", "F16", "BF16")
 
-FAMILIES = ("llama", "mistral", "qwen2", "seed_oss")
-"""Families that compute what llama.cpp's architecture ``deci`` computes, but for the order of q's and k's rows."""
-
-OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""Families whose own architecture can be written -> llama.cpp's name of it."""
-
-PAIRED = ("llama",)
-"""Architectures of llama.cpp whose rotary embedding turns pairs of rows, not halves."""
-
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
     "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -67,13 +72,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GGUF(Exporter):
-    """A GGUF file for llama.cpp, in its architecture `deci`, which supports layers of different sizes.
+    """A GGUF file for llama.cpp, in an architecture of layers of different sizes: `deci`, for Qwen 3 `openelm`.
 
     Args:
         type: data type of the matrices; norms and biases stay in F32.
         pad_to: pad each layer's attention output and MLP with zeros to a multiple of this; the result is the same.
             llama.cpp's quantised types need rows of a multiple of 32 (Q8_0, Q4_0) or 256 (K) values.
-        architecture: llama.cpp's `deci`, or `own` for that of the model, if all layers have the same size.
+        architecture: one of those, or `own` for that of the model, if all layers have the same size.
         pre: llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
     """
 
@@ -91,12 +96,12 @@ class GGUF(Exporter):
         ),
     ] = 1
     architecture: Annotated[
-        Literal["deci", "own"],
+        Literal["auto", "own"],
         Field(
-            description="`deci` supports layers of different sizes; `own` is the model's own, which more programs "
-            "read: it needs layers of equal size, and no bias that the model did not have."
+            description="`auto` is one that supports layers of different sizes; `own` is the model's own, which more "
+            "programs read: it needs layers of equal size, and no bias that the model did not have."
         ),
-    ] = "deci"
+    ] = "auto"
     pre: Annotated[
         str | None, Field(description="llama.cpp's name of a BPE tokenizer's pre-tokenizer; detected by default.")
     ] = None
@@ -117,26 +122,14 @@ class GGUF(Exporter):
         return {"F32": 1e-4, "F16": 2e-2, "BF16": 8e-2}.get(self.type)
 
     def check(self, prospect: Prospect) -> None:
-        """Refuse models that llama.cpp's `deci` architecture cannot run."""
-        config = prospect.config
-        if prospect.family not in FAMILIES:
-            raise ModelError(
-                f"export gguf: llama.cpp has no architecture with layers of different sizes for "
-                f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); if all layers have the same size, export "
-                "to hf-stock and convert the result with llama.cpp's convert_hf_to_gguf.py"
-            )
-        if self.architecture == "own" and prospect.family not in OWN:
-            raise ModelError(
-                f"export gguf: architecture `own` is written for {', '.join(OWN)}, not for {prospect.family!r}"
-            )
-        if config.hidden_act not in ("silu", "swish"):
-            raise ModelError(f"export gguf: llama.cpp's `deci` supports silu only, not {config.hidden_act}")
-        window = getattr(config, "sliding_window", None)
-        if window and getattr(config, "use_sliding_window", True):
-            raise ModelError(
-                f"export gguf: llama.cpp's `deci` has no sliding window (here {window} tokens); set sliding_window to "
-                "null in config.json and use texts shorter than the window"
-            )
+        """Refuse models that no architecture of llama.cpp with layers of different sizes can run."""
+        check_family(prospect.family, prospect.config, own=self.architecture == "own")
+        if self._target(prospect) == OPENELM:
+            check_openelm(prospect)
+
+    def _target(self, prospect: Prospect) -> str:
+        """Return llama.cpp's name of the architecture to write."""
+        return (OWN if self.architecture == "own" else ARCHITECTURES)[prospect.family]
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Write the file; quantised types are converted from F32."""
@@ -162,10 +155,10 @@ class GGUF(Exporter):
             len(attention) == len(mlp) == config.num_hidden_layers and all(all(s.values()) for s in sizes.values())
         ):
             raise ModelError("export gguf: every layer needs an attention and an MLP that keep something")
-        own = self.architecture == "own"
+        own, target = self.architecture == "own", self._target(prospect)
         if own:
             _check_own(prospect.family, attention, mlp, open_weights(checkpoint.folder))
-        writer = gguf.GGUFWriter(path, OWN[prospect.family] if own else "deci", use_temp_file=True)
+        writer = gguf.GGUFWriter(path, target, use_temp_file=True)
         writer.add_name(checkpoint.folder.resolve().name)
         writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if type_ == "F32" else f"MOSTLY_{type_}"))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -184,30 +177,27 @@ class GGUF(Exporter):
         add_rope(writer, config, width)
         add_vocabulary(writer, checkpoint.tokenizer, config.vocab_size, self.pre)
         pad = padder(prospect, sizes)
-        for name, tensor in open_weights(checkpoint.folder).items():
-            pairs = not own or OWN[prospect.family] in PAIRED
-            self._add(writer, name, pad(name, tensor), attention if pairs else None, type_)
+        padded = ((name, pad(name, tensor)) for name, tensor in open_weights(checkpoint.folder).items())
+        llama = as_llama(prospect, padded, attention)
+        for name, tensor in fused(llama) if target == OPENELM else llama:
+            self._add(writer, name, tensor, attention if target in PAIRED else None, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
-    def _add(self, writer: Any, name: str, tensor: Tensor, attention: Sequence[Sizes] | None, type_: str) -> None:
+    def _add(self, writer: Any, name: str, tensor: Tensor, paired: Sequence[Sizes] | None, type_: str) -> None:
+        """Write a tensor under llama.cpp's name; with the heads of each layer, their rows are reordered in pairs."""
         import gguf
 
-        module, _, leaf = name.rpartition(".")
-        if module.startswith("model.layers."):
-            layer, _, module = module.removeprefix("model.layers.").partition(".")
-            prefix = f"blk.{layer}."
-            if attention is not None and module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = attention[int(layer)]
-                tensor = _rotary_pairs(tensor, heads["H" if module.endswith("q_proj") else "K"])
-        else:
-            prefix = ""
+        layer, module, leaf = parts_of(name)
         if module not in NAMES:
-            raise ModelError(f"export gguf: llama.cpp's `deci` has no tensor for {name}")
+            raise ModelError(f"export gguf: llama.cpp has no tensor for {name}")
+        if paired is not None and layer is not None and module in ("self_attn.q_proj", "self_attn.k_proj"):
+            tensor = _rotary_pairs(tensor, paired[layer]["H" if module.endswith("q_proj") else "K"])
         values = tensor.float().contiguous().numpy()
         kind = gguf.GGMLQuantizationType[type_ if tensor.dim() == 2 else "F32"]
+        prefix = "" if layer is None else f"blk.{layer}."
         writer.add_tensor(f"{prefix}{NAMES[module]}.{leaf}", gguf.quantize(values, kind), raw_dtype=kind)
 
     def _warn(self, sites: Sequence[Site]) -> None:
@@ -265,14 +255,14 @@ def _check_own(family: str, attention: Sequence[Sizes], mlp: Sequence[Sizes], na
     """Raise ``ModelError`` if a model is not of its family's own architecture."""
     if any(dict(sizes) != dict(kind[0]) for kind in (attention, mlp) for sizes in kind):
         raise ModelError(
-            "export gguf: architecture `own` needs layers of equal size; prune with searcher ul_um, or leave `deci`"
+            "export gguf: architecture `own` needs layers of equal size; prune with searcher ul_um, or leave `auto`"
         )
     biased = ("q_proj", "k_proj", "v_proj") if family == "qwen2" else ()
     added = [name for name in names if name.endswith(".bias") and name.split(".")[-2] not in biased]
     if added:
         raise ModelError(
             f"export gguf: architecture `own` has no {added[0]}; prune with compensator none, or "
-            "{name: least_squares, intercept: false}, or leave `deci`"
+            "{name: least_squares, intercept: false}, or leave `auto`"
         )
 
 
