@@ -19,7 +19,7 @@ from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import count_rows, rows_of
+from flapkit.model.resize import count_rows, rows_of, tensor_of
 from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import (
@@ -43,6 +43,7 @@ from flapkit.pruning.ranking import (
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
 from flapkit.pruning.statistics import (
+    Contributions,
     FittedGram,
     FittedTargetGram,
     GradientStatistic,
@@ -84,6 +85,7 @@ __all__ = [
     "CalibrationError",
     "Checkpoint",
     "Compensator",
+    "Contributions",
     "Correction",
     "Count",
     "Coupling",
@@ -146,6 +148,7 @@ __all__ = [
     "skeleton",
     "split_modules",
     "standardise",
+    "tensor_of",
     "tokenise",
     "unit_costs",
     "whole_units",

@@ -27,7 +27,16 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
-from flapkit.pruning.algorithm import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
+from flapkit.pruning.algorithm import (
+    Method,
+    Pruned,
+    Repairs,
+    check_scored,
+    find_corrections,
+    find_plan,
+    repair_sites,
+    score_sites,
+)
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
@@ -247,6 +256,7 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 
     scores: Scores = {}
     if method.searcher.uses_scores:
+        check_scored(method.metric, executor.sites)
         ahead = () if sequential else method.repairing
         scores = executor.score(score, method.scoring, ahead)
     plan, search = _find_plan(executor, method, budget, scores, correct)
@@ -320,7 +330,7 @@ def sweep(
     for index in range(len(runner)):
         with runner.loaded(index) as layer:
             in_layer = [site for site in sites if site.layer == index]
-            targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if site.expert is None}
+            targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if not site.stacked}
             repair = LayerRepair(runner, index, in_layer, batches, dense, pruned, targets)
             repair.run_dense()
             runner.layers[index] = copy_layer(runner.model, layer, in_layer)

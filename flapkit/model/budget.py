@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from flapkit.model.site import Site
 from flapkit.system.errors import BudgetError, did_you_mean
 
-BudgetBase = Literal["blocks", "model", "attention", "mlp"]
+BudgetBase = Literal["blocks", "model", "attention", "mlp", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Budget:
     Args:
         ratio: fraction of ``base`` to remove.
         of: what the ratio refers to: ``blocks`` (all prunable parameters), ``model`` (all parameters, with embeddings
-            and head), ``attention`` or ``mlp`` (only these sites, and only they are pruned).
+            and head), ``attention``, ``mlp`` or ``mixture`` (only these sites, and only they are pruned).
         base: number of parameters that the ratio refers to.
         multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
         tensor_parallel: round them further, so that this many devices can share every layer.
@@ -62,6 +62,11 @@ class Budget:
                 f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
             )
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
+        if of == "mixture" and not base:
+            raise BudgetError(
+                "budget.of: mixture: the model has no mixture whose experts can be removed whole; for one of experts, "
+                "set the adapter's expert_unit: expert"
+            )
         return cls(ratio, of, base, multiple_of, tensor_parallel)
 
     @property

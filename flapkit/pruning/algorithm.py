@@ -29,7 +29,7 @@ from flapkit.pruning.components import (
 from flapkit.pruning.rounding import can_share, round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
-from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError
+from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError, RecipeError
 from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:
@@ -163,6 +163,20 @@ def score_sites(
             ", ".join(equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else ""),
         )
     return scores
+
+
+def check_scored(metric: ImportanceMetric, sites: Sequence[Site]) -> None:
+    """Refuse a metric that scores channels alone where whole experts are units.
+
+    Raises:
+        RecipeError: it cannot score a mixture.
+    """
+    mixtures = [site.name for site in sites if site.kind == "mixture"]
+    if mixtures and not metric.scores_experts:
+        raise RecipeError(
+            f"metric {metric.name!r} does not score whole experts, the units of {mixtures[0]}; choose reap, or "
+            "another metric for experts (docs/how-to/remove-experts.md)"
+        )
 
 
 def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
@@ -308,7 +322,9 @@ def find_corrections(
     compensators: Sequence[Compensator],
     plan: PruningPlan,
 ) -> dict[str, Correction]:
-    """Compute the correction of every site that loses units.
+    """Compute the correction of every site that loses units, except mixtures.
+
+    A mixture that loses experts sends their tokens to others, so that no linear is left to fit.
 
     Raises:
         PluginError: a correction has a wrong shape, or is not finite.
@@ -320,7 +336,7 @@ def find_corrections(
     corrections = {}
     for site in sites:
         keep = plan.keep[site.name]
-        if len(keep) == site.units:
+        if len(keep) == site.units or site.kind == "mixture":
             continue
         weight = with_float64(weight_of(model, site))
         where = f"compensator {compensator.name!r} at {site.name}"
@@ -367,5 +383,5 @@ def expect_errors(
             corrections.get(site.name, Correction()),
         )
         for site in sites
-        if len(plan.keep[site.name]) < site.units
+        if len(plan.keep[site.name]) < site.units and site.kind != "mixture"
     }

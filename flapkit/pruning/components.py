@@ -51,6 +51,9 @@ class ImportanceMetric(CalibratedComponent):
     ```
     """
 
+    scores_experts: ClassVar[bool] = False
+    """Whether it scores whole experts too: the units of sites of the kind ``mixture``."""
+
     @abstractmethod
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score the units of one site; units with low scores are removed first.

@@ -243,7 +243,7 @@ class _Queue:
             lots += [(member, (order[run] + run * length).tolist()) for run in range(site.runs)]
             columns.append(values)
         values = torch.cat(columns).mean(dim=0)
-        floor = math.ceil(math.ceil(min_units / site.runs) / multiple) * multiple
+        floor = math.ceil(math.ceil(max(min_units, site.least) / site.runs) / multiple) * multiple
         removable = values[: max(length - floor, 0)]
         rest = len(removable) % multiple
         means = removable[rest:].view(-1, multiple).mean(dim=1)

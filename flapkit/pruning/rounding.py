@@ -30,10 +30,11 @@ def round_plan(
     """Round the widths of a plan to multiples of a number, and to sizes that several devices can share.
 
     The width of a site is the size of its consumer's input: an MLP's channels, or an attention's heads times their
-    size. A site is rounded down or up, or stays whole. As few as possible are rounded up: sites are rounded down, those
-    that lose the fewest units first, while no more parameters are removed than before. Rounding up restores the units
-    with the highest scores; rounding down removes those with the lowest. A site that the devices cannot share whole is
-    rounded down, and others up instead.
+    size. A mixture that loses whole experts has no width to round. A site is rounded down or up, or stays whole. As
+    few as possible are rounded up: sites are rounded down, those that lose the fewest units first, while no more
+    parameters are removed than before. Rounding up restores the units with the highest scores; rounding down
+    removes those with the lowest. A site that the devices cannot share whole is rounded down, and others up
+    instead.
 
     Args:
         sites: the sites of the plan.
@@ -94,6 +95,9 @@ def can_share(site: Site, units: int, devices: int) -> bool:
         devices: how many share it.
     """
     sizes = site.sizes(units)
+    if site.kind == "mixture":
+        # Devices divide the width of every expert, which stays.
+        return True
     if site.kind == "mlp":
         return sizes["I"] % devices == 0
     heads, kv_heads = sizes["H"], sizes["K"]
@@ -140,6 +144,8 @@ class _Rounding:
         site = together[0]
         kept, whole = len(plan.keep[site.name]) // site.runs, site.units_per_run
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
+        if site.kind == "mixture":
+            step = 1
         aligned = [*range(step, whole, step), whole]
         sizes = [count for count in aligned if can_share(site, count * site.runs, devices)]
         if not sizes:

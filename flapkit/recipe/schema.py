@@ -262,7 +262,7 @@ class BudgetSection(Section):
     of: BudgetBase = Field(
         default="blocks",
         description="What the ratio is a fraction of: `blocks` (all prunable parameters), `model` (all parameters, "
-        "with embeddings and head), `attention` or `mlp` (these alone; only they are pruned).",
+        "with embeddings and head), `attention`, `mlp` or `mixture` (these alone; only they are pruned).",
     )
     multiple_of: Count = Field(
         default=1,

@@ -145,7 +145,7 @@ class _Group:
         site = sites[0]
         length = site.units_per_run
         step = max(1, round(fraction * length / site.step)) * site.step
-        floor = math.ceil(min_units / site.runs)
+        floor = math.ceil(max(min_units, site.least) / site.runs)
         cost = step * sum(member.params_per_unit * member.runs for member in sites)
         return cls(sites, step, max(0, length - floor) // step, cost)
 

@@ -59,7 +59,7 @@ class SiteRecord:
     Args:
         name: the site's name.
         layer: index of its layer.
-        kind: ``attention`` or ``mlp``.
+        kind: ``attention``, ``mlp`` or ``mixture``.
         units: units of the dense model.
         kept: kept units.
         params_per_unit: parameters of a unit.

@@ -13,8 +13,9 @@ from flapkit.recipe.nodes import Position, parse
 from flapkit.run.report.document import RunDocument
 from flapkit.run.report.report_record import ReportRecord, SiteRecord
 
-KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP"}
-HEADS, KV_GROUPS, CHANNELS = "heads", "KV heads with their query heads", "intermediate channels"
+KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP", "mixture": "Mixture of experts"}
+HEADS, KV_GROUPS = "heads", "KV heads with their query heads"
+UNITS: Mapping[Kind, str] = {"mlp": "intermediate channels", "mixture": "whole experts"}
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 Rows = list[dict[str, Any]]
 
@@ -65,11 +66,11 @@ def kinds(records: Iterable[ReportRecord]) -> dict[Kind, str]:
 
 
 def units(record: ReportRecord) -> dict[Kind, str]:
-    """Name the unit of each kind of site: heads, KV heads with their query heads, or channels."""
+    """Name the unit of each kind of site: heads, KV heads with their query heads, channels, or experts."""
     by_kind: dict[Kind, str] = {}
     for site in record.sites:
         single_heads = site.kind == "attention" and site.heads in (0, site.units)
-        by_kind.setdefault(site.kind, CHANNELS if site.kind == "mlp" else HEADS if single_heads else KV_GROUPS)
+        by_kind.setdefault(site.kind, UNITS.get(site.kind) or (HEADS if single_heads else KV_GROUPS))
     return {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
 
 
@@ -190,7 +191,8 @@ def tradeoff(name: str, run: RunDocument) -> Rows:
 def ledger(document: RunDocument) -> list[LedgerRow]:
     """Count parameters before and after: attention, MLP and both of each layer, then the whole model.
 
-    The cells are attention before and after, MLP before and after, and the removed parameters; all sums are exact.
+    The cells are attention before and after, MLP before and after, and the removed parameters; all sums are exact. The
+    experts of a mixture are MLPs.
     """
     rows, totals = [], dict.fromkeys((*KINDS, *(f"{kind} left" for kind in KINDS)), 0)
     layers: dict[int, dict[str, int]] = {}
@@ -206,7 +208,8 @@ def ledger(document: RunDocument) -> list[LedgerRow]:
 
 def _counted(label: str, counts: Mapping[str, int], *, total: bool = False) -> LedgerRow:
     before, after = (sum(counts[f"{kind}{suffix}"] for kind in KINDS) for suffix in ("", " left"))
-    cells = (counts["attention"], counts["attention left"], counts["mlp"], counts["mlp left"], before - after)
+    mlp, mlp_left = (counts[f"mlp{suffix}"] + counts[f"mixture{suffix}"] for suffix in ("", " left"))
+    cells = (counts["attention"], counts["attention left"], mlp, mlp_left, before - after)
     return LedgerRow(label, cells, after / before if before else None, total)
 
 
