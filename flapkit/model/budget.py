@@ -65,7 +65,7 @@ class Budget:
         if of == "mixture" and not base:
             raise BudgetError(
                 "budget.of: mixture: the model has no mixture whose experts can be removed whole; for one of experts, "
-                "set the adapter's expert_unit: expert"
+                "set adapter: {name: auto, expert_unit: expert}"
             )
         return cls(ratio, of, base, multiple_of, tensor_parallel)
 

@@ -38,17 +38,17 @@ def watch(experts: nn.Module, see: See, see_mixture: SeeMixture | None = None) -
         )
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        contributions = hidden_states.new_zeros((len(hidden_states), len(experts.down_proj)), dtype=torch.float32)
+        if see_mixture is None:
+            return _forward(experts, hidden_states, top_k_index, top_k_weights, see)
+        norms = hidden_states.new_zeros((len(hidden_states), len(experts.down_proj)), dtype=torch.float32)
 
         def see_both(expert: int, x: Tensor, y: Tensor, token: Tensor) -> None:
-            if see_mixture is not None:
-                contributions[token, expert] = _norms(experts, expert, y.detach())
+            norms[token, expert] = _norms(experts, expert, y.detach())
             see(expert, x, y, token)
 
         output = _forward(experts, hidden_states, top_k_index, top_k_weights, see_both)
-        if see_mixture is not None:
-            weights = torch.zeros_like(contributions).scatter_add_(1, top_k_index, top_k_weights.detach().float())
-            see_mixture(contributions * weights)
+        weights = torch.zeros_like(norms).scatter_add_(1, top_k_index, top_k_weights.detach().float())
+        see_mixture(norms * weights)
         return output
 
     experts.forward = forward

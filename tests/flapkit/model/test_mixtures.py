@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import flapkit
 from flapkit.checkpoint.export import export
+from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.model.closed_experts import close_experts_
 from flapkit.model.declaration import Block
 from flapkit.model.history import plan_of
@@ -184,10 +185,15 @@ def test_different_numbers_of_experts_cannot_be_padded(tmp_path):
         export(tmp_path / "pruned", Registry.load().create(EXPORTER, "hf-stock", {"pad": True}), tmp_path / "out")
 
 
+def test_vllm_needs_equal_layers():
+    config = tiny_config("mixtral")
+    assert "the same number of experts in all layers" in vllm_obstacle(config, adapter("mixtral").sites(config))
+
+
 def test_what_does_not_suit_whole_experts_is_refused():
     with pytest.raises(RecipeError, match=r"metric 'wifv' does not score whole experts, the units of layers\.0\.mix"):
-        flapkit.prune_(mixtral(), tokens(), adapter=adapter("mixtral"))
-    with pytest.raises(BudgetError, match="set the adapter's expert_unit: expert"):
+        flapkit.prune_(mixtral(), tokens(), adapter={"name": "auto", "expert_unit": "expert"})
+    with pytest.raises(BudgetError, match=r"set adapter: \{name: auto, expert_unit: expert\}"):
         flapkit.prune_(mixtral(), tokens(), **DEFAULT)
     with pytest.raises(ModelError, match="the declaration of 'llama' has no experts; use channel"):
         adapter("llama").sites(tiny_config("llama"))
