@@ -14,8 +14,8 @@ from flapkit.run.report.document import RunDocument
 from flapkit.run.report.report_record import ReportRecord, SiteRecord
 
 KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP", "mixture": "Mixture of experts"}
-HEADS, KV_GROUPS = "heads", "KV heads with their query heads"
-UNITS: Mapping[Kind, str] = {"mlp": "intermediate channels", "mixture": "whole experts"}
+HEADS, KV_GROUPS, CHANNELS = "heads", "KV heads with their query heads", "intermediate channels"
+UNITS: Mapping[Kind, str] = {"mlp": CHANNELS, "mixture": "whole experts"}
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 Rows = list[dict[str, Any]]
 
