@@ -20,7 +20,7 @@ SeeMixture = Callable[[Tensor], None]
 NEEDED = ("has_gate", "has_bias", "is_transposed")
 
 
-def watch(experts: nn.Module, see: See, see_mixture: SeeMixture | None = None) -> None:
+def watch(experts: Any, see: See, see_mixture: SeeMixture | None = None) -> None:
     """Compute a module's experts one at a time and call ``see`` for each, until ``unwatch``.
 
     Args:
@@ -43,7 +43,7 @@ def watch(experts: nn.Module, see: See, see_mixture: SeeMixture | None = None) -
         norms = hidden_states.new_zeros((len(hidden_states), len(experts.down_proj)), dtype=torch.float32)
 
         def see_both(expert: int, x: Tensor, y: Tensor, token: Tensor) -> None:
-            norms[token, expert] = _norms(experts, expert, y.detach())
+            norms[token, expert] = _norms(experts, expert, y)
             see(expert, x, y, token)
 
         output = _forward(experts, hidden_states, top_k_index, top_k_weights, see_both)
@@ -57,10 +57,11 @@ def watch(experts: nn.Module, see: See, see_mixture: SeeMixture | None = None) -
 def _norms(experts: Any, expert: int, y: Tensor) -> Tensor:
     """Return the norms of an expert's outputs [routed], float32; all that is added to its consumer's output counts."""
     if not experts.has_bias and getattr(experts, "down_proj_bias", None) is not None:
-        y = y + experts.down_proj_bias[expert].detach()
+        y = y + experts.down_proj_bias[expert]
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
-    return y.float().norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(y.detach().float(), dim=-1)
+    return norms
 
 
 def unwatch(experts: nn.Module) -> None:

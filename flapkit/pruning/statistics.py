@@ -375,6 +375,10 @@ class Contributions(Statistic):
     the expert: the input that a mixture's consumer is taken to have.
     """
 
+    total: Tensor
+    counts: Tensor
+    sums: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         zeros = torch.zeros(channels, dtype=torch.float64)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import Contributions, Moments, Site, SiteStatistics
+from flapkit.interfaces import Contributions, ImportanceMetric, Moments, Site, SiteStatistics
 from flapkit_metrics.wifv import WIFV
 
 
 @dataclass(frozen=True)
-class Frequency(WIFV):
+class Frequency(ImportanceMetric):
     """Whole experts: the fraction of the tokens that an expert contributes to. Channels: `wifv`.
 
     A baseline of REAP (arXiv 2510.13999).
@@ -25,4 +25,4 @@ class Frequency(WIFV):
         """Score every expert [units, 1], or every channel [units, channels_per_unit]."""
         if site.kind == "mixture":
             return stats[Contributions].frequency[:, None]
-        return super().score(site, stats, weight)
+        return WIFV().score(site, stats, weight)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapkit.interfaces import Contributions, Moments, Site, SiteStatistics
+from flapkit.interfaces import Contributions, ImportanceMetric, Moments, Site, SiteStatistics
 from flapkit_metrics.wifv import WIFV
 
 
 @dataclass(frozen=True)
-class REAP(WIFV):
+class REAP(ImportanceMetric):
     """Whole experts: the mean of router weight times norm of the output, over an expert's tokens. Channels: `wifv`.
 
     Router-weighted expert activation pruning (REAP, arXiv 2510.13999). The router weight is the one that
@@ -26,4 +26,4 @@ class REAP(WIFV):
         """Score every expert [units, 1], or every channel [units, channels_per_unit]."""
         if site.kind == "mixture":
             return stats[Contributions].mean[:, None]
-        return super().score(site, stats, weight)
+        return WIFV().score(site, stats, weight)
