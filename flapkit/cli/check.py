@@ -44,7 +44,13 @@ def check(
         table.add_row(
             "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
         )
-    table.add_row("budget", f"{outcome.budget.params:,} of {outcome.budget.base:,} parameters of {settings.budget.of}")
+    budget = outcome.budget
+    if budget.asked:
+        table.add_row(
+            "budget", f"{budget.asked}: {budget.cost.say(budget.amount)} of {budget.cost.say(budget.base)} go"
+        )
+    else:
+        table.add_row("budget", f"{budget.amount:,} of {budget.base:,} parameters of {budget.of}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"

@@ -31,6 +31,7 @@ from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
+from flapkit.run.budget import open_budget, refuse_unmet
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import refuse_too_large
@@ -149,6 +150,7 @@ def run(
     """
     output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
     target = find_target(recipe)
+    refuse_unmet(recipe, target)
     if not force:
         refuse_too_large(recipe, target)
     check = partial(check_output, output, overwrite=overwrite)
@@ -257,7 +259,7 @@ def _read(
         folder = context.work.folder
         executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
-        budget = settings.budget.over(target.sites, params)
+        budget = open_budget(recipe, target, params, dtypes.saved).budget
     left = (params - budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
     recovered = Path(settings.output).expanduser().resolve() != context.work.output
