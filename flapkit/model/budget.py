@@ -23,7 +23,7 @@ WORDS: Mapping[Measure, str] = {
     "active_params": "active parameters",
     "memory": "bytes of weights",
     "kv_cache": "bytes of KV cache per token",
-    "latency": "ns",
+    "latency": "ps",
 }
 """What a number counts, in each measure."""
 
@@ -76,7 +76,7 @@ class Cost:
     def say(self, number: int) -> str:
         """Write a number of this cost with what it counts."""
         if self.measure == "latency":
-            return f"{number / 1e6:,.3f} ms"
+            return f"{number / 1e9:,.3f} ms"
         return f"{self.shown(number):,.0f} {WORDS[self.measure]}"
 
 
@@ -92,6 +92,7 @@ class Budget:
             and head), ``attention`` or ``mlp`` (only these sites, and only they are pruned).
         base: the cost that the ratio refers to.
         asked: what the recipe asks to be left, such as ``kv_cache: 0.5``; empty for a ratio.
+        left: the most that may be left, unless a ratio was asked for.
         multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
         tensor_parallel: round them further, so that this many devices can share every layer.
     """
@@ -102,6 +103,7 @@ class Budget:
     of: BudgetBase
     base: int
     asked: str = ""
+    left: int = 0
     multiple_of: int = 1
     tensor_parallel: int = 1
 
@@ -137,7 +139,7 @@ class Budget:
         units = {site.name: site.params_per_unit for site in prunable(sites, of)}
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
         cost = Cost("params", model_params or base, units)
-        return cls(cost, round(ratio * base), ratio, of, base, "", multiple_of, tensor_parallel)
+        return cls(cost, round(ratio * base), ratio, of, base, "", 0, multiple_of, tensor_parallel)
 
     @classmethod
     def leaving(
@@ -177,7 +179,7 @@ class Budget:
         steps = unit_costs(sites, cost)
         grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)))
         amount = -(-need // grain) * grain + min(steps) - grain
-        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, multiple_of, tensor_parallel)
+        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, multiple_of, tensor_parallel)
 
     @property
     def params(self) -> int:
@@ -199,6 +201,11 @@ class Budget:
         key, least = self.asked.partition(":")[0], self.cost.total - possible
         share = key in ("kv_cache", "latency")
         return f"the smallest {key} is {math.ceil(1e4 * least / self.base) / 1e4 if share else self.cost.say(least)}"
+
+    def __repr__(self) -> str:
+        """Return the amount and the rounding, without the costs of all sites."""
+        rounding = f"multiple_of={self.multiple_of}, tensor_parallel={self.tensor_parallel}"
+        return f"Budget({str(self)!r}, of={self.of!r}, {rounding})"
 
     def __str__(self) -> str:
         """Write what was asked for, and what it means."""

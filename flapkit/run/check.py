@@ -21,6 +21,7 @@ from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
+from flapkit.run.ledger import CostRow, ledger
 from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
@@ -36,6 +37,7 @@ class Checked:
         target: the model's configuration, adapter and sites.
         params: parameters of the dense model.
         budget: how much will be removed.
+        costs: what the model costs before and, with a plan that fits the budget, after.
         needs: memory, disk and compute.
         dtypes: the dtypes of the computation and of the written checkpoint.
         processes: how many processes share a machine's memory.
@@ -49,6 +51,7 @@ class Checked:
     target: Target
     params: int
     budget: Budget
+    costs: Sequence[CostRow]
     needs: Estimate
     dtypes: DTypes
     processes: int = 1
@@ -91,18 +94,19 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     empty = empty_model(target, dtypes)
     params = empty.num_parameters()
-    budget = open_budget(recipe, target, params, dtypes.saved).budget
-    needs = estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes)
+    opened = open_budget(recipe, target, params, dtypes.saved)
+    needs = estimate_needs(recipe, target, empty, opened.budget, dtypes, runtime.processes)
     output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
     # Last: it needs memory for every unit.
-    plan = check_floors(recipe, target.sites, budget)
+    plan = check_floors(recipe, target.sites, opened.budget)
     return Checked(
         target,
         params,
-        budget,
+        opened.budget,
+        ledger(opened.budget, opened.costs, target.sites, plan),
         needs,
         dtypes,
         runtime.per_machine,
