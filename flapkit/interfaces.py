@@ -13,14 +13,14 @@ from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
-from flapkit.model.budget import Budget, BudgetBase
+from flapkit.model.budget import Budget, BudgetBase, Cost, Measure, unit_costs
 from flapkit.model.classes import PRUNED_KEYS, dense_config
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import count_rows, rows_of, tensor_of
-from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
+from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import (
     Compensator,
@@ -87,6 +87,7 @@ __all__ = [
     "Compensator",
     "Contributions",
     "Correction",
+    "Cost",
     "Count",
     "Coupling",
     "DType",
@@ -106,6 +107,7 @@ __all__ = [
     "ImportanceMetric",
     "InputError",
     "Kind",
+    "Measure",
     "ModelError",
     "Moments",
     "Objective",

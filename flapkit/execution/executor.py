@@ -167,7 +167,7 @@ class Executor(ABC):
             searcher: describes the gates and the training.
             sites: the prunable sites.
             scores: site name -> scores [units, k].
-            budget: how many parameters to remove.
+            budget: how much to remove.
 
         Raises:
             RecipeError: this executor cannot train, or the statistics do not fit in memory.
@@ -276,7 +276,7 @@ def _find_plan(
         The plan, and the course of a training for ``result.json``.
     """
     searcher = method.searcher
-    if isinstance(searcher, TrainedSearcher) and budget.params:
+    if isinstance(searcher, TrainedSearcher) and budget.amount:
         course: dict[str, Any] = {}
 
         def learn(searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores) -> PruningPlan:
@@ -285,7 +285,7 @@ def _find_plan(
             return learned.plan
 
         return find_plan(executor.sites, scores, searcher, budget, learn=learn), course
-    if not isinstance(searcher, TrialSearcher) or not budget.params:
+    if not isinstance(searcher, TrialSearcher) or not budget.amount:
         with executor.progress.stage("search"):
             return find_plan(executor.sites, scores, searcher, budget), {}
     with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:

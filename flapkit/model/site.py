@@ -181,15 +181,3 @@ def groups(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         members.setdefault(site.group or site.name, []).append(site)
     return list(members.values())
-
-
-def unit_costs(sites: Sequence[Site]) -> list[int]:
-    """Count the parameters of one unit of each group of sites: the least that can be removed there.
-
-    Where several units are removed together (one of each expert, one query head of each key/value head, or a multiple
-    that kernels need), they count as one.
-    """
-    costs = []
-    for together in groups(sites):
-        costs.append(together[0].step * sum(site.runs * site.params_per_unit for site in together))
-    return costs

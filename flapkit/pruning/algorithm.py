@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flapkit.model.budget import Budget, prunable
+from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, weight_of
@@ -230,9 +230,9 @@ def find_plan(
         BudgetError: the budget cannot be met.
         PluginError: the searcher's plan does not fit the sites, or misses the budget.
     """
-    if budget.params == 0:
+    if budget.amount == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    pruned = prunable(sites, budget.of)
+    pruned = budget.prunable(sites)
     where = f"searcher {searcher.name!r}"
     known = {site.name: scores[site.name] for site in pruned if site.name in scores}
     if objective is not None and isinstance(searcher, TrialSearcher):
@@ -268,16 +268,17 @@ def _complete(
         plan.check(pruned)
     except InputError as error:
         raise PluginError(f"{where}: {error}") from error
-    removed, tolerance = plan.removed_params(pruned), searcher.tolerance(pruned, budget)
-    if abs(removed - budget.params) > tolerance:
+    cost, tolerance = budget.cost, searcher.tolerance(pruned, budget)
+    removed = cost.removed(pruned, plan)
+    if abs(removed - budget.amount) > tolerance:
         raise PluginError(
-            f"{where}: its plan removes {removed:,} parameters ({removed / budget.base:.2%} of {budget.of}), but the "
-            f"budget is {budget.params:,} ({budget.ratio:.2%}); it may miss the budget by {tolerance:,}: one unit, "
-            "unless the searcher overrides `tolerance`"
+            f"{where}: its plan removes {cost.say(removed)} ({removed / budget.base:.2%} of "
+            f"{'the model' if budget.asked else budget.of}), but the budget is {budget.amount:,} ({budget.ratio:.2%}); "
+            f"it may miss the budget by {tolerance:,}: one unit, unless the searcher overrides `tolerance`"
         )
     if budget.multiple_of > 1 or budget.tensor_parallel > 1:
         _check_unpruned(sites, pruned, budget)
-        plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel)
+        plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel, cost)
     return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
 
 
@@ -286,8 +287,8 @@ def _check_unpruned(sites: Sequence[Site], pruned: Sequence[Site], budget: Budge
     for site in sites:
         if site not in pruned and not can_share(site, site.units, budget.tensor_parallel):
             raise BudgetError(
-                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and budget.of: "
-                f"{budget.of} does not prune it"
+                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and "
+                f"budget.{budget.asked or f'of: {budget.of}'} does not prune it"
             )
 
 

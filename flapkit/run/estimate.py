@@ -29,6 +29,7 @@ from flapkit.pruning.site_errors import trace_tokens, traced
 from flapkit.pruning.statistics import size_of
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Perplexity, Recipe
+from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
@@ -230,7 +231,7 @@ def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     empty = empty_model(target, dtypes)
-    budget = settings.budget.over(target.sites, empty.num_parameters())
+    budget = open_budget(recipe, target, empty.num_parameters(), dtypes.saved).budget
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes), runtime)
 
 

@@ -79,5 +79,5 @@ def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, 
     """Describe the pruned model, as far as the recipe determines it."""
     biases = biased_kinds(config, sites)
     if any(compensator.adds_bias for compensator in recipe.compensators):
-        biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.of)} - {"mixture"}
+        biases |= {site.kind for site in prunable(sites, recipe.recipe.budget.base)} - {"mixture"}
     return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases)

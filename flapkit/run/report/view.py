@@ -10,6 +10,7 @@ from typing import Any
 
 from flapkit.model.site import Kind
 from flapkit.recipe.nodes import Position, parse
+from flapkit.run.ledger import label_of, show
 from flapkit.run.report.document import RunDocument
 from flapkit.run.report.report_record import ReportRecord, SiteRecord
 
@@ -223,6 +224,26 @@ def whole(document: RunDocument) -> list[tuple[str, int, int]]:
     if added := params["pruned"] - left - rest:
         rows.append(("biases added by the compensator", 0, added))
     return [*rows, ("whole model", params["dense"], params["pruned"])]
+
+
+def costs(document: RunDocument) -> list[tuple[str, str, str, str, str]]:
+    """List what the model costs in every measure: label, dense, pruned, change, and the most that was asked for."""
+    return [
+        (
+            label_of(row["measure"], row["detail"]),
+            show(row["measure"], row["dense"]),
+            show(row["measure"], row["pruned"]),
+            change(row["pruned"] / row["dense"] - 1),
+            "" if row["asked"] is None else show(row["measure"], row["asked"]),
+        )
+        for row in document.result.get("costs", ())
+    ]
+
+
+def budget_of(document: RunDocument) -> str:
+    """Write what was asked for: ``20 % of blocks``, or ``kv_cache: 0.5``."""
+    budget = document.record.budget
+    return budget.asked or f"{percent(budget.ratio)} of {budget.of}"
 
 
 def samples(record: ReportRecord) -> list[Sample]:

@@ -23,6 +23,7 @@ from flapkit.model.positions import check_lengths
 from flapkit.model.surgery import copy_sharing_weights
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import recovery_of
+from flapkit.run.budget import open_budget
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import load_whole, open_runtime
@@ -243,8 +244,8 @@ def _run_point(
         try:
             runtime.place_(dense.model)
             model = copy_sharing_weights(dense.model, dense.target.sites)
-            budget = task.point.recipe.recipe.budget.over(dense.target.sites, dense.params)
             recipe = task.point.recipe
+            budget = open_budget(recipe, dense.target, dense.params, dense.saved).budget
             executor = _executor(model, task, dense, runtime, cache, statistics)
             pruned = prune_(executor, recipe.method, budget, sequential=recipe.recipe.calibration.sequential)
             after = runtime.evaluate(model, task.text.evaluations, "evaluate pruned")

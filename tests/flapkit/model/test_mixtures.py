@@ -12,6 +12,7 @@ import flapkit
 from flapkit.checkpoint.export import export
 from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.model.closed_experts import close_experts_
+from flapkit.model.costs import active_cost, param_cost
 from flapkit.model.declaration import Block
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
@@ -183,6 +184,17 @@ def test_different_numbers_of_experts_cannot_be_padded(tmp_path):
     flapkit.save(model, tmp_path / "pruned", plan)
     with pytest.raises(ModelError, match="2 experts cannot be padded to 4"):
         export(tmp_path / "pruned", Registry.load().create(EXPORTER, "hf-stock", {"pad": True}), tmp_path / "out")
+
+
+def test_a_token_uses_as_many_experts_as_before():
+    model, sites = mixtral(), adapter("mixtral").sites(tiny_config("mixtral"))
+    cost = active_cost(model, sites, param_cost(model, sites, model.num_parameters(), biased=True))
+    expert = sum(parameter[0].numel() for parameter in model.model.layers[0].mlp.experts.parameters())
+    assert cost.left(sites, PruningPlan({site.name: tuple(range(site.units)) for site in sites})) == (
+        model.num_parameters() - 2 * 2 * expert
+    )
+    keep = {site.name: tuple(range(site.units - (site.kind == "mixture"))) for site in sites}
+    assert cost.removed(sites, PruningPlan(keep)) == 2 * model.config.hidden_size
 
 
 def test_vllm_needs_equal_layers():
