@@ -21,9 +21,10 @@ HEAD = """# Families
 The checks of `flapkit check-adapter` on tiny random models of each class, in every form of the class, in float32 on a
 CPU (`python docs/conformance.py`). An error is the largest difference of a logit between the sliced and the masked
 model, as a fraction of the largest logit; rounding in float32 explains up to 1e-5. Random weights verify shapes and
-exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it.
+exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it; `whole experts`
+that with `expert_unit: expert`, before and after channels of the experts that stay are removed, too.
 """
-WITH_FIGURES = ("sliced is masked", "query heads", "constant channels", "bfloat16")
+WITH_FIGURES = ("sliced is masked", "query heads", "whole experts", "constant channels", "bfloat16")
 """Checks whose worst figure is shown; the others show whether they passed."""
 
 
@@ -31,12 +32,12 @@ def measure(name: str) -> list[Outcome]:
     """Check one adapter."""
     import torch
 
-    from flapkit.registry import Registry
+    from flapkit.registry import ADAPTER, Registry
     from flapkit.testing import conformance
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return list(conformance(Registry.load().create("adapter", name)))
+    return list(conformance(Registry.load().create(ADAPTER, name)))
 
 
 def row(name: str, outcomes: Sequence[Outcome]) -> str:

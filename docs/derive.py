@@ -10,7 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
-from flapkit.model.declaration import Family
+from flapkit.model.declaration import ExpertUnit, Family, with_experts
 from flapkit.model.derive import derive, tiny_of
 from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config
@@ -36,7 +36,8 @@ flapkit derives the declaration and verifies it, in a few seconds and before any
    rows whose gradient becomes exactly zero. These rows feed nothing else: they go with the unit. The layout (`q`,
    `q+k+k`, ...) is the one that assigns these rows to the unit.
 3. It reads from the module: size attributes, configuration entries that its forward uses, and arguments with a
-   dimension of heads. Modules of stacked experts carry flags for their layout.
+   dimension of heads. Modules of stacked experts carry flags for their layout; the router beside them is found by its
+   `top_k` and its row for each expert.
 4. It verifies the declaration: a sliced model must compute the same as the masked dense model, with two sequences, left
    padding, a step from the KV cache, and each attention implementation; and masking must change the logits.
 5. After the model itself is loaded, one layer of each block is sliced and masked once more, at its real sizes, on a few
@@ -55,6 +56,7 @@ forms of a model type that are refused from checks that failed: StableLM with no
 
 Tiny random models of types that no plugin declares (`python docs/derive.py`). They verify shapes and exactness, not
 quality. The error is the largest difference of a logit between sliced and masked, as a fraction of the largest logit.
+Of `experts`, which lose channels, and `mixture`, which loses whole experts, the adapter's `expert_unit` chooses one.
 
 | model type | outcome | blocks, or why not | error |
 |---|---|---|---|"""
@@ -66,7 +68,10 @@ def row(model_type: str) -> str:
         config = tiny_config(model_type)
         family = derive(config)
         model = tiny_of(config)
-        result = verify(model, sites_of(model, family))
+        units: tuple[ExpertUnit, ...] = ("channel", "expert")
+        mixed = any(block.kind == "mixture" for block in family.blocks)
+        results = [verify(model, sites_of(model, with_experts(family, unit))) for unit in units[: 1 + mixed]]
+        result = max(results, key=lambda result: result.error)
     except FlapkitError as error:
         reason = str(error).splitlines()[0].partition("cannot prune them: ")
         text = (reason[2] or reason[0]).partition("; see docs/")[0]

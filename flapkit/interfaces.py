@@ -13,14 +13,14 @@ from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
-from flapkit.model.budget import Budget, BudgetBase
+from flapkit.model.budget import Budget, BudgetBase, Cost, Measure, unit_costs
 from flapkit.model.classes import PRUNED_KEYS, dense_config
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import count_rows, rows_of
-from flapkit.model.site import Coupling, Kind, Site, groups, unit_costs
+from flapkit.model.resize import count_rows, rows_of, tensor_of
+from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import (
     Compensator,
@@ -43,6 +43,7 @@ from flapkit.pruning.ranking import (
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
 from flapkit.pruning.statistics import (
+    Contributions,
     FittedGram,
     FittedTargetGram,
     GradientStatistic,
@@ -84,7 +85,9 @@ __all__ = [
     "CalibrationError",
     "Checkpoint",
     "Compensator",
+    "Contributions",
     "Correction",
+    "Cost",
     "Count",
     "Coupling",
     "DType",
@@ -104,6 +107,7 @@ __all__ = [
     "ImportanceMetric",
     "InputError",
     "Kind",
+    "Measure",
     "ModelError",
     "Moments",
     "Objective",
@@ -146,6 +150,7 @@ __all__ = [
     "skeleton",
     "split_modules",
     "standardise",
+    "tensor_of",
     "tokenise",
     "unit_costs",
     "whole_units",

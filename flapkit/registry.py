@@ -206,7 +206,8 @@ class Registry:
         declared = self._declared(config)
         if declared is None:
             return chosen
-        options = {} if chosen == Auto() else {"unit": chosen.unit}
+        units = {"unit": chosen.unit, "expert_unit": chosen.expert_unit}
+        options = {name: unit for name, unit in units.items() if unit != getattr(Auto, name)}
         return self.create(ADAPTER, declared, options)
 
     def _declared(self, config: PreTrainedConfig) -> str | None:

@@ -28,6 +28,7 @@ from flapkit.checkpoint.save import save
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter, adapter_class
 from flapkit.model.declaration import Family
 from flapkit.model.derive import Auto
+from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_, consumer_of, mask_, slice_, weight_of
@@ -129,6 +130,28 @@ def query_heads(subject: Subject) -> str:
     except ModelError:
         return "not offered"
     return f"{verify(subject.model, sites).error:.0e}"
+
+
+def whole_experts(subject: Subject) -> str:
+    """Compare them with whole experts as units, alone and with channels removed after them, saved and loaded."""
+    if not isinstance(subject.adapter, FamilyAdapter):
+        return "no declaration"
+    adapter = type(subject.adapter)(expert_unit="expert")
+    try:
+        sites = adapter.sites(subject.config)
+    except ModelError:
+        return "not offered"
+    error = verify(subject.model, sites).error
+    model = copy.deepcopy(subject.model)
+    apply_plan_(model, sites, random_plan(sites), {})
+    again = subject.adapter.sites(model.config)
+    error = max(error, verify(model, again).error)
+    apply_plan_(model, again, random_plan(again), {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pruned"
+        save(model, path, plan_of(model) or PruningPlan())
+        _check_loaded(model, load(path), torch.float32)
+    return f"{error:.0e}"
 
 
 def counts_are_exact(subject: Subject) -> str:
@@ -274,7 +297,7 @@ def lora_trains(subject: Subject) -> str:
     except ImportError:
         return "peft is not installed"
     model, _ = subject.pruned()
-    linears = {site.consumer: consumer_of(model, site) for site in subject.sites if site.expert is None}
+    linears = {site.consumer: consumer_of(model, site) for site in subject.sites if not site.stacked}
     transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
     options = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(linears), fan_in_fan_out=transposed)
     tuned: Any = get_peft_model(model, options)
@@ -287,6 +310,7 @@ Check = Callable[[Subject], str]
 CHECKS: Mapping[str, Check] = {
     "sliced is masked": sliced_is_masked,
     "query heads": query_heads,
+    "whole experts": whole_experts,
     "counts": counts_are_exact,
     "constant channels": constant_channels_cost_nothing,
     "statistics": statistics_ignore_batches,

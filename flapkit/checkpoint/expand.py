@@ -88,6 +88,11 @@ def _dense_of(checkpoint: Path) -> _Dense:
         raise ModelError(f"{checkpoint}: {PLAN} is missing, which lists the kept units of the dense model")
     plan = read_plan(checkpoint, config, checkpoint / PLAN)
     dense, family = dense_config(config), declaration_of(config)
+    if {"experts", "mixture"} <= {block.kind for block in family.blocks}:
+        raise ModelError(
+            f"{checkpoint}: it has lost whole experts and channels of others, and cannot be mapped back to the dense "
+            "model"
+        )
     sites = sites_of(skeleton(dense), family)
     keep, single = dict(plan.keep), set()
     for site in sites:

@@ -158,7 +158,7 @@ def dense_type(config: PreTrainedConfig) -> str:
 def biased_kinds(config: PreTrainedConfig, sites: Sequence[Site]) -> frozenset[Kind]:
     """Return the kinds of sites whose consumers have a bias."""
     params = dict(skeleton(config).named_parameters())
-    return frozenset(site.kind for site in sites if site.bias in params)
+    return frozenset(site.kind for site in sites if site.kind != "mixture" and site.bias in params)
 
 
 def is_uniform(sites: Sequence[Site]) -> bool:

@@ -31,6 +31,8 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
     stock: Any = transformers.AutoModelForCausalLM._model_mapping[type(dense)]
     if not stock.is_backend_compatible():
         return f"{stock.__name__} does not use transformers' attention interface"
+    if any(site.kind == "mixture" for site in sites):
+        return "vLLM's mixtures have the same number of experts in all layers; export to hf-stock what ul_um prunes"
     if any(site.dim == 0 for site in sites):
         return f"vLLM does not load the projections of {stock.__name__}, which are of the type Conv1D"
     if getattr(dense, "kv_lora_rank", None) is not None:

@@ -30,6 +30,7 @@ def check(
     from flapkit.checkpoint.serving import VLLM
     from flapkit.run.check import check as check_recipe
     from flapkit.run.estimate import memory_limit
+    from flapkit.run.ledger import label_of, show
 
     outcome = check_recipe(loaded, overwrite=overwrite, force=force)
     needs, target, settings = outcome.needs, outcome.target, loaded.recipe
@@ -51,7 +52,17 @@ def check(
         table.add_row(
             "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
         )
-    table.add_row("budget", f"{outcome.budget.params:,} of {outcome.budget.base:,} parameters of {settings.budget.of}")
+    budget = outcome.budget
+    if budget.asked:
+        table.add_row(
+            "budget", f"{budget.asked}: {budget.cost.say(budget.amount)} of {budget.cost.say(budget.base)} go"
+        )
+    else:
+        table.add_row("budget", f"{budget.amount:,} of {budget.base:,} parameters of {budget.of}")
+    for row in outcome.costs:
+        before, after = show(row.measure, row.dense), show(row.measure, row.pruned)
+        asked = f", asked {show(row.measure, row.asked)}" if row.asked is not None else ""
+        table.add_row("", f"{label_of(row.measure, row.detail)}: {before}, then about {after}{asked}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"

@@ -122,6 +122,10 @@ class Result(Protocol):
         """Parameters: ``dense``, ``pruned``, ``blocks``, ``removed``."""
 
     @property
+    def costs(self) -> Sequence[Mapping[str, Any]]:
+        """What the models cost in every measure, and what was asked for."""
+
+    @property
     def perplexity(self) -> Mapping[str, Mapping[str, Any]]:
         """Name of the text -> stage -> perplexity."""
 
@@ -154,6 +158,8 @@ def print_result(model: str, result: Result) -> None:
         _add(table, stages, "parameters", {"dense": dense, "pruned": pruned, "recovered": pruned}, ",")
         after = blocks - removed
         _add(table, stages, "block parameters", {"dense": blocks, "pruned": after, "recovered": after}, ",")
+    for row in result.costs:
+        _add_cost(table, stages, row)
     for name, figures in result.perplexity.items():
         _add(table, stages, f"perplexity, {name}", figures, ".3f")
     add_zero_shot(table, result.zero_shot, stages)
@@ -162,6 +168,19 @@ def print_result(model: str, result: Result) -> None:
         print_(f"exports/{name}: {verification}")
     print_("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items()))
     print_(f"time: {duration(result.total_seconds)}")
+
+
+def _add_cost(table: Table, stages: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add a row for what the models cost in one measure, unless it is there already and nothing was asked of it."""
+    from flapkit.run.ledger import label_of, show
+
+    if row["measure"] == "params" and row["asked"] is None:
+        return
+    values = {"dense": row["dense"], "pruned": row["pruned"], "recovered": row["pruned"]}
+    name = label_of(row["measure"], row["detail"])
+    name += f", asked {show(row['measure'], row['asked'])}" if row["asked"] is not None else ""
+    shown = [show(row["measure"], values[stage]) for stage in stages]
+    table.add_row(name, *shown, f"{values[stages[-1]] / values[stages[0]] - 1:+.1%}")
 
 
 def _add(table: Table, stages: Sequence[str], name: str, values: Mapping[str, Any], form: str) -> None:

@@ -61,6 +61,8 @@ def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], in
         if site.kind == "attention":
             sizes[site.layer, "heads"] = site.heads
             sizes[site.layer, "KV heads"] = site.kv_heads
+        elif site.kind == "mixture":
+            sizes[site.layer, "experts"] = site.units
         else:
             sizes[site.layer, f"{name} width"] = site.channels
     return sizes

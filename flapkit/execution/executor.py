@@ -27,7 +27,16 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
-from flapkit.pruning.algorithm import Method, Pruned, Repairs, find_corrections, find_plan, repair_sites, score_sites
+from flapkit.pruning.algorithm import (
+    Method,
+    Pruned,
+    Repairs,
+    check_scored,
+    find_corrections,
+    find_plan,
+    repair_sites,
+    score_sites,
+)
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
@@ -158,7 +167,7 @@ class Executor(ABC):
             searcher: describes the gates and the training.
             sites: the prunable sites.
             scores: site name -> scores [units, k].
-            budget: how many parameters to remove.
+            budget: how much to remove.
 
         Raises:
             RecipeError: this executor cannot train, or the statistics do not fit in memory.
@@ -278,6 +287,7 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 
     scores: Scores = {}
     if method.searcher.uses_scores:
+        check_scored(method.metric, executor.sites)
         scores = executor.score(score, method.scoring, needed_for_search(method, sequential=sequential))
     plan, course = _find_plan(executor, method, budget, scores, correct)
     return Searched(scores, plan, course)
@@ -321,7 +331,7 @@ def _find_plan(
         The plan, and the course of a training for ``result.json``.
     """
     searcher = method.searcher
-    if isinstance(searcher, TrainedSearcher) and budget.params:
+    if isinstance(searcher, TrainedSearcher) and budget.amount:
         course: dict[str, Any] = {}
 
         def learn(searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores) -> PruningPlan:
@@ -330,7 +340,7 @@ def _find_plan(
             return learned.plan
 
         return find_plan(executor.sites, scores, searcher, budget, learn=learn), course
-    if not isinstance(searcher, TrialSearcher) or not budget.params:
+    if not isinstance(searcher, TrialSearcher) or not budget.amount:
         with executor.progress.stage("search"):
             return find_plan(executor.sites, scores, searcher, budget), {}
     with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:
@@ -375,7 +385,7 @@ def sweep(
     for index in range(len(runner)):
         with runner.loaded(index) as layer:
             in_layer = [site for site in sites if site.layer == index]
-            targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if site.expert is None}
+            targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if not site.stacked}
             repair = LayerRepair(runner, index, in_layer, batches, dense, pruned, targets)
             repair.run_dense()
             runner.layers[index] = copy_layer(runner.model, layer, in_layer)

@@ -95,7 +95,8 @@ class Workload:
     @property
     def waiting_weights(self) -> int:
         """Bytes of corrected weights that stay in memory until all are computed."""
-        consumers = sum(site.channels * site.out_features for site in self.sites) * self.model.dtype.itemsize
+        corrected = [site for site in self.sites if site.kind != "mixture"]
+        consumers = sum(site.channels * site.out_features for site in corrected) * self.model.dtype.itemsize
         return consumers * (int(Gram in self.method.repairing) + int(self.sequential))
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from flapkit.model.component import Component
-from flapkit.model.declaration import Family, Unit
+from flapkit.model.declaration import ExpertUnit, Family, Unit, with_experts
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.site import Site
@@ -86,6 +86,13 @@ class FamilyAdapter(ArchitectureAdapter):
             "query heads wherever the family allows it."
         ),
     ] = "kv_group"
+    expert_unit: Annotated[
+        ExpertUnit,
+        Field(
+            description="What is removed of a mixture of experts: channels of every expert (channel), or whole experts "
+            "with their part of the router (expert)."
+        ),
+    ] = "channel"
 
     @property
     def title(self) -> str:
@@ -107,7 +114,7 @@ class FamilyAdapter(ArchitectureAdapter):
         Raises:
             ModelError: the declaration does not fit the model.
         """
-        return sites_of(skeleton(config), self.family_of(config), self.unit)
+        return sites_of(skeleton(config), with_experts(self.family_of(config), self.expert_unit), self.unit)
 
     def check_declaration(self, config: PreTrainedConfig) -> None:
         """Verify the declaration on a tiny random model of the configuration's class."""

@@ -216,8 +216,8 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
         sites: its sites before slicing.
     """
     classes = pruned_classes(model.config.model_type)
-    blocks = list({id(site.block): site.block for site in sites}.values())
-    if classes is None or None in blocks:
+    blocks = [block.data for block in {id(site.block): site.block for site in sites}.values() if block]
+    if classes is None or any(site.block is None for site in sites):
         return
     dense = model.config.to_dict()
     layers: dict[int, dict[str, Any]] = {index: {} for index in range(len(model.config.per_layer_config))}
@@ -231,8 +231,15 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     if not isinstance(getattr(type(model.config), HEAD_DIM, None), property) and not dense.get(HEAD_DIM):
         # Who reads the configuration alone, as vLLM does, would take the hidden size by the heads of the pruned layer.
         dense[HEAD_DIM] = _default_head_dim(model.config)
-    declaration = {"layers": _layers_of(sites[0]), "blocks": [block.data for block in blocks if block]}
+    declaration = {"layers": _layers_of(sites[0]), "blocks": _with_earlier(model, blocks)}
     _replace_config(model, classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration}))
+
+
+def _with_earlier(model: PreTrainedModel, blocks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the blocks of a pruning, and those of earlier ones whose sizes the layers still have."""
+    earlier = getattr(model.config, "flapkit", None) or {"blocks": []}
+    named = {block["name"]: block for block in [*earlier["blocks"], *blocks]}
+    return list(named.values())
 
 
 def reshape_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
@@ -302,6 +309,8 @@ def _sizes(model: PreTrainedModel, site: Site) -> dict[str, Any]:
     """Read one site's sizes from its consumer, with the keys of transformers' ``per_layer_config``."""
     block: Any = site.block
     kept = model.get_parameter(site.weight).shape[site.dim] // site.channels_per_unit
+    if site.kind == "mixture":
+        return {f"{block.name}_counts": block.counts(site.sizes(kept)), block.width: kept}
     module = model.get_submodule(site.path)
     *path, leaf = site.bias.removeprefix(f"{site.path}.").split(".")
     has_bias = getattr(module.get_submodule(".".join(path)), leaf, None) is not None

@@ -14,7 +14,8 @@ Family(
 )
 ```
 
-A layout describes the rows of a parameter: ``q`` query heads, ``k`` key/value heads or ``i`` MLP channels, in order.
+A layout describes the rows of a parameter: ``q`` query heads, ``k`` key/value heads, ``i`` MLP channels or ``e``
+experts, in order.
 ``q+k+k`` is a fused tensor with one part after another; ``(q+k+k)`` interleaves the parts: for each key/value head, its
 query heads, its key and its value. A bias has its weight's layout.
 """
@@ -39,8 +40,17 @@ if TYPE_CHECKING:
 
 Unit = Literal["kv_group", "query_head"]
 
-LAYOUT = re.compile(r"[qk](\+[qk])*|\([qk](\+[qk])*\)|i(\+i)*|\(i(\+i)*\)")
-NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I": 1}}
+ExpertUnit = Literal["channel", "expert"]
+
+LAYOUTS = {
+    "attention": (re.compile(r"[qk](\+[qk])*|\([qk](\+[qk])*\)"), "q, k, q+k+k, (q+k+k)"),
+    "mlp": (re.compile(r"i(\+i)*|\(i(\+i)*\)"), "i, i+i, (i+i)"),
+    "experts": (re.compile(r"i(\+i)*|\(i(\+i)*\)"), "i, i+i, (i+i)"),
+    "mixture": (re.compile("e"), "e"),
+}
+"""Kind of a block -> its layouts, and examples of them."""
+
+NAMES = {"attention": {"H": 2, "K": 1, "D": 1}, "mlp": {"I": 1}, "experts": {"I": 1}, "mixture": {"E": 1}}
 """Kind of a block -> the names its expressions may use, each with a value for a trial evaluation."""
 
 
@@ -82,17 +92,18 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """One prunable part of a decoder layer: its attention, its MLP, or its experts.
+    """One prunable part of a decoder layer: its attention, its MLP, its experts, or its mixture of experts.
 
     Args:
-        kind: ``attention``, ``mlp``, or ``experts`` (the parameters of all experts stacked in 3-D tensors).
+        kind: ``attention``, ``mlp``, ``experts`` (the parameters of all experts stacked in 3-D tensors, which lose
+            channels), or ``mixture`` (the same experts with their router, which loses whole experts).
         path: the module, relative to the decoder layer; empty for the layer itself. Layers without it are skipped.
         consumer: the linear whose input channels are removed, relative to ``path``; for experts, the stacked parameter.
         parameters: the coupled tensors, relative to ``path``: a module (weight and bias) or a parameter -> its layout.
             A name that ends in ``?`` may be absent.
         name: the site's name within a layer; ``kind`` by default.
         attributes: size attributes of the module -> an expression of the sizes kept: ``H`` query heads, ``K`` key/value
-            heads, ``D`` channels per head, ``I`` MLP channels, with ``+``, ``*`` and ``//``.
+            heads, ``D`` channels per head, ``I`` MLP channels, ``E`` experts, with ``+``, ``*`` and ``//``.
         reads: configuration entries that the module's forward reads -> an expression of the sizes kept.
         arguments: arguments of the module's forward -> the dimension of size query heads, or batch times query heads.
         outputs: submodules whose output features are selected by head while their own rows stay, such as a norm over a
@@ -100,13 +111,15 @@ class Block:
         heads: the configuration's entry for the number of query heads.
         kv_heads: the configuration's entry for the number of key/value heads, or the number itself. Where the
             configuration has no such entry, the number of query heads.
-        width: the configuration's entry for the MLP's width; a pruned layer's width is saved under it.
+        width: the configuration's entry for the MLP's width, or for a mixture's number of experts; a pruned layer's
+            number is saved under it.
+        router: of a mixture, the module that chooses a token's experts, relative to ``path``.
         optional: a model may lack this block in all of its layers.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    kind: Literal["attention", "mlp", "experts"]
+    kind: Literal["attention", "mlp", "experts", "mixture"]
     path: str
     consumer: str
     parameters: Mapping[str, str]
@@ -118,6 +131,7 @@ class Block:
     heads: str = "num_attention_heads"
     kv_heads: str | int = "num_key_value_heads"
     width: str = "intermediate_size"
+    router: str = ""
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -127,11 +141,12 @@ class Block:
             InputError: a layout or an expression is invalid, or does not suit the kind.
         """
         object.__setattr__(self, "name", self.name or self.kind)
+        pattern, known = LAYOUTS[self.kind]
         for name, layout in self.parameters.items():
-            suits = ("i" in layout) == (self.kind != "attention")
-            if not LAYOUT.fullmatch(layout) or not suits:
-                known = "q, k, q+k+k, (q+k+k)" if self.kind == "attention" else "i, i+i, (i+i)"
+            if not pattern.fullmatch(layout):
                 raise InputError(f"{self.name}: {name}: {layout!r} is not a layout of {self.kind} (such as {known})")
+        if (self.kind == "mixture") != bool(self.router):
+            raise InputError(f"{self.name}: a mixture, and no other block, names its `router`")
         for name, expression in {**self.attributes, **self.reads}.items():
             try:
                 evaluate(expression, NAMES[self.kind])
@@ -179,6 +194,24 @@ class Family:
     layers: str
     blocks: tuple[Block, ...]
     about: str = ""
+
+
+def with_experts(family: Family, unit: ExpertUnit) -> Family:
+    """Return a declaration in which experts lose channels, or in which mixtures lose whole experts.
+
+    Args:
+        family: a declaration, with or without experts.
+        unit: what is removed: channels of every expert, or whole experts.
+
+    Raises:
+        ModelError: whole experts are to be removed, and the declaration has no mixture.
+    """
+    kinds = {block.kind for block in family.blocks}
+    if unit == "expert" and "mixture" not in kinds:
+        what = "names no router of its experts" if "experts" in kinds else "has no experts"
+        raise ModelError(f"expert_unit: expert: the declaration of {family.name!r} {what}; use channel")
+    other = "experts" if unit == "expert" else "mixture"
+    return dataclasses.replace(family, blocks=tuple(block for block in family.blocks if block.kind != other))
 
 
 _FAMILY = TypeAdapter(Family)

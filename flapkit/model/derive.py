@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from flapkit.model.adapter import FamilyAdapter
-from flapkit.model.declaration import Block, Family, declaration_of
+from flapkit.model.declaration import Block, Family, declaration_of, with_experts
 from flapkit.model.empty import check_causal, config_of, skeleton
 from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
@@ -42,6 +43,11 @@ SIZES = {
     "attn_layer_offset": 1,
 }
 """Sizes of the tiny model; they differ, so that a module's size attributes can be told apart."""
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Configuration entries for the number of experts."""
+
+log = logging.getLogger(__name__)
 
 BATCH = 3
 """Batch size for finding arguments with a dimension of heads; no other size is a multiple of it."""
@@ -97,11 +103,24 @@ def _derive(of: Any, text: str) -> Family:
             _check_attends(config, family)
             for changes in _variants(config):
                 model = tiny_of(config, **changes)
-                verify(model, sites_of(model, family))
+                verify(model, sites_of(model, with_experts(family, "channel")))
+                family = _with_sound_mixture(model, family)
     except BROKEN as error:
         raise _refusal(config, f"the tiny model fails: {type(error).__name__}: {error}", family) from error
     except ModelError as error:
         raise _refusal(config, str(error), family) from error
+    return family
+
+
+def _with_sound_mixture(model: PreTrainedModel, family: Family) -> Family:
+    """Return a declaration without its mixture, unless whole experts can be removed."""
+    if all(block.kind != "mixture" for block in family.blocks):
+        return family
+    try:
+        verify(model, sites_of(model, with_experts(family, "expert")))
+    except (ModelError, *BROKEN) as error:
+        log.debug("%s: whole experts cannot be removed: %s", family.name, error)
+        return with_experts(family, "channel")
     return family
 
 
@@ -156,7 +175,7 @@ def propose(model: PreTrainedModel) -> Family:
     for index, module in enumerate(layers):
         layer = Layer(model, path, index, hasattr(model.config, "num_attention_heads"))
         candidates = [block for consumer in layer.consumers() if (block := layer.block(consumer))]
-        for block in [*map(_with_common_path, candidates), *_experts(module)]:
+        for block in [*map(_with_common_path, candidates), *_experts(module), *_mixtures(module, model.config)]:
             key = (block.kind, block.path, block.consumer)
             merged[key] = _merge(merged[key], block) if key in merged else block
     blocks = [_complete_attention(model, path, block) for block in _with_names(merged.values())]
@@ -209,6 +228,37 @@ def _experts(layer: nn.Module) -> Iterator[Block]:
             names |= {f"{name}_bias": layout for name, layout in names.items()}
             parameters = {name: layout for name, layout in names.items() if getattr(module, name, None) is not None}
             yield Block("experts", path, "down_proj", parameters, width="moe_intermediate_size")
+
+
+def _mixtures(layer: nn.Module, config: PreTrainedConfig) -> Iterator[Block]:
+    """Yield the blocks of whole experts: beside stacked experts lies their router, which chooses ``top_k`` of them."""
+    values = config.to_dict()
+    for experts in _experts(layer):
+        path, _, inner = experts.path.rpartition(".")
+        owner: Any = layer.get_submodule(path)
+        stack = getattr(owner, inner).get_parameter(experts.consumer)
+        width = next((name for name in EXPERT_COUNTS if values.get(name) == len(stack)), None)
+        for name, router in owner.named_children():
+            weight = getattr(router, "weight", None)
+            if not hasattr(router, "top_k") or weight is None or len(weight) != len(stack) or width is None:
+                continue
+            vectors = [part for part, _ in (*router.named_parameters(), *router.named_buffers()) if part != "weight"]
+            parameters = [f"{inner}.{part}" for part, _ in getattr(owner, inner).named_parameters()]
+            parameters = [part for part in parameters if part != f"{inner}.{experts.consumer}"]
+            if f"{inner}.{experts.consumer}_bias" not in parameters:
+                # A compensator adds one.
+                parameters.append(f"{inner}.{experts.consumer}_bias?")
+            parameters += [name, *(f"{name}.{part}" for part in vectors if part != "bias")]
+            counts = [part for part in (inner, name) if hasattr(getattr(owner, part), "num_experts")]
+            yield Block(
+                "mixture",
+                path,
+                f"{inner}.{experts.consumer}",
+                dict.fromkeys(parameters, "e"),
+                attributes={f"{part}.num_experts": "E" for part in counts},
+                width=width,
+                router=name,
+            )
 
 
 def _merge(one: Block, other: Block) -> Block:

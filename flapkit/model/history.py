@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flapkit.model.plan import PruningPlan
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "flapkit_plan"
 """The model's attribute that holds its plan."""
+
+EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.[^.]+\.(?P<expert>\d+)")
+"""The name of an expert's site."""
 
 
 def plan_of(model: PreTrainedModel) -> PruningPlan | None:
@@ -61,7 +65,8 @@ def compose(earlier: PruningPlan, later: PruningPlan, sites: Sequence[Site]) -> 
     """Return the plan that does in one pruning what two do.
 
     The units of an attention are the dense model's KV heads with their query heads, as long as none of them lost single
-    query heads; then they are its query heads.
+    query heads; then they are its query heads. Experts are named by their index in the dense model; those that are
+    removed whole are named by the mixture alone.
 
     Args:
         earlier: the plan of the first pruning.
@@ -71,8 +76,26 @@ def compose(earlier: PruningPlan, later: PruningPlan, sites: Sequence[Site]) -> 
     Raises:
         ModelError: the earlier plan does not fit the sites.
     """
-    units = {site.name: _compose(site, earlier.keep.get(site.name), later.keep[site.name]) for site in sites}
-    return PruningPlan({**earlier.keep, **units})
+    keep = dict(earlier.keep)
+    for site in sites:
+        name = site.name if site.expert is None else _name_in_dense(site, earlier)
+        keep[name] = _compose(site, earlier.keep.get(name), later.keep[site.name])
+    return PruningPlan({name: units for name, units in keep.items() if not _is_removed(name, keep)})
+
+
+def _name_in_dense(site: Site, earlier: PruningPlan) -> str:
+    """Return the name that an expert's site has in the dense model, where whole experts were removed before it."""
+    experts = earlier.keep.get(f"layers.{site.layer}.mixture")
+    return site.name if experts is None else f"{site.group}.{experts[site.expert or 0]}"
+
+
+def _is_removed(name: str, keep: Mapping[str, Sequence[int]]) -> bool:
+    """Tell whether a site is an expert that a plan removes whole."""
+    matched = EXPERT.fullmatch(name)
+    if not matched:
+        return False
+    experts = keep.get(f"layers.{matched['layer']}.mixture")
+    return experts is not None and int(matched["expert"]) not in experts
 
 
 def _compose(site: Site, earlier: Sequence[int] | None, later: Sequence[int]) -> tuple[int, ...]:

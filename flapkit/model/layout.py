@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flapkit.model.declaration import EXPERT_MULTIPLE, Block, Family, Unit
-from flapkit.model.resize import columns_of, count_rows, find_module, heads_of, rows_of
+from flapkit.model.resize import SIZES, columns_of, count_rows, find_module, heads_of, rows_of, tensor_of
 from flapkit.model.site import Coupling, Site
 from flapkit.system.errors import ModelError
 
@@ -61,6 +62,9 @@ class _LayerBlock:
     layer: int
 
     def sites(self, unit: Unit) -> Iterator[Site]:
+        if self.block.kind == "mixture":
+            yield self._mixture()
+            return
         consumer, dim = columns_of(self.module, self.block.data)
         weight = self.module.get_parameter(consumer)
         counts = self._counts(weight.shape[dim] if weight.numel() else 0)
@@ -89,9 +93,40 @@ class _LayerBlock:
                 block=self.block,
             )
 
-    def _parameter(self, parameter: str, name: str) -> nn.Parameter:
+    def _mixture(self) -> Site:
+        """Return the site whose units are whole experts."""
+        weight, name = self.module.get_parameter(self.block.consumer), f"layers.{self.layer}.{self.block.name}"
+        config: Any = self.model.config
+        routed, groups, open_groups = (
+            getattr(config, entry, None) or 1 for entry in ("num_experts_per_tok", "n_group", "topk_group")
+        )
+        counts = self._counts(len(weight) if weight.numel() else 0)
+        # A router with groups ranks them by the sum of their best two.
+        least = max(math.ceil(routed / open_groups), 2 if hasattr(config, "n_group") else 1) * groups
+        if counts["E"] % groups or counts["E"] < least:
+            raise ModelError(
+                f"{name}: {counts['E']} experts in {groups} groups, {routed} of them for each token, do not fit"
+            )
+        return Site(
+            name=name,
+            layer=self.layer,
+            kind="mixture",
+            consumer=f"{self.path}.{self.block.consumer}",
+            units=counts["E"],
+            channels_per_unit=1,
+            out_features=weight.numel() // counts["E"],
+            couplings=tuple(self._couplings(counts, counts["E"])),
+            dim=0,
+            runs=groups,
+            least=least,
+            path=self.path,
+            block=self.block,
+        )
+
+    def _tensor(self, parameter: str, name: str) -> Tensor:
         try:
-            return self.module.get_parameter(parameter)
+            tensor: Tensor = tensor_of(self.module, parameter)
+            return tensor
         except AttributeError as error:
             raise ModelError(f"{self.path}: the module has no {name}, which the adapter declares") from error
 
@@ -99,7 +134,7 @@ class _LayerBlock:
         if not channels:
             raise ModelError(f"layers.{self.layer}.{self.block.name}: {self.block.consumer} has no input channels")
         if self.block.kind != "attention":
-            return {"I": channels}
+            return {"E" if self.block.kind == "mixture" else "I": channels}
         try:
             counts = heads_of(self.model.config.per_layer_config[self.layer], self.block.data)
         except AttributeError as error:
@@ -133,8 +168,9 @@ class _LayerBlock:
     def _couplings(self, counts: dict[str, int], units: int) -> Iterator[Coupling]:
         for name, layout in self.block.parameters.items():
             for parameter, dim in rows_of(self.module, self.block.data, name):
-                shape = list(self._parameter(parameter, name).shape)
-                rows, numel = shape[dim], 1
+                tensor = self._tensor(parameter, name)
+                shape = list(tensor.shape)
+                rows, numel = shape[dim], int(isinstance(tensor, nn.Parameter))
                 for size in shape[1 if self.block.kind == "experts" else 0 :]:
                     numel *= size
                 where = f"{self.path}.{parameter}"
@@ -154,11 +190,11 @@ def _parts(
         dim: the dimension of its rows.
         numel: parameters in a row.
         layout: its layout.
-        counts: ``H`` and ``K``, or ``I``.
+        counts: ``H`` and ``K``, ``I``, or ``E``.
         units: number of units.
         rows: rows of one head, or of one channel.
     """
-    totals = {"q": counts.get("H", 0), "k": counts.get("K", 0), "i": counts.get("I", 0)}
+    totals = {part: counts.get(size, 0) for part, size in SIZES.items()}
     parts = layout.strip("()").split("+")
     shared = {part for part in parts if totals[part] < units}
     if layout.startswith("("):

@@ -59,6 +59,10 @@ class PruningPlan:
                 raise InputError(f"plan: the model has no site {name!r}{did_you_mean(name, known)}")
             if not units:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
+            if 0 < len(units) < known[name].least:
+                raise InputError(
+                    f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
+                )
             if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= known[name].units:
                 raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
             run = known[name].units // known[name].runs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIZES = {"q": "H", "k": "K", "i": "I"}
+SIZES = {"q": "H", "k": "K", "i": "I", "e": "E"}
 
 
 class FlapkitConfig:
@@ -93,13 +93,13 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
         sizes = {"H": shape.num_attention_heads, "K": shape.num_key_value_heads}
         kept = channels // dense["H"] * sizes["H"]
     else:
-        dense, kept = {"I": channels}, getattr(shape, block["width"])
-        sizes = {"I": kept}
+        letter, kept = "E" if block["kind"] == "mixture" else "I", getattr(shape, block["width"])
+        dense, sizes = {letter: channels}, {letter: kept}
     narrow_(module, consumer, dim, kept, channels)
     for name, layout in block["parameters"].items():
         for parameter, rows in rows_of(module, block, name):
             narrow_(module, parameter, rows, count_rows(layout, sizes), count_rows(layout, dense))
-    if getattr(shape, f"{block['name']}_out_bias"):
+    if getattr(shape, f"{block['name']}_out_bias", False):
         add_bias_(module, block)
     counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
     heads = getattr(shape, "kept_heads", None) if block["arguments"] or block["outputs"] else None
@@ -108,13 +108,15 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
 
 def narrow_(module: Any, name: str, dim: int, part: int, whole: int) -> None:
     """Keep the first ``part`` of ``whole`` equal parts of a dimension, with the stock model's initial values."""
-    old = module.get_parameter(name).data
+    old = tensor_of(module, name).detach()
     replace_(module, name, old.narrow(dim, 0, old.shape[dim] * part // whole).clone())
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:
-    """Return the name of the consumer's weight, and the dimension of its input channels."""
+    """Return the name of the consumer's weight, and the dimension of its input channels, or of a mixture's experts."""
     name = block["consumer"]
+    if block["kind"] == "mixture":
+        return name, 0
     if block["kind"] == "experts":
         return name, 1 if module.is_transposed else 2
     return f"{name}.weight", 0 if is_conv1d(module.get_submodule(name)) else 1
@@ -127,7 +129,7 @@ def rows_of(module: Any, block: Any, name: str) -> list[tuple[str, int]]:
     target = getattr(module.get_submodule(owner), leaf, None)
     if target is None and optional:
         return []
-    if isinstance(target, nn.Parameter):
+    if isinstance(target, Tensor):
         stacked = block["kind"] == "experts"
         return [(path, 2 if stacked and target.dim() == 3 and module.is_transposed else int(stacked))]
     transposed, bias = is_conv1d(target), getattr(target, "bias", None)
@@ -151,11 +153,20 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def replace_(module: Any, name: str, value: Tensor) -> None:
-    """Replace a parameter by a tensor, and update the size attributes of a linear."""
+def tensor_of(module: Any, name: str) -> Any:
+    """Return a parameter or a buffer by its full name."""
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=getattr(owner, leaf).requires_grad))
+    return getattr(module.get_submodule(path), leaf)
+
+
+def replace_(module: Any, name: str, value: Tensor) -> None:
+    """Replace a parameter or a buffer by a tensor, and update the size attributes of a linear."""
+    path, _, leaf = name.rpartition(".")
+    owner, old = module.get_submodule(path), tensor_of(module, name)
+    value = value.contiguous()
+    setattr(
+        owner, leaf, nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    )
     if leaf == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = value.shape
     elif leaf == "weight" and is_conv1d(owner):
@@ -180,7 +191,8 @@ def set_sizes_(
 ) -> None:
     """Update all but the tensors: size attributes, configuration entries that forward reads, and kept query heads."""
     for name, value in (counts or {}).items():
-        setattr(module, name, value)
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, value)
     if reads:
         module.config = ConfigView(getattr(module.config, "of", module.config), reads)
     if heads is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from flapkit.model.declaration import Block
 
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Coupling:
         param: the parameter's full name in the model.
         dim: the dimension that shrinks.
         per_unit: indices that one unit owns.
-        numel: parameters per index: the product of the other dimensions; for stacked experts, of one expert.
+        numel: parameters per index: the product of the other dimensions; for stacked experts, of one expert; 0 for a
+            buffer, which is no parameter.
         offset: first index of the first unit.
         run: number of contiguous units.
         stride: indices from one run of units to the next; 0 if all units are contiguous.
@@ -56,16 +57,20 @@ class Coupling:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One prunable place: the attention or the MLP of one layer, or one expert of it.
+    """One prunable place: the attention, the MLP or the mixture of experts of one layer, or one expert of it.
 
     Unit ``u`` owns the channels ``u * channels_per_unit`` to ``(u + 1) * channels_per_unit`` of the consumer's input.
+
+    A unit of a mixture is a whole expert. Its consumer is the stack of all experts' last weights, each one column; the
+    input of that column is the expert's contribution: its router weight times the norm of its output, or 0 for tokens
+    that are not routed to it.
 
     Args:
         name: unique name, for example ``layers.0.attention``.
         layer: index of the decoder layer.
-        kind: ``attention`` or ``mlp``; an expert is an MLP.
+        kind: ``attention``, ``mlp`` or ``mixture``; an expert is an MLP.
         consumer: full name of the linear whose input channels are removed, for example
-            ``model.layers.0.self_attn.o_proj``; for an expert, the parameter that stacks all experts.
+            ``model.layers.0.self_attn.o_proj``; for an expert or a mixture, the parameter that stacks all experts.
         units: number of units.
         channels_per_unit: input channels of the consumer that one unit owns.
         out_features: output features of the consumer.
@@ -74,7 +79,8 @@ class Site:
         expert: index of the expert in the stack; None for other sites.
         group: name shared by sites that must keep the same number of units, such as the experts of a layer.
         runs: number of equal runs of units, each of which must keep the same number of units: the query heads of each
-            key/value head.
+            key/value head, the experts of each group of a router.
+        least: units that have to stay: the experts of a token, 1 elsewhere.
         multiple: kernels are faster if the number of kept units is a multiple of this.
         heads: query heads of an attention site.
         kv_heads: key/value heads of an attention site.
@@ -94,6 +100,7 @@ class Site:
     expert: int | None = None
     group: str = ""
     runs: int = 1
+    least: int = 1
     multiple: int = 1
     heads: int = 0
     kv_heads: int = 0
@@ -116,6 +123,11 @@ class Site:
         return self.multiple if self.kind == "mlp" else 1
 
     @property
+    def stacked(self) -> bool:
+        """Whether the consumer is a parameter that stacks all experts, and no linear."""
+        return self.expert is not None or self.kind == "mixture"
+
+    @property
     def channels(self) -> int:
         """Input channels of the consumer."""
         return self.units * self.channels_per_unit
@@ -123,12 +135,12 @@ class Site:
     @property
     def weight(self) -> str:
         """Full name of the consumer's weight."""
-        return f"{self.consumer}.weight" if self.expert is None else self.consumer
+        return self.consumer if self.stacked else f"{self.consumer}.weight"
 
     @property
     def bias(self) -> str:
         """Full name of the consumer's bias, whether or not it exists."""
-        return f"{self.consumer}.bias" if self.expert is None else f"{self.consumer}_bias"
+        return f"{self.consumer}_bias" if self.stacked else f"{self.consumer}.bias"
 
     @property
     def params_per_unit(self) -> int:
@@ -155,10 +167,10 @@ class Site:
 
         Returns:
             For attention, ``H`` query heads, ``K`` key/value heads and ``D`` channels per head; for an MLP, ``I``
-            channels.
+            channels; for a mixture, ``E`` experts.
         """
-        if self.kind == "mlp":
-            return {"I": units}
+        if self.kind != "attention":
+            return {"E" if self.kind == "mixture" else "I": units}
         kv_heads = self.kv_heads * units // self.units if self.units == self.kv_heads else self.kv_heads
         return {"H": self.heads * units // self.units, "K": kv_heads, "D": self.channels // self.heads}
 
@@ -169,15 +181,3 @@ def groups(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         members.setdefault(site.group or site.name, []).append(site)
     return list(members.values())
-
-
-def unit_costs(sites: Sequence[Site]) -> list[int]:
-    """Count the parameters of one unit of each group of sites: the least that can be removed there.
-
-    Where several units are removed together (one of each expert, one query head of each key/value head, or a multiple
-    that kernels need), they count as one.
-    """
-    costs = []
-    for together in groups(sites):
-        costs.append(together[0].step * sum(site.runs * site.params_per_unit for site in together))
-    return costs

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from flapkit.model.classes import set_pruned_config_
+from flapkit.model.closed_experts import close_experts_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import add_bias_, is_linear, replace_, set_sizes_
+from flapkit.model.resize import add_bias_, is_linear, replace_, set_sizes_, tensor_of
 from flapkit.model.site import Site, groups
 from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
@@ -31,7 +32,10 @@ def check_sites(model: nn.Module, sites: Sequence[Site]) -> None:
     Raises:
         ModelError: a parameter is missing, quantised, too small, or tied to another one (it would be sliced twice).
     """
-    params = dict(model.named_parameters(remove_duplicate=False))
+    params = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     names: dict[int, list[str]] = {}
     for name, param in params.items():
         names.setdefault(id(param), []).append(name)
@@ -66,8 +70,8 @@ def _missing(model: nn.Module, name: str) -> str:
 
 def consumer_of(model: nn.Module, site: Site) -> nn.Module:
     """Return the module whose input channels a site prunes: a linear, or the module of all experts."""
-    if site.expert is not None:
-        return model.get_submodule(site.path)
+    if site.stacked:
+        return model.get_submodule(site.consumer.rpartition(".")[0])
     consumer = model.get_submodule(site.consumer)
     if not is_linear(consumer):
         raise ModelError(f"{site.name}: the consumer {site.consumer} is a {type(consumer).__name__}, not a Linear")
@@ -75,16 +79,18 @@ def consumer_of(model: nn.Module, site: Site) -> nn.Module:
 
 
 def weight_of(model: nn.Module, site: Site) -> Tensor:
-    """Return the weight of a site's consumer, [out_features, channels]."""
+    """Return the weight of a site's consumer, [out_features, channels]; of a mixture, a column for each expert."""
     weight: Tensor = model.get_parameter(site.weight)
+    if site.kind == "mixture":
+        return weight.flatten(1).T
     if site.expert is None:
         return weight if site.dim == 1 else weight.T
     return weight[site.expert] if site.dim == 2 else weight[site.expert].T
 
 
 def bias_of(model: nn.Module, site: Site) -> Tensor | None:
-    """Return the bias of a site's consumer, [out_features], or None."""
-    if not _has(model, site.bias):
+    """Return the bias of a site's consumer, [out_features], or None; a mixture has none."""
+    if site.kind == "mixture" or not _has(model, site.bias):
         return None
     bias = model.get_parameter(site.bias)
     return bias if site.expert is None else bias[site.expert]
@@ -128,7 +134,7 @@ def slice_(
         _keep(model, first.weight, first.dim, channels, stacked=first.expert is not None)
         _correct(model, together, corrections or {})
         for (name, dim), removed_rows in _coupled(first, removed[first.name]).items():
-            length = model.get_parameter(name).shape[dim]
+            length = tensor_of(model, name).shape[dim]
             indices = [_without(length, removed_rows)]
             if first.expert is not None:
                 indices = [_without(length, _coupled(site, removed[site.name])[name, dim]) for site in together]
@@ -139,7 +145,9 @@ def slice_(
 def mask_(
     model: nn.Module, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction] | None = None
 ) -> None:
-    """Zero the units that ``slice_`` would remove, in place: the same function at the dense model's shapes.
+    """Mask the units that ``slice_`` would remove, in place: the same function at the dense model's shapes.
+
+    Channels are zeroed; whole experts are never chosen.
 
     Args:
         model: the dense model.
@@ -151,12 +159,25 @@ def mask_(
     for together in groups(sites):
         for site in together:
             removed = plan.removed_units(site)
+            if site.kind == "mixture":
+                _close_(model, site, removed)
+                continue
             correction = (corrections or {}).get(site.name, Correction())
             weight = weight_of(model, site)
             if removed and correction.weight is not None:
                 weight[:, site.channels_of(plan.keep[site.name])] = correction.weight.to(weight)
             weight[:, site.channels_of(removed)] = 0
         _add_biases(model, together, corrections or {})
+
+
+def _close_(model: nn.Module, site: Site, removed: Sequence[int]) -> None:
+    """Mask experts of a mixture."""
+    if not removed or site.block is None:
+        return
+    path = f"{site.path}.{site.block.router}"
+    names = [coupling.param.removeprefix(f"{path}.") for coupling in site.couplings if coupling.param.startswith(path)]
+    router = model.get_submodule(path)
+    close_experts_(router, removed, [name for name in names if tensor_of(router, name).dim() == 1])
 
 
 def _correct(model: nn.Module, together: Sequence[Site], corrections: Mapping[str, Correction]) -> None:
@@ -212,7 +233,7 @@ def _without(length: int, removed: Iterable[int]) -> list[int]:
 
 def _keep(model: nn.Module, name: str, dim: int, indices: Sequence[Sequence[int]], *, stacked: bool) -> None:
     """Keep some indices of one dimension, in a new tensor; of stacked experts, a list of indices for each expert."""
-    tensor = model.get_parameter(name).detach()
+    tensor = tensor_of(model, name).detach()
     kept = [torch.tensor(index, device=tensor.device) for index in indices]
     if stacked:
         experts = [expert.index_select(dim - 1, index) for expert, index in zip(tensor, kept, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,8 +124,8 @@ def random_plan(sites: Sequence[Site], seed: int = 0) -> PruningPlan:
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for together in groups(sites):
-        length = together[0].units // together[0].runs
-        count = int(torch.randint(max(1, length // 3), max(length, 2), (1,), generator=generator))
+        length, least = together[0].units_per_run, math.ceil(together[0].least / together[0].runs)
+        count = int(torch.randint(max(least, length // 3), max(length, least + 1), (1,), generator=generator))
         for site in together:
             runs = [torch.randperm(length, generator=generator)[:count] + run * length for run in range(site.runs)]
             keep[site.name] = tuple(sorted(torch.cat(runs).tolist()))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flapkit.model.budget import Budget, prunable
+from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, weight_of
@@ -29,7 +29,7 @@ from flapkit.pruning.components import (
 from flapkit.pruning.rounding import can_share, round_plan
 from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
-from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError
+from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError, RecipeError
 from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:
@@ -165,6 +165,20 @@ def score_sites(
     return scores
 
 
+def check_scored(metric: ImportanceMetric, sites: Sequence[Site]) -> None:
+    """Refuse a metric that scores channels alone where whole experts are units.
+
+    Raises:
+        RecipeError: it cannot score a mixture.
+    """
+    mixtures = [site.name for site in sites if site.kind == "mixture"]
+    if mixtures and not metric.scores_experts:
+        raise RecipeError(
+            f"metric {metric.name!r} does not score whole experts, the units of {mixtures[0]}; choose reap, or "
+            "another metric for experts (docs/how-to/remove-experts.md)"
+        )
+
+
 def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
     """Refuse experts that received too few calibration tokens, and warn of those that received few.
 
@@ -216,9 +230,9 @@ def find_plan(
         BudgetError: the budget cannot be met.
         PluginError: the searcher's plan does not fit the sites, or misses the budget.
     """
-    if budget.params == 0:
+    if budget.amount == 0:
         return PruningPlan({site.name: tuple(range(site.units)) for site in sites})
-    pruned = prunable(sites, budget.of)
+    pruned = budget.prunable(sites)
     where = f"searcher {searcher.name!r}"
     known = {site.name: scores[site.name] for site in pruned if site.name in scores}
     if objective is not None and isinstance(searcher, TrialSearcher):
@@ -254,16 +268,17 @@ def _complete(
         plan.check(pruned)
     except InputError as error:
         raise PluginError(f"{where}: {error}") from error
-    removed, tolerance = plan.removed_params(pruned), searcher.tolerance(pruned, budget)
-    if abs(removed - budget.params) > tolerance:
+    cost, tolerance = budget.cost, searcher.tolerance(pruned, budget)
+    removed = cost.removed(pruned, plan)
+    if abs(removed - budget.amount) > tolerance:
         raise PluginError(
-            f"{where}: its plan removes {removed:,} parameters ({removed / budget.base:.2%} of {budget.of}), but the "
-            f"budget is {budget.params:,} ({budget.ratio:.2%}); it may miss the budget by {tolerance:,}: one unit, "
-            "unless the searcher overrides `tolerance`"
+            f"{where}: its plan removes {cost.say(removed)} ({removed / budget.base:.2%} of "
+            f"{'the model' if budget.asked else budget.of}), but the budget is {budget.amount:,} ({budget.ratio:.2%}); "
+            f"it may miss the budget by {tolerance:,}: one unit, unless the searcher overrides `tolerance`"
         )
     if budget.multiple_of > 1 or budget.tensor_parallel > 1:
         _check_unpruned(sites, pruned, budget)
-        plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel)
+        plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel, cost)
     return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
 
 
@@ -272,8 +287,8 @@ def _check_unpruned(sites: Sequence[Site], pruned: Sequence[Site], budget: Budge
     for site in sites:
         if site not in pruned and not can_share(site, site.units, budget.tensor_parallel):
             raise BudgetError(
-                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and budget.of: "
-                f"{budget.of} does not prune it"
+                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and "
+                f"budget.{budget.asked or f'of: {budget.of}'} does not prune it"
             )
 
 
@@ -308,7 +323,9 @@ def find_corrections(
     compensators: Sequence[Compensator],
     plan: PruningPlan,
 ) -> dict[str, Correction]:
-    """Compute the correction of every site that loses units.
+    """Compute the correction of every site that loses units, except mixtures.
+
+    A mixture that loses experts sends their tokens to others, so that no linear is left to fit.
 
     Raises:
         PluginError: a correction has a wrong shape, or is not finite.
@@ -320,7 +337,7 @@ def find_corrections(
     corrections = {}
     for site in sites:
         keep = plan.keep[site.name]
-        if len(keep) == site.units:
+        if len(keep) == site.units or site.kind == "mixture":
             continue
         weight = with_float64(weight_of(model, site))
         where = f"compensator {compensator.name!r} at {site.name}"
@@ -367,5 +384,5 @@ def expect_errors(
             corrections.get(site.name, Correction()),
         )
         for site in sites
-        if len(plan.keep[site.name]) < site.units
+        if len(plan.keep[site.name]) < site.units and site.kind != "mixture"
     }

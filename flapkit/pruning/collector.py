@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flapkit.model.site import Site
 from flapkit.model.surgery import check_sites, consumer_of
-from flapkit.pruning.experts import See, unwatch, watch
+from flapkit.pruning.experts import See, SeeMixture, unwatch, watch
 from flapkit.pruning.statistics import GradientStatistic, SiteStatistics, Statistic
 from flapkit.system.errors import CalibrationError
 from flapkit.system.float64 import float64_device, with_float64
@@ -72,16 +72,18 @@ class Collector:
 
     def __enter__(self) -> Collector:
         check_sites(self._model, self._sites)
-        experts: dict[nn.Module, dict[int, Site]] = {}
+        stacks: dict[nn.Module, list[Site]] = {}
         for site in self._sites:
             consumer = consumer_of(self._model, site)
-            if site.expert is None:
-                self._handles.append(consumer.register_forward_hook(self._hook(site)))
+            if site.stacked:
+                stacks.setdefault(consumer, []).append(site)
             else:
-                experts.setdefault(consumer, {})[site.expert] = site
-        for module, sites in experts.items():
+                self._handles.append(consumer.register_forward_hook(self._hook(site)))
+        for module, sites in stacks.items():
             self._watched.append(module)
-            watch(module, self._watcher(sites))
+            experts = {site.expert: site for site in sites if site.expert is not None}
+            mixture = next((site for site in sites if site.expert is None), None)
+            watch(module, self._watcher(experts), self._mixture_watcher(mixture) if mixture else None)
         return self
 
     def __exit__(
@@ -132,6 +134,16 @@ class Collector:
         def see(expert: int, x: Tensor, output: Tensor, routed: Tensor) -> None:
             if expert in sites:
                 self._see(sites[expert], x, output, routed)
+
+        return see
+
+    def _mixture_watcher(self, site: Site) -> SeeMixture:
+        def see(contributions: Tensor) -> None:
+            x = with_float64(contributions)
+            for statistic in self._statistics_of(site, x.device):
+                if not isinstance(statistic, GradientStatistic):
+                    statistic.update(x[self._tokens_of(statistic, x.device)])
+            self._leave_when_seen(site)
 
         return see
 

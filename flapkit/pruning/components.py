@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from flapkit.model.budget import Budget
+from flapkit.model.budget import Budget, unit_costs
 from flapkit.model.component import Component
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site, unit_costs
+from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
 from flapkit.pruning.gates import Gates
 from flapkit.pruning.recovery import Recovery, Training
@@ -51,6 +51,9 @@ class ImportanceMetric(CalibratedComponent):
     ```
     """
 
+    scores_experts: ClassVar[bool] = False
+    """Whether it scores whole experts too: the units of sites of the kind ``mixture``."""
+
     @abstractmethod
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score the units of one site; units with low scores are removed first.
@@ -77,16 +80,16 @@ class StructureSearcher(Component):
         return False
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
-        """Return how many parameters a plan may miss the budget by; a plan that misses it by more is refused.
+        """Return by how much of its cost a plan may miss the budget; a plan that misses it by more is refused.
 
         By default, one unit of the site where they are largest. Override this in a searcher that rounds each layer or
-        site separately: return ``sum(unit_costs(sites))``.
+        site separately: return ``sum(unit_costs(sites, budget.cost))``.
 
         Args:
             sites: the prunable sites.
-            budget: how many parameters to remove.
+            budget: how much to remove.
         """
-        return max(unit_costs(sites), default=0)
+        return max(unit_costs(sites, budget.cost), default=0)
 
     @abstractmethod
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
@@ -95,7 +98,7 @@ class StructureSearcher(Component):
         Args:
             sites: the prunable sites, in the model's order.
             scores: site name -> scores [units, k], float64 on the CPU; empty where ``uses_scores`` is false.
-            budget: how many parameters to remove.
+            budget: how much to remove.
 
         Returns:
             A plan for exactly these sites.
@@ -144,7 +147,7 @@ class TrialSearcher(StructureSearcher):
         Args:
             sites: the prunable sites, in the model's order.
             scores: as for ``search``.
-            budget: how many parameters to remove.
+            budget: how much to remove.
             objective: evaluates a plan for exactly these sites.
 
         Raises:
@@ -179,7 +182,7 @@ class TrainedSearcher(StructureSearcher, CalibratedComponent):
             sites: the prunable sites, in the model's order.
             scores: as for ``search``.
             statistics: site name -> the statistics that the searcher declares.
-            budget: how many parameters to remove.
+            budget: how much to remove.
 
         Raises:
             BudgetError: the budget cannot be met.

@@ -73,7 +73,7 @@ def check_gated(sites: Sequence[Site]) -> None:
     Raises:
         ModelError: some sites are stacked experts.
     """
-    if stacked := [site.name for site in sites if site.expert is not None]:
+    if stacked := [site.name for site in sites if site.stacked]:
         raise ModelError(
             f"{stacked[0]}: a searcher that trains gates cannot gate experts that are stacked in one parameter; "
             "choose another searcher"

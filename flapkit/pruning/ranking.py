@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flapkit.model.budget import Budget
+from flapkit.model.budget import Budget, Cost
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError, InputError
@@ -68,11 +68,11 @@ def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], li
     """Split the sites into attention and MLP.
 
     Raises:
-        BudgetError: one of the two is empty, so that the budget cannot be split between them.
+        BudgetError: the budget's base leaves one of the two empty, so that it cannot be split between them.
     """
     attention = [site for site in sites if site.kind == "attention"]
     mlp = [site for site in sites if site.kind != "attention"]
-    if not attention or not mlp:
+    if not budget.asked and not (attention and mlp):
         raise BudgetError(
             f"budget.of: {budget.of} leaves {'no MLP' if attention else 'no attention'} to prune, and this searcher "
             "splits the budget between the two; choose `blocks`, or another searcher"
@@ -80,10 +80,10 @@ def split_modules(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], li
     return attention, mlp
 
 
-def whole_units(sites: Sequence[Site], ratio: float) -> int:
-    """Return how many whole units a ratio of the sites' parameters is; all units have the same size."""
-    params = sum(site.params for site in sites)
-    return round(ratio * params) * sum(site.units for site in sites) // max(params, 1)
+def whole_units(sites: Sequence[Site], ratio: float, budget: Budget) -> int:
+    """Return how many whole units, all of one size, a ratio of the sites' cost amounts to."""
+    cost = budget.cost.of_all(sites)
+    return round(ratio * cost) * sum(site.units for site in sites) // max(cost, 1)
 
 
 def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float] = ()) -> dict[int, float]:
@@ -91,24 +91,24 @@ def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float]
 
     Args:
         sites: the pruned sites.
-        budget: how many parameters to remove.
+        budget: how much to remove.
         profile: relative ratios of the layers, in order; empty for equal ratios.
 
     Returns:
-        Layer -> the fraction of its sites' parameters to remove; together they meet the budget.
+        Layer -> the fraction of its sites' cost to remove; together they meet the budget.
 
     Raises:
         BudgetError: the profile has the wrong length, is all zero, or removes more than a whole layer.
     """
-    params: dict[int, int] = {}
+    costs: dict[int, int] = {}
     for site in sites:
-        params[site.layer] = params.get(site.layer, 0) + site.params
-    if profile and (len(profile) != len(params) or not any(profile)):
+        costs[site.layer] = costs.get(site.layer, 0) + budget.cost.of_all([site])
+    if profile and (len(profile) != len(costs) or not any(profile)):
         shown = ", ".join(f"{ratio:g}" for ratio in profile)
-        raise BudgetError(f"profile: expected {len(params)} ratios, one per layer and not all 0, got {shown}")
-    weights = dict(zip(params, profile or [1.0] * len(params), strict=True))
-    total = sum(weight * params[layer] for layer, weight in weights.items())
-    ratios = {layer: weight * budget.params / total for layer, weight in weights.items()}
+        raise BudgetError(f"profile: expected {len(costs)} ratios, one per layer and not all 0, got {shown}")
+    weights = dict(zip(costs, profile or [1.0] * len(costs), strict=True))
+    total = sum(weight * costs[layer] for layer, weight in weights.items())
+    ratios = {layer: weight * budget.amount / total for layer, weight in weights.items()}
     for layer, ratio in ratios.items():
         if ratio > 1:
             raise BudgetError(f"profile: scaled to the budget, it removes {ratio:.0%} of layer {layer}")
@@ -130,7 +130,7 @@ def remove_by_layer(
     Args:
         sites: the sites to prune, in the model's order.
         ranking: site name -> one value per unit [units]; low goes first within a layer.
-        budget: how many parameters to remove.
+        budget: how much to remove.
         profile: relative ratios of the layers, in order; scaled to meet the budget.
         min_units: units that every site keeps.
 
@@ -144,9 +144,9 @@ def remove_by_layer(
     due = 0.0
     for layer, ratio in layer_ratios(sites, budget, profile).items():
         members = [site for site in sites if site.layer == layer]
-        due += ratio * sum(site.params for site in members)
-        plan = remove_lowest(members, ranking, round(due) if ratio else 0, min_units)
-        due -= plan.removed_params(members)
+        due += ratio * budget.cost.of_all(members)
+        plan = remove_lowest(members, ranking, budget, min_units, round(due) if ratio else 0)
+        due -= budget.cost.removed(members, plan)
         keep |= plan.keep
     return PruningPlan({site.name: keep[site.name] for site in sites})
 
@@ -174,23 +174,28 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
         raise BudgetError(
             f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
         )
-    return _take(sites, queues, count, [len(queue.lots) for queue in queues])
+    return _take(sites, queues, count, [(len(queue.lots), 0) for queue in queues])
 
 
 def remove_lowest(
-    sites: Sequence[Site], ranking: Mapping[str, Tensor], budget: Budget | int, min_units: int = 1
+    sites: Sequence[Site],
+    ranking: Mapping[str, Tensor],
+    budget: Budget,
+    min_units: int = 1,
+    amount: int | None = None,
 ) -> PruningPlan:
     """Remove the lowest units of all sites together until the budget is met.
 
-    Units are removed in ascending order; each costs its actual number of parameters. A unit that no longer fits is
-    skipped in favour of cheaper ones after it, so that the result falls short of the budget by less than the smallest
-    unit. Ties are broken by the order of the sites, then of the units.
+    Units are removed in ascending order; each counts as what it costs in the budget's measure. A unit that no longer
+    fits is skipped in favour of cheaper ones after it, so that the result falls short of the budget by less than the
+    cheapest unit. Ties are broken by the order of the sites, then of the units.
 
     Args:
         sites: the sites to prune, in the model's order.
         ranking: site name -> one value per unit [units]; low goes first.
-        budget: how much to remove; an int is a number of parameters.
+        budget: how much to remove.
         min_units: units that every site keeps.
+        amount: how much to remove instead, as a part of the budget that these sites get.
 
     Returns:
         The units to keep at each site.
@@ -199,22 +204,30 @@ def remove_lowest(
         BudgetError: ``min_units`` does not allow the budget.
     """
     queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
-    _check_possible(queues, budget)
-    params = budget if isinstance(budget, int) else budget.params
-    return _take(sites, queues, params, [queue.params_per_step for queue in queues])
+    costs = [queue.costs(budget.cost) for queue in queues]
+    _check_possible(sites, queues, costs, budget, amount)
+    return _take(sites, queues, budget.amount if amount is None else amount, costs)
 
 
-def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, step_costs: Sequence[int]) -> PruningPlan:
-    """Remove blocks of units in ascending order while ``left`` covers their cost."""
+def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Sequence[tuple[int, int]]) -> PruningPlan:
+    """Remove blocks of units in ascending order while ``left`` covers their cost.
+
+    Args:
+        sites: the sites.
+        queues: their units.
+        left: how much may go.
+        costs: for each queue the cost of one unit of each lot, and what the first block of all costs less.
+    """
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
     taken = [0] * len(queues)
     for owner in owners[order].tolist():
         queue = queues[owner]
         size = queue.sizes[taken[owner]] if taken[owner] < len(queue.sizes) else 0
-        if size * step_costs[owner] <= left:
+        cost = size * costs[owner][0] - (0 if taken[owner] else costs[owner][1])
+        if cost <= left:
             taken[owner] += 1
-            left -= size * step_costs[owner]
+            left -= cost
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
         keep |= queue.keep_after(sum(queue.sizes[:count]))
@@ -243,7 +256,7 @@ class _Queue:
             lots += [(member, (order[run] + run * length).tolist()) for run in range(site.runs)]
             columns.append(values)
         values = torch.cat(columns).mean(dim=0)
-        floor = math.ceil(math.ceil(min_units / site.runs) / multiple) * multiple
+        floor = math.ceil(math.ceil(max(min_units, site.least) / site.runs) / multiple) * multiple
         removable = values[: max(length - floor, 0)]
         rest = len(removable) % multiple
         means = removable[rest:].view(-1, multiple).mean(dim=1)
@@ -251,15 +264,10 @@ class _Queue:
             means = torch.cat([removable[:rest].mean().view(1), means])
         return cls(lots, [rest] * bool(rest) + [multiple] * (len(removable) // multiple), means)
 
-    @property
-    def params_per_step(self) -> int:
-        """Parameters of one unit of each lot."""
-        return sum(site.params_per_unit for site, _ in self.lots)
-
-    @property
-    def params(self) -> int:
-        """Parameters that can be removed."""
-        return sum(self.sizes) * self.params_per_step
+    def costs(self, cost: Cost) -> tuple[int, int]:
+        """Return the cost of one unit of each lot, and what the sites' corrections add."""
+        sites = {site.name: site for site, _ in self.lots}
+        return sum(cost.of(site) for site, _ in self.lots), cost.added_at(sites.values())
 
     def keep_after(self, removed: int) -> dict[str, tuple[int, ...]]:
         """Return the units that each site keeps when ``removed`` units of each lot are removed."""
@@ -269,19 +277,25 @@ class _Queue:
         return {name: tuple(sorted(units)) for name, units in keep.items()}
 
 
-def _check_possible(queues: Sequence[_Queue], budget: Budget | int) -> None:
-    possible = sum(queue.params for queue in queues)
-    if isinstance(budget, int):
-        if budget > possible:
-            names = _named([site for queue in queues for site, _ in queue.lots])
+def _check_possible(
+    sites: Sequence[Site],
+    queues: Sequence[_Queue],
+    costs: Sequence[tuple[int, int]],
+    budget: Budget,
+    amount: int | None,
+) -> None:
+    possible = sum(
+        sum(queue.sizes) * step - added for queue, (step, added) in zip(queues, costs, strict=True) if queue.sizes
+    )
+    if amount is not None:
+        if amount > possible:
             raise BudgetError(
-                f"cannot remove {budget:,} parameters from {names}: {_FLOOR}, at most {possible:,} can be removed"
+                f"cannot remove {budget.cost.say(amount)} from {_named(sites)}: {_FLOOR}, at most "
+                f"{budget.cost.say(possible)} can be removed"
             )
-    elif budget.params > possible:
-        largest = math.floor(1e4 * possible / budget.base) / 1e4
+    elif budget.amount > possible:
         raise BudgetError(
-            f"budget.ratio: {budget.ratio} means {budget.params:,} parameters, but {_FLOOR}, at most {possible:,} can "
-            f"be removed; the largest ratio of {budget.of} is {largest}"
+            f"{budget}, but {_FLOOR}, at most {budget.cost.say(possible)} can be removed; {budget.limit(possible)}"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flapkit.model.budget import Cost
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError
@@ -26,14 +27,16 @@ def round_plan(
     scores: Mapping[str, Tensor],
     multiple_of: int = 1,
     tensor_parallel: int = 1,
+    cost: Cost | None = None,
 ) -> PruningPlan:
     """Round the widths of a plan to multiples of a number, and to sizes that several devices can share.
 
     The width of a site is the size of its consumer's input: an MLP's channels, or an attention's heads times their
-    size. A site is rounded down or up, or stays whole. As few as possible are rounded up: sites are rounded down, those
-    that lose the fewest units first, while no more parameters are removed than before. Rounding up restores the units
-    with the highest scores; rounding down removes those with the lowest. A site that the devices cannot share whole is
-    rounded down, and others up instead.
+    size. A mixture that loses whole experts has no width to round. A site is rounded down or up, or stays whole. As
+    few as possible are rounded up: sites are rounded down, those that lose the fewest units first, while no more is
+    removed than before. Rounding up restores the units with the highest scores; rounding down
+    removes those with the lowest. A site that the devices cannot share whole is rounded down, and others up
+    instead.
 
     Args:
         sites: the sites of the plan.
@@ -41,14 +44,15 @@ def round_plan(
         scores: site name -> scores [units, k]; at a site without scores, later units are removed first.
         multiple_of: the number.
         tensor_parallel: the number of devices that share every site.
+        cost: what the plan's budget counts; parameters by default.
 
     Returns:
-        The rounded plan. It removes at most as many parameters as the plan, and fewer by less than the largest step.
+        The rounded plan. It removes at most as much as the plan, and less by less than the largest step.
 
     Raises:
         BudgetError: the devices cannot share a site, or can only if more is removed.
     """
-    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel) for together in groups(sites)]
+    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in groups(sites)]
     counts = [rounding.up or rounding.down for rounding in roundings]
     left = sum(
         rounding.step_cost * (count - rounding.before) for rounding, count in zip(roundings, counts, strict=True)
@@ -62,19 +66,20 @@ def round_plan(
         ]
         if not steps:
             least = sum(r.step_cost * (r.together[0].units_per_run - r.sizes[-1]) for r in roundings)
+            amount = f"{least:,} parameters" if cost is None else cost.say(least)
             raise BudgetError(
-                f"budget.tensor_parallel: {tensor_parallel} devices can share every layer only if at least {least:,} "
-                "parameters are removed; raise budget.ratio, or choose a smaller number"
+                f"budget.tensor_parallel: {tensor_parallel} devices can share every layer only if at least {amount} "
+                "are removed; raise budget.ratio (or ask for less to be left), or choose a smaller number"
             )
-        cost, index, counts[index] = min(steps)
-        left += cost
+        restored, index, counts[index] = min(steps)
+        left += restored
     order = sorted(range(len(roundings)), key=lambda index: roundings[index].before - roundings[index].down)
     for index in order:
         rounding = roundings[index]
-        cost = rounding.step_cost * (counts[index] - rounding.down)
-        if 0 < rounding.down < counts[index] and cost <= left:
+        lost = rounding.step_cost * (counts[index] - rounding.down)
+        if 0 < rounding.down < counts[index] and lost <= left:
             counts[index] = rounding.down
-            left -= cost
+            left -= lost
     keep: dict[str, tuple[int, ...]] = {}
     for rounding, count in zip(roundings, counts, strict=True):
         for site in rounding.together:
@@ -94,6 +99,9 @@ def can_share(site: Site, units: int, devices: int) -> bool:
         devices: how many share it.
     """
     sizes = site.sizes(units)
+    if site.kind == "mixture":
+        # Devices divide the width of every expert, which stays.
+        return True
     if site.kind == "mlp":
         return sizes["I"] % devices == 0
     heads, kv_heads = sizes["H"], sizes["K"]
@@ -127,6 +135,7 @@ class _Rounding:
         sizes: all allowed numbers, ascending.
         down: the largest allowed number up to ``before``; 0 if there is none.
         up: the smallest allowed number from ``before`` on; 0 if there is none.
+        step_cost: cost of one additional unit in each run.
     """
 
     together: list[Site]
@@ -134,12 +143,17 @@ class _Rounding:
     sizes: Sequence[int]
     down: int
     up: int
+    step_cost: int
 
     @classmethod
-    def of(cls, together: list[Site], plan: PruningPlan, multiple_of: int, devices: int) -> _Rounding:
+    def of(
+        cls, together: list[Site], plan: PruningPlan, multiple_of: int, devices: int, cost: Cost | None
+    ) -> _Rounding:
         site = together[0]
         kept, whole = len(plan.keep[site.name]) // site.runs, site.units_per_run
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
+        if site.kind == "mixture":
+            step = 1
         aligned = [*range(step, whole, step), whole]
         sizes = [count for count in aligned if can_share(site, count * site.runs, devices)]
         if not sizes:
@@ -150,12 +164,8 @@ class _Rounding:
                 "share it; choose a smaller number"
             )
         down, up = max((size for size in sizes if size <= kept), default=0), next((s for s in sizes if s >= kept), 0)
-        return cls(together, kept, sizes, down, up)
-
-    @property
-    def step_cost(self) -> int:
-        """Parameters of one additional unit in each run."""
-        return sum(site.runs * site.params_per_unit for site in self.together)
+        step_cost = sum(site.runs * (cost.of(site) if cost else site.params_per_unit) for site in together)
+        return cls(together, kept, sizes, down, up, step_cost)
 
 
 def _choose(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ class LayerRepair:
         it. This holds in layers that add their consumers' outputs to the hidden state unchanged. In other layers (those
         that normalise or scale an output, experts) the target is the dense consumer's output alone.
         """
-        sites = [site for site in self._sites if site.expert is None]
+        sites = [site for site in self._sites if not site.stacked]
         outputs: dict[str, Tensor] = {}
         with follow_outputs(self._runner.model, sites, outputs):
             for number, batch in enumerate(self._batches):
@@ -164,11 +164,11 @@ class LayerRepair:
 
     def _measure(self, sites: Sequence[Site], corrector: Compensator | None) -> Statistics:
         """Measure a site, or the experts of a layer, in the pruned stream."""
-        fits_targets = sites[0].expert is None
+        fits_targets = not sites[0].stacked
         needed: tuple[type[Statistic], ...] = ()
         if corrector is not None:
             needed = corrector.measures_in_sequence() if fits_targets else corrector.measures()
-        if not needed:
+        if not needed or sites[0].kind == "mixture":
             return {site.name: SiteStatistics([]) for site in sites}
         earlier = self._sites[: self._sites.index(sites[0])] if self.adds else []
         outputs: dict[str, Tensor] = {}

@@ -122,6 +122,11 @@ def _inputs_up_to(tokens: int) -> type[_Inputs]:
     return type("_Inputs", (_Inputs,), {"limit": tokens})
 
 
+def traced(sites: Sequence[Site]) -> list[Site]:
+    """Return the sites whose consumers are linears, all but mixtures: only these have an output to compare."""
+    return [site for site in sites if site.kind != "mixture"]
+
+
 def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) -> int:
     """Return how many tokens a trace compares.
 
@@ -131,7 +136,7 @@ def trace_tokens(sites: Sequence[Site], windows: int, length: int, size: int) ->
         length: tokens of a window.
         size: bytes per element of the model's dtype.
     """
-    per_token = sum(site.channels + 2 * site.out_features for site in sites) * size
+    per_token = sum(site.channels + 2 * site.out_features for site in traced(sites)) * size
     return min(windows * length, max(LARGEST_TRACE // per_token, FEWEST_TRACED))
 
 
@@ -154,7 +159,7 @@ class Trace:
     """
 
     def __init__(self, sites: Sequence[Site], windows: Tensor, dtype: torch.dtype, batch_size: int = 8) -> None:
-        self._sites = {site.name: site for site in sites}
+        self._sites = {site.name: site for site in traced(sites)}
         # Several sites of a kind in a layer are experts: different tokens reach them in the pruned model.
         self._alike = Counter((site.layer, site.kind) for site in sites)
         self.batches: list[Batch] = [{"input_ids": part} for part in windows.split(batch_size)]
@@ -169,8 +174,8 @@ class Trace:
             self._seen[name] = inputs, _output(model, self._sites[name], inputs)
 
     def pruned_sites(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
-        """Return sites with the number of units that a plan keeps."""
-        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in sites]
+        """Return the traced ones of some sites, with the number of units that a plan keeps."""
+        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in traced(sites)]
 
     def compare(
         self, model: PreTrainedModel, measured: Statistics, plan: PruningPlan, predicted: Mapping[str, float | None]

@@ -6,30 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.execution.lightning.loggers import check_loggers
 from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
-from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
-from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.components import recovery_of
 from flapkit.pruning.rounding import unaligned_widths
 from flapkit.recipe.load import LoadedRecipe
+from flapkit.run.budget import check_floors, open_budget
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_needs
 from flapkit.run.executors import check_execution, open_runtime
+from flapkit.run.ledger import CostRow, ledger
 from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.presets import Better, Nearest, find_better, find_nearest
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
 from flapkit.run.text import recovery_source, render_prompts
-from flapkit.system.errors import BudgetError
 from flapkit.system.workdir import WorkDir, check_space
 
 
@@ -40,7 +37,8 @@ class Checked:
     Args:
         target: the model's configuration, adapter and sites.
         params: parameters of the dense model.
-        budget: how many parameters will be removed.
+        budget: how much will be removed.
+        costs: what the model costs before and, with a plan that fits the budget, after.
         needs: memory, disk and compute.
         dtypes: the dtypes of the computation and of the written checkpoint.
         processes: how many processes share a machine's memory.
@@ -56,6 +54,7 @@ class Checked:
     target: Target
     params: int
     budget: Budget
+    costs: Sequence[CostRow]
     needs: Estimate
     dtypes: DTypes
     preset: Nearest
@@ -100,18 +99,19 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     empty = empty_model(target, dtypes)
     params = empty.num_parameters()
-    budget = settings.budget.over(target.sites, params)
-    needs = estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes)
+    opened = open_budget(recipe, target, params, dtypes.saved)
+    needs = estimate_needs(recipe, target, empty, opened.budget, dtypes, runtime.processes)
     output = Path(settings.output).expanduser()
     check_space(output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
     # Last: it needs memory for every unit.
-    plan, preset = _check_floors(recipe, target, budget), find_nearest(recipe)
+    plan, preset = check_floors(recipe, target.sites, opened.budget), find_nearest(recipe)
     return Checked(
         target,
         params,
-        budget,
+        opened.budget,
+        ledger(opened.budget, opened.costs, target.sites, plan),
         needs,
         dtypes,
         preset,
@@ -122,16 +122,3 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         warnings,
         vllm_obstacle(target.config, target.sites),
     )
-
-
-def _check_floors(recipe: LoadedRecipe, target: Target, budget: Budget) -> PruningPlan:
-    """Search with made-up scores: whether the minimum sizes allow the budget depends only on sizes.
-
-    Returns:
-        A plan with probable widths; its units are arbitrary.
-    """
-    scores = {site.name: torch.arange(site.units, dtype=torch.float64).view(-1, 1) for site in target.sites}
-    try:
-        return find_plan(target.sites, scores, recipe.searcher, budget)
-    except BudgetError as error:
-        raise BudgetError(f"{recipe.path}: {error}") from error

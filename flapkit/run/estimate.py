@@ -25,10 +25,11 @@ from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.recovery import Training
-from flapkit.pruning.site_errors import trace_tokens
+from flapkit.pruning.site_errors import trace_tokens, traced
 from flapkit.pruning.statistics import size_of
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Perplexity, Recipe
+from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
@@ -230,7 +231,7 @@ def refuse_too_large(recipe: LoadedRecipe, target: Target) -> None:
     settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     empty = empty_model(target, dtypes)
-    budget = settings.budget.over(target.sites, empty.num_parameters())
+    budget = open_budget(recipe, target, empty.num_parameters(), dtypes.saved).budget
     check_fits(recipe, estimate_needs(recipe, target, empty, budget, dtypes, runtime.processes), runtime)
 
 
@@ -306,10 +307,10 @@ def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
 
 
 def _routed(site: Site, target: Target) -> float:
-    """Return the fraction of the tokens that reach a site: 1 except for experts."""
-    if site.expert is None:
+    """Return the fraction of the tokens that reach a site: 1 except for experts; of a mixture, that of its experts."""
+    if not site.stacked:
         return 1.0
-    experts = sum(other.layer == site.layer and other.expert is not None for other in target.sites)
+    experts = sum(other.layer == site.layer and other.expert is not None for other in target.sites) or site.units
     return float(getattr(target.config.get_text_config(), "num_experts_per_tok", experts) / experts)
 
 
@@ -340,7 +341,7 @@ def _trace_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:
     settings = recipe.recipe
     windows = min(settings.report.error_windows, int(held_out(settings.calibration.samples).sum()))
     tokens = trace_tokens(target.sites, windows, settings.calibration.length, size)
-    return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in target.sites)
+    return 2 * tokens * sum(size * site.channels + 4 * site.out_features for site in traced(target.sites))
 
 
 def _gates_memory(recipe: LoadedRecipe, target: Target, size: int) -> int:

@@ -22,7 +22,6 @@ from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
-from flapkit.model.budget import Budget
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
 from flapkit.model.precision import name_of
@@ -31,6 +30,7 @@ from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
+from flapkit.run.budget import RunBudget, open_budget, refuse_unmet
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import refuse_too_large
@@ -90,7 +90,7 @@ class Subject:
         tasks: zero-shot tasks; None for none.
         executor: holds and runs the model.
         dense_params: its number of parameters before pruning.
-        budget: how much to remove.
+        budget: how much to remove, and what the model costs.
         dtypes: the dtypes of the computation and of the written checkpoint.
     """
 
@@ -101,7 +101,7 @@ class Subject:
     tasks: Harness | None
     executor: Executor
     dense_params: int
-    budget: Budget
+    budget: RunBudget
     dtypes: DTypes
 
 
@@ -149,6 +149,7 @@ def run(
     """
     output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
     target = find_target(recipe)
+    refuse_unmet(recipe, target)
     if not force:
         refuse_too_large(recipe, target)
     check = partial(check_output, output, overwrite=overwrite)
@@ -209,7 +210,7 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
     context.journal.perplexity("dense", dense.perplexity)
     trace = make_trace(sites, subject.text, settings.report, executor.model.dtype)
     trace_dense(executor, trace, context.progress)
-    pruned = prune_(executor, recipe.method, subject.budget, sequential=settings.calibration.sequential)
+    pruned = prune_(executor, recipe.method, subject.budget.budget, sequential=settings.calibration.sequential)
     warn_of_unaligned_widths(sites, pruned.plan)
     context.journal.structure(sites, pruned.plan)
     errors = compare_pruned(executor, trace, pruned, context.progress)
@@ -257,8 +258,8 @@ def _read(
         folder = context.work.folder
         executor = open_executor(recipe, target, calibration, runtime, folder, cache=context.cache, resume=resume)
         params = executor.model.num_parameters()
-        budget = settings.budget.over(target.sites, params)
-    left = (params - budget.params) * dtypes.saved.itemsize
+        budget = open_budget(recipe, target, params, dtypes.saved)
+    left = (params - budget.budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
     recovered = Path(settings.output).expanduser().resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))

@@ -13,6 +13,7 @@ from flapkit.pruning.components import TrainedSearcher, TrialSearcher
 from flapkit.recipe.files import read_settings, shipped_recipes
 from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.recipe.schema import ComponentSpec
+from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import DTypes
 from flapkit.run.estimate import Estimate, empty_model, estimate_needs
 from flapkit.run.executors import check_execution
@@ -108,7 +109,7 @@ def _better(recipe: LoadedRecipe, name: str, target: Target, dtypes: DTypes, pro
         return Better(name, settings, obstacle=str(error).removeprefix(f"{recipe.path}: "))
     # A new one each time: a training is attached to it.
     empty = empty_model(target, dtypes)
-    budget = recipe.recipe.budget.over(target.sites, empty.num_parameters())
+    budget = open_budget(recipe, target, empty.num_parameters(), dtypes.saved).budget
     return Better(
         name, settings, estimate_needs(changed, target, empty, budget, dtypes, processes), describe_search(changed)
     )

@@ -92,6 +92,7 @@ class RecoveryRecord:
     Args:
         output: the output folder.
         params: the pruned checkpoint's counts of parameters.
+        costs: what it costs in every measure, and the dense model, as in ``result.json``.
         perplexity: name of the text -> ``dense`` if known, ``pruned`` and ``recovered`` -> perplexity, and how it was
             measured, as in ``result.json``.
         zero_shot: task -> its settings, and the scores of the models that were measured.
@@ -104,6 +105,7 @@ class RecoveryRecord:
 
     output: Path
     params: Mapping[str, int]
+    costs: Sequence[Mapping[str, Any]]
     perplexity: Mapping[str, Mapping[str, Any]]
     zero_shot: Mapping[str, Any]
     recovery: Mapping[str, Any]
@@ -114,7 +116,7 @@ class RecoveryRecord:
 
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
-        names = ("params", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
+        names = ("params", "costs", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
         result = {name: getattr(self, name) for name in names}
         # Those of the pruning are in the pruned model's record, and, where one command does both, in this one's too.
         return {**result, "warnings": list(dict.fromkeys(map(without_folders, self.warnings)))}
@@ -270,6 +272,7 @@ def recover_checkpoint(
     record = RecoveryRecord(
         prepared.output,
         known.get("params", {}),
+        known.get("costs", []),
         {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
         add_scores(known.get("zero_shot", {}), "recovered", answers),
         {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},

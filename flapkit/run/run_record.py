@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
-from flapkit.model.budget import Budget
 from flapkit.model.derive import Auto
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import Pruned
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
+from flapkit.run.budget import RunBudget
 from flapkit.run.dtypes import DTypes
+from flapkit.run.ledger import ledger
 from flapkit.run.next_steps import next_steps
 from flapkit.run.report.document import PAGE, RECORD, RunDocument
 from flapkit.run.report.figures import draw_figures, draw_structure
@@ -43,7 +44,7 @@ class RunRecord:
         target: the model's sites.
         tokenizer: the model's tokenizer.
         text: the run's text, as tokens.
-        budget: how much was to be removed.
+        budget: how much was to be removed, and what the model costs.
         pruned: the scores, and the applied plan.
         params: parameters of the dense model, of the pruned one (including added biases), of the blocks, and those
             removed from the blocks.
@@ -64,7 +65,7 @@ class RunRecord:
     target: Target
     tokenizer: PreTrainedTokenizerBase
     text: RunText
-    budget: Budget
+    budget: RunBudget
     pruned: Pruned
     params: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Any]]
@@ -88,10 +89,16 @@ class RunRecord:
         """The applied plan."""
         return self.pruned.plan
 
+    @property
+    def costs(self) -> Sequence[Mapping[str, Any]]:
+        """What the model costs in every measure before and after, as in ``result.json``."""
+        return [asdict(row) for row in ledger(self.budget.budget, self.budget.costs, self.target.sites, self.plan)]
+
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
         return {
             "params": dict(self.params),
+            "costs": list(self.costs),
             "perplexity": self.perplexity,
             "zero_shot": self.zero_shot,
             **({"search": dict(self.pruned.search)} if self.pruned.search else {}),
@@ -231,7 +238,7 @@ def run_files(record: RunRecord) -> dict[str, str | bytes]:
         record.target.sites,
         record.pruned.scores,
         record.plan,
-        record.budget,
+        record.budget.budget,
         errors=record.errors,
         error_tokens=record.error_tokens,
         samples=record.samples,

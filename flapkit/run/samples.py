@@ -13,7 +13,7 @@ from flapkit.execution.lightning.data import held_out
 from flapkit.execution.runtime import Runtime
 from flapkit.model.site import Site
 from flapkit.pruning.algorithm import Pruned
-from flapkit.pruning.site_errors import SiteError, Trace
+from flapkit.pruning.site_errors import SiteError, Trace, traced
 from flapkit.recipe.schema import Message, ReportSection, Samples
 from flapkit.run.report.report_record import SampleRecord
 from flapkit.run.text import RunText
@@ -39,7 +39,7 @@ def trace_dense(executor: Executor, trace: Trace | None, progress: Progress) -> 
     if trace is None:
         return
     with progress.stage("trace dense"):
-        for measured in executor.observe(executor.sites, trace.statistic, trace.batches):
+        for measured in executor.observe(traced(executor.sites), trace.statistic, trace.batches):
             trace.see(executor.model, measured)
 
 

@@ -12,6 +12,7 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import prunable
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
+from flapkit.pruning.algorithm import check_scored
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
 
@@ -57,6 +58,8 @@ def find_target(recipe: LoadedRecipe) -> Target:
             f"models pruned by adapter {adapter.name!r} cannot be saved: its sites have no declaration "
             "(flapkit.interfaces.Family), which the class that loads them needs"
         )
+    if recipe.searcher.uses_scores:
+        check_scored(recipe.method.metric, sites)
     if recipe.exporters:
         check_exports(recipe.exporters, prospect(recipe, config, sites))
     return Target(config, adapter, sites)
@@ -76,5 +79,5 @@ def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, 
     """Describe the pruned model, as far as the recipe determines it."""
     budget, biases = recipe.recipe.budget, biased_kinds(config, sites)
     if any(compensator.adds_bias for compensator in recipe.compensators):
-        biases |= {site.kind for site in prunable(sites, budget.of)}
+        biases |= {site.kind for site in prunable(sites, budget.base)} - {"mixture"}
     return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases, budget.multiple_of)

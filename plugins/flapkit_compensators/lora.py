@@ -129,8 +129,13 @@ def linears_of_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
 
 def stacks_of_sites(sites: Sequence[Site]) -> list[str]:
     """List the pruned parameters that stack the weights of several experts."""
-    experts = [site for site in sites if site.expert is not None]
-    params = [name for site in experts for name in (site.weight, *(coupling.param for coupling in site.couplings))]
+    params = [
+        name
+        for site in sites
+        if site.stacked
+        for name in (site.weight, *(coupling.param for coupling in site.couplings))
+        if name.rpartition(".")[0] == site.weight.rpartition(".")[0]
+    ]
     return [name for name in dict.fromkeys(params) if not name.endswith("bias")]
 
 

@@ -161,8 +161,8 @@ def _keys(sites: tuple[Site, ...], sizes: Mapping[str, Sizes]) -> dict[str, int]
     for site in sites:
         block: Any = site.block
         wanted = sizes[site.name]
-        if site.kind == "mlp":
-            keys[block.width] = wanted["I"]
+        if site.kind != "attention":
+            (keys[block.width],) = wanted.values()
             continue
         keys |= {block.heads: wanted["H"], "head_dim": site.channels // site.heads}
         if isinstance(block.kv_heads, str):
@@ -174,10 +174,12 @@ def _shapes(prospect: Prospect, sizes: Mapping[str, Sizes]) -> tuple[Shapes, Sha
     """Return the shapes of a pruned model's parameters, and separately those of the consumers' biases."""
     shapes = {name: list(old.shape) for name, old in skeleton(prospect.config).named_parameters()}
     for (param, dim), (_, length) in lengths(prospect, sizes).items():
-        shapes[param][dim] = length
+        if param in shapes:
+            # Not a buffer.
+            shapes[param][dim] = length
     biases: Shapes = {}
     for site in prospect.sites:
-        if site.bias in shapes or (site.kind in prospect.biases and site.expert is None):
+        if site.kind != "mixture" and (site.bias in shapes or (site.kind in prospect.biases and site.expert is None)):
             shapes.pop(site.bias, None)
             biases[site.bias] = (site.out_features,)
     return {name: tuple(shape) for name, shape in shapes.items()}, biases

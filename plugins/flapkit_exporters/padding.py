@@ -9,19 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flapkit.interfaces import ModelError, Prospect, Site, count_rows, rows_of, skeleton
+from flapkit.interfaces import ModelError, Prospect, Site, count_rows, rows_of, skeleton, tensor_of
 
 Sizes = Mapping[str, int]
-"""``H`` query heads and ``K`` key/value heads of an attention, or ``I`` channels of an MLP."""
+"""``H`` query heads and ``K`` key/value heads of an attention, ``I`` channels of an MLP, ``E`` experts of a mixture."""
+
+LETTERS = {"attention": "q", "mlp": "i", "mixture": "e"}
+"""Kind of a site -> the layout of its consumer's columns."""
 
 
 def sizes_of(site: Site) -> Sizes:
     """Return a site's sizes."""
-    return {"H": site.heads, "K": site.kv_heads} if site.kind == "attention" else {"I": site.units}
+    return {"H": site.heads, "K": site.kv_heads} if site.kind == "attention" else site.sizes(site.units)
 
 
 def rounded_up(site: Site, multiple_of: int) -> Sizes:
     """Return the next larger sizes with a multiple of some number of channels; attention grows by key/value heads."""
+    if site.kind == "mixture":
+        return sizes_of(site)
     if site.kind == "mlp":
         return {"I": math.ceil(site.units / multiple_of) * multiple_of}
     group = site.heads // site.kv_heads
@@ -32,6 +37,8 @@ def rounded_up(site: Site, multiple_of: int) -> Sizes:
 
 def one_less(site: Site) -> Sizes:
     """Return the sizes with one unit less, as an example of a pruned site."""
+    if site.kind == "mixture":
+        return {"E": max(site.least, site.units - site.runs)}
     if site.kind == "mlp":
         return {"I": max(1, site.units - 1)}
     if site.kv_heads == 1:
@@ -43,7 +50,7 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
     """Return sizes to which all layers can be padded: site name -> sizes.
 
     Raises:
-        ModelError: the layers keep different numbers of query heads for a key/value head.
+        ModelError: the layers keep different numbers of query heads for a key/value head, or of experts.
     """
     roles: dict[str, dict[str, int]] = {}
     for site in sites:
@@ -52,6 +59,11 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
             largest[name] = max(size, largest.get(name, 0))
     for site in sites:
         wanted = roles[_role(site)]
+        if wanted.get("E", 0) > site.units and site.kind == "mixture":
+            raise ModelError(
+                f"{site.name}: {site.units} experts cannot be padded to {wanted['E']}, as the router would choose the "
+                "padding; choose a searcher that prunes all layers equally (ul_*)"
+            )
         if wanted.get("K", 1) > 1 and site.heads * wanted["K"] != wanted["H"] * site.kv_heads:
             raise ModelError(
                 f"{site.name}: {site.heads} query heads with {site.kv_heads} key/value heads cannot be padded to "
@@ -118,7 +130,7 @@ def _parts(prospect: Prospect, site: Site) -> Iterator[tuple[str, int, str, int]
     """Yield a site's parameters: name, dimension of its units, layout, length of that dimension."""
     block: Any = site.block
     module = skeleton(prospect.config).get_submodule(site.path)
-    yield site.weight, site.dim, "q" if site.kind == "attention" else "i", site.channels
+    yield site.weight, site.dim, LETTERS[site.kind], site.channels
     for name, layout in block.parameters.items():
         for param, dim in rows_of(module, block.data, name):
-            yield f"{site.path}.{param}", dim, layout, module.get_parameter(param).shape[dim]
+            yield f"{site.path}.{param}", dim, layout, tensor_of(module, param).shape[dim]

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from flapkit import hookimpl
 from flapkit.interfaces import ImportanceMetric
+from flapkit_metrics.frequency import Frequency
 from flapkit_metrics.ifv import IFV
 from flapkit_metrics.kfac import KFAC
 from flapkit_metrics.magnitude import Magnitude
 from flapkit_metrics.obs import OBS
 from flapkit_metrics.random import Random
+from flapkit_metrics.reap import REAP
 from flapkit_metrics.taylor import Taylor
 from flapkit_metrics.trace import Trace
 from flapkit_metrics.wanda_sp import WandaSP
@@ -21,4 +23,4 @@ from flapkit_metrics.wifv import WIFV
 @hookimpl
 def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:
     """Offer the default metrics."""
-    return [IFV, KFAC, OBS, WIFN, WIFV, Magnitude, Random, Taylor, Trace, WandaSP]
+    return [IFV, KFAC, OBS, REAP, WIFN, WIFV, Frequency, Magnitude, Random, Taylor, Trace, WandaSP]

@@ -11,12 +11,15 @@ from flapkit.interfaces import ImportanceMetric, Site, SiteStatistics, column_su
 
 @dataclass(frozen=True)
 class Magnitude(ImportanceMetric):
-    """Euclidean norms of a unit's columns, summed: sum_j ||W_:j||. Needs no calibration.
+    """Euclidean norms of a unit's columns, summed: sum_j ||W_:j||; for a whole expert, that of its last weight.
+
+    Needs no calibration.
 
     The magnitude baseline (Mag-SP) of FLAP's released code, with the searcher ``ul_um`` and the compensator ``none``.
     """
 
     name = "magnitude"
+    scores_experts = True
 
     def score(self, site: Site, stats: SiteStatistics, weight: Tensor) -> Tensor:
         """Score every unit; [units, 1]."""

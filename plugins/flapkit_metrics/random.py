@@ -21,6 +21,7 @@ class Random(ImportanceMetric):
     """
 
     name = "random"
+    scores_experts = True
 
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the scores.")] = 0
 

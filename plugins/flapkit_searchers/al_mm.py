@@ -51,13 +51,13 @@ class ALMM(StructureSearcher):
         attention, mlp = split_modules(sites, budget)
         raised = raise_attention(sites, scores, self.attention_power)
         ranking = {name: standardise(values).mean(dim=1) for name, values in raised.items()}
-        heads = whole_units(attention, budget.params / sum(site.params for site in sites))
+        heads = whole_units(attention, budget.amount / budget.cost.of_all(sites), budget)
         if self.heads is not None:
             heads = round(self.heads * len(attention))
         keep = remove_units(attention, ranking, heads, self.min_units)
-        left = budget.params - keep.removed_params(attention)
+        left = budget.amount - budget.cost.removed(attention, keep)
         if left < 0:
-            raise BudgetError(f"al_mm: {heads} heads exceed the budget of {budget.params:,} parameters; set fewer")
-        neurons = remove_lowest(mlp, ranking, left, self.min_units)
+            raise BudgetError(f"al_mm: {heads} heads exceed the budget of {budget.cost.say(budget.amount)}; set fewer")
+        neurons = remove_lowest(mlp, ranking, budget, self.min_units, left) if mlp else PruningPlan()
         kept = {**keep.keep, **neurons.keep}
         return PruningPlan({site.name: kept[site.name] for site in sites})

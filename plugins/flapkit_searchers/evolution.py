@@ -131,7 +131,7 @@ class _Group:
         sites: the sites.
         step: units of each run of a site that go in one step.
         steps: steps that can go.
-        cost: parameters of one step.
+        cost: what one step costs.
     """
 
     sites: Sequence[Site]
@@ -140,13 +140,13 @@ class _Group:
     cost: int
 
     @classmethod
-    def of(cls, sites: Sequence[Site], fraction: float, min_units: int) -> _Group:
+    def of(cls, sites: Sequence[Site], fraction: float, min_units: int, budget: Budget) -> _Group:
         """Divide the units of some sites into steps."""
         site = sites[0]
         length = site.units_per_run
         step = max(1, round(fraction * length / site.step)) * site.step
-        floor = math.ceil(min_units / site.runs)
-        cost = step * sum(member.params_per_unit * member.runs for member in sites)
+        floor = math.ceil(max(min_units, site.least) / site.runs)
+        cost = step * sum(budget.cost.of(member) * member.runs for member in sites)
         return cls(sites, step, max(0, length - floor) // step, cost)
 
     @property
@@ -178,7 +178,7 @@ class _Space:
         cls, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, fraction: float, min_units: int
     ) -> _Space:
         """Divide all sites into steps."""
-        divided = [_Group.of(together, fraction, min_units) for together in groups(sites)]
+        divided = [_Group.of(together, fraction, min_units, budget) for together in groups(sites)]
         order = {site.name: _order(site, scores[site.name]) for site in sites}
         return cls(sites, divided, order, budget, min_units)
 
@@ -231,7 +231,7 @@ class _Space:
         for _ in range(60):
             middle = (low + high) / 2
             taken = sum(cost * min(1.0, middle * weight) for cost, weight in zip(costs, weights, strict=True))
-            low, high = (middle, high) if taken < self.budget.params else (low, middle)
+            low, high = (middle, high) if taken < self.budget.amount else (low, middle)
         return self._rounded([min(1.0, low * weight) for weight in weights], draw)
 
     def _rounded(self, ratios: Sequence[float], draw: random.Random) -> Removed:
@@ -243,7 +243,7 @@ class _Space:
 
     def _met(self, steps: list[int], draw: random.Random) -> Removed:
         """Take or give back steps, of MLPs where there are some, until less than a step of the budget is left."""
-        left = self.budget.params - sum(group.cost * count for group, count in zip(self.groups, steps, strict=True))
+        left = self.budget.amount - sum(group.cost * count for group, count in zip(self.groups, steps, strict=True))
         while left < 0:
             index = _drawn([i for i, count in enumerate(steps) if count], self.groups, draw)
             steps[index] -= 1

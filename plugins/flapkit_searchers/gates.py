@@ -37,7 +37,7 @@ RIDGE = 1e-2
 class GateTraining(TrainedSearcher):
     """Train one gate per unit, with the weights frozen, to make the pruned model predict like the dense one.
 
-    In every step the lowest gates are closed until the budget is met exactly, each at its number of parameters; the
+    In every step the lowest gates are closed until the budget is met exactly, each at what it costs; the
     gradient passes this step straight through, less the part along the budget. After GRASPrune (arXiv 2604.19398);
     the divergence from the dense model is that of DDP (arXiv 2603.08065).
 
@@ -132,7 +132,7 @@ class BudgetGates(Gates):
         self._sites = {site.name: site for site in sites}
         self._budget = budget
         self.values = nn.Parameter(torch.cat([first[site.name] for site in sites]).float())
-        costs = [torch.full((site.units,), float(site.params_per_unit)) for site in sites]
+        costs = [torch.full((site.units,), float(budget.cost.of(site))) for site in sites]
         self.register_buffer("costs", torch.cat(costs), persistent=False)
         self._stand_ins = {name: StandIn(self._sites[name], *of_site) for name, of_site in channels.items()}
         self._fits = nn.ModuleDict()

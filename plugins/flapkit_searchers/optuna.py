@@ -136,7 +136,7 @@ def _finished(study: Study) -> int:
 def _digest(searcher: Optuna, scores: Mapping[str, Tensor], budget: Budget, start: float) -> str:
     """Hash everything that the trials depend on, to name the study."""
     options = (searcher.spread, searcher.min_units, searcher.attention_power)
-    digest = hashlib.sha256(f"{budget} {options} {start:.5g}".encode())
+    digest = hashlib.sha256(f"{budget!r} {options} {start:.5g}".encode())
     for name, values in scores.items():
         digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Rank by score per parameter, without standardising the scores."""
+"""Rank by score per cost, without standardising the scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flapkit_searchers.options import MinUnits
 
 @dataclass(frozen=True)
 class PerParameter(StructureSearcher):
-    """Rank the units of all layers by their score per removed parameter.
+    """Rank the units of all layers by their score per removed parameter, or what else the budget counts.
 
     For scores that are comparable between layers, such as those of ``kfac`` in nats of the loss. Others, such as those
     of ``wifv``, are not: use ``al_am``, which standardises them.
@@ -24,6 +24,6 @@ class PerParameter(StructureSearcher):
     min_units: MinUnits = 1
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
-        """Remove the units with the lowest score per parameter until the budget is met."""
-        ranking = {site.name: scores[site.name].sum(dim=1) / site.params_per_unit for site in sites}
+        """Remove the units with the lowest score per cost until the budget is met."""
+        ranking = {site.name: scores[site.name].sum(dim=1) / budget.cost.of(site) for site in sites}
         return remove_lowest(sites, ranking, budget, self.min_units)

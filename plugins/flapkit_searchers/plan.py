@@ -31,7 +31,7 @@ class Plan(StructureSearcher):
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow the rounding error of a ratio with four digits, or one unit."""
-        return max(round(ROUNDING * budget.base), *unit_costs(sites))
+        return max(round(ROUNDING * budget.base), *unit_costs(sites, budget.cost))
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Read the plan, and check it against the model and the budget."""
@@ -41,11 +41,15 @@ class Plan(StructureSearcher):
             plan.check(sites)
         except InputError as error:
             alone = f" (budget.of: {budget.of} prunes these sites only)" if budget.of in ("attention", "mlp") else ""
+            alone = f" (budget.{budget.asked} prunes {len(sites)} sites only)" if budget.asked else alone
             raise InputError(f"{self.path}: {error}{alone}") from error
-        removed = plan.removed_params(sites)
-        if abs(removed - budget.params) > self.tolerance(sites, budget):
+        cost, removed = budget.cost, budget.cost.removed(sites, plan)
+        if abs(removed - budget.amount) > self.tolerance(sites, budget):
+            key, left = budget.asked.partition(":")[0], cost.say(cost.total - removed)
             raise BudgetError(
-                f"{self.path}: the plan removes {removed:,} parameters, but budget.ratio {budget.ratio} means "
-                f"{budget.params:,}; to use this plan, set budget.ratio to {removed / budget.base:.4f}"
+                f"{self.path}: the plan leaves {left}, but {budget}; to use this plan, set budget.{key} to that"
+                if budget.asked
+                else f"{self.path}: the plan removes {removed:,} parameters, but budget.ratio {budget.ratio} means "
+                f"{budget.amount:,}; to use this plan, set budget.ratio to {removed / budget.base:.4f}"
             )
         return plan

@@ -53,27 +53,34 @@ class ULMM(StructureSearcher):
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow one unit at each site, since every layer is rounded separately."""
-        return sum(unit_costs(sites))
+        return sum(unit_costs(sites, budget.cost))
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove each layer's share of the budget."""
         attention, mlp = split_modules(sites, budget)
         raised = raise_attention(sites, scores, self.attention_power)
         sums = {name: values.sum(dim=1) for name, values in raised.items()}
-        ratio = budget.params / sum(site.params for site in sites)
+        ratio = budget.amount / budget.cost.of_all(sites)
         keep: dict[str, tuple[int, ...]] = {}
         for layer in dict.fromkeys(site.layer for site in sites):
             heads, neurons = ([site for site in module if site.layer == layer] for module in (attention, mlp))
-            keep |= self._search_layer(heads, neurons, sums, ratio)
+            keep |= self._search_layer(heads, neurons, sums, ratio, budget)
         return PruningPlan({site.name: keep[site.name] for site in sites})
 
     def _search_layer(
-        self, attention: Sequence[Site], mlp: Sequence[Site], sums: Mapping[str, Tensor], ratio: float
+        self,
+        attention: Sequence[Site],
+        mlp: Sequence[Site],
+        sums: Mapping[str, Tensor],
+        ratio: float,
+        budget: Budget,
     ) -> dict[str, tuple[int, ...]]:
         """Remove the heads of one layer, then neurons until its ratio is met."""
-        heads = whole_units(attention, ratio) if self.heads is None else self.heads
+        cost = budget.cost
+        heads = whole_units(attention, ratio, budget) if self.heads is None else self.heads
         kept = remove_units(attention, sums, heads, self.min_units)
-        left = round(ratio * sum(site.params for site in (*attention, *mlp))) - kept.removed_params(attention)
+        left = round(ratio * cost.of_all([*attention, *mlp])) - cost.removed(attention, kept)
         if left < 0:
             raise BudgetError(f"ul_mm: {heads} heads exceed the budget of layer {attention[0].layer}; set fewer")
-        return {**kept.keep, **remove_lowest(mlp, sums, left, self.min_units).keep}
+        neurons = remove_lowest(mlp, sums, budget, self.min_units, left) if mlp else PruningPlan()
+        return {**kept.keep, **neurons.keep}

@@ -51,7 +51,7 @@ class ULUM(StructureSearcher):
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow one unit at each site, since every site is rounded separately."""
-        return sum(unit_costs(sites))
+        return sum(unit_costs(sites, budget.cost))
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove each site's share of the budget."""
@@ -59,8 +59,8 @@ class ULUM(StructureSearcher):
         raised = raise_attention(sites, scores, self.attention_power)
         keep: dict[str, tuple[int, ...]] = {}
         for together in groups(sites):
-            units = whole_units(together, ratios[together[0].layer])
+            units = whole_units(together, ratios[together[0].layer], budget)
             ranking = {site.name: raised[site.name].sum(dim=1) for site in together}
-            params = units * together[0].params_per_unit
-            keep |= remove_lowest(together, ranking, params, self.min_units).keep
+            amount = units * budget.cost.of(together[0])
+            keep |= remove_lowest(together, ranking, budget, self.min_units, amount).keep
         return PruningPlan({site.name: keep[site.name] for site in sites})

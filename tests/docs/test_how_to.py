@@ -55,3 +55,9 @@ def test_the_comparison_is_a_sweep(tmp_path):
 
 def test_the_recipe_of_conversations(tmp_path):
     assert load_recipe(block("conversations.md", "yaml", tmp_path)).recipe.calibration.dataset == "./chat.jsonl"
+
+
+def test_the_recipe_of_whole_experts(tmp_path):
+    loaded = load_recipe(block("remove-experts.md", "yaml", tmp_path))
+    assert loaded.recipe.budget.of == "mixture"
+    assert loaded.method.metric.scores_experts

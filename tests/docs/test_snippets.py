@@ -43,6 +43,10 @@ BEFORE = {
         lines = [columns, "dense,,,14.8,", ",wifv,0.2,21.1,", ",wifv,0.5,60.2,", ",random,0.2,40.1,", ",random,0.5,,no"]
         open("runs/sweeps/compare/table.csv", "w").write("\\n".join(lines))
     """,
+    "docs/how-to/remove-experts.md: flapkit.prune_": """
+        from flapkit.model.tiny import tiny_config, tiny_model
+        model, tokens = tiny_model(tiny_config("qwen3_moe")), torch.arange(96).view(8, 12)
+    """,
     "docs/layerwise.md: from flapkit": """
         path, batches = "builtin:tiny-llama", [{"input_ids": torch.arange(64).view(2, 32)}]
     """,

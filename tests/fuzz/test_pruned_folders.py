@@ -83,6 +83,7 @@ def examine(checkpoint: Path, name: str, content: str | bytes, recipe: LoadedRec
     record = RecoveryRecord(
         checkpoint.parent / "again",
         known.get("params", {}),
+        known.get("costs", []),
         {text: {**figures, "recovered": 4.5} for text, figures in known.get("perplexity", {}).items()},
         add_scores(known.get("zero_shot", {}), "recovered", {}),
         {"best_step": 1},

@@ -35,7 +35,7 @@ WHOLE: dict[str, Any] = {
     "metric": {"name": "random", "seed": 1},
     "searcher": {"name": "al_am", "min_units": 1, "attention_power": 2.0},
     "compensator": ["bias", {"name": "lora", "rank": 4, "steps": 3, "lr": 1e-4}],
-    "budget": {"ratio": 0.2, "of": "blocks", "multiple_of": 1, "tensor_parallel": 1},
+    "budget": {"ratio": 0.2, "of": "blocks", "memory": None, "multiple_of": 1, "tensor_parallel": 1},
     "evaluate": {
         "perplexity": [{"dataset": "stdlib", "length": 32, "stride": 16, "windows": 4, "batch_size": "auto"}],
         "zero_shot": {"tasks": ["boolq"], "data_dir": "tasks", "limit": 3},

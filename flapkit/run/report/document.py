@@ -11,6 +11,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from flapkit.model.budget import Measure
 from flapkit.recipe.files import read_settings
 from flapkit.run.report.report_record import ReportRecord, Total
 from flapkit.system.errors import InputError
@@ -26,6 +27,14 @@ class _Params(TypedDict):
     pruned: Total
     blocks: Annotated[Total, Field(gt=0)]
     removed: Total
+
+
+class _Cost(TypedDict):
+    measure: Measure
+    detail: str
+    dense: Annotated[Figure, Field(gt=0)]
+    pruned: Figure
+    asked: Figure | None
 
 
 class _Perplexity(TypedDict, total=False):
@@ -60,6 +69,7 @@ class _Result(TypedDict):
     """The part of ``result.json`` that a report uses."""
 
     params: _Params
+    costs: NotRequired[list[_Cost]]
     perplexity: NotRequired[Mapping[str, _Perplexity]]
     zero_shot: NotRequired[Mapping[str, _Task] | None]
     seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]

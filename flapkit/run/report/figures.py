@@ -88,8 +88,7 @@ def _figures_of_all(runs: Sequence[RunDocument]) -> dict[str, Figure]:
 
 def _structure(run: RunDocument) -> Figure:
     figure = _panels(view.structure(run.record), _draw_structure, "% kept", view.units(run.record))
-    ratio = view.percent(run.record.budget.ratio)
-    figure.suptitle(f"{view.short(run.record.model)}: {ratio} of {run.record.budget.of} by {view.method(run.made)}")
+    figure.suptitle(f"{view.short(run.record.model)}: {view.budget_of(run)} by {view.method(run.made)}")
     return figure
 
 

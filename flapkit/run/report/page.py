@@ -48,6 +48,7 @@ def render_run(run: RunDocument) -> str:
         perplexities=view.perplexities(run.result),
         ledger=view.ledger(run),
         whole=view.whole(run),
+        costs=view.costs(run),
         samples=view.samples(run.record),
         method=view.method(run.made),
         hashes=view.hashes(run.made, run.result),
@@ -113,8 +114,9 @@ def _best(rows: Sequence[Mapping[str, Any]], text: str) -> str:
 def verdict(run: RunDocument) -> str:
     """Write the result of the run in one or two sentences."""
     budget = run.record.budget
+    asked = budget.asked or view.percent(budget.ratio)
     base = {"blocks": "the block parameters", "model": "all parameters"}.get(budget.of, f"the {budget.of} parameters")
-    sentence = f"{view.percent(_removed(run))} of {base} removed (budget {view.percent(budget.ratio)})."
+    sentence = f"{view.percent(_removed(run))} of {base} removed (budget {asked})."
     for row in view.perplexities(run.result)[:1]:
         rose = "rose" if row["change"] > 0 else "fell"
         sentence += (
@@ -170,7 +172,8 @@ def _time(run: RunDocument) -> float:
 
 def _removed(run: RunDocument) -> float:
     """Return the removed fraction of the parameters that the budget counts."""
-    return float(run.result["params"]["removed"] / run.record.budget.base)
+    params, budget = run.result["params"], run.record.budget
+    return float(params["removed"] / (params["blocks"] if budget.asked else budget.base))
 
 
 def _summary(run: RunDocument) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class SiteRecord:
     Args:
         name: the site's name.
         layer: index of its layer.
-        kind: ``attention`` or ``mlp``.
+        kind: ``attention``, ``mlp`` or ``mixture``.
         units: units of the dense model.
         kept: kept units.
         params_per_unit: parameters of a unit.
@@ -119,12 +119,21 @@ class SampleRecord:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRecord:
-    """The budget: the ratio, what it is a fraction of, and both as parameters."""
+    """The budget: the ratio, what it is a fraction of, and both as numbers of what is counted.
+
+    Args:
+        ratio: the fraction to remove.
+        of: what of.
+        base: all of it.
+        params: how much of it is to be removed.
+        asked: what was asked to be left, such as ``kv_cache: 0.5``; empty where the ratio was asked for.
+    """
 
     ratio: Annotated[float, Field(ge=0, lt=1)]
     of: str
     base: Annotated[Total, Field(gt=0)]
     params: Total
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +223,7 @@ def make_record(
     }
     return ReportRecord(
         model=model,
-        budget=BudgetRecord(budget.ratio, budget.of, budget.base, budget.params),
+        budget=BudgetRecord(budget.ratio, budget.of, budget.base, budget.amount, budget.asked),
         sites=tuple(
             SiteRecord(
                 site.name,

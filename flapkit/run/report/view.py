@@ -10,11 +10,13 @@ from typing import Any
 
 from flapkit.model.site import Kind
 from flapkit.recipe.nodes import Position, parse
+from flapkit.run.ledger import label_of, show
 from flapkit.run.report.document import RunDocument
 from flapkit.run.report.report_record import ReportRecord, SiteRecord
 
-KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP"}
+KINDS: Mapping[Kind, str] = {"attention": "Attention", "mlp": "MLP", "mixture": "Mixture of experts"}
 HEADS, KV_GROUPS, CHANNELS = "heads", "KV heads with their query heads", "intermediate channels"
+UNITS: Mapping[Kind, str] = {"mlp": CHANNELS, "mixture": "whole experts"}
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 Rows = list[dict[str, Any]]
 
@@ -65,11 +67,11 @@ def kinds(records: Iterable[ReportRecord]) -> dict[Kind, str]:
 
 
 def units(record: ReportRecord) -> dict[Kind, str]:
-    """Name the unit of each kind of site: heads, KV heads with their query heads, or channels."""
+    """Name the unit of each kind of site: heads, KV heads with their query heads, channels, or experts."""
     by_kind: dict[Kind, str] = {}
     for site in record.sites:
         single_heads = site.kind == "attention" and site.heads in (0, site.units)
-        by_kind.setdefault(site.kind, CHANNELS if site.kind == "mlp" else HEADS if single_heads else KV_GROUPS)
+        by_kind.setdefault(site.kind, UNITS.get(site.kind) or (HEADS if single_heads else KV_GROUPS))
     return {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
 
 
@@ -190,7 +192,8 @@ def tradeoff(name: str, run: RunDocument) -> Rows:
 def ledger(document: RunDocument) -> list[LedgerRow]:
     """Count parameters before and after: attention, MLP and both of each layer, then the whole model.
 
-    The cells are attention before and after, MLP before and after, and the removed parameters; all sums are exact.
+    The cells are attention before and after, MLP before and after, and the removed parameters; all sums are exact. The
+    experts of a mixture are MLPs.
     """
     rows, totals = [], dict.fromkeys((*KINDS, *(f"{kind} left" for kind in KINDS)), 0)
     layers: dict[int, dict[str, int]] = {}
@@ -206,7 +209,8 @@ def ledger(document: RunDocument) -> list[LedgerRow]:
 
 def _counted(label: str, counts: Mapping[str, int], *, total: bool = False) -> LedgerRow:
     before, after = (sum(counts[f"{kind}{suffix}"] for kind in KINDS) for suffix in ("", " left"))
-    cells = (counts["attention"], counts["attention left"], counts["mlp"], counts["mlp left"], before - after)
+    mlp, mlp_left = (counts[f"mlp{suffix}"] + counts[f"mixture{suffix}"] for suffix in ("", " left"))
+    cells = (counts["attention"], counts["attention left"], mlp, mlp_left, before - after)
     return LedgerRow(label, cells, after / before if before else None, total)
 
 
@@ -220,6 +224,26 @@ def whole(document: RunDocument) -> list[tuple[str, int, int]]:
     if added := params["pruned"] - left - rest:
         rows.append(("biases added by the compensator", 0, added))
     return [*rows, ("whole model", params["dense"], params["pruned"])]
+
+
+def costs(document: RunDocument) -> list[tuple[str, str, str, str, str]]:
+    """List what the model costs in every measure: label, dense, pruned, change, and the most that was asked for."""
+    return [
+        (
+            label_of(row["measure"], row["detail"]),
+            show(row["measure"], row["dense"]),
+            show(row["measure"], row["pruned"]),
+            change(row["pruned"] / row["dense"] - 1),
+            "" if row["asked"] is None else show(row["measure"], row["asked"]),
+        )
+        for row in document.result.get("costs", ())
+    ]
+
+
+def budget_of(document: RunDocument) -> str:
+    """Write what was asked for: ``20 % of blocks``, or ``kv_cache: 0.5``."""
+    budget = document.record.budget
+    return budget.asked or f"{percent(budget.ratio)} of {budget.of}"
 
 
 def samples(record: ReportRecord) -> list[Sample]:

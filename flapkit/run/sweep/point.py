@@ -30,6 +30,7 @@ from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import TrialSearcher, recovery_of
 from flapkit.pruning.recovery import Recovery
 from flapkit.recipe.validation import adapter_of
+from flapkit.run.budget import open_budget
 from flapkit.run.captured import capture_warnings
 from flapkit.run.run_record import count_params, put_texts_beside
 from flapkit.run.sweep.load import Point
@@ -249,7 +250,7 @@ def _prune(
     recipe, progress = task.point.recipe, runtime.progress
     model = copy_sharing_weights(dense.model, dense.target.sites)
     executor = task.executor(model, dense, runtime, statistics)
-    budget = recipe.recipe.budget.over(dense.target.sites, dense.params)
+    budget = open_budget(recipe, dense.target, dense.params, dense.saved).budget
 
     def searched() -> dict[str, Any]:
         start = progress.total

@@ -61,6 +61,23 @@ def test_experts(home):
     )
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_whole_experts(home, sequential):
+    tiny_model(tiny_config("deepseek_v3", vocab_size=4096)).save_pretrained(home / "dense")
+    add_tokenizer(home / "dense")
+    changes = {
+        "adapter": {"name": "deepseek_v3", "expert_unit": "expert"},
+        "metric": "reap",
+        "calibration": {**CALIBRATION, "sequential": sequential},
+        "compensator": "least_squares",
+    }
+    assert_same(
+        prune(home, "whole", execution="whole", **changes),
+        prune(home, "layerwise", execution="layerwise", **changes),
+        tolerance=1e-5,
+    )
+
+
 def test_half_precision(home):
     save_dense(home / "dense")
     changes = {"model": {"path": "dense", "dtype": "bfloat16"}}

@@ -83,7 +83,7 @@ class GoesOverBudget(RemovesNothing):
     name = "goes_over_budget"
 
     def search(self, sites, scores, budget):
-        return ALAM().search(sites, scores, replace(budget, base=round(1.5 * budget.base)))
+        return ALAM().search(sites, scores, replace(budget, amount=round(1.5 * budget.amount)))
 
 
 MISTAKES = {

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flapkit.model.budget import Budget
-from flapkit.model.site import Coupling, Site, unit_costs
+from flapkit.model.budget import Budget, unit_costs
+from flapkit.model.site import Coupling, Site
 from flapkit.pruning.ranking import remove_by_layer, remove_lowest, standardise
 from flapkit.system.errors import BudgetError
 
@@ -41,7 +41,7 @@ def test_budget_and_floors(ratio, min_units, seed):
 
 def test_lowest_goes_first_and_ties_go_in_order():
     ranking = {"a": torch.full((6,), 9.0), "m": torch.tensor([1.0] * 12 + [0.0] * 12)}
-    plan = remove_lowest(SITES, ranking, Budget(1.0, "blocks", 14 * SITES[1].params_per_unit))
+    plan = remove_lowest(SITES, ranking, Budget.over(SITES, 0.5), amount=14 * SITES[1].params_per_unit)
     assert plan.keep["m"] == tuple(range(2, 12))
     assert len(plan.keep["a"]) == 6
 
@@ -63,7 +63,7 @@ def test_a_budget_spent_by_layer(ratio, seed):
     ranking = {site.name: torch.randperm(site.units, generator=generator).double() for site in sites}
     budget, profile = Budget.over(sites, ratio), [1.0, 0.0, 2.0, 1.5]
     plan = remove_by_layer(sites, ranking, budget, profile)
-    unit = max(unit_costs(sites))
+    unit = max(unit_costs(sites, budget.cost))
     assert 0 <= budget.params - plan.removed_params(sites) < unit
     for layer, weight in enumerate(profile):
         members = [site for site in sites if site.layer == layer]

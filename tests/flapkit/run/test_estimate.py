@@ -20,6 +20,7 @@ from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import run_batch
 from flapkit.recipe.load import load_recipe
 from flapkit.run import estimate
+from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.estimate import calibration_flops, check_fits, empty_model, estimate_needs, memory_limit
 from flapkit.run.target import find_target
@@ -72,8 +73,8 @@ def needs_of(recipe, processes=1):
     asked, target = recipe.recipe, find_target(recipe)
     dtypes = choose_dtypes(asked.model, target.config, torch.device("cpu"))
     empty = empty_model(target, dtypes)
-    budget = asked.budget.over(target.sites, empty.num_parameters())
-    return estimate_needs(recipe, target, empty, budget, dtypes, processes)
+    opened = open_budget(recipe, target, empty.num_parameters(), dtypes.saved)
+    return estimate_needs(recipe, target, empty, opened.budget, dtypes, processes)
 
 
 READ = """

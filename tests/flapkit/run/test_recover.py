@@ -70,7 +70,7 @@ def equal(one: Path, other: Path) -> bool:
 
 def test_a_warning_of_the_pruning_and_of_the_whole_run_stands_once(tmp_path):
     warnings = [f"{tmp_path}/text.txt: short", "other", f"{tmp_path}/text.txt: short", "other"]
-    record = RecoveryRecord(tmp_path, {}, {}, {}, {}, {}, ["text.txt: short", *warnings])
+    record = RecoveryRecord(tmp_path, {}, [], {}, {}, {}, {}, ["text.txt: short", *warnings])
     assert record.result()["warnings"] == ["text.txt: short", "other"]
 
 
