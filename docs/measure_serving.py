@@ -48,12 +48,13 @@ SIZES = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "kv_lora_rank": 512,
     "v_head_dim": 64,
     "query_pre_attn_scalar": 32,
     "num_hidden_layers": 2,
 }
-"""Sizes of the models: vLLM's attention on a CPU has heads of at least 32 channels."""
+"""Sizes of the models: vLLM's attention on a CPU has heads of at least 32 channels, its latent attention 512 + 64."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Served:
 
 REASONS = {
     "is not compatible with vLLM": "its class does not use transformers' attention interface",
+    "are not supported for now": "its class does not use transformers' attention interface",
     "Heterogeneous MLA": "vLLM's latent attention needs layers that do not differ",
     "intermediate_size' is a per-layer attribute": "vLLM's experts have the same width in all layers",
     "does not dispatch through": "a layer without attention",

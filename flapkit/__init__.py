@@ -8,8 +8,8 @@ flapkit.save(model, "pruned")
 model = flapkit.load("pruned")
 ```
 
-Importing flapkit lets transformers' Auto classes load pruned checkpoints. It imports neither torch nor transformers;
-public names are imported at first use.
+Importing flapkit lets transformers' Auto classes load pruned checkpoints, and gives PEFT the default targets of their
+model types. It imports neither torch nor transformers; public names are imported at first use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
 
-from flapkit.model.registration import register
+from flapkit.model.registration import register, register_peft
 
 if TYPE_CHECKING:
     from flapkit.api import FlapPruning, PruneOptions, prune_, sites
@@ -86,3 +86,4 @@ def __dir__() -> list[str]:
 
 # Runs immediately if the module is already imported.
 register_post_import_hook(register, "transformers.models.auto.configuration_auto")
+register_post_import_hook(register_peft, "peft.utils.constants")

@@ -11,6 +11,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import HFValidationError
 
+from flapkit.checkpoint.modeling_file import ENTRY
 from flapkit.model.classes import CAUSAL_LM
 from flapkit.system.errors import InputError
 from flapkit.system.paths import to_path
@@ -59,6 +60,14 @@ adapters trained on this model back to the dense one. """
 
 _MARK = "`flapkit.json` has the package versions and the options."
 
+_MODELING = """
+
+`trust_remote_code=True` runs `{file}`. `sha256sum {file}` shows whether it was changed since:
+
+```
+{digest}  {file}
+```"""
+
 
 def model_card(
     name: str,
@@ -93,7 +102,8 @@ def model_card(
         parts += ["## Results", *_results(result)]
     if recipe:
         parts += ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```"]
-    parts += ["## Files", (_PLAN if has_plan else "") + _MARK]
+    code = [_MODELING.format(file=file, digest=digest) for file, digest in metadata.get(ENTRY, {}).items()]
+    parts += ["## Files", "".join([_PLAN if has_plan else "", _MARK, *code])]
     return f"---\n{_header(base, head)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 

@@ -20,6 +20,7 @@ from flapkit.checkpoint.consistency import check_settings, check_shapes, check_s
 from flapkit.checkpoint.folder import PLAN
 from flapkit.checkpoint.gguf import SUFFIX as GGUF
 from flapkit.checkpoint.gguf import dequantised
+from flapkit.checkpoint.modeling_file import check_modeling_file
 from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import CAUSAL_LM, HEADS
@@ -163,6 +164,8 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
     import transformers
 
     source = _source(path, revision)
+    if isinstance(source, Path):
+        check_modeling_file(path, source)
     plain, read = transformers.PreTrainedConfig.get_config_dict, transformers.AutoConfig.from_pretrained
     settings: Any = _call(path, lambda: plain(str(source), revision=revision or "main")[0])
     try:

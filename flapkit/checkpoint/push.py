@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from flapkit.checkpoint.card import CARD, published_card
 from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK
+from flapkit.checkpoint.modeling_file import check_modeling_file
 from flapkit.system.errors import InputError, ModelError, RunError
 
 
@@ -35,13 +36,14 @@ def push(
         The commit's URL.
 
     Raises:
-        ModelError: flapkit did not write the folder.
+        ModelError: flapkit did not write the folder, or its modeling file was changed.
         InputError: the repository's name is invalid, or there is no login.
         RunError: the hub refuses, or cannot be reached.
     """
     folder = Path(checkpoint)
     if not (folder / MARK).is_file():
         raise ModelError(f"{folder}: {MARK} is missing; flapkit did not write this folder")
+    check_modeling_file(folder, folder)
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

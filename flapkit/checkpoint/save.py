@@ -14,6 +14,7 @@ import torch
 from flapkit.checkpoint.card import CARD, model_card
 from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK, PLAN, RECIPE, new_folder
 from flapkit.checkpoint.load import restore_plan_
+from flapkit.checkpoint.modeling_file import ENTRY, sha256_of
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, check_head, pruned_classes
 from flapkit.model.history import plan_of
@@ -90,12 +91,15 @@ def save(
         else:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         _write_config(classes, head, folder)
-        (folder / classes.file).write_text(classes.source, encoding="utf-8")
+        source = classes.source
+        (folder / classes.file).write_text(source, encoding="utf-8", newline="\n")
+        modeling = {classes.file: sha256_of(source)}
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if carried is not None:
             (folder / PLAN).write_text(carried.to_json(), encoding="utf-8")
-        card = _card(Path(path).name, base, model, metadata or {}, files or {}, has_plan=carried is not None, head=head)
+        said = {**(metadata or {}), ENTRY: modeling}
+        card = _card(Path(path).name, base, model, said, files or {}, has_plan=carried is not None, head=head)
         (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in (files or {}).items():
             path = within(folder, name)
@@ -103,7 +107,7 @@ def save(
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         published = sorted(name for name in files or () if name != LOCAL_RECIPE)
         record = {"versions": {package: version(package) for package in PACKAGES}, "files": published}
-        record |= metadata or {}
+        record |= said
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Let transformers' Auto classes know the configurations of pruned models, before any class is made for them.
+"""Let transformers' Auto classes and PEFT know the types of pruned models, before any class is made for them.
 
 Imports nothing heavy, and is safe to run while transformers is being imported.
 """
@@ -45,3 +45,16 @@ def register(configuration_auto: Any) -> None:
     for dense in configuration_auto.CONFIG_MAPPING_NAMES:
         if f"{PREFIX}{dense}" not in mapping:
             mapping.register(f"{PREFIX}{dense}", _Deferred(f"{PREFIX}{dense}"))
+
+
+def register_peft(constants: Any) -> None:
+    """Let PEFT train of a pruned model what it trains of the dense one, where its configuration names no modules.
+
+    Args:
+        constants: the module ``peft.utils.constants``.
+    """
+    for name, modules in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
+            # Some of these names are the same mapping.
+            dense = {of: targets for of, targets in modules.items() if not of.startswith(PREFIX)}
+            modules.update({f"{PREFIX}{of}": targets for of, targets in dense.items()})

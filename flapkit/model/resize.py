@@ -6,6 +6,7 @@ the configuration, ``flapkit`` declares the blocks of a layer and ``per_layer_co
 
 from __future__ import annotations
 
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -236,9 +237,10 @@ def keep_heads_(module: Any, block: Any, dense: dict[str, int], heads: list[int]
     index = {"q": heads, "k": sorted({head * dense["K"] // dense["H"] for head in heads})}
     for name, part in block["outputs"].items():
         owner = module.get_submodule(name)
-        owner.kept_heads = index[part]
+        owner.kept_heads, owner.dense_heads = index[part], dense[SIZES[part]]
         if first:
-            owner.register_forward_hook(KeptOutput(dense[SIZES[part]]))
+            stock: Any = type(owner)
+            owner.__class__ = kept_output_class(stock)
 
 
 class KeptArgument:
@@ -264,12 +266,20 @@ class KeptArgument:
 
 
 class KeptOutput:
-    """Forward hook: select the kept heads' features of a module's output [..., heads * features]."""
+    """Mixin of a module whose output [..., heads * features] has all heads of the dense model: select the kept ones.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    A class and not a hook: vLLM replaces the norms that it knows, and would drop their hooks.
+    """
 
-    def __call__(self, module: Any, args: Any, output: Any) -> Any:
-        """Run after the module's forward."""
+    def forward(self, x: Any) -> Any:
+        """Run the stock module, and select heads of its output."""
+        module: Any = self
+        output = super().forward(x)  # type: ignore[misc]
         index = torch.tensor(module.kept_heads, device=output.device)
-        return output.unflatten(-1, (self.total, -1)).index_select(-2, index).flatten(-2)
+        return output.unflatten(-1, (module.dense_heads, -1)).index_select(-2, index).flatten(-2)
+
+
+@cache
+def kept_output_class(stock: type) -> type:
+    """Derive a module's class that selects heads of its output."""
+    return type(f"{stock.__name__}OfKeptHeads", (KeptOutput, stock), {})

@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from flapkit.checkpoint.folder import MARK, PLAN, recipe_of
+from flapkit.checkpoint.modeling_file import ENTRY
 from flapkit.model.plan import PruningPlan
 from flapkit.recipe.files import read_settings
 from flapkit.recipe.schema import Recipe
@@ -84,7 +85,7 @@ class Origin:
             InputError: the folder is not one that flapkit wrote, or one of its files is damaged.
         """
         plan, mark = plan_of(folder), read_mark(folder)
-        made = {key: value for key, value in mark.items() if key not in ("versions", "files")}
+        made = {key: value for key, value in mark.items() if key not in ("versions", "files", ENTRY)}
         result, recipe = folder / RESULT, recipe_of(folder)
         carried, record = carried_by(folder, mark), None
         if RECORD in carried:

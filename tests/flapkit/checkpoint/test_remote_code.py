@@ -131,4 +131,4 @@ def test_the_code_is_short_and_imports_little(tmp_path):
     lines = (tmp_path / "pruned" / "modeling_flapkit_llama.py").read_text().splitlines()
     assert len(lines) < 300
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"__future__", "huggingface_hub", "inspect", "torch", "transformers", "typing"}
+    assert imported == {"__future__", "functools", "huggingface_hub", "inspect", "torch", "transformers", "typing"}

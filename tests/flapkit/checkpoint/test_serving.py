@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import flapkit
 from flapkit.checkpoint.serving import vllm_obstacle
-from flapkit.model.tiny import tiny_config
+from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.registry import ADAPTER, Registry
 
 
@@ -24,3 +26,12 @@ from flapkit.registry import ADAPTER, Registry
 def test_what_is_in_the_way_of_vllm(family, expected):
     config = tiny_config(family)
     assert vllm_obstacle(config, Registry.load().create(ADAPTER, family).sites(config)) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "olmo3"])
+def test_what_vllm_replaces_has_no_hooks(family):
+    """It replaces linears and norms, and drops their hooks without a message."""
+    model = tiny_model(tiny_config(family))
+    flapkit.prune_(model, torch.randint(2, 96, (16, 12), generator=torch.Generator().manual_seed(0)), ratio=0.4)
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert hooked == []
