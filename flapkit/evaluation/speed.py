@@ -13,9 +13,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,11 +103,12 @@ class Speed:
     first_token: Spread
 
 
-@dataclass(slots=True)
-class _Times:
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    first_token: list[float] = field(default_factory=list)
+class Seconds(NamedTuple):
+    """The seconds of a turn: of the prefill, until the first token, and of the tokens after it."""
+
+    prefill: float
+    first_token: float
+    decode: float
 
 
 @torch.no_grad()
@@ -127,19 +128,35 @@ def measure_speed(
     """
     for model in models.values():
         check_lengths(model, {"bench: prompt and generated tokens": workload.prompt + workload.tokens})
-    prompts = {name: _prompt(model, workload) for name, model in models.items()}
+    prompts = {name: draw_prompt(model, workload) for name, model in models.items()}
     # Before compilation: the counters do not see into compiled code.
     macs = {name: _macs(model, prompts[name]) for name, model in models.items()}
     peaks = {name: _peak(model, prompts[name], workload.tokens) for name, model in models.items()}
     runs: dict[str, Any] = {name: torch.compile(m, dynamic=True) if compiled else m for name, m in models.items()}
-    times = {name: _Times() for name in models}
+    seconds = time_in_turns(runs, prompts, workload, tick)
+    return {name: _speed(model, macs[name], peaks[name], seconds[name], workload) for name, model in models.items()}
+
+
+@torch.no_grad()
+def time_in_turns(
+    models: Mapping[str, Any], prompts: Mapping[str, Tensor], workload: Workload, tick: Tick = lambda: None
+) -> dict[str, list[Seconds]]:
+    """Run models in turns, and return the seconds of every turn after the warm-up.
+
+    Args:
+        models: name -> model.
+        prompts: name -> tokens [batch, prompt].
+        workload: the workload.
+        tick: called after each turn.
+    """
+    seconds: dict[str, list[Seconds]] = {name: [] for name in models}
     for turn in range(workload.warm_up + workload.repetitions):
-        for name in models:
-            seconds = _run(runs[name], prompts[name], workload.tokens)
+        for name, model in models.items():
+            taken = _run(model, prompts[name], workload.tokens)
             tick()
             if turn >= workload.warm_up:
-                _add_times(times[name], seconds, workload)
-    return {name: _speed(model, macs[name], peaks[name], times[name]) for name, model in models.items()}
+                seconds[name].append(taken)
+    return seconds
 
 
 def turns(models: int, workload: Workload) -> int:
@@ -156,7 +173,8 @@ def read_params(model: PreTrainedModel) -> int:
     return count
 
 
-def _prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
+def draw_prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
+    """Draw the random tokens of a workload's prompts [batch, prompt]."""
     generator = torch.Generator().manual_seed(workload.seed)
     shape = (workload.batch_size, workload.prompt)
     return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
@@ -172,8 +190,8 @@ def _step(model: Any, token: Tensor, cache: Any) -> Any:
     return model(token, past_key_values=cache, use_cache=True)
 
 
-def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
-    """Run once, and return the seconds of the prefill, until the first token, and of the generation."""
+def _run(model: Any, prompt: Tensor, tokens: int) -> Seconds:
+    """Run once, and return the seconds."""
     clock = _CudaClock() if prompt.is_cuda else _Clock()
     start = time.perf_counter()
     clock.mark()
@@ -188,7 +206,7 @@ def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
         token = out.logits[:, -1:].argmax(dim=-1)
     clock.mark()
     prefill, _, decode = clock.seconds()
-    return prefill, first, decode
+    return Seconds(prefill, first, decode)
 
 
 class _Clock:
@@ -221,14 +239,10 @@ class _CudaClock:
         return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-def _add_times(times: _Times, seconds: tuple[float, float, float], workload: Workload) -> None:
-    prefill, first, decode = seconds
-    times.prefill.append(workload.batch_size * workload.prompt / prefill)
-    times.decode.append(workload.batch_size * workload.tokens / decode)
-    times.first_token.append(first)
-
-
-def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, times: _Times) -> Speed:
+def _speed(
+    model: PreTrainedModel, macs: tuple[int, int], peak: int | None, turns_: Sequence[Seconds], workload: Workload
+) -> Speed:
+    prompt, tokens = workload.batch_size * workload.prompt, workload.batch_size * workload.tokens
     return Speed(
         params=model.num_parameters(),
         read_params=read_params(model),
@@ -236,9 +250,9 @@ def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, time
         peak=peak,
         prefill_macs=macs[0],
         decode_macs=macs[1],
-        prefill=Spread.of(times.prefill),
-        decode=Spread.of(times.decode),
-        first_token=Spread.of(times.first_token),
+        prefill=Spread.of([prompt / turn.prefill for turn in turns_]),
+        decode=Spread.of([tokens / turn.decode for turn in turns_]),
+        first_token=Spread.of([turn.first_token for turn in turns_]),
     )
 
 

@@ -96,27 +96,38 @@ def bench(
     """
     if against == checkpoint:
         raise InputError(f"bench: {checkpoint} cannot be compared with itself; give the dense model")
-    place = _device(device)
+    place = find_device(device)
     models = {path: load(path, dtype) for path in (against, checkpoint) if path is not None}
     for model in models.values():
         nn.Module.to(model, place)
-    types = {name_of(model.dtype) for model in models.values()}
+    types = {model.dtype for model in models.values()}
     if len(types) > 1:
-        raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype to run both in the same")
+        names = " and ".join(sorted(map(name_of, types)))
+        raise InputError(f"bench: the models are {names}; give --dtype to run both in the same")
     speeds = measure_speed(models, workload, compiled=compiled, tick=tick)
-    environment = {
+    environment = describe_machine(place, types.pop(), compiled=compiled)
+    return BenchResult(checkpoint, against, workload, environment, speeds)
+
+
+def describe_machine(place: torch.device, dtype: torch.dtype, *, compiled: bool) -> dict[str, Any]:
+    """Describe what a model was timed on, and how: device, threads, dtype of the weights, versions."""
+    return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
-        "dtype": types.pop(),
+        "dtype": name_of(dtype),
         "compiled": compiled,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    return BenchResult(checkpoint, against, workload, environment, speeds)
 
 
-def _device(device: Device) -> torch.device:
+def find_device(device: Device) -> torch.device:
+    """Return the device of an option; ``auto`` is a GPU if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
