@@ -31,6 +31,7 @@ from flapkit.pruning.components import (
     TrialSearcher,
 )
 from flapkit.pruning.gates import Gates
+from flapkit.pruning.knapsack import remove_cheapest
 from flapkit.pruning.ranking import (
     layer_ratios,
     raise_attention,
@@ -144,6 +145,7 @@ __all__ = [
     "open_weights",
     "raise_attention",
     "remove_by_layer",
+    "remove_cheapest",
     "remove_lowest",
     "remove_units",
     "rows_of",

@@ -15,6 +15,7 @@ from flapkit.cli.progress import progress_listener
 
 if TYPE_CHECKING:
     from flapkit.run.bench import BenchResult
+    from flapkit.run.block_times import BlockTimes
 
 
 @app.command()
@@ -35,15 +36,23 @@ def bench(
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Type of both models' weights.")
     ] = "auto",
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--blocks", help="Time the blocks with fewer units, and store the table for `budget: {latency: ...}`."
+        ),
+    ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run the models through torch.compile.")] = False,
     as_json: AsJson = False,
     output: OutputFile = None,
 ) -> None:
-    """Time a model: prefill, decode, first token and memory, alone or against the dense model."""
+    """Time a model: prefill, decode, first token and memory, alone or against the dense model; or its blocks."""
     import torch
 
     from flapkit.evaluation.speed import Workload, turns
     from flapkit.run.bench import bench as time_models
+    from flapkit.run.block_times import time_blocks
+    from flapkit.system.errors import InputError
     from flapkit.system.progress import Progress
 
     set_logging(quiet=True, verbose=False)
@@ -53,6 +62,15 @@ def bench(
         torch.set_num_threads(threads)
     workload = Workload(batch_size, prompt, tokens, repetitions, warm_up)
     progress = Progress(progress_listener(quiet=as_json))
+    if blocks:
+        if against is not None or compile_:
+            raise InputError("bench: --blocks times one model as it is; leave --against and --compile out")
+        with progress.stage("bench", None, "turns") as stage:
+            times = time_blocks(checkpoint, workload, device=device, dtype=dtype, tick=stage.advance)
+        if output is not None:
+            write_new(output, times.to_json())
+        sys.stdout.write(times.to_json()) if as_json else _print_blocks(times)
+        return
     with progress.stage("bench", turns(1 if against is None else 2, workload), "turns") as stage:
         result = time_models(
             checkpoint,
@@ -88,6 +106,26 @@ def _print(result: BenchResult) -> None:
     )
     for line in result.reasons:
         print_(f"- {line}")
+
+
+def _print_blocks(times: BlockTimes) -> None:
+    table = Table("", "ms", *(f"us per unit of {name}" for name in times.named()), "half: by the table", "measured")
+    for phase, of_phase in times.phases.items():
+        units = [f"{1e6 * of_phase.units[site]:.3f}" for site in times.named().values()]
+        checks = (f"{of_phase.predicted:.3f}", f"{of_phase.measured:.3f}")
+        table.add_row(
+            f"{phase} of one {'token' if phase == 'decode' else 'prompt'}",
+            f"{1e3 * of_phase.total:,.2f}",
+            *units,
+            *checks,
+        )
+    print_(table)
+    where = times.environment
+    print_(
+        f"{where['device']}, {where['threads']} threads, {where['dtype']}; batch {times.batch_size}, prompt "
+        f"{times.prompt}; stored for `budget: {{latency: ...}}`. The last columns are the time of a model with half of "
+        "its units over the dense model's."
+    )
 
 
 def _expected(name: str, expected: float | None) -> str:

@@ -13,10 +13,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tick = Callable[[], None]
-
-Turn = Callable[[], tuple[float, float, float]]
-"""One turn of a model: the seconds of the prefill, until the first token, and of the generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +104,26 @@ class Speed:
     first_token: Spread
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """The timed turns of a model, in their order.
+class Seconds(NamedTuple):
+    """The seconds of a turn: of the prefill, until the first token, and of the generation."""
 
-    Args:
-        prefill: prompt tokens per second.
-        decode: generated tokens per second.
-        first_token: seconds from the prompt to the first token.
-    """
+    prefill: float
+    first_token: float
+    decode: float
 
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    first_token: list[float] = field(default_factory=list)
 
-    def spreads(self) -> dict[str, Spread]:
-        """Summarise them, by the names of ``Speed``."""
-        return {name: Spread.of(getattr(self, name)) for name in ("prefill", "decode", "first_token")}
+Turn = Callable[[], Seconds]
+"""One turn of a model."""
+
+
+def spreads(turns_: Sequence[Seconds], workload: Workload) -> dict[str, Spread]:
+    """Summarise a model's turns, by the names of ``Speed``: tokens per second, and seconds to the first token."""
+    prompt, tokens = workload.batch_size * workload.prompt, workload.batch_size * workload.tokens
+    return {
+        "prefill": Spread.of([prompt / turn.prefill for turn in turns_]),
+        "decode": Spread.of([tokens / turn.decode for turn in turns_]),
+        "first_token": Spread.of([turn.first_token for turn in turns_]),
+    }
 
 
 @torch.no_grad()
@@ -143,34 +143,49 @@ def measure_speed(
     """
     for model in models.values():
         check_lengths(model, {"bench: prompt and generated tokens": workload.prompt + workload.tokens})
-    prompts = {name: _prompt(model, workload) for name, model in models.items()}
+    prompts = {name: draw_prompt(model, workload) for name, model in models.items()}
     # Before compilation: the counters do not see into compiled code.
     macs = {name: _macs(model, prompts[name]) for name, model in models.items()}
     peaks = {name: _peak(model, prompts[name], workload.tokens) for name, model in models.items()}
     runs: dict[str, Any] = {name: torch.compile(m, dynamic=True) if compiled else m for name, m in models.items()}
-    turn: dict[str, Turn] = {name: partial(_run, runs[name], prompts[name], workload.tokens) for name in models}
-    times = take_turns(turn, workload, tick)
-    return {name: _speed(model, macs[name], peaks[name], times[name]) for name, model in models.items()}
+    seconds = time_in_turns(runs, prompts, workload, tick)
+    return {
+        name: _speed(model, macs[name], peaks[name], spreads(seconds[name], workload)) for name, model in models.items()
+    }
 
 
-def take_turns(models: Mapping[str, Turn], workload: Workload, tick: Tick = lambda: None) -> dict[str, Times]:
-    """Time models in turns, A B A B, after a warm-up.
+@torch.no_grad()
+def time_in_turns(
+    models: Mapping[str, Any], prompts: Mapping[str, Tensor], workload: Workload, tick: Tick = lambda: None
+) -> dict[str, list[Seconds]]:
+    """Run models of transformers in turns; ``take_turns`` says how.
+
+    Args:
+        models: name -> model.
+        prompts: name -> tokens [batch, prompt].
+        workload: the workload.
+        tick: called after each turn.
+    """
+    turn = {name: partial(_run, model, prompts[name], workload.tokens) for name, model in models.items()}
+    return take_turns(turn, workload, tick)
+
+
+def take_turns(models: Mapping[str, Turn], workload: Workload, tick: Tick = lambda: None) -> dict[str, list[Seconds]]:
+    """Run models in turns, A B A B, and return the seconds of every turn after the warm-up.
 
     Args:
         models: name -> one turn of the model.
         workload: the workload of a turn.
         tick: called after each turn.
     """
-    times = {name: Times() for name in models}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in models}
     for turn in range(workload.warm_up + workload.repetitions):
         for name, run in models.items():
-            prefill, first, decode = run()
+            taken = run()
             tick()
             if turn >= workload.warm_up:
-                times[name].prefill.append(workload.batch_size * workload.prompt / prefill)
-                times[name].decode.append(workload.batch_size * workload.tokens / decode)
-                times[name].first_token.append(first)
-    return times
+                seconds[name].append(taken)
+    return seconds
 
 
 def turns(models: int, workload: Workload) -> int:
@@ -187,7 +202,8 @@ def read_params(model: PreTrainedModel) -> int:
     return count
 
 
-def _prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
+def draw_prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
+    """Draw the random tokens of a workload's prompts [batch, prompt]."""
     generator = torch.Generator().manual_seed(workload.seed)
     shape = (workload.batch_size, workload.prompt)
     return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
@@ -203,8 +219,8 @@ def _step(model: Any, token: Tensor, cache: Any) -> Any:
     return model(token, past_key_values=cache, use_cache=True)
 
 
-def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
-    """Run once, and return the seconds of the prefill, until the first token, and of the generation."""
+def _run(model: Any, prompt: Tensor, tokens: int) -> Seconds:
+    """Run once, and return the seconds."""
     clock = _CudaClock() if prompt.is_cuda else _Clock()
     start = time.perf_counter()
     clock.mark()
@@ -219,7 +235,7 @@ def _run(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float, float]:
         token = out.logits[:, -1:].argmax(dim=-1)
     clock.mark()
     prefill, _, decode = clock.seconds()
-    return prefill, first, decode
+    return Seconds(prefill, first, decode)
 
 
 class _Clock:
@@ -252,7 +268,7 @@ class _CudaClock:
         return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
 
 
-def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, times: Times) -> Speed:
+def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, measured: Mapping[str, Spread]) -> Speed:
     return Speed(
         params=model.num_parameters(),
         read_params=read_params(model),
@@ -260,7 +276,7 @@ def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, time
         peak=peak,
         prefill_macs=macs[0],
         decode_macs=macs[1],
-        **times.spreads(),
+        **measured,
     )
 
 

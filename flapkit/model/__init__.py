@@ -9,7 +9,8 @@ measures statistics or trains.
 - ``site``: ``Site`` and ``Coupling``: what can be removed, and what goes with it.
 - ``layout``: the sites of a model from its declaration.
 - ``positions``: how long a text a model can take.
-- ``budget``: how much to remove.
+- ``budget``: how much to remove: budgets, and the cost of each unit.
+- ``costs``: parameters, bytes of weights, KV cache, parameters used for a token.
 - ``plan``: which units stay.
 - ``history``: the plan that a pruned model carries, and the plan of several prunings.
 - ``surgery``: slice or mask a model's weights.

@@ -23,7 +23,7 @@ WORDS: Mapping[Measure, str] = {
     "active_params": "active parameters",
     "memory": "bytes of weights",
     "kv_cache": "bytes of KV cache per token",
-    "latency": "ps",
+    "latency": "of time",
 }
 """What a number counts, in each measure."""
 
@@ -73,11 +73,13 @@ class Cost:
         """Convert a number of this cost to the measure itself."""
         return number if self.scale == 1 else number / self.scale
 
+    def count(self, number: int) -> str:
+        """Write a number of this cost."""
+        return f"{number / 1e9:,.3f} ms" if self.measure == "latency" else f"{self.shown(number):,.0f}"
+
     def say(self, number: int) -> str:
         """Write a number of this cost with what it counts."""
-        if self.measure == "latency":
-            return f"{number / 1e9:,.3f} ms"
-        return f"{self.shown(number):,.0f} {WORDS[self.measure]}"
+        return f"{self.count(number)} {WORDS[self.measure]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Modules:
     components: the interfaces of metrics, searchers and compensators
     experts: observe the consumers of a mixture's experts
     algorithm: scores, plan and corrections from statistics
+    knapsack: the plan with the smallest sum of scores
     ranking: from scores to a plan; shared by searchers
     recovery: the training that a compensator describes
     rounding: round a plan's widths

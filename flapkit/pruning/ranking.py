@@ -209,6 +209,37 @@ def remove_lowest(
     return _take(sites, queues, budget.amount if amount is None else amount, costs)
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of units that sites lose one after the other: those that keep the same number lose them together.
+
+    Args:
+        values: the sum of each block's ranking, ascending where the blocks have the same size.
+        costs: what each block costs.
+    """
+
+    values: tuple[float, ...]
+    costs: tuple[int, ...]
+
+
+def blocks_of(sites: Sequence[Site], ranking: Mapping[str, Tensor], budget: Budget, min_units: int = 1) -> list[Blocks]:
+    """Divide the units that may go into blocks, for each group of sites that keep the same number of units."""
+    divided = []
+    for queue in (_Queue.of(together, ranking, min_units) for together in groups(sites)):
+        sums = queue.values * torch.tensor(queue.sizes) * len(queue.lots)
+        step, added = queue.costs(budget.cost)
+        costs = [size * step - (0 if place else added) for place, size in enumerate(queue.sizes)]
+        divided.append(Blocks(tuple(sums.tolist()), tuple(costs)))
+    return divided
+
+
+def remove_blocks(
+    sites: Sequence[Site], ranking: Mapping[str, Tensor], taken: Sequence[int], min_units: int = 1
+) -> PruningPlan:
+    """Remove a number of the blocks of each group of sites, the first ones of ``blocks_of``."""
+    return _keep(sites, [_Queue.of(together, ranking, min_units) for together in groups(sites)], taken)
+
+
 def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Sequence[tuple[int, int]]) -> PruningPlan:
     """Remove blocks of units in ascending order while ``left`` covers their cost.
 
@@ -228,6 +259,11 @@ def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Seq
         if cost <= left:
             taken[owner] += 1
             left -= cost
+    return _keep(sites, queues, taken)
+
+
+def _keep(sites: Sequence[Site], queues: Sequence[_Queue], taken: Sequence[int]) -> PruningPlan:
+    """Remove a number of the blocks of each queue."""
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
         keep |= queue.keep_after(sum(queue.sizes[:count]))
@@ -291,11 +327,11 @@ def _check_possible(
         if amount > possible:
             raise BudgetError(
                 f"cannot remove {budget.cost.say(amount)} from {_named(sites)}: {_FLOOR}, at most "
-                f"{budget.cost.say(possible)} can be removed"
+                f"{budget.cost.count(possible)} can be removed"
             )
     elif budget.amount > possible:
         raise BudgetError(
-            f"{budget}, but {_FLOOR}, at most {budget.cost.say(possible)} can be removed; {budget.limit(possible)}"
+            f"{budget}, but {_FLOOR}, at most {budget.cost.count(possible)} can be removed; {budget.limit(possible)}"
         )
 
 

@@ -306,12 +306,13 @@ BUDGETS: Mapping[str, tuple[str, ...]] = {
     "active_params": (),
     "memory": ("dtype",),
     "kv_cache": (),
+    "latency": ("on", "batch", "prompt"),
 }
 """Kind of budget -> the keys that go with it alone."""
 
 
 class BudgetSection(Section):
-    """How much to remove: exactly one of `ratio`, `params`, `active_params`, `memory` and `kv_cache`.
+    """How much to remove: exactly one of `ratio`, `params`, `active_params`, `memory`, `kv_cache` and `latency`.
 
     A ratio says what goes, the others what is left at most.
     """
@@ -344,6 +345,18 @@ class BudgetSection(Section):
         lt=1,
         description="Fraction of the KV cache that is left, in bytes per token. Only attention is pruned.",
     )
+    latency: Left = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Fraction of the time that is left, by the table of this machine that `flapkit bench MODEL "
+        "--blocks` makes.",
+    )
+    on: Literal["decode", "prefill"] = Field(
+        default="decode", description="What `latency` times: a generated token, or a whole prompt."
+    )
+    batch: Count = Field(default=1, ge=1, description="Prompts at once, for `latency`.")
+    prompt: Count = Field(default=512, ge=1, description="Tokens of a prompt, for `latency`.")
     multiple_of: Count = Field(
         default=1,
         ge=1,

@@ -4,6 +4,8 @@
 
 Modules:
     bench: time checkpoints
+    block_times: the time that each unit takes on this machine
+    budget: what a recipe's budget means for its model
     captured: collect the warnings of a run
     check: what a recipe will do, without running it
     engines: llama.cpp and vLLM, to time them
@@ -11,6 +13,7 @@ Modules:
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
     lengths: the lengths of all sequences that a recipe runs through its model
+    ledger: what a model costs before and after
     journal: log figures as stages finish
     checkpoint_files: read the files of a pruned checkpoint
     pipeline: run a recipe

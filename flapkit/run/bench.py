@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flapkit.checkpoint.load import DType, load, load_config
-from flapkit.evaluation.speed import Speed, Tick, Workload, measure_speed, take_turns
+from flapkit.evaluation.speed import Speed, Tick, Workload, measure_speed, spreads, take_turns
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
@@ -107,29 +107,20 @@ def bench(
     if against == checkpoint:
         raise InputError(f"bench: {checkpoint} cannot be compared with itself; give the dense model")
     paths = [path for path in (against, checkpoint) if path is not None]
-    environment = {
-        "engine": engine,
-        "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
-        "compiled": compiled,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    place = find_device(device)
     if engine == "transformers":
-        place = _device(device)
         speeds, type_ = _time_transformers(paths, workload, place, dtype, compiled=compiled, tick=tick)
-        environment |= {"dtype": type_}
+        environment = describe_machine(place, name_of(type_), compiled=compiled)
     else:
         program = ENGINES[engine]
         program.check_installed(engine)
-        place = _device(device)
         if compiled:
             raise InputError(f"bench: --compile is of the engine transformers; leave it out with {engine}")
         for path in paths:
             program.check(path, workload, dtype)
         speeds, version = _time_engine(program, paths, workload, place, dtype, tick)
-        environment |= {"dtype": dtype, "version": version}
-    environment["device"] = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU"
+        environment = {**describe_machine(place, dtype, compiled=False), "version": version}
+    environment["engine"] = engine
     reasons: list[str] = []
     if against is not None:
         reasons = shortfalls(speeds[against], speeds[checkpoint], workload, _widths(checkpoint))
@@ -138,14 +129,15 @@ def bench(
 
 def _time_transformers(
     paths: Sequence[str], workload: Workload, place: torch.device, dtype: DType, *, compiled: bool, tick: Tick
-) -> tuple[dict[str, Speed], str]:
+) -> tuple[dict[str, Speed], torch.dtype]:
     """Time models in transformers; return the speeds, and the type of the weights."""
     models = {path: load(path, dtype) for path in paths}
     for model in models.values():
         nn.Module.to(model, place)
-    types = {name_of(model.dtype) for model in models.values()}
+    types = {model.dtype for model in models.values()}
     if len(types) > 1:
-        raise InputError(f"bench: the models are {' and '.join(sorted(types))}; give --dtype to run both in the same")
+        names = " and ".join(sorted(map(name_of, types)))
+        raise InputError(f"bench: the models are {names}; give --dtype to run both in the same")
     return measure_speed(models, workload, compiled=compiled, tick=tick), types.pop()
 
 
@@ -158,9 +150,10 @@ def _time_engine(
         for path in paths:
             models[path] = program(path, workload, place.type, dtype, len(paths))
             stack.callback(models[path].close)
-        times = take_turns({path: model.run for path, model in models.items()}, workload, tick)
+        seconds = take_turns({path: model.run for path, model in models.items()}, workload, tick)
+    taken = {path: spreads(turns, workload) for path, turns in seconds.items()}
     speeds = {
-        path: Speed(model.params, model.read_params, model.weights, None, None, None, **times[path].spreads())
+        path: Speed(model.params, model.read_params, model.weights, None, None, None, **taken[path])
         for path, model in models.items()
     }
     return speeds, models[paths[-1]].version
@@ -179,7 +172,25 @@ def _widths(checkpoint: str) -> Widths | None:
     return Widths(layers, [site.channels for site in sites], model.get_output_embeddings().weight.numel())
 
 
-def _device(device: Device) -> torch.device:
+def describe_machine(place: torch.device, dtype: str, *, compiled: bool) -> dict[str, Any]:
+    """Describe what a model was timed on, and how: device, threads, dtype of the weights, versions."""
+    return {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "dtype": dtype,
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def find_device(device: Device) -> torch.device:
+    """Return the device of an option; ``auto`` is a GPU if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

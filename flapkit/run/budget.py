@@ -15,6 +15,7 @@ from flapkit.model.site import Site
 from flapkit.pruning.algorithm import find_plan
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import BudgetSection
+from flapkit.run.block_times import find_times
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
@@ -45,7 +46,7 @@ def open_budget(recipe: LoadedRecipe, target: Target, params: int, saved: torch.
         saved: dtype of the written weights.
 
     Raises:
-        BudgetError: the model has not what is counted, or not so little of it can be left.
+        BudgetError: the model has not what is counted, or not so little of it can be left, or was not timed.
         ModelError: the model's configuration does not say what is needed.
     """
     section, sites = recipe.recipe.budget, target.sites
@@ -55,6 +56,9 @@ def open_budget(recipe: LoadedRecipe, target: Target, params: int, saved: torch.
     cache, active = cache_cost(sites, saved), active_cost(empty, sites, counted)
     costs += [cache] if cache.total else []
     costs += [active] if active else []
+    if section.latency is not None:
+        times = find_times(sites, recipe.recipe.model.source, section.batch, section.prompt)
+        costs.append(times.cost(section.on))
     rounding = (section.multiple_of, section.tensor_parallel)
     if section.ratio is not None:
         return RunBudget(Budget.over(sites, section.ratio, section.of, params, *rounding), tuple(costs))
@@ -71,13 +75,15 @@ def _left(section: BudgetSection, cost: Cost) -> int:
     """Return the most that the pruned model may cost."""
     if section.memory is not None:
         return parse_bytes(section.memory)
-    if section.kv_cache is not None:
-        return int(section.kv_cache * cost.total)
+    if (share := section.kv_cache or section.latency) is not None:
+        return int(share * cost.total)
     return cost.scale * parse_count(str(section.params or section.active_params))
 
 
 def _missing(section: BudgetSection, target: Target) -> str:
     """Say why a model has not what a budget counts."""
+    if section.latency is not None:
+        return "by the table, no unit takes any time; run `flapkit bench --blocks` again, with more --repetitions"
     kind = target.config.model_type
     if section.active_params is not None:
         return f"models of type {kind!r} have no experts, so that a token uses all parameters; use params"

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flapkit.checkpoint.load import DType, load_config
-from flapkit.evaluation.speed import Workload, read_params
+from flapkit.evaluation.speed import Seconds, Workload, read_params
 from flapkit.model.classes import pruned_classes
 from flapkit.model.empty import skeleton
 from flapkit.model.registration import PREFIX
@@ -64,7 +64,7 @@ class Engine(ABC):
     def __init__(self, path: str, workload: Workload, device: str, dtype: DType, models: int) -> None: ...
 
     @abstractmethod
-    def run(self) -> tuple[float, float, float]:
+    def run(self) -> Seconds:
         """Run once; return the seconds of the prefill, until the first token, and of the generation."""
 
     @classmethod
@@ -125,7 +125,7 @@ class LlamaCpp(Engine):
                 "and --dtype"
             )
 
-    def run(self) -> tuple[float, float, float]:
+    def run(self) -> Seconds:
         """Evaluate the prompt, then as many tokens one after the other as are to be generated."""
         self._model.reset()
         start = time.perf_counter()
@@ -133,7 +133,7 @@ class LlamaCpp(Engine):
         first = time.perf_counter()
         for token in self._prompt[:1] * self._tokens:
             self._model.eval([token])
-        return first - start, first - start, time.perf_counter() - first
+        return Seconds(first - start, first - start, time.perf_counter() - first)
 
     def close(self) -> None:
         """Free the model."""
@@ -186,13 +186,13 @@ class VLLM(Engine):
         """Raise ``InputError`` if the folder's code is not flapkit's."""
         has_own_code(path)
 
-    def run(self) -> tuple[float, float, float]:
+    def run(self) -> Seconds:
         """Generate one token, and then again one with as many after it as are to be generated."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         first, whole = self._read()
-        return first, first, max(whole - first, SHORTEST)
+        return Seconds(first, first, max(whole - first, SHORTEST))
 
     def close(self) -> None:
         """End the process: it stops where its input ends."""

@@ -30,6 +30,7 @@ from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
+from flapkit.run.block_times import find_times
 from flapkit.run.budget import RunBudget, open_budget, refuse_unmet
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
@@ -279,8 +280,15 @@ def _fingerprints(settings: Recipe, target: Target, text: RunText) -> dict[str, 
         },
         "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in weights},
         "model commit": getattr(target.config, "_commit_hash", None),
+        **({"block times": _times_hash(settings, target)} if settings.budget.latency is not None else {}),
         "plugin files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in settings.plugins},
     }
+
+
+def _times_hash(settings: Recipe, target: Target) -> str:
+    budget = settings.budget
+    times = find_times(target.sites, settings.model.source, budget.batch, budget.prompt)
+    return hashlib.sha256(times.to_json().encode()).hexdigest()
 
 
 def _measure_dense(subject: Subject, runtime: Runtime, store: ResumeStore | None) -> Measurements:

@@ -10,5 +10,6 @@ Modules:
     paths: check paths of unknown origin
     processes: rank, broadcast and lost processes of a distributed run
     progress: stages, their events and their times
+    sizes: numbers with a unit
     workdir: the work folder of an output: lock, atomic writes, resume
 """

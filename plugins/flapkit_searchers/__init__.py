@@ -10,6 +10,7 @@ from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.al_mm import ALMM
 from flapkit_searchers.evolution import Evolution
 from flapkit_searchers.gates import GateTraining
+from flapkit_searchers.knapsack import Knapsack
 from flapkit_searchers.optuna import Optuna
 from flapkit_searchers.per_parameter import PerParameter
 from flapkit_searchers.plan import Plan
@@ -20,4 +21,4 @@ from flapkit_searchers.ul_um import ULUM
 @hookimpl
 def flapkit_searchers() -> Iterable[type[StructureSearcher]]:
     """Offer the default searchers."""
-    return [ALAM, ALMM, ULMM, ULUM, Evolution, GateTraining, Optuna, PerParameter, Plan]
+    return [ALAM, ALMM, ULMM, ULUM, Evolution, GateTraining, Knapsack, Optuna, PerParameter, Plan]
