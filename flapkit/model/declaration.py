@@ -102,6 +102,8 @@ class Block:
             configuration has no such entry, the number of query heads.
         width: the configuration's entry for the MLP's width; a pruned layer's width is saved under it.
         optional: a model may lack this block in all of its layers.
+        removable: the block can lose all of its units; its module then returns the bias of its consumer. Not for
+            experts.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -119,6 +121,7 @@ class Block:
     kv_heads: str | int = "num_key_value_heads"
     width: str = "intermediate_size"
     optional: bool = False
+    removable: bool = True
 
     def __post_init__(self) -> None:
         """Fill in the name, and check layouts and expressions.

@@ -169,8 +169,8 @@ class Trace:
             self._seen[name] = inputs, _output(model, self._sites[name], inputs)
 
     def pruned_sites(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
-        """Return sites with the number of units that a plan keeps."""
-        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in sites]
+        """Return sites with the number of units that a plan keeps; those without units have no consumer any more."""
+        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in sites if plan.keep[site.name]]
 
     def compare(
         self, model: PreTrainedModel, measured: Statistics, plan: PruningPlan, predicted: Mapping[str, float | None]
