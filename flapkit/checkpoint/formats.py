@@ -32,6 +32,7 @@ class Prospect:
         sites: the sites, with the configuration's sizes.
         uniform: whether all layers have, or will have, the same sizes.
         biases: the kinds of sites whose consumers have, or will have, a bias.
+        removed: attentions and MLPs that are gone altogether, such as ``layers.0.attention``.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Prospect:
     sites: tuple[Site, ...]
     uniform: bool
     biases: frozenset[Kind]
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -168,13 +169,13 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
     Raises:
         BudgetError: ``min_units`` does not allow so many.
     """
-    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
-    possible = sum(sum(queue.sizes) * len(queue.lots) for queue in queues)
+    queues = _queues(sites, ranking, min_units, params=False)
+    possible = _possible(queues)
     if count > possible:
         raise BudgetError(
             f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
         )
-    return _take(sites, queues, count, [len(queue.lots) for queue in queues])
+    return _take(sites, queues, count)
 
 
 def remove_lowest(
@@ -198,23 +199,25 @@ def remove_lowest(
     Raises:
         BudgetError: ``min_units`` does not allow the budget.
     """
-    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
+    queues = _queues(sites, ranking, min_units)
     _check_possible(queues, budget)
-    params = budget if isinstance(budget, int) else budget.params
-    return _take(sites, queues, params, [queue.params_per_step for queue in queues])
+    return _take(sites, queues, budget if isinstance(budget, int) else budget.params)
 
 
-def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, step_costs: Sequence[int]) -> PruningPlan:
-    """Remove blocks of units in ascending order while ``left`` covers their cost."""
+def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int) -> PruningPlan:
+    """Remove blocks of units in ascending order while ``left`` covers their cost; of what is needed, one site stays."""
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
     taken = [0] * len(queues)
+    staying = Counter(queue.one_of for queue in queues)
     for owner in owners[order].tolist():
         queue = queues[owner]
-        size = queue.sizes[taken[owner]] if taken[owner] < len(queue.sizes) else 0
-        if size * step_costs[owner] <= left:
-            taken[owner] += 1
-            left -= size * step_costs[owner]
+        last = queue.empties and taken[owner] == len(queue.sizes) - 1
+        if queue.costs[taken[owner]] > left or (last and queue.one_of and staying[queue.one_of] == 1):
+            continue
+        left -= queue.costs[taken[owner]]
+        taken[owner] += 1
+        staying[queue.one_of] -= last
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
         keep |= queue.keep_after(sum(queue.sizes[:count]))
@@ -227,14 +230,25 @@ class _Queue:
 
     Where several lots of units must keep the same number (the experts of a layer, the query heads of each key/value
     head), one unit of each lot is removed at a time, ranked by the mean of their values.
+
+    Args:
+        lots: site and its units in ascending order, for each lot.
+        sizes: how many units of a lot each block of units has.
+        costs: what removing each block costs: parameters, or units of all lots.
+        values: of each block; low goes first.
+        empties: whether the last block leaves the site without units.
+        one_of: what the model needs one of; empty where it can do without.
     """
 
     lots: list[tuple[Site, list[int]]]
     sizes: list[int]
+    costs: list[int]
     values: Tensor
+    empties: bool
+    one_of: str
 
     @classmethod
-    def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> _Queue:
+    def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int, *, params: bool) -> _Queue:
         site = together[0]
         multiple, length = site.step, site.units_per_run
         lots, columns = [], []
@@ -243,23 +257,19 @@ class _Queue:
             lots += [(member, (order[run] + run * length).tolist()) for run in range(site.runs)]
             columns.append(values)
         values = torch.cat(columns).mean(dim=0)
-        floor = math.ceil(math.ceil(max(min_units, site.least) / site.runs) / multiple) * multiple
+        least = max(min_units, 0 if site.removable else site.least)
+        floor = math.ceil(math.ceil(least / site.runs) / multiple) * multiple
         removable = values[: max(length - floor, 0)]
         rest = len(removable) % multiple
         means = removable[rest:].view(-1, multiple).mean(dim=1)
         if rest:
             means = torch.cat([removable[:rest].mean().view(1), means])
-        return cls(lots, [rest] * bool(rest) + [multiple] * (len(removable) // multiple), means)
-
-    @property
-    def params_per_step(self) -> int:
-        """Parameters of one unit of each lot."""
-        return sum(site.params_per_unit for site, _ in self.lots)
-
-    @property
-    def params(self) -> int:
-        """Parameters that can be removed."""
-        return sum(self.sizes) * self.params_per_step
+        sizes = [rest] * bool(rest) + [multiple] * (len(removable) // multiple)
+        costs = [size * sum(member.params_per_unit if params else 1 for member, _ in lots) for size in sizes]
+        empties = bool(sizes) and not floor
+        if empties and params:
+            costs[-1] += sum(member.rest for member in together)
+        return cls(lots, sizes, costs, means, empties, site.one_of)
 
     def keep_after(self, removed: int) -> dict[str, tuple[int, ...]]:
         """Return the units that each site keeps when ``removed`` units of each lot are removed."""
@@ -269,8 +279,24 @@ class _Queue:
         return {name: tuple(sorted(units)) for name, units in keep.items()}
 
 
+def _queues(
+    sites: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int, *, params: bool = True
+) -> list[_Queue]:
+    """Queue the units of each site; costs are parameters, or units."""
+    return [_Queue.of(together, ranking, min_units, params=params) for together in groups(sites)]
+
+
+def _possible(queues: Sequence[_Queue]) -> int:
+    """Return the cost of all that can be removed: of what the model needs one of, the cheapest last block stays."""
+    least: dict[str, list[int]] = {}
+    for queue in queues:
+        if queue.one_of:
+            least.setdefault(queue.one_of, []).append(queue.costs[-1] if queue.empties else 0)
+    return sum(sum(queue.costs) for queue in queues) - sum(map(min, least.values()))
+
+
 def _check_possible(queues: Sequence[_Queue], budget: Budget | int) -> None:
-    possible = sum(queue.params for queue in queues)
+    possible = _possible(queues)
     if isinstance(budget, int):
         if budget > possible:
             names = _named([site for queue in queues for site, _ in queue.lots])

@@ -125,6 +125,11 @@ class GGUF(Exporter):
                 f"{prospect.family!r} models (known: {', '.join(FAMILIES)}); if all layers have the same size, export "
                 "to hf-stock and convert the result with llama.cpp's convert_hf_to_gguf.py"
             )
+        if prospect.removed:
+            raise ModelError(
+                f"export gguf: {prospect.removed[0]} is gone altogether, all but its bias, and llama.cpp's `deci` has no "
+                "bias where it has no attention or MLP; export to hf, or prune with searcher.min_units 1"
+            )
         if self.architecture == "own" and prospect.family not in OWN:
             raise ModelError(
                 f"export gguf: architecture `own` is written for {', '.join(OWN)}, not for {prospect.family!r}"
