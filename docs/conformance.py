@@ -32,12 +32,12 @@ def measure(name: str) -> list[Outcome]:
     """Check one adapter."""
     import torch
 
-    from flapkit.registry import Registry
+    from flapkit.registry import ADAPTER, Registry
     from flapkit.testing import conformance
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return list(conformance(Registry.load().create("adapter", name)))
+    return list(conformance(Registry.load().create(ADAPTER, name)))
 
 
 def row(name: str, outcomes: Sequence[Outcome]) -> str:

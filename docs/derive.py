@@ -36,7 +36,8 @@ flapkit derives the declaration and verifies it, in a few seconds and before any
    rows whose gradient becomes exactly zero. These rows feed nothing else: they go with the unit. The layout (`q`,
    `q+k+k`, ...) is the one that assigns these rows to the unit.
 3. It reads from the module: size attributes, configuration entries that its forward uses, and arguments with a
-   dimension of heads. Modules of stacked experts carry flags for their layout.
+   dimension of heads. Modules of stacked experts carry flags for their layout; the router beside them is found by its
+   `top_k` and its row for each expert.
 4. It verifies the declaration: a sliced model must compute the same as the masked dense model, with two sequences, left
    padding, a step from the KV cache, and each attention implementation; and masking must change the logits.
 5. After the model itself is loaded, one layer of each block is sliced and masked once more, at its real sizes, on a few
@@ -55,6 +56,7 @@ forms of a model type that are refused from checks that failed: StableLM with no
 
 Tiny random models of types that no plugin declares (`python docs/derive.py`). They verify shapes and exactness, not
 quality. The error is the largest difference of a logit between sliced and masked, as a fraction of the largest logit.
+Of `experts`, which lose channels, and `mixture`, which loses whole experts, the adapter's `expert_unit` chooses one.
 
 | model type | outcome | blocks, or why not | error |
 |---|---|---|---|"""

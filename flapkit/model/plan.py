@@ -59,7 +59,7 @@ class PruningPlan:
                 raise InputError(f"plan: the model has no site {name!r}{did_you_mean(name, known)}")
             if not units and not known[name].removable:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
-            if len(units) < known[name].least:
+            if 0 < len(units) < known[name].least:
                 raise InputError(
                     f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
                 )
