@@ -32,8 +32,15 @@ from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, apply_plan_, consumer_of, mask_, slice_, weight_of
-from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.model.verify import IMPLEMENTATIONS, logits_of, random_plan, verify
+from flapkit.model.tiny import doubled, tiny_config, tiny_model
+from flapkit.model.verify import (
+    IMPLEMENTATIONS,
+    logits_of,
+    plan_without_blocks,
+    random_plan,
+    verify,
+    verify_without_blocks,
+)
 from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Moments
 from flapkit.system.errors import FlapkitError, ModelError
@@ -280,6 +287,28 @@ def runs_in_bfloat16(subject: Subject) -> str:
     return f"{error:.0e}"
 
 
+@torch.no_grad()
+def whole_blocks_go(subject: Subject) -> str:
+    """Remove an attention and an MLP altogether, and save, load, and generate with the KV cache as without."""
+    model = tiny_model(doubled(subject.config))
+    sites = subject.adapter.sites(model.config)
+    if not any(site.removable for site in sites):
+        return "declared to stay"
+    error, plan, sliced = verify_without_blocks(model, sites), plan_without_blocks(sites), copy.deepcopy(model)
+    apply_plan_(sliced, sites, plan, {})
+    if model.num_parameters() - sliced.num_parameters() != plan.removed_params(sites):
+        raise ModelError("the parameters removed are not those that the plan counts")
+    with tempfile.TemporaryDirectory() as folder:
+        save(sliced, Path(folder) / "pruned", plan)
+        loaded: Any = load(Path(folder) / "pruned")
+    _check_loaded(sliced, loaded, torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached, whole = (loaded.generate(subject.tokens[:2], **options, use_cache=cache) for cache in (True, False))
+    if not torch.equal(cached, whole):
+        raise ModelError("the model without blocks generates another text with the KV cache")
+    return f"{error:.0e}"
+
+
 def trains(subject: Subject) -> str:
     """Train a pruned model for a few steps: its loss must fall, and its sliced weights change."""
     model, _ = subject.pruned()
@@ -315,6 +344,7 @@ CHECKS: Mapping[str, Check] = {
     "constant channels": constant_channels_cost_nothing,
     "statistics": statistics_ignore_batches,
     "ratio 0": nothing_removed_is_the_identity,
+    "whole blocks": whole_blocks_go,
     "save and load": saved_is_loaded,
     "generate": generates,
     "bfloat16": runs_in_bfloat16,

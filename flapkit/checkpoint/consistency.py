@@ -106,7 +106,7 @@ def read_plan(name: Path | str, config: Any, path: Path) -> PruningPlan:
         if block not in blocks or not layer.isdigit() or int(layer) >= len(layers):
             raise ModelError(f"model {name}: plan.json names the site {site}, which the model does not have")
         kept = _units(layers[int(layer)], blocks[block])
-        if len(units) not in kept or list(units) != sorted(set(units)) or units[0] < 0:
+        if len(units) not in kept or list(units) != sorted(set(units)) or min(units, default=0) < 0:
             raise ModelError(
                 f"model {name}: plan.json keeps {len(units)} units at {site}, config.json "
                 f"{' or '.join(str(count) for count in sorted(kept))}; one of the files was changed"

@@ -117,7 +117,7 @@ def _counts_query_heads(site: Site, keep: Sequence[int], layer: Any) -> bool:
         keep: its kept units.
         layer: the configuration of the pruned layer.
     """
-    if site.kind != "attention" or site.units == site.heads:
+    if site.kind != "attention" or site.units == site.heads or not keep:
         return False
     return bool(len(keep) == layer.num_attention_heads)
 

@@ -17,7 +17,7 @@ from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import load, load_config, load_tokenizer
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
-from flapkit.model.layout import sites_of
+from flapkit.model.layout import removed_blocks, sites_of
 from flapkit.model.positions import context_length
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Kind, Site
@@ -147,7 +147,9 @@ def check_packages(exporter: Exporter) -> None:
 
 def prospect_of(config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe a model from its configuration and its sites, without reading weights."""
-    return Prospect(dense_type(config), config, sites, is_uniform(sites), biased_kinds(config, sites))
+    removed = removed_blocks(skeleton(config))
+    uniform = is_uniform(sites) and not removed
+    return Prospect(dense_type(config), config, sites, uniform, biased_kinds(config, sites), removed=removed)
 
 
 def dense_type(config: PreTrainedConfig) -> str:

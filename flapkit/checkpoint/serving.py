@@ -19,7 +19,7 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
     """Return why vLLM does not serve a pruned model, or an empty text.
 
     Interface, Conv1D and experts are from a run of vLLM (docs/serving.md); latent attention and layers without
-    attention are from its source.
+    attention are from its source. Layers without an MLP were not tried.
 
     Args:
         config: the dense or the pruned model's configuration.
@@ -39,6 +39,8 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
         return "vLLM's latent attention needs layers that do not differ"
     if any(site.expert is not None for site in sites):
         return "vLLM's experts have the same width in all layers"
-    with_attention = {site.layer for site in sites if site.kind == "attention"}
-    without = [layer for layer in range(dense.num_hidden_layers) if layer not in with_attention]
-    return f"layer {without[0]} has no attention" if without else ""
+    for kind, what in (("attention", "attention"), ("mlp", "MLP")):
+        layers = {site.layer for site in sites if site.kind == kind}
+        if without := [layer for layer in range(dense.num_hidden_layers) if layer not in layers]:
+            return f"layer {without[0]} has no {what}"
+    return ""

@@ -37,6 +37,7 @@ class Cost:
         total: cost of the dense model.
         units: site name -> cost of one unit; the units of other sites cost nothing.
         added: site name -> what the site's correction adds as soon as a unit is removed there: a bias.
+        rest: site name -> what goes with its last unit, beside that unit.
         scale: all numbers are in this fraction of the measure: active parameters can be thirds.
         detail: what the cost depends on, such as a dtype.
     """
@@ -47,6 +48,7 @@ class Cost:
     added: Mapping[str, int] = field(default_factory=dict, repr=False)
     scale: int = 1
     detail: str = ""
+    rest: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     def of(self, site: Site) -> int:
         """Return the cost of one unit of a site."""
@@ -60,10 +62,16 @@ class Cost:
         """Return what the corrections of some sites add."""
         return sum(self.added.get(site.name, 0) for site in sites)
 
+    def rest_at(self, sites: Iterable[Site]) -> int:
+        """Return what goes with the last units of some sites, beside these units."""
+        return sum(self.rest.get(site.name, 0) for site in sites)
+
     def removed(self, sites: Iterable[Site], plan: PruningPlan) -> int:
         """Return what a plan saves, less what corrections add."""
+        sites = list(sites)
         removed = [(site, site.units - len(plan.keep[site.name])) for site in sites]
-        return sum(count * self.of(site) - self.added_at([site]) for site, count in removed if count)
+        rest = self.rest_at(site for site in sites if not plan.keep[site.name])
+        return rest + sum(count * self.of(site) - self.added_at([site]) for site, count in removed if count)
 
     def left(self, sites: Iterable[Site], plan: PruningPlan) -> float:
         """Return the cost of the pruned model, in the measure itself."""
@@ -139,13 +147,14 @@ class Budget:
                 f"budget.ratio: {ratio} is out of range; give the fraction to remove, at least 0 and below 1"
             )
         units = {site.name: site.params_per_unit for site in prunable(sites, of)}
+        rest = {site.name: site.rest for site in prunable(sites, of)}
         base = model_params if of == "model" else sum(site.params for site in prunable(sites, of))
         if of == "mixture" and not base:
             raise BudgetError(
                 "budget.of: mixture: the model has no mixture whose experts can be removed whole; for one of experts, "
                 "set adapter: {name: auto, expert_unit: expert}"
             )
-        cost = Cost("params", model_params or base, units)
+        cost = Cost("params", model_params or base, units, rest=rest)
         return cls(cost, round(ratio * base), ratio, of, base, "", 0, multiple_of, tensor_parallel)
 
     @classmethod

@@ -25,7 +25,7 @@ from flapkit.system.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-PRUNED_KEYS = ("per_layer_config", "flapkit", "model_type", "auto_map", "architectures")
+PRUNED_KEYS = ("per_layer_config", "flapkit", "kv_sharing_modes", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
 
 HEAD_DIM = "head_dim"
@@ -263,11 +263,8 @@ def reshape_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
         raise ModelError(f"the model has {len(layers)} layers, and the pruned one {len(config.per_layer_config)}")
     for layer, before, shape in zip(layers, model.config.per_layer_config, config.per_layer_config, strict=True):
         for block in config.flapkit["blocks"]:
-            module = resize.find_module(layer, block)
-            if module is None:
-                continue
             try:
-                resize.resize_(module, block, resize.heads_of(before, block), shape)
+                resize.resize_(layer, block, resize.heads_of(before, block), shape)
             except RuntimeError as error:
                 raise ModelError(f"{block['name']}: the model is smaller than the pruned one: {error}") from error
     _replace_config(model, config)
@@ -288,12 +285,12 @@ def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         elif isinstance(current, resize.ConfigView) and current.of is previous:
             current.__dict__["of"] = config
     resize.pin_rotary_heads_(model)
+    resize.share_cache_(model)
 
 
 def _layers_of(site: Site) -> str:
     """Return the full name of the list of layers that contains a site's block."""
-    inner = f".{site.layer}" + (f".{site.block.path}" if site.block and site.block.path else "")
-    return site.path.removesuffix(inner)
+    return site.layer_path.removesuffix(f".{site.layer}")
 
 
 def _fill_missing_keys(layers: dict[int, dict[str, Any]], dense: dict[str, Any]) -> None:
@@ -308,22 +305,23 @@ def _fill_missing_keys(layers: dict[int, dict[str, Any]], dense: dict[str, Any])
 def _sizes(model: PreTrainedModel, site: Site) -> dict[str, Any]:
     """Read one site's sizes from its consumer, with the keys of transformers' ``per_layer_config``."""
     block: Any = site.block
-    kept = model.get_parameter(site.weight).shape[site.dim] // site.channels_per_unit
     if site.kind == "mixture":
+        kept = len(model.get_parameter(site.weight))
         return {f"{block.name}_counts": block.counts(site.sizes(kept)), block.width: kept}
-    module = model.get_submodule(site.path)
-    *path, leaf = site.bias.removeprefix(f"{site.path}.").split(".")
-    has_bias = getattr(module.get_submodule(".".join(path)), leaf, None) is not None
-    entries: dict[str, Any] = {f"{block.name}_out_bias": has_bias}
+    removed = resize.removed_from(model.get_submodule(site.layer_path), block.data)
+    kept = 0 if removed else model.get_parameter(site.weight).shape[site.dim] // site.channels_per_unit
+    owner, _, leaf = site.bias.rpartition(".")
+    entries: dict[str, Any] = {f"{block.name}_out_bias": getattr(model.get_submodule(owner), leaf, None) is not None}
     sizes = site.sizes(kept)
-    for what, values in (("counts", block.counts(sizes)), ("reads", block.readings(sizes))):
-        if values:
+    for what, values in (("counts", block.counts), ("reads", block.readings)):
+        if kept and (values := values(sizes)):
             entries[f"{block.name}_{what}"] = values
     if site.kind == "mlp":
         return {**entries, block.width: sizes["I"]}
     entries |= {"num_attention_heads": sizes["H"], block.heads: sizes["H"], "num_key_value_heads": sizes["K"]}
     if isinstance(block.kv_heads, str):
         entries[block.kv_heads] = sizes["K"]
-    if block.arguments or block.outputs:
+    if kept and (block.arguments or block.outputs):
+        module = model.get_submodule(site.path)
         entries["kept_heads"] = getattr(module, "kept_heads", list(range(site.heads)))
     return entries

@@ -33,7 +33,8 @@ def param_cost(model: PreTrainedModel, sites: Sequence[Site], total: int, *, bia
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     corrected = [site for site in sites if biased and site.kind != "mixture"]
     added = {site.name: site.out_features for site in corrected if site.bias not in names}
-    return Cost("params", total, {site.name: site.params_per_unit for site in sites}, added)
+    units, rest = {site.name: site.params_per_unit for site in sites}, {site.name: site.rest for site in sites}
+    return Cost("params", total, units, added, rest=rest)
 
 
 def weight_cost(params: Cost, dtype: torch.dtype) -> Cost:
@@ -48,7 +49,14 @@ def weight_cost(params: Cost, dtype: torch.dtype) -> Cost:
     def scaled(costs: Mapping[str, int]) -> dict[str, int]:
         return {name: size * cost for name, cost in costs.items()}
 
-    return Cost("memory", size * params.total, scaled(params.units), scaled(params.added), detail=name_of(dtype))
+    return Cost(
+        "memory",
+        size * params.total,
+        scaled(params.units),
+        scaled(params.added),
+        detail=name_of(dtype),
+        rest=scaled(params.rest),
+    )
 
 
 def cache_cost(sites: Sequence[Site], dtype: torch.dtype) -> Cost:
@@ -105,7 +113,7 @@ def active_cost(model: PreTrainedModel, sites: Sequence[Site], params: Cost) -> 
         router = _router_params(site)
         units[site.name] = scale * router
         total -= scale * (site.units - _routed(model, site.units)) * (site.params_per_unit - router)
-    return Cost("active_params", total, units, scaled(params.added), scale)
+    return Cost("active_params", total, units, scaled(params.added), scale, rest=scaled(params.rest))
 
 
 def _router_params(site: Site) -> int:

@@ -115,6 +115,8 @@ class Block:
             number is saved under it.
         router: of a mixture, the module that chooses a token's experts, relative to ``path``.
         optional: a model may lack this block in all of its layers.
+        removable: the block can lose all of its units; its module then returns the bias of its consumer. Not for
+            experts.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -133,6 +135,7 @@ class Block:
     width: str = "intermediate_size"
     router: str = ""
     optional: bool = False
+    removable: bool = True
 
     def __post_init__(self) -> None:
         """Fill in the name, and check layouts and expressions.

@@ -26,8 +26,8 @@ from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
 from flapkit.model.resize import find_module, heads_of, is_linear
 from flapkit.model.site import Site
-from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.model.verify import BROKEN, verify, verify_loaded
+from flapkit.model.tiny import doubled, tiny_config, tiny_model
+from flapkit.model.verify import BROKEN, verify, verify_loaded, verify_without_blocks
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _derive(of: Any, text: str) -> Family:
                 model = tiny_of(config, **changes)
                 verify(model, sites_of(model, with_experts(family, "channel")))
                 family = _with_sound_mixture(model, family)
+            family = _with_removable(config, family)
     except BROKEN as error:
         raise _refusal(config, f"the tiny model fails: {type(error).__name__}: {error}", family) from error
     except ModelError as error:
@@ -124,6 +125,28 @@ def _with_sound_mixture(model: PreTrainedModel, family: Family) -> Family:
     return family
 
 
+def _with_removable(config: PreTrainedConfig, family: Family) -> Family:
+    """Declare for each block whether it can go altogether: whether the model computes the same without it as masked."""
+    try:
+        model = tiny_of(config)
+        model = tiny_model(doubled(model.config))
+    except (ModelError, *BROKEN):
+        return replace(family, blocks=tuple(replace(block, removable=False) for block in family.blocks))
+    blocks = []
+    for block in family.blocks:
+        if block.kind == "mixture":
+            blocks.append(block)
+            continue
+        alone = replace(family, blocks=tuple(replace(b, removable=b is block) for b in family.blocks))
+        try:
+            verify_without_blocks(model, sites_of(model, with_experts(alone, "channel")))
+            blocks.append(block)
+        except (ModelError, *BROKEN) as error:
+            log.debug("%s stays: %s", block.name, error)
+            blocks.append(replace(block, removable=False))
+    return replace(family, blocks=tuple(blocks))
+
+
 def _refusal(config: PreTrainedConfig, reason: str, family: Family | None) -> ModelError:
     text = f"no plugin declares models of type {config.model_type!r}, and `adapter: auto` cannot prune them: {reason}"
     if family is None or not family.blocks:
@@ -137,7 +160,9 @@ def as_yaml(family: Family) -> str:
     blocks = []
     for block in family.blocks:
         defaults = {field.name: field.default for field in dataclasses.fields(Block)} | {"name": block.kind}
-        values = {key: value for key, value in block.data.items() if value and value != defaults[key]}
+        values = {
+            key: value for key, value in block.data.items() if value != defaults[key] and (value or value is False)
+        }
         blocks.append({**values, "path": block.path})
     data = {"name": family.name, "model_types": list(family.model_types), "layers": family.layers, "blocks": blocks}
     text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from flapkit.model.declaration import EXPERT_MULTIPLE, Block, Family, Unit
-from flapkit.model.resize import SIZES, columns_of, count_rows, find_module, heads_of, rows_of, tensor_of
+from flapkit.model.resize import (
+    SIZES,
+    columns_of,
+    count_rows,
+    find_module,
+    heads_of,
+    removed_from,
+    rows_of,
+    tensor_of,
+)
 from flapkit.model.site import Coupling, Site
 from flapkit.system.errors import ModelError
 
@@ -51,6 +60,20 @@ def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") ->
     return tuple(sites)
 
 
+def removed_blocks(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the blocks that are gone from a model altogether, such as ``layers.0.attention``."""
+    declared = getattr(model.config, "flapkit", None)
+    if declared is None:
+        return ()
+    layers: Any = model.get_submodule(declared["layers"])
+    return tuple(
+        f"layers.{index}.{block['name']}"
+        for index, layer in enumerate(layers)
+        for block in declared["blocks"]
+        if removed_from(layer, block)
+    )
+
+
 @dataclass(frozen=True)
 class _LayerBlock:
     """One block of one layer."""
@@ -72,6 +95,7 @@ class _LayerBlock:
         name = f"layers.{self.layer}.{self.block.name}"
         experts: Sequence[int | None] = range(len(weight)) if self.block.kind == "experts" else [None]
         couplings = tuple(self._couplings(counts, units))
+        rest = self._rest(units, couplings)
         for expert in experts:
             yield Site(
                 name=name if expert is None else f"{name}.{expert}",
@@ -89,9 +113,29 @@ class _LayerBlock:
                 runs=runs,
                 heads=counts.get("H", 0),
                 kv_heads=counts.get("K", 0),
+                rest=rest,
+                removable=self.block.removable and expert is None and (bool(self.block.path) or not counts.get("H")),
+                one_of=self._one_of,
                 path=self.path,
                 block=self.block,
             )
+
+    @property
+    def _one_of(self) -> str:
+        """What the model needs one of: the first attention of a type has the place of the cache that counts tokens."""
+        types = getattr(self.model.config, "layer_types", None)
+        if self.block.kind != "attention" or types is None or len(set(types)) == 1:
+            return self.block.name
+        return f"{self.block.name} in layers of type {types[self.layer]}"
+
+    def _rest(self, units: int, couplings: Sequence[Coupling]) -> int:
+        """Count the parameters that go with the last unit: all that are not of units, and not the consumer's bias."""
+        if self.block.kind == "experts" or not self.block.path:
+            return 0
+        consumer = self.module.get_submodule(self.block.consumer)
+        kept = sum(parameter.numel() for parameter in consumer.parameters(recurse=False))
+        total = sum(parameter.numel() for parameter in self.module.parameters())
+        return total - kept - units * sum(coupling.params_per_unit for coupling in couplings)
 
     def _mixture(self) -> Site:
         """Return the site whose units are whole experts."""

@@ -57,13 +57,13 @@ class PruningPlan:
         for name, units in self.keep.items():
             if name not in known:
                 raise InputError(f"plan: the model has no site {name!r}{did_you_mean(name, known)}")
-            if not units:
+            if not units and not known[name].removable:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
             if 0 < len(units) < known[name].least:
                 raise InputError(
                     f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
                 )
-            if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= known[name].units:
+            if list(units) != sorted(set(units)) or not set(units) <= set(range(known[name].units)):
                 raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
             run = known[name].units // known[name].runs
             if len({sum(unit // run == index for unit in units) for index in range(known[name].runs)}) > 1:
@@ -74,6 +74,16 @@ class PruningPlan:
             if len({len(self.keep[site.name]) for site in together}) > 1:
                 raise InputError(f"plan: the experts of {together[0].group} must keep the same number of units")
 
+    def check_left(self, sites: Sequence[Site]) -> None:
+        """Raise ``InputError`` if nothing is left of what the model needs one of.
+
+        Args:
+            sites: all sites of the model.
+        """
+        left = {site.one_of for site in sites if self.keep[site.name]}
+        if gone := [site.one_of for site in sites if site.one_of and site.one_of not in left]:
+            raise InputError(f"plan: it removes every {gone[0]}, and the model needs one; keep units of one of them")
+
     def removed_units(self, site: Site) -> list[int]:
         """Return the units of a site that the plan removes, ascending."""
         kept = set(self.keep[site.name])
@@ -81,7 +91,7 @@ class PruningPlan:
 
     def removed_params(self, sites: Iterable[Site]) -> int:
         """Count the parameters that the plan removes."""
-        return sum((site.units - len(self.keep[site.name])) * site.params_per_unit for site in sites)
+        return sum(site.removed_params(len(self.keep[site.name])) for site in sites)
 
     def to_json(self) -> str:
         """Return the plan as JSON, one line per site."""

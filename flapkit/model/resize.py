@@ -44,12 +44,11 @@ class Resized:
             dense = [heads_of(config, block) for block in blocks]
         finally:
             config.__class__, config.per_layer_config = pruned, layers
-        path = config.flapkit["layers"].removeprefix(f"{model.base_model_prefix}.")
-        for layer, shape in zip(model.base_model.get_submodule(path), config.per_layer_config, strict=True):
+        for layer, shape in zip(model.get_submodule(layers_in(self)), config.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):
-                if (module := find_module(layer, block)) is not None:
-                    resize_(module, block, heads, shape)
+                resize_(layer, block, heads, shape)
         pin_rotary_heads_(self)
+        share_cache_(self)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -86,8 +85,11 @@ def find_module(layer: Any, block: Any) -> Any:
     return module
 
 
-def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
-    """Resize the tensors of a newly built block to a layer's sizes."""
+def resize_(layer: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
+    """Resize the tensors of a newly built layer's block to a layer's sizes; nothing is done to one without it."""
+    module = find_module(layer, block)
+    if module is None:
+        return
     consumer, dim = columns_of(module, block)
     channels = kept = module.get_parameter(consumer).shape[dim]
     if block["kind"] == "attention":
@@ -96,21 +98,108 @@ def resize_(module: Any, block: Any, dense: dict[str, int], shape: Any) -> None:
     else:
         letter, kept = "E" if block["kind"] == "mixture" else "I", getattr(shape, block["width"])
         dense, sizes = {letter: channels}, {letter: kept}
+    if getattr(shape, f"{block['name']}_out_bias", False):
+        add_bias_(module, block)
+    if not kept:
+        remove_(layer, block)
+        return
     narrow_(module, consumer, dim, kept, channels)
     for name, layout in block["parameters"].items():
         for parameter, rows in rows_of(module, block, name):
             narrow_(module, parameter, rows, count_rows(layout, sizes), count_rows(layout, dense))
-    if getattr(shape, f"{block['name']}_out_bias", False):
-        add_bias_(module, block)
     counts, reads = (getattr(shape, f"{block['name']}_{what}", None) for what in ("counts", "reads"))
     heads = getattr(shape, "kept_heads", None) if block["arguments"] or block["outputs"] else None
     set_sizes_(module, block, counts, reads, dense, heads)
+
+
+class Removed(nn.Module):
+    """What is left of a block without units: the bias of its consumer, under its name."""
+
+    def __init__(self, stock: Any, consumer: str, *, attends: bool) -> None:
+        super().__init__()
+        self.attends = attends
+        self.path = consumer
+        self.arguments = list(signature(stock.forward).parameters)
+        owner: Any = self
+        for part in consumer.split(".") if consumer else ():
+            owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter("bias", stock.get_submodule(consumer).bias)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the stock block would: zeros plus the bias, and the residual where the block itself adds it."""
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        output = torch.zeros_like(given[self.arguments[0]])
+        owner: Any = self.get_submodule(self.path)
+        for added in (owner.bias, given.get("residual")):
+            if added is not None:
+                output = output + added.to(output.dtype)
+        return (output, None) if self.attends else output
+
+
+def remove_(layer: Any, block: Any) -> None:
+    """Remove a block from a layer, all but the bias of its consumer."""
+    path, consumer = block["path"], block["consumer"]
+    if path:
+        layer.set_submodule(path, Removed(layer.get_submodule(path), consumer, attends=block["kind"] == "attention"))
+        return
+    # The layer's own forward calls the block's linears.
+    for name in block["parameters"]:
+        layer.set_submodule(name.removesuffix("?"), nn.Identity())
+    layer.set_submodule(consumer, Removed(layer.get_submodule(consumer), "", attends=False))
+
+
+def share_cache_(model: Any) -> None:
+    """Give the first places of the KV cache to the layers that have an attention, in order, as far as any has none.
+
+    The first place counts the tokens of the text so far, and the first one of a type of layers (sliding windows) those
+    of its mask. Places that no layer uses are declared as shared with others, so that caches hold nothing there.
+    """
+    config = model.config
+    places: dict[Any, list[int]] = {}
+    owners: dict[Any, list[Any]] = {}
+    types = getattr(config, "layer_types", None)
+    modes: list[Any] = [None] * config.num_hidden_layers
+    for block in config.flapkit["blocks"]:
+        if block["kind"] != "attention":
+            continue
+        for index, layer in enumerate(model.get_submodule(layers_in(model))):
+            module = find_module(layer, block)
+            if module is None and not removed_from(layer, block):
+                continue
+            of = types[index] if types else None
+            places.setdefault(of, []).append(index)
+            owners.setdefault(of, []).extend([] if module is None else [module])
+    for of, indices in places.items():
+        for index, module in zip(indices, owners[of], strict=False):
+            setattr(module, "layer_idx" if hasattr(module, "layer_idx") else "layer_id", index)
+        for index in indices[len(owners[of]) :]:
+            modes[index] = "reuse"
+    if any(modes):
+        config.kv_sharing_modes = modes
 
 
 def narrow_(module: Any, name: str, dim: int, part: int, whole: int) -> None:
     """Keep the first ``part`` of ``whole`` equal parts of a dimension, with the stock model's initial values."""
     old = tensor_of(module, name).detach()
     replace_(module, name, old.narrow(dim, 0, old.shape[dim] * part // whole).clone())
+
+
+def layers_in(model: Any) -> str:
+    """Return the path of the list of layers in a model, which may be a decoder without its head."""
+    path: str = model.config.flapkit["layers"]
+    prefix = f"{model.base_model_prefix}."
+    return path if model.base_model is not model else path.removeprefix(prefix)
+
+
+def removed_from(layer: Any, block: Any) -> bool:
+    """Tell whether a block was removed from a layer; a mixture always keeps experts."""
+    if block["kind"] == "mixture":
+        return False
+    try:
+        return isinstance(layer.get_submodule(block["path"] or block["consumer"]), Removed)
+    except AttributeError:
+        return False
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:

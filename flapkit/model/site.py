@@ -84,6 +84,10 @@ class Site:
         multiple: kernels are faster if the number of kept units is a multiple of this.
         heads: query heads of an attention site.
         kv_heads: key/value heads of an attention site.
+        rest: parameters that belong to no unit, and go with the last one: norms of heads, keys and values that all
+            query heads share.
+        removable: whether all units can go; the bias of the consumer stays.
+        one_of: name shared by sites of which the model needs at least one: the attentions of a type of layers.
         path: full name of the block's module.
         block: the declaration that the site comes from.
     """
@@ -104,6 +108,9 @@ class Site:
     multiple: int = 1
     heads: int = 0
     kv_heads: int = 0
+    rest: int = 0
+    removable: bool = False
+    one_of: str = ""
     path: str = ""
     block: Block | None = field(default=None, hash=False)
 
@@ -152,6 +159,15 @@ class Site:
         """Parameters of all units."""
         return self.units * self.params_per_unit
 
+    def removed_params(self, kept: int) -> int:
+        """Return the parameters that go if the site keeps a number of units."""
+        return (self.units - kept) * self.params_per_unit + (0 if kept else self.rest)
+
+    @property
+    def layer_path(self) -> str:
+        """Full name of the decoder layer's module."""
+        return self.path.removesuffix(f".{self.block.path}") if self.block and self.block.path else self.path
+
     def channels_of(self, units: Iterable[int]) -> list[int]:
         """Return the consumer's input channels of the given units, in the units' order."""
         width = self.channels_per_unit
@@ -171,7 +187,8 @@ class Site:
         """
         if self.kind != "attention":
             return {"E" if self.kind == "mixture" else "I": units}
-        kv_heads = self.kv_heads * units // self.units if self.units == self.kv_heads else self.kv_heads
+        shared = self.units != self.kv_heads and units > 0
+        kv_heads = self.kv_heads if shared else self.kv_heads * units // self.units
         return {"H": self.heads * units // self.units, "K": kv_heads, "D": self.channels // self.heads}
 
 

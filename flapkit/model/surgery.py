@@ -15,7 +15,7 @@ from flapkit.model.classes import set_pruned_config_
 from flapkit.model.closed_experts import close_experts_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import add_bias_, is_linear, replace_, set_sizes_, tensor_of
+from flapkit.model.resize import add_bias_, is_linear, remove_, replace_, set_sizes_, tensor_of
 from flapkit.model.site import Site, groups
 from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
@@ -115,7 +115,7 @@ def copy_sharing_weights(model: M, sites: Sequence[Site], own: Sequence[str] = (
 def slice_(
     model: nn.Module, sites: Sequence[Site], plan: PruningPlan, corrections: Mapping[str, Correction] | None = None
 ) -> None:
-    """Remove the units that a plan does not keep, in place: the tensors shrink.
+    """Remove the units that a plan does not keep, in place: the tensors shrink, and blocks without units go.
 
     Args:
         model: the dense model.
@@ -126,6 +126,11 @@ def slice_(
     plan.check(sites)
     for together in groups(sites):
         first, removed = together[0], {site.name: plan.removed_units(site) for site in together}
+        if not plan.keep[first.name]:
+            assert first.block is not None
+            _add_biases(model, together, corrections or {})
+            remove_(model.get_submodule(first.layer_path), first.block.data)
+            continue
         # Also for sites that keep all units: forward can no longer read one size for all layers from the configuration.
         _set_sizes(model, first, plan.keep[first.name])
         if not removed[first.name]:
@@ -291,6 +296,7 @@ def apply_plan_(
         corrections: site name -> the consumer's correction.
     """
     plan.check(sites)
+    plan.check_left(sites)
     add_plan_(model, sites, plan)
     slice_(model, sites, plan, corrections)
     set_pruned_config_(model, sites)

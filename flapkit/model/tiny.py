@@ -59,6 +59,9 @@ SIZES: Mapping[str, Any] = {
 LAYERS = {"lfm2": ["conv", "full_attention"]}
 """Model type -> layer types, for hybrids whose default configuration lacks one of them."""
 
+PATTERNS = ("attention_types",)
+"""Configuration entries that say how often a pattern of layers occurs."""
+
 UNSET = ("n_inner", "num_experts_per_tok", "num_key_value_heads")
 """Sizes that may be None in a default configuration, but not in a tiny model's."""
 
@@ -113,6 +116,28 @@ def _layer_types(types: list[str]) -> list[str]:
     """Return one layer of each type, and at least two layers."""
     distinct = list(dict.fromkeys(types))
     return distinct if len(distinct) > 1 else distinct * 2
+
+
+def doubled(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a tiny configuration with its layers twice, so that each type of layer is there more than once.
+
+    Raises:
+        ModelError: the configuration's class does not accept it.
+    """
+    values = config.to_dict()
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changes: dict[str, Any] = {name: 2 * values[name]}
+    # A pattern, how often it occurs.
+    changes |= {key: [[kinds, 2 * count] for kinds, count in values[key]] for key in PATTERNS if values.get(key)}
+    for key, value in values.items():
+        if key not in PATTERNS and isinstance(value, list) and len(value) == values[name]:
+            changes[key] = value * 2
+    kept = {key: value for key, value in values.items() if key not in ("model_type", "transformers_version")}
+    try:
+        return type(config)(**{**kept, **changes})
+    except Exception as error:
+        # Configuration classes validate in their own ways and may raise anything.
+        raise ModelError(f"no deeper {config.model_type!r}: {type(error).__name__}: {error}") from error
 
 
 def tiny_model(

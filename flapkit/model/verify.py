@@ -24,7 +24,7 @@ from flapkit.model.empty import config_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
-from flapkit.model.tiny import SIZES, tiny_config, tiny_model
+from flapkit.model.tiny import SIZES, doubled, tiny_config, tiny_model
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -108,6 +108,45 @@ def verify(
             "names the wrong consumers"
         )
     return Verification(error, effect, tuple(implementations))
+
+
+def plan_without_blocks(sites: Sequence[Site]) -> PruningPlan:
+    """Keep nothing of the first attention and the first MLP of each name that can go, and all of the others."""
+    gone: dict[str, str] = {}
+    for site in sites:
+        if site.removable and sum(other.one_of == site.one_of for other in sites) > 1:
+            gone.setdefault(site.block.name if site.block else site.kind, site.name)
+    names = set(gone.values())
+    return PruningPlan({site.name: () if site.name in names else tuple(range(site.units)) for site in sites})
+
+
+def verify_without_blocks(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) -> float:
+    """Remove whole blocks from a copy, and compare its logits with those of a masked one, also from the KV cache.
+
+    Args:
+        model: a model in float32, with each type of layer more than once; it is not changed.
+        sites: its sites.
+        seed: seed of the tokens.
+
+    Returns:
+        The largest error, as a fraction of the largest logit.
+
+    Raises:
+        ModelError: it is not exact, or does not run; the message says how to declare that.
+    """
+    plan = plan_without_blocks(sites)
+    names = [name for name, units in plan.keep.items() if not units]
+    masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
+    mask_(masked, sites, plan)
+    advice = f"without {' and '.join(names)}, {{}}; declare `removable: false` for blocks that cannot go altogether"
+    try:
+        apply_plan_(sliced, sites, plan, {})
+        error = float((logits_of(sliced, seed) - logits_of(masked, seed)).abs().max() / logits_of(masked).abs().max())
+    except BROKEN as problem:
+        raise ModelError(advice.format(f"the model does not run: {type(problem).__name__}: {problem}")) from problem
+    if not error <= TOLERANCE:
+        raise ModelError(advice.format(f"the logits are wrong by {error:.1e} of the largest"))
+    return error
 
 
 def compare(sliced: PreTrainedModel, expected: Tensor, seed: int = 0) -> float | None:
@@ -216,6 +255,9 @@ def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
     tiny = _tiny_of(config)
     try:
         verify(tiny, adapter.sites(tiny.config))
+        if any(site.removable for site in adapter.sites(tiny.config)):
+            deep = tiny_model(doubled(tiny.config))
+            verify_without_blocks(deep, adapter.sites(deep.config))
     except BROKEN as error:
         raise ModelError(f"{wrong}: {type(error).__name__}: {error}; {advice}") from error
     except ModelError as error:

@@ -279,7 +279,12 @@ def _complete(
     if budget.multiple_of > 1 or budget.tensor_parallel > 1:
         _check_unpruned(sites, pruned, budget)
         plan = round_plan(pruned, plan, scores, budget.multiple_of, budget.tensor_parallel, cost)
-    return PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
+    complete = PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
+    try:
+        complete.check_left(sites)
+    except InputError as error:
+        raise PluginError(f"{where}: {error}") from error
+    return complete
 
 
 def _check_unpruned(sites: Sequence[Site], pruned: Sequence[Site], budget: Budget) -> None:

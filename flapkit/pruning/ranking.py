@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -168,13 +169,14 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
     Raises:
         BudgetError: ``min_units`` does not allow so many.
     """
-    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
-    possible = sum(sum(queue.sizes) * len(queue.lots) for queue in queues)
+    queues = _queues(sites, ranking, min_units)
+    costs = [[size * len(queue.lots) for size in queue.sizes] for queue in queues]
+    possible = _possible(queues, costs)
     if count > possible:
         raise BudgetError(
             f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
         )
-    return _take(sites, queues, count, [(len(queue.lots), 0) for queue in queues])
+    return _take(sites, queues, count, costs)
 
 
 def remove_lowest(
@@ -203,7 +205,7 @@ def remove_lowest(
     Raises:
         BudgetError: ``min_units`` does not allow the budget.
     """
-    queues = [_Queue.of(together, ranking, min_units) for together in groups(sites)]
+    queues = _queues(sites, ranking, min_units)
     costs = [queue.costs(budget.cost) for queue in queues]
     _check_possible(sites, queues, costs, budget, amount)
     return _take(sites, queues, budget.amount if amount is None else amount, costs)
@@ -223,13 +225,15 @@ class Blocks:
 
 
 def blocks_of(sites: Sequence[Site], ranking: Mapping[str, Tensor], budget: Budget, min_units: int = 1) -> list[Blocks]:
-    """Divide the units that may go into blocks, for each group of sites that keep the same number of units."""
+    """Divide the units that may go into blocks, for each group of sites that keep the same number of units.
+
+    Of what the model needs one of, every site keeps its last block.
+    """
     divided = []
-    for queue in (_Queue.of(together, ranking, min_units) for together in groups(sites)):
+    for queue in _queues(sites, ranking, min_units):
+        count = len(queue.sizes) - int(queue.empties and bool(queue.one_of))
         sums = queue.values * torch.tensor(queue.sizes) * len(queue.lots)
-        step, added = queue.costs(budget.cost)
-        costs = [size * step - (0 if place else added) for place, size in enumerate(queue.sizes)]
-        divided.append(Blocks(tuple(sums.tolist()), tuple(costs)))
+        divided.append(Blocks(tuple(sums.tolist())[:count], tuple(queue.costs(budget.cost))[:count]))
     return divided
 
 
@@ -237,28 +241,32 @@ def remove_blocks(
     sites: Sequence[Site], ranking: Mapping[str, Tensor], taken: Sequence[int], min_units: int = 1
 ) -> PruningPlan:
     """Remove a number of the blocks of each group of sites, the first ones of ``blocks_of``."""
-    return _keep(sites, [_Queue.of(together, ranking, min_units) for together in groups(sites)], taken)
+    return _keep(sites, _queues(sites, ranking, min_units), taken)
 
 
-def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Sequence[tuple[int, int]]) -> PruningPlan:
-    """Remove blocks of units in ascending order while ``left`` covers their cost.
+def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Sequence[Sequence[int]]) -> PruningPlan:
+    """Remove blocks of units in ascending order while ``left`` covers their cost; of what is needed, one site stays.
 
     Args:
         sites: the sites.
         queues: their units.
         left: how much may go.
-        costs: for each queue the cost of one unit of each lot, and what the first block of all costs less.
+        costs: for each queue, what each of its blocks costs.
     """
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
     taken = [0] * len(queues)
+    staying = Counter(queue.one_of for queue in queues)
     for owner in owners[order].tolist():
         queue = queues[owner]
-        size = queue.sizes[taken[owner]] if taken[owner] < len(queue.sizes) else 0
-        cost = size * costs[owner][0] - (0 if taken[owner] else costs[owner][1])
-        if cost <= left:
-            taken[owner] += 1
-            left -= cost
+        if taken[owner] == len(queue.sizes):
+            continue
+        cost, last = costs[owner][taken[owner]], queue.empties and taken[owner] == len(queue.sizes) - 1
+        if cost > left or (last and queue.one_of and staying[queue.one_of] == 1):
+            continue
+        left -= cost
+        taken[owner] += 1
+        staying[queue.one_of] -= last
     return _keep(sites, queues, taken)
 
 
@@ -276,11 +284,20 @@ class _Queue:
 
     Where several lots of units must keep the same number (the experts of a layer, the query heads of each key/value
     head), one unit of each lot is removed at a time, ranked by the mean of their values.
+
+    Args:
+        lots: site and its units in ascending order, for each lot.
+        sizes: how many units of a lot each block of units has.
+        values: of each block; low goes first.
+        empties: whether the last block leaves the site without units.
+        one_of: what the model needs one of; empty where it can do without.
     """
 
     lots: list[tuple[Site, list[int]]]
     sizes: list[int]
     values: Tensor
+    empties: bool
+    one_of: str
 
     @classmethod
     def of(cls, together: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> _Queue:
@@ -292,18 +309,26 @@ class _Queue:
             lots += [(member, (order[run] + run * length).tolist()) for run in range(site.runs)]
             columns.append(values)
         values = torch.cat(columns).mean(dim=0)
-        floor = math.ceil(math.ceil(max(min_units, site.least) / site.runs) / multiple) * multiple
+        least = max(min_units, 0 if site.removable else site.least)
+        floor = math.ceil(math.ceil(least / site.runs) / multiple) * multiple
         removable = values[: max(length - floor, 0)]
         rest = len(removable) % multiple
         means = removable[rest:].view(-1, multiple).mean(dim=1)
         if rest:
             means = torch.cat([removable[:rest].mean().view(1), means])
-        return cls(lots, [rest] * bool(rest) + [multiple] * (len(removable) // multiple), means)
+        sizes = [rest] * bool(rest) + [multiple] * (len(removable) // multiple)
+        return cls(lots, sizes, means, bool(sizes) and not floor, site.one_of)
 
-    def costs(self, cost: Cost) -> tuple[int, int]:
-        """Return the cost of one unit of each lot, and what the sites' corrections add."""
-        sites = {site.name: site for site, _ in self.lots}
-        return sum(cost.of(site) for site, _ in self.lots), cost.added_at(sites.values())
+    def costs(self, cost: Cost) -> list[int]:
+        """Return the cost of each block: the first one pays for the correction; the rest of the site goes with the last."""
+        sites = {site.name: site for site, _ in self.lots}.values()
+        step = sum(cost.of(site) for site, _ in self.lots)
+        costs = [size * step for size in self.sizes]
+        if costs:
+            costs[0] -= cost.added_at(sites)
+        if self.empties:
+            costs[-1] += cost.rest_at(sites)
+        return costs
 
     def keep_after(self, removed: int) -> dict[str, tuple[int, ...]]:
         """Return the units that each site keeps when ``removed`` units of each lot are removed."""
@@ -313,16 +338,28 @@ class _Queue:
         return {name: tuple(sorted(units)) for name, units in keep.items()}
 
 
+def _queues(sites: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> list[_Queue]:
+    """Queue the units of each site."""
+    return [_Queue.of(together, ranking, min_units) for together in groups(sites)]
+
+
+def _possible(queues: Sequence[_Queue], costs: Sequence[Sequence[int]]) -> int:
+    """Return the cost of all that can be removed: of what the model needs one of, the cheapest last block stays."""
+    least: dict[str, list[int]] = {}
+    for queue, of_queue in zip(queues, costs, strict=True):
+        if queue.one_of:
+            least.setdefault(queue.one_of, []).append(of_queue[-1] if queue.empties else 0)
+    return sum(map(sum, costs)) - sum(map(min, least.values()))
+
+
 def _check_possible(
     sites: Sequence[Site],
     queues: Sequence[_Queue],
-    costs: Sequence[tuple[int, int]],
+    costs: Sequence[Sequence[int]],
     budget: Budget,
     amount: int | None,
 ) -> None:
-    possible = sum(
-        sum(queue.sizes) * step - added for queue, (step, added) in zip(queues, costs, strict=True) if queue.sizes
-    )
+    possible = _possible(queues, costs)
     if amount is not None:
         if amount > possible:
             raise BudgetError(

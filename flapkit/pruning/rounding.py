@@ -36,7 +36,7 @@ def round_plan(
     few as possible are rounded up: sites are rounded down, those that lose the fewest units first, while no more is
     removed than before. Rounding up restores the units with the highest scores; rounding down
     removes those with the lowest. A site that the devices cannot share whole is rounded down, and others up
-    instead.
+    instead. A site without units stays so.
 
     Args:
         sites: the sites of the plan.
@@ -52,7 +52,8 @@ def round_plan(
     Raises:
         BudgetError: the devices cannot share a site, or can only if more is removed.
     """
-    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in groups(sites)]
+    occupied = [together for together in groups(sites) if plan.keep[together[0].name]]
+    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in occupied]
     counts = [rounding.up or rounding.down for rounding in roundings]
     left = sum(
         rounding.step_cost * (count - rounding.before) for rounding, count in zip(roundings, counts, strict=True)
@@ -80,11 +81,11 @@ def round_plan(
         if 0 < rounding.down < counts[index] and lost <= left:
             counts[index] = rounding.down
             left -= lost
-    keep: dict[str, tuple[int, ...]] = {}
+    keep = {name: units for name, units in plan.keep.items() if not units}
     for rounding, count in zip(roundings, counts, strict=True):
         for site in rounding.together:
             keep[site.name] = _choose(site, plan.keep[site.name], scores.get(site.name), count)
-    return PruningPlan({name: keep[name] for name in plan.keep if name in keep})
+    return PruningPlan({name: keep[name] for name in plan.keep})
 
 
 def can_share(site: Site, units: int, devices: int) -> bool:

@@ -174,8 +174,9 @@ class Trace:
             self._seen[name] = inputs, _output(model, self._sites[name], inputs)
 
     def pruned_sites(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
-        """Return the traced ones of some sites, with the number of units that a plan keeps."""
-        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in traced(sites)]
+        """Return the traced ones of some sites, with the number of units that a plan keeps; those without have gone."""
+        left = [site for site in traced(sites) if plan.keep[site.name]]
+        return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in left]
 
     def compare(
         self, model: PreTrainedModel, measured: Statistics, plan: PruningPlan, predicted: Mapping[str, float | None]

@@ -44,7 +44,8 @@ class LeastSquares(Compensator):
 
     ``ridge: auto`` fits three quarters of the calibration windows with several ridges, chooses for every site the best
     one on the remaining quarter (downhill from 0.01), and fits all windows with it. If none is better than ``bias``
-    (without the intercept: than no repair) on these windows, the site gets that instead, with a note.
+    (without the intercept: than no repair) on these windows, the site gets that instead, with a note. A site without
+    kept channels gets the bias alone.
     """
 
     name = "least_squares"
@@ -74,11 +75,14 @@ class LeastSquares(Compensator):
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
         fitted, held_out = self._spreads(stats)
-        kept = torch.tensor(site.channels_of(keep), device=weight.device)
+        kept = torch.tensor(site.channels_of(keep), dtype=torch.long, device=weight.device)
 
         def problem(spread: Spread, outputs: Tensor | None = None) -> _Problem:
             return _Problem.of(spread, weight, kept, intercept=self.intercept, outputs=outputs)
 
+        if not keep:
+            whole = problem(fitted if held_out is None else fitted.merged(held_out))
+            return Correction(bias=whole.target if self.intercept else None)
         if held_out is None:
             return self._correction(problem(fitted), weight[:, kept], float(self.ridge))
         if not held_out.tokens:

@@ -55,7 +55,7 @@ class Procrustes(Compensator):
         """Return the rotated columns [out_features, kept channels] and, with the intercept, the bias."""
         in_sequence = TargetGram in stats
         spread = stats[TargetGram if in_sequence else Gram].spread
-        kept = torch.tensor(site.channels_of(keep), device=weight.device)
+        kept = torch.tensor(site.channels_of(keep), dtype=torch.long, device=weight.device)
         products, mean = spread.squares[0] / spread.tokens.to(spread.squares), spread.mean.to(spread.squares)
         if not self.intercept:
             products = products.addr(mean, mean)
@@ -65,6 +65,8 @@ class Procrustes(Compensator):
         # The products of the wanted outputs and the kept inputs [out_features, kept channels].
         wanted = products[channels:, kept] if in_sequence else dense @ products[:channels, kept]
         target = mean[channels:] if in_sequence else dense @ mean
+        if not keep:
+            return Correction(bias=target if self.intercept else None)
         penalty = self.ridge * products.diagonal()[kept].mean()
         before, _, after = torch.linalg.svd((wanted + penalty * left) @ left.T)
         rotated = before @ (after @ left)

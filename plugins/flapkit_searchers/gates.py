@@ -227,7 +227,8 @@ class StandIn(nn.Module):
         Args:
             keep: the open units.
         """
-        if self.covariance is None:
+        if self.covariance is None or not keep:
+            self.matrix = None
             return
         with torch.autocast(self.covariance.device.type, enabled=False):
             self.matrix = self._fitted(self.covariance, keep)
@@ -281,4 +282,4 @@ def _channels(site: Site, statistics: SiteStatistics) -> tuple[Tensor, Tensor | 
 
 def _kept(site: Site, plan: PruningPlan) -> Tensor:
     """Return 1 for the units that a plan keeps [units], 0 for the others."""
-    return torch.zeros(site.units).index_fill_(0, torch.tensor(plan.keep[site.name]), 1.0)
+    return torch.zeros(site.units).index_fill_(0, torch.tensor(plan.keep[site.name], dtype=torch.long), 1.0)

@@ -8,7 +8,14 @@ from pydantic import Field
 
 from flapkit.interfaces import Count
 
-MinUnits = Annotated[Count, Field(ge=1, description="Units (heads, neurons) that every site keeps.")]
+MinUnits = Annotated[
+    Count,
+    Field(
+        ge=0,
+        description="Units (heads, neurons) that every site keeps; with 0 an attention or an MLP can go altogether, "
+        "all but a bias.",
+    ),
+]
 
 AttentionPower = Annotated[
     float,

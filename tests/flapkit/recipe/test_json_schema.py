@@ -99,7 +99,7 @@ def test_a_component_is_a_name_or_a_section_of_its_options(schema: dict[str, Any
     assert named == set(names["enum"])
     al_am = schema["$defs"]["ALAM"]
     assert al_am["required"] == ["name"]
-    assert al_am["properties"]["min_units"]["minimum"] == 1
+    assert al_am["properties"]["min_units"]["minimum"] == 0
     assert al_am["properties"]["min_units"]["default"] == 1
     assert al_am["properties"]["min_units"]["description"].startswith("Units")
 

@@ -183,7 +183,11 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
             "output: a\nsearcher: {name: al_am, min_unit: 2}",
             "5:25: searcher.min_unit: unknown key; did you mean 'min_",
         ),
-        (4, "output: a\nsearcher: {name: al_am, min_units: 0}", "5:36: searcher.min_units: expected at least 1, got 0"),
+        (
+            4,
+            "output: a\nsearcher: {name: al_am, min_units: -1}",
+            "5:36: searcher.min_units: expected at least 0, got -1",
+        ),
         (
             4,
             "output: a\nsearcher: {name: al_am, min_units: 2.0}",
@@ -256,7 +260,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "metric: wivf\n"
         "budget: {ratio: 2}\n"
         "budget: {ratio: 0.2}\n"
-        "searcher: {name: al_am, min_unit: 2, min_units: 0}\n"
+        "searcher: {name: al_am, min_unit: 2, min_units: -1}\n"
         "plugins: [./no.py]\n"
         "output: &x a\n",
         "budget.ration=0.3",

@@ -92,7 +92,7 @@ def test_an_option_of_one_of_several(tmp_path: Path) -> None:
         ("budget.ratio=", "budget.ratio: null is not a ratio"),
         ("metric=wivf", "metric: unknown metric 'wivf'; did you mean 'wifv'?"),
         ("searcher.min_unit=2", "searcher.min_unit: unknown key; did you mean 'min_units'?"),
-        ("searcher.min_units=0", "searcher.min_units: expected at least 1, got 0"),
+        ("searcher.min_units=-1", "searcher.min_units: expected at least 0, got -1"),
         ("adapter.x=1", "adapter.x: unknown key (known: unit)"),
         ("budget", "expected key=value, such as budget.ratio=0.3"),
         ("=1", "expected key=value"),
