@@ -43,12 +43,14 @@ from flapkit.pruning.ranking import (
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
 from flapkit.pruning.statistics import (
+    Angles,
     FittedGram,
     FittedTargetGram,
     GradientStatistic,
     Gram,
     HeldOutGram,
     HeldOutTargetGram,
+    LayerStatistic,
     Moments,
     SiteStatistics,
     Spread,
@@ -75,6 +77,7 @@ from flapkit.text.tokenise import tokenise
 __all__ = [
     "EXPORTS",
     "PRUNED_KEYS",
+    "Angles",
     "ArchitectureAdapter",
     "Auto",
     "Block",
@@ -104,6 +107,7 @@ __all__ = [
     "ImportanceMetric",
     "InputError",
     "Kind",
+    "LayerStatistic",
     "ModelError",
     "Moments",
     "Objective",

@@ -127,8 +127,8 @@ class GGUF(Exporter):
             )
         if prospect.removed:
             raise ModelError(
-                f"export gguf: {prospect.removed[0]} is gone altogether, all but its bias, and llama.cpp's `deci` has no "
-                "bias where it has no attention or MLP; export to hf, or prune with searcher.min_units 1"
+                f"export gguf: {prospect.removed[0]} is gone altogether, all but its bias, and llama.cpp's `deci` has "
+                "no bias where it has no attention or MLP; export to hf, or prune with searcher.min_units 1"
             )
         if self.architecture == "own" and prospect.family not in OWN:
             raise ModelError(
