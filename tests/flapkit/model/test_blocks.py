@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import TEXT, make_llama, write_recipe
 from transformers import DynamicCache, StaticCache
 
 import flapkit
@@ -26,7 +26,9 @@ from flapkit.model.verify import logits_of, plan_without_blocks
 from flapkit.pruning.algorithm import find_corrections, find_plan
 from flapkit.pruning.collector import measure
 from flapkit.pruning.ranking import remove_lowest
+from flapkit.recipe.load import load_recipe
 from flapkit.registry import ADAPTER, COMPENSATOR, EXPORTER, SEARCHER, Registry
+from flapkit.run.pipeline import run
 from flapkit.system.errors import BudgetError, InputError, ModelError, PluginError
 from flapkit.testing import check_adapter
 
@@ -245,3 +247,14 @@ def test_torch_export_works(deep, tmp_path):
     save(sliced, tmp_path / "pruned")
     agreed = export(tmp_path / "pruned", Registry.load().create(EXPORTER, "torch-export"), tmp_path / "out")
     assert agreed.relative < 1e-5
+
+
+def test_a_run_reports_whole_blocks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    path = write_recipe(tmp_path, metric="angular", searcher="depth", budget={"ratio": 0.4})
+    record = run(load_recipe(path))
+    assert any(not units for units in record.plan.keep.values())
+    steps = record.next_steps("out", "dense")
+    assert "serve" not in steps
+    assert "export" not in steps
