@@ -44,6 +44,7 @@ from flapkit.pruning.ranking import (
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
 from flapkit.pruning.statistics import (
+    Angles,
     Contributions,
     FittedGram,
     FittedTargetGram,
@@ -51,6 +52,7 @@ from flapkit.pruning.statistics import (
     Gram,
     HeldOutGram,
     HeldOutTargetGram,
+    LayerStatistic,
     Moments,
     SiteStatistics,
     Spread,
@@ -77,6 +79,7 @@ from flapkit.text.tokenise import tokenise
 __all__ = [
     "EXPORTS",
     "PRUNED_KEYS",
+    "Angles",
     "ArchitectureAdapter",
     "Auto",
     "Block",
@@ -108,6 +111,7 @@ __all__ = [
     "ImportanceMetric",
     "InputError",
     "Kind",
+    "LayerStatistic",
     "Measure",
     "ModelError",
     "Moments",

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from flapkit.model.site import Site
 from flapkit.model.surgery import check_sites, consumer_of
 from flapkit.pruning.experts import See, SeeMixture, unwatch, watch
-from flapkit.pruning.statistics import GradientStatistic, SiteStatistics, Statistic
+from flapkit.pruning.statistics import GradientStatistic, LayerStatistic, SiteStatistics, Statistic
 from flapkit.system.errors import CalibrationError
 from flapkit.system.float64 import float64_device, with_float64
 
@@ -67,7 +67,11 @@ class Collector:
         self._complete = False
         self._handles: list[RemovableHandle] = []
         self._watched: list[nn.Module] = []
-        self._stop_early = stop_early and not needs_gradient(statistics)
+        of_layers = any(issubclass(statistic, LayerStatistic) for statistic in statistics)
+        self._stop_early = stop_early and not needs_gradient(statistics) and not of_layers
+        self._layers = {site.layer_path: site.layer for site in sites} if of_layers else {}
+        self._before: Tensor | None = None
+        self._outputs: dict[str, Tensor | None] = {}
         self._unseen: set[str] = set()
 
     def __enter__(self) -> Collector:
@@ -79,6 +83,10 @@ class Collector:
                 stacks.setdefault(consumer, []).append(site)
             else:
                 self._handles.append(consumer.register_forward_hook(self._hook(site)))
+        for path in self._layers:
+            layer = self._model.get_submodule(path)
+            self._handles.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._layer_hook(self._layers[path])))
         for module, sites in stacks.items():
             self._watched.append(module)
             experts = {site.expert: site for site in sites if site.expert is not None}
@@ -141,16 +149,44 @@ class Collector:
         def see(contributions: Tensor) -> None:
             x = with_float64(contributions)
             for statistic in self._statistics_of(site, x.device):
-                if not isinstance(statistic, GradientStatistic):
+                if not isinstance(statistic, (GradientStatistic, LayerStatistic)):
                     statistic.update(x[self._tokens_of(statistic, x.device)])
+            if self._layers:
+                self._outputs[site.name] = None
             self._leave_when_seen(site)
 
         return see
 
+    def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Store a layer's input [windows, tokens, hidden]."""
+        self._before = args[0] if args else kwargs["hidden_states"]
+        self._outputs.clear()
+
+    def _layer_hook(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            after = (output[0] if isinstance(output, tuple) else output).detach()
+            assert self._before is not None
+            before = self._before.detach().to(after.device)
+            for site in self._sites:
+                if site.layer != index or site.name not in self._outputs:
+                    continue
+                own = self._outputs[site.name]
+                for statistic in self._statistics_of(site, after.device):
+                    if isinstance(statistic, LayerStatistic):
+                        tokens = self._tokens_of(statistic, after.device)
+                        seen = (None if x is None else x.flatten(0, -2)[tokens] for x in (before, after, own))
+                        statistic.update(*seen)  # type: ignore[arg-type]
+
+        return hook
+
     def _see(self, site: Site, x: Tensor, output: Tensor, routed: Tensor | None) -> None:
         """Show a consumer's input [tokens, channels] to the statistics; of an expert, that of the routed tokens."""
         x = with_float64(x.detach())
+        if self._layers:
+            self._outputs[site.name] = output.detach() if routed is None else None
         for statistic in self._statistics_of(site, x.device):
+            if isinstance(statistic, LayerStatistic):
+                continue
             tokens = self._tokens_of(statistic, x.device, routed)
             if not isinstance(statistic, GradientStatistic):
                 statistic.update(x[tokens])

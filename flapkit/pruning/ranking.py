@@ -320,7 +320,7 @@ class _Queue:
         return cls(lots, sizes, means, bool(sizes) and not floor, site.one_of)
 
     def costs(self, cost: Cost) -> list[int]:
-        """Return the cost of each block: the first one pays for the correction; the rest of the site goes with the last."""
+        """Return the cost of each block: the first pays for the correction; the rest of the site goes with the last."""
         sites = {site.name: site for site, _ in self.lots}.values()
         step = sum(cost.of(site) for site, _ in self.lots)
         costs = [size * step for size in self.sizes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -10,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flapkit.model.site import Site
 from flapkit.system.errors import CalibrationError
@@ -149,6 +151,67 @@ class GradientStatistic(Statistic):
             x: [tokens, channels], any floating dtype, padding already left out.
             gradient: [tokens, out_features], of the same tokens.
         """
+
+
+class LayerStatistic(Statistic):
+    """A statistic that sees the hidden states before and after the site's decoder layer, not the consumer's input."""
+
+    @abstractmethod
+    def update(self, before: Tensor, after: Tensor, output: Tensor | None) -> None:  # type: ignore[override]
+        """Take in what a layer does to tokens.
+
+        Args:
+            before: the layer's input [tokens, hidden], padding already left out.
+            after: its output, of the same shape.
+            output: the consumer's output [tokens, out_features]; None for an expert, which sees other tokens.
+        """
+
+
+class Angles(LayerStatistic):
+    """By what angle a layer turns the hidden states, and by what angle the site's block alone does.
+
+    The block's own is between the stream before and after its consumer's output is added: at the beginning of the layer
+    for an attention, at its end for an MLP. This is so in layers that add it unchanged.
+    """
+
+    _sums: Tensor
+
+    def __init__(self, channels: int, *, first: bool = True) -> None:
+        super().__init__(channels)
+        self._first = first
+        self.add_state("_sums", torch.zeros(3, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, site: Site) -> Self:
+        """Build the empty statistic of a site."""
+        return cls(site.channels, first=site.kind == "attention")
+
+    def update(self, before: Tensor, after: Tensor, output: Tensor | None) -> None:  # type: ignore[override]
+        """Add up the angles of some tokens."""
+        before, after = before.float(), after.float()
+        layer = block = _angles(before, after)
+        if output is not None and self._first:
+            block = _angles(before, before + output.float())
+        elif output is not None:
+            block = _angles(after - output.float(), after)
+        self._sums += torch.stack([layer.new_tensor(len(layer)), layer.sum(), block.sum()]).to(self._sums)
+
+    @property
+    def layer(self) -> float:
+        """Mean angle of the layer, as a fraction of half a turn, 0 to 1."""
+        return float(self._sums[1] / self._sums[0])
+
+    @property
+    def block(self) -> float:
+        """The same of the block; of an expert, the layer's."""
+        return float(self._sums[2] / self._sums[0])
+
+
+def _angles(one: Tensor, other: Tensor) -> Tensor:
+    """Return the angles between rows, as fractions of half a turn [tokens]; exact also where they are small."""
+    halves = (functional.normalize(one, dim=1) - functional.normalize(other, dim=1)).norm(dim=1) / 2
+    angles: Tensor = 2 / math.pi * halves.clamp(max=1).asin()
+    return angles
 
 
 class Spread(NamedTuple):

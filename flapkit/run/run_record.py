@@ -110,7 +110,8 @@ class RunRecord:
 
     def next_steps(self, folder: str, dense: str) -> dict[str, str]:
         """List what to do with the pruned model, purpose -> command, by names of its folder and of the dense model."""
-        return next_steps(self.recipe, self.target, folder, dense)
+        removed = [name for name, units in self.plan.keep.items() if not units]
+        return next_steps(self.recipe, self.target, folder, dense, removed)
 
     def metadata(self) -> dict[str, Any]:
         """Describe how the model was made, for ``flapkit.json``; files by their names alone."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from flapkit import hookimpl
 from flapkit.interfaces import ImportanceMetric
+from flapkit_metrics.angular import Angular
 from flapkit_metrics.frequency import Frequency
 from flapkit_metrics.ifv import IFV
 from flapkit_metrics.kfac import KFAC
@@ -23,4 +24,4 @@ from flapkit_metrics.wifv import WIFV
 @hookimpl
 def flapkit_metrics() -> Iterable[type[ImportanceMetric]]:
     """Offer the default metrics."""
-    return [IFV, KFAC, OBS, REAP, WIFN, WIFV, Frequency, Magnitude, Random, Taylor, Trace, WandaSP]
+    return [Angular, IFV, KFAC, OBS, REAP, WIFN, WIFV, Frequency, Magnitude, Random, Taylor, Trace, WandaSP]

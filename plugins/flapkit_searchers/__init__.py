@@ -8,6 +8,7 @@ from flapkit import hookimpl
 from flapkit.interfaces import StructureSearcher
 from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.al_mm import ALMM
+from flapkit_searchers.depth import Depth
 from flapkit_searchers.evolution import Evolution
 from flapkit_searchers.gates import GateTraining
 from flapkit_searchers.knapsack import Knapsack
@@ -21,4 +22,4 @@ from flapkit_searchers.ul_um import ULUM
 @hookimpl
 def flapkit_searchers() -> Iterable[type[StructureSearcher]]:
     """Offer the default searchers."""
-    return [ALAM, ALMM, ULMM, ULUM, Evolution, GateTraining, Knapsack, Optuna, PerParameter, Plan]
+    return [ALAM, ALMM, ULMM, ULUM, Depth, Evolution, GateTraining, Knapsack, Optuna, PerParameter, Plan]

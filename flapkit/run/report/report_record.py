@@ -41,8 +41,8 @@ class ScoreRecord:
     Args:
         kept: kept units in each bin.
         removed: removed units in each bin.
-        threshold: the score between removed and kept units; None if no unit was removed, or if the removed units are
-            not those with the lowest scores.
+        threshold: the score between removed and kept units; None if no unit was removed, or none kept, or if the
+            removed units are not those with the lowest scores.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FINITE
@@ -65,7 +65,7 @@ class SiteRecord:
         params_per_unit: parameters of a unit.
         heads: query heads of the dense model's attention site; 0 for an MLP, or if unknown.
         scores: the distribution of the scores; None if the searcher used none.
-        error: the error of the consumer's output; None if it was not measured, or no unit was removed.
+        error: the error of the consumer's output; None if it was not measured, or no unit was removed, or all.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FINITE
@@ -289,7 +289,7 @@ def _distribution(values: Tensor, keep: Sequence[int], axis: ScoreAxis) -> Score
 
 
 def _threshold(kept: Tensor, removed: Tensor, axis: ScoreAxis) -> float | None:
-    if not len(removed) or removed.max() > kept.min():
+    if not len(removed) or not len(kept) or removed.max() > kept.min():
         return None
     below, above = float(removed.max()), float(kept.min())
     return (below * above) ** 0.5 if axis.scale == "log" and below > 0 else (below + above) / 2

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import TEXT, make_llama, write_recipe
 from transformers import DynamicCache, StaticCache
 
 import flapkit
 from flapkit.api import PruneOptions
+from flapkit.checkpoint.export import export
 from flapkit.checkpoint.load import load
 from flapkit.checkpoint.save import save
+from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import Correction, apply_plan_, mask_
@@ -24,8 +26,10 @@ from flapkit.model.verify import logits_of, plan_without_blocks
 from flapkit.pruning.algorithm import find_corrections, find_plan
 from flapkit.pruning.collector import measure
 from flapkit.pruning.ranking import remove_lowest
-from flapkit.registry import ADAPTER, COMPENSATOR, SEARCHER, Registry
-from flapkit.system.errors import BudgetError, InputError, PluginError
+from flapkit.recipe.load import load_recipe
+from flapkit.registry import ADAPTER, COMPENSATOR, EXPORTER, SEARCHER, Registry
+from flapkit.run.pipeline import run
+from flapkit.system.errors import BudgetError, InputError, ModelError, PluginError
 from flapkit.testing import check_adapter
 
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -226,3 +230,31 @@ def test_trains(deep, tokens):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert not torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("name", ["gguf", "hf-stock"])
+def test_formats_without_such_layers_say_so(deep, tmp_path, name):
+    sliced, _ = without(deep, "layers.0.attention")
+    save(sliced, tmp_path / "pruned")
+    with pytest.raises(ModelError, match=r"export .*: layers\.0\.attention is gone altogether"):
+        export(tmp_path / "pruned", Registry.load().create(EXPORTER, name, {"verify": False}), tmp_path / "out")
+    assert vllm_obstacle(sliced.config, flapkit.sites(sliced)) == "layer 0 has no attention"
+
+
+@torch.no_grad()
+def test_torch_export_works(deep, tmp_path):
+    sliced, _ = without(deep, "layers.0.attention", "layers.0.mlp")
+    save(sliced, tmp_path / "pruned")
+    agreed = export(tmp_path / "pruned", Registry.load().create(EXPORTER, "torch-export"), tmp_path / "out")
+    assert agreed.relative < 1e-5
+
+
+def test_a_run_reports_whole_blocks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    path = write_recipe(tmp_path, metric="angular", searcher="depth", budget={"ratio": 0.4})
+    record = run(load_recipe(path))
+    assert any(not units for units in record.plan.keep.values())
+    steps = record.next_steps("out", "dense")
+    assert "serve" not in steps
+    assert "export" not in steps
