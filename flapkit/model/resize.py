@@ -38,7 +38,9 @@ class Resized:
         # Build the dense model with this very object: its modules keep a reference to it. Some heads let an Auto class
         # build their decoder, which goes by the class of the configuration.
         pruned, config.per_layer_config = type(config), None
-        config.__class__ = pruned.__mro__[pruned.__mro__.index(FlapkitConfig) + 1]
+        # By name: vLLM's processes hand a configuration on by value, and its mixin is a copy of this one.
+        names = [of.__name__ for of in pruned.__mro__]
+        config.__class__ = pruned.__mro__[names.index(FlapkitConfig.__name__) + 1]
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             dense = [heads_of(config, block) for block in blocks]
