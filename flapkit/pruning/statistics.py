@@ -209,7 +209,8 @@ class Angles(LayerStatistic):
 def _angles(one: Tensor, other: Tensor) -> Tensor:
     """Return the angles between rows, as fractions of half a turn [tokens]; exact also where they are small."""
     halves = (functional.normalize(one, dim=1) - functional.normalize(other, dim=1)).norm(dim=1) / 2
-    return 2 / math.pi * halves.clamp(max=1).asin()
+    angles: Tensor = halves.clamp(max=1).asin() * (2 / math.pi)
+    return angles
 
 
 class Spread(NamedTuple):
