@@ -148,6 +148,7 @@ def tiny_cases(family: str, folder: Path) -> Iterator[tuple[str, Case]]:
         del changes["num_hidden_layers"]
     if values.get("kv_lora_rank"):
         changes["num_key_value_heads"] = changes["num_attention_heads"]
+        changes |= {"head_dim": SIZES["qk_rope_head_dim"]} if "head_dim" in changes else {}
     model = tiny_model(tiny_config(family, **changes))
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, 128, (length,), generator=draw).tolist() for length in (9, 5)]

