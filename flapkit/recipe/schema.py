@@ -395,10 +395,10 @@ class BudgetSection(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _kind_alone(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _kind_alone(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Write the keys of the budget's kind, and those of all kinds."""
         others = {key for kind, keys in BUDGETS.items() if kind != self.kind for key in (kind, *keys)}
-        return {key: value for key, value in serialize(self).items() if key not in others}
+        return {key: value for key, value in serialise(self).items() if key not in others}
 
     @property
     def kind(self) -> str:
