@@ -129,6 +129,6 @@ def test_the_code_is_short_and_imports_little(tmp_path):
     plan = flapkit.prune_(model, torch.arange(2, 66).view(8, 8), ratio=0.4)
     flapkit.save(model, tmp_path / "pruned", plan)
     lines = (tmp_path / "pruned" / "modeling_flapkit_llama.py").read_text().splitlines()
-    assert len(lines) < 300
+    assert len(lines) < 450
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
     assert imported == {"__future__", "functools", "huggingface_hub", "inspect", "torch", "transformers", "typing"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import pytest
 import torch
 
@@ -35,3 +38,21 @@ def test_what_vllm_replaces_has_no_hooks(family):
     flapkit.prune_(model, torch.randint(2, 96, (16, 12), generator=torch.Generator().manual_seed(0)), ratio=0.4)
     hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     assert hooked == []
+
+
+def test_a_model_is_built_from_a_copy_of_its_configurations_class(pruned_folder):
+    """The processes of vLLM's server send each other the configuration with a copy of its class."""
+    file = pruned_folder / "modeling_flapkit_llama.py"
+    first, second = (import_file(name, file) for name in ("first_copy", "second_copy"))
+    config = first.FlapkitLlamaConfig.from_dict(json.loads((pruned_folder / "config.json").read_text()))
+    model = second.FlapkitLlamaForCausalLM(config)
+    assert type(model.config) is first.FlapkitLlamaConfig
+    assert model.num_parameters() == flapkit.load(pruned_folder).num_parameters()
+
+
+def import_file(name, file):
+    """Import a module under a name of its own."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -260,7 +260,7 @@ def test_check_adapter_tells_refused_forms_from_failures(command, home):
     (home / "ernie.yaml").write_text(ERNIE)
     code, out, err = command("check-adapter", "ernie4_5", "--plugin", "ernie.yaml")
     assert code == 0, err
-    assert "all 55 checks passed" in out
+    assert "all 65 checks passed" in out
     code, out, err = command("check-adapter", "stablelm")
     assert code == 0, err
     assert "refused, and so never pruned: models of the forms norms of heads" in out

@@ -11,6 +11,7 @@ from transformers import MambaConfig, T5Config, ViTConfig
 
 import flapkit
 from flapkit.model import derive as derive_module
+from flapkit.model.declaration import with_experts
 from flapkit.model.derive import Auto, as_yaml, derive
 from flapkit.model.layout import sites_of
 from flapkit.model.tiny import tiny_config, tiny_model
@@ -33,7 +34,7 @@ def same_sites(model_type: str) -> None:
     def cuts(sites):
         return {(site.weight, site.expert, site.units, rows(site)) for site in sites}
 
-    derived = cuts(sites_of(model, derive(config)))
+    derived = cuts(sites_of(model, with_experts(derive(config), "channel")))
     assert derived == cuts(Registry.load().adapter_for(config).sites(config))
 
 
@@ -55,7 +56,8 @@ def test_derived_is_declared_by_every_plugin(model_type):
 def test_types_that_nobody_declared(model_type):
     config = tiny_config(model_type)
     model = tiny_model(config)
-    assert verify(model, sites_of(model, derive(config))).error <= 1e-5
+    family = with_experts(derive(config), "channel")
+    assert verify(model, sites_of(model, family)).error <= 1e-5
 
 
 def test_a_model_that_nobody_declared(tmp_path):

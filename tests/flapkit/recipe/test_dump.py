@@ -84,7 +84,7 @@ def test_every_default_is_written(tmp_path: Path) -> None:
     assert set(data) == set(Recipe.model_fields)
     assert data["searcher"] == {"name": "al_am", "min_units": 1, "attention_power": 2.0}
     assert data["metric"] == "wifv"
-    assert data["adapter"] == {"name": "auto", "unit": "kv_group"}
+    assert data["adapter"] == {"name": "auto", "unit": "kv_group", "expert_unit": "channel"}
     assert data["trainer"] == {
         "accelerator": "auto",
         "devices": 1,

@@ -154,7 +154,11 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
             "calibration: {mix: [{dataset: x}, {dataset: y}], samples: 1}",
             "r.yaml:2:59: calibration.samples: calibration.mix.1 gets none of 1 windows; increase its share, or the",
         ),
-        (3, "budget: {ratio: 0.2, of: block}", "r.yaml:3:26: budget.of: expected 'blocks', 'model', 'attention' or"),
+        (
+            3,
+            "budget: {ratio: 0.2, of: block}",
+            "r.yaml:3:26: budget.of: expected 'blocks', 'model', 'attention', 'mlp' or",
+        ),
         (
             3,
             "budget: {ratoi: 0.2}",
@@ -416,7 +420,7 @@ def test_find_recipe(tmp_path: Path) -> None:
     assert find_recipe("demo") == shipped_recipes()["demo"]
     with pytest.raises(
         RecipeError,
-        match=r"^demmo: no such file, and no shipped recipe of this name; did you mean 'demo'\? \(known: demo, ",
+        match=r"^demmo: no such file, and no shipped recipe of this name; did you mean 'demo'\? \(known: balanced, best, demo, fast, ",
     ):
         find_recipe("demmo")
     with pytest.raises(RecipeError, match=r"lama-7b-flap20.yaml: no such file.*did you mean 'llama-7b-flap20'"):

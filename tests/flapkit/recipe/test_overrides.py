@@ -29,6 +29,11 @@ def problem(folder: Path, *overrides: str, text: str = TEXT) -> str:
     return only.replace(f"{folder}/", "")
 
 
+def test_a_budget_without_a_kind(tmp_path: Path) -> None:
+    expected = "r.yaml:3:9: budget: expected one of ratio, params, active_params, memory, kv_cache and latency"
+    assert problem(tmp_path, "budget.ratio=") == expected
+
+
 def test_values_are_replaced(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,
@@ -86,14 +91,14 @@ def test_an_option_of_one_of_several(tmp_path: Path) -> None:
     [
         (
             "budget.ration=0.3",
-            "budget.ration: unknown key; did you mean 'ratio'? (known: multiple_of, of, ratio, tensor_parallel)",
+            "budget.ration: unknown key; did you mean 'ratio'? (known: active_params, batch, dtype, kv_cache, latency, "
+            "memory, multiple_of, of, on, params, prompt, ratio, tensor_parallel)",
         ),
         ("budget.ratio=3", "budget.ratio: 3 is not a ratio; give the fraction to remove"),
-        ("budget.ratio=", "budget.ratio: null is not a ratio"),
         ("metric=wivf", "metric: unknown metric 'wivf'; did you mean 'wifv'?"),
         ("searcher.min_unit=2", "searcher.min_unit: unknown key; did you mean 'min_units'?"),
         ("searcher.min_units=-1", "searcher.min_units: expected at least 0, got -1"),
-        ("adapter.x=1", "adapter.x: unknown key (known: unit)"),
+        ("adapter.x=1", "adapter.x: unknown key (known: expert_unit, unit)"),
         ("budget", "expected key=value, such as budget.ratio=0.3"),
         ("=1", "expected key=value"),
         ("budget..ratio=1", "expected key=value"),

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from flapkit.evaluation.speed import Workload
+from flapkit.evaluation.speed import Seconds, Workload
 from flapkit.run import engines
 from flapkit.run.bench import bench
 from flapkit.system.errors import InputError, RunError
@@ -30,7 +30,7 @@ class Fake(engines.Engine):
 
     def run(self):
         self.order.append(self.path)
-        return 1.0, 1.5, float(self.tokens * len(self.path))
+        return Seconds(1.0, 1.5, float(self.tokens * len(self.path)))
 
     def close(self):
         self.order.append("closed")
@@ -85,7 +85,9 @@ def test_vllm_runs_no_code_but_flapkits(pruned_folder):
     assert not engines.has_own_code("builtin:tiny-llama")
     file = pruned_folder / "modeling_flapkit_llama.py"
     file.write_text(file.read_text(encoding="utf-8") + "\nprint('changed')\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"modeling_flapkit_llama\.py is not the one that this version of flapkit"):
+    with pytest.raises(
+        InputError, match=r"modeling_flapkit_llama\.py was changed: its SHA-256 is not the one in flapkit\.json"
+    ):
         engines.has_own_code(str(pruned_folder))
 
 
