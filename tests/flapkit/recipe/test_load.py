@@ -157,7 +157,7 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (
             3,
             "budget: {ratio: 0.2, of: block}",
-            "r.yaml:3:26: budget.of: expected 'blocks', 'model', 'attention', 'mlp' or",
+            "r.yaml:3:26: budget.of: expected 'blocks', 'model', ",
         ),
         (
             3,
@@ -420,7 +420,7 @@ def test_find_recipe(tmp_path: Path) -> None:
     assert find_recipe("demo") == shipped_recipes()["demo"]
     with pytest.raises(
         RecipeError,
-        match=r"^demmo: no such file, and no shipped recipe of this name; did you mean 'demo'\? \(known: balanced, best, demo, fast, ",
+        match=r"^demmo: no such file, and no shipped recipe of this name; did you mean 'demo'\? \(known: balanced, best, ",
     ):
         find_recipe("demmo")
     with pytest.raises(RecipeError, match=r"lama-7b-flap20.yaml: no such file.*did you mean 'llama-7b-flap20'"):

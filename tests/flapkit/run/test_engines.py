@@ -85,9 +85,7 @@ def test_vllm_runs_no_code_but_flapkits(pruned_folder):
     assert not engines.has_own_code("builtin:tiny-llama")
     file = pruned_folder / "modeling_flapkit_llama.py"
     file.write_text(file.read_text(encoding="utf-8") + "\nprint('changed')\n", encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"modeling_flapkit_llama\.py was changed: its SHA-256 is not the one in flapkit\.json"
-    ):
+    with pytest.raises(InputError, match=r"modeling_flapkit_llama\.py was changed: its SHA-256 is not"):
         engines.has_own_code(str(pruned_folder))
 
 
