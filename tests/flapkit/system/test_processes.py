@@ -38,15 +38,16 @@ import hashlib, os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from flapkit import hookimpl, ranks
+from flapkit import hookimpl
 from flapkit.execution.lightning.callbacks import Recover
 from flapkit.interfaces import RunError
 from flapkit.pruning.components import ImportanceMetric
 from flapkit.execution.lightning.module import CausalLM
-from flapkit.execution.shards import whole
+from flapkit.execution.shards import gathered
+from flapkit.system.processes import rank
 
 def fault(where):
-    return f"{where} {ranks.rank()}" in os.environ["FAULT"]
+    return f"{where} {rank()}" in os.environ["FAULT"]
 
 @dataclass(frozen=True)
 class Faulty(ImportanceMetric):
@@ -75,8 +76,8 @@ class Watched(Recover):
 
     def on_fit_end(self, trainer, module):
         super().on_fit_end(trainer, module)
-        weights = b"".join(whole(weight).numpy().tobytes() for weight in module.state_dict().values())
-        Path(f"weights of {ranks.rank()}").write_text(hashlib.sha256(weights).hexdigest())
+        weights = b"".join(gathered(weight).numpy().tobytes() for weight in module.state_dict().values())
+        Path(f"weights of {rank()}").write_text(hashlib.sha256(weights).hexdigest())
 
 class Step(CausalLM):
     def training_step(self, batch):
@@ -90,7 +91,7 @@ step_all = layers.step_all
 
 def step_to_death(stream, index, *args, **kwargs):
     step_all(stream, index, *args, **kwargs)
-    if kwargs.get("keep") is not None and fault(f"kill at layer {index}"):
+    if kwargs.get("store") and fault(f"kill at layer {index}"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 layers.step_all = step_to_death
