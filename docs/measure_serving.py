@@ -116,20 +116,23 @@ def reason(error: str) -> str:
 def reference(model: Any, folder: Path, prompts: Sequence[Sequence[int]], **options: Any) -> Case:
     """Compute in transformers what vLLM is to compute.
 
-    Attention is computed by transformers' plain code: the faster ones leave out the soft cap of Gemma 2.
+    Attention is computed by transformers' plain code: the faster ones leave out the soft cap of Gemma 2. The greedy
+    text goes on after an end token, as in vLLM with ``ignore_eos``.
     """
     import torch
 
     model.set_attn_implementation("eager")
     tokens, logprobs = [], []
+    end, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             likely = model(ids).logits[0].float().log_softmax(-1)
-            settings = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
+            settings = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
             answer = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         tokens.append(answer[0, len(prompt) :].tolist())
         logprobs.append([float(likely[at, token]) for at, token in enumerate(prompt[1:])])
+    model.generation_config.eos_token_id = end
     return Case(str(folder.resolve()), prompts, tokens, logprobs, options)
 
 

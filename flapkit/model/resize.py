@@ -38,7 +38,9 @@ class Resized:
         # Build the dense model with this very object: its modules keep a reference to it. Some heads let an Auto class
         # build their decoder, which goes by the class of the configuration.
         pruned, config.per_layer_config = type(config), None
-        config.__class__ = stock_config(pruned)
+        # By name: the processes of vLLM's server send each other copies of the class.
+        names = [of.__name__ for of in pruned.__mro__]
+        config.__class__ = pruned.__mro__[names.index(FlapkitConfig.__name__) + 1]
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             dense = [heads_of(config, block) for block in blocks]
@@ -55,15 +57,6 @@ class Resized:
         """Answer for the stock class, which is in the module that has the attention; vLLM asks this."""
         stock: Any = cls.__mro__[cls.__mro__.index(Resized) + 1]
         return bool(stock._can_set_attn_implementation())
-
-
-def stock_config(pruned: type) -> type:
-    """Return the class that a pruned model's class of configurations is derived from.
-
-    By its name: the processes of vLLM's server send each other copies of the class.
-    """
-    names = [of.__name__ for of in pruned.__mro__]
-    return pruned.__mro__[names.index(FlapkitConfig.__name__) + 1]
 
 
 def pin_rotary_heads_(model: Any) -> None:
