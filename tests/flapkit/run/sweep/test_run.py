@@ -97,6 +97,7 @@ def write_tasks(folder: Path) -> dict[str, object]:
 
 def test_a_point_that_trains_and_answers_is_what_a_run_of_it_gives(home):
     """The dense model is not changed by the training: what is pruned after it is what it was before."""
+    pytest.importorskip("lm_eval")
     (home / "other.txt").write_text("def layer(model):\n    return model.layers\n" * 200)
     trained = {"compensator": ["bias", {**LORA, "distill": True}]}
     methods = {"flap": {}, "trained": trained, "flap again": {"report.error_windows": 0}}
@@ -118,6 +119,7 @@ def test_a_point_that_trains_and_answers_is_what_a_run_of_it_gives(home):
 
 
 def test_other_rows_of_a_task_are_another_point(home):
+    pytest.importorskip("lm_eval")
     path = write_sweep(home, grid={"metric": ["magnitude"]}, set=write_tasks(home))
     (first,) = run_sweep(load_sweep(path), home / "out")
     rows = (home / "openbookqa.jsonl").read_text().replace('"gold": 1', '"gold": 2')
