@@ -36,6 +36,7 @@ SHOWN = {
     "docs/presets.md: preset ": "measured",
     "docs/quantise.md: export compressed-tensors: ": "a message",
     "docs/security.md: error: model": "a message",
+    "docs/serving.md: $ curl ": "measured",
     "docs/evaluation.md: params": "an outline of result.json",
     "docs/layerwise.md: weights 4.40 GB": "measured",
     "docs/layerwise.md: error: whole.yaml": "measured",
