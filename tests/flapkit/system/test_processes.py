@@ -277,10 +277,9 @@ def test_torchrun_layer_by_layer(home, layerwise):
     assert is_as(layerwise, home / "layers of torchrun")
 
 
-SHARDED = {"accelerator": "cpu", "devices": 2, "strategy": "model_parallel"}
+HALVES = {"trainer": {"accelerator": "cpu", "devices": 2, "strategy": "model_parallel"}, "execution": "layerwise"}
 METHODS = {
     "wifv": {"metric": "wifv"},
-    "taylor": {"metric": "taylor"},
     "least_squares": {key: LAYERWISE[key] for key in ("metric", "compensator", "calibration")},
     "experts": {
         "metric": "wifv",
@@ -298,8 +297,8 @@ def test_two_processes_that_each_have_half_of_the_model(home, method):
         tiny_model(tiny_config("mixtral", vocab_size=4096)).save_pretrained(home / "mixtral")
         add_tokenizer(home / "mixtral")
     recipe = {**TWO, **METHODS[method]}
-    for name, trainer in (("whole", alone(TWO)["trainer"]), ("halves", SHARDED)):
-        code, out, err = end(flapkit(home, {**recipe, "trainer": trainer}, f"{name} {method}"))
+    for name, own in (("whole", {"trainer": alone(TWO)["trainer"]}), ("halves", HALVES)):
+        code, out, err = end(flapkit(home, {**recipe, **own}, f"{name} {method}"))
         assert code == 0, err
         assert out.count("block parameters") == 1
     assert is_as(home / f"whole {method}", home / f"halves {method}")
@@ -308,9 +307,7 @@ def test_two_processes_that_each_have_half_of_the_model(home, method):
 @pytest.mark.slow
 def test_torchrun_of_halves_that_are_evaluated(home):
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m")
-    samples = {"prompts": ["def f("], "tokens": 4}
-    recipe = {**TWO, "metric": "wifv", "trainer": SHARDED}
-    recipe["evaluate"] = {**TWO["evaluate"], "samples": samples}
+    recipe = {**TWO, "metric": "wifv", **HALVES}
     code, out, err = end(flapkit(home, recipe, "halves of torchrun", launcher=launcher))
     assert code == 0, err
     assert out.count("block parameters") == 1
@@ -333,7 +330,7 @@ def test_torchrun_of_halves_that_are_evaluated(home):
     ],
 )
 def test_a_process_with_half_of_the_model_that_dies_ends_the_run(home, fault, said):
-    recipe = {**TWO, "trainer": SHARDED, "compensator": "bias"}
+    recipe = {**TWO, **HALVES, "compensator": "bias"}
     code, _, err = end(flapkit(home, recipe, f"half {fault}", "-q", fault=fault))
     told = [line for line in err.splitlines() if line.startswith("error: ") or "Error: " in line]
     # Lightning kills the first process if it looks after the other before the two talk to each other.
@@ -358,7 +355,7 @@ def test_a_recovery_of_two_processes_is_that_of_one_with_twice_the_batch(home, r
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_recovery_of_two_halves_is_that_of_two_wholes(home, recovered, stopped):
-    recipe, name = {**RECOVERY, "trainer": SHARDED}, f"halves recovered {stopped}"
+    recipe, name = {**RECOVERY, **HALVES}, f"halves recovered {stopped}"
     if stopped:
         code, _, err = end(flapkit(home, recipe, name, fault="kill in training 1"))
         assert code not in (0, -15), err
@@ -378,9 +375,9 @@ def test_a_recovery_of_two_halves_is_that_of_two_wholes(home, recovered, stopped
 @pytest.mark.slow
 def test_halves_learn_from_a_teacher_in_halves_and_leave_an_adapter(home):
     changes = [f"compensator.1.{option}" for option in ("merge=false", "distill=true")]
-    for name, trainer in (("taught wholes", TWO["trainer"]), ("taught halves", SHARDED)):
+    for name, own in (("taught wholes", {}), ("taught halves", HALVES)):
         sets = [part for change in changes for part in ("--set", change)]
-        code, _, err = end(flapkit(home, {**RECOVERY, "trainer": trainer}, name, *sets))
+        code, _, err = end(flapkit(home, {**RECOVERY, **own}, name, *sets))
         assert code == 0, err
     wholes, halves = (home / f"taught {name}" for name in ("wholes", "halves"))
     expected, found = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (wholes, halves))
