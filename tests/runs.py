@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from conftest import recipe_text
 
@@ -72,3 +78,18 @@ def make_run(name: str = "run", ratio: float = 0.3, layers: int = 3, tasks: bool
     made = {kind: {"name": name} for kind, name in zip(kinds, ("wifv", "al_am", "bias"), strict=True)}
     made["calibration"] = {"tokens_sha256": "ab" * 32}
     return RunDocument(name, record, {**result, **changes}, recipe_text(), made)
+
+
+def run_without_flapkit(script: str, folders: Sequence[Path]) -> None:
+    """Run a script in a process of its own, with folders as its arguments; it must succeed."""
+    parent = folders[0].parent
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders],
+        cwd=parent,
+        env={**os.environ, "HF_HOME": str(parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import make_llama
+from runs import run_without_flapkit
 from transformers import Trainer, TrainingArguments
 
 import flapkit
@@ -93,7 +91,7 @@ def test_a_long_chain(tokens, probe, tmp_path):
     again = flapkit.load(tmp_path / "first")
     assert not moved(model.state_dict(), again)
     torch.save(again(probe).logits.detach(), tmp_path / "first" / "logits.pt")
-    run_without_flapkit(tmp_path / "first", tmp_path / "second")
+    run_without_flapkit(WITHOUT_FLAPKIT, [tmp_path / "first", tmp_path / "second"])
     saved = flapkit.load(tmp_path / "second")
     assert saved.config.vocab_size == 112
 
@@ -105,17 +103,3 @@ def test_a_long_chain(tokens, probe, tmp_path):
     flapkit.save(again, tmp_path / "third")
     assert PruningPlan.read(tmp_path / "third" / "plan.json") == composed
     assert flapkit.load(tmp_path / "third").num_parameters() < model.num_parameters()
-
-
-def run_without_flapkit(*folders):
-    parent = folders[0].parent
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FLAPKIT, *folders],
-        cwd=parent,
-        env={**os.environ, "HF_HOME": str(parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from classifiers import classifiers
+from runs import run_without_flapkit
 
 import flapkit
 from flapkit.checkpoint.load import load_tokenizer
@@ -82,20 +80,6 @@ def test_the_cards_arguments_of_lm_eval(tmp_path):
     pytest.importorskip("lm_eval")
     save_with_card(tmp_path / "carded")
     run_without_flapkit(LM_EVAL, [tmp_path / "carded"])
-
-
-def run_without_flapkit(script, folders):
-    parent = folders[0].parent
-    done = subprocess.run(
-        [sys.executable, "-c", script, *folders],
-        cwd=parent,
-        env={**os.environ, "HF_HOME": str(parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 HEADS = """
