@@ -49,6 +49,7 @@ class PruneOptions:
     Args:
         multiple_of: round the pruned widths to multiples of this.
         tensor_parallel: round heads and widths further, so that this many devices can share every layer.
+        head_counts: the most different numbers of key/value heads that attentions may keep; None for any.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; if they need more, the text runs through the model several times.
         sequential: repair in one sweep over the layers, in which each site also repairs the error of the earlier ones.
@@ -58,6 +59,7 @@ class PruneOptions:
 
     multiple_of: int = 1
     tensor_parallel: int = 1
+    head_counts: int | None = None
     batch_size: int = 8
     statistics_memory: float = 4e9
     sequential: bool = False
@@ -69,8 +71,10 @@ class PruneOptions:
         Raises:
             RecipeError: one of them is not positive.
         """
-        for name in ("multiple_of", "tensor_parallel", "batch_size", "statistics_memory"):
+        for name in ("multiple_of", "tensor_parallel", "head_counts", "batch_size", "statistics_memory"):
             value = getattr(self, name)
+            if value is None and name == "head_counts":
+                continue
             if not isinstance(value, (int, float)) or not value > 0:
                 raise RecipeError(f"{name}: expected a number above 0, found {value!r}")
 
@@ -141,7 +145,8 @@ def prune_(
     resolved = registry.resolve(adapter, model.config)
     model_sites = resolved.sites(model.config)
     resolved.check_declaration(model.config)
-    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), options.multiple_of, options.tensor_parallel)
+    rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
+    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), *rounding)
     if isinstance(method.searcher, TrainedSearcher):
         _check_gated(model, model_sites)
     if all(site.block for site in model_sites):

@@ -105,6 +105,7 @@ class Budget:
         left: the most that may be left, unless a ratio was asked for.
         multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
         tensor_parallel: round them further, so that this many devices can share every layer.
+        head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
     """
 
     cost: Cost
@@ -116,6 +117,7 @@ class Budget:
     left: int = 0
     multiple_of: int = 1
     tensor_parallel: int = 1
+    head_counts: int = 0
 
     @classmethod
     def over(
@@ -126,6 +128,7 @@ class Budget:
         model_params: int = 0,
         multiple_of: int = 1,
         tensor_parallel: int = 1,
+        head_counts: int = 0,
     ) -> Budget:
         """Make a budget from a ratio of parameters, counting its base over a model's sites.
 
@@ -136,6 +139,7 @@ class Budget:
             model_params: number of parameters of the model; needed if ``of`` is ``model``.
             multiple_of: round pruned widths to a multiple of this.
             tensor_parallel: round them further, so that this many devices can share every layer.
+            head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -155,7 +159,8 @@ class Budget:
                 "set adapter: {name: auto, expert_unit: expert}"
             )
         cost = Cost("params", model_params or base, units, rest=rest)
-        return cls(cost, round(ratio * base), ratio, of, base, "", 0, multiple_of, tensor_parallel)
+        amount = round(ratio * base)
+        return cls(cost, amount, ratio, of, base, "", 0, multiple_of, tensor_parallel, head_counts)
 
     @classmethod
     def leaving(
@@ -166,6 +171,7 @@ class Budget:
         asked: str,
         multiple_of: int = 1,
         tensor_parallel: int = 1,
+        head_counts: int = 0,
     ) -> Budget:
         """Make a budget from the most that may be left.
 
@@ -179,6 +185,7 @@ class Budget:
             asked: the recipe's key and value, such as ``kv_cache: 0.5``.
             multiple_of: round pruned widths to a multiple of this.
             tensor_parallel: round them further, so that this many devices can share every layer.
+            head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
 
         Raises:
             BudgetError: the dense model costs no more, or a model without all its units costs more.
@@ -195,7 +202,8 @@ class Budget:
         steps = unit_costs(sites, cost)
         grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)))
         amount = -(-need // grain) * grain + min(steps) - grain
-        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, multiple_of, tensor_parallel)
+        rounding = (multiple_of, tensor_parallel, head_counts)
+        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, *rounding)
 
     @property
     def params(self) -> int:
@@ -221,6 +229,7 @@ class Budget:
     def __repr__(self) -> str:
         """Return the amount and the rounding, without the costs of all sites."""
         rounding = f"multiple_of={self.multiple_of}, tensor_parallel={self.tensor_parallel}"
+        rounding += f", head_counts={self.head_counts}"
         return f"Budget({str(self)!r}, of={self.of!r}, {rounding})"
 
     def __str__(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,16 +29,18 @@ def round_plan(
     scores: Mapping[str, Tensor],
     multiple_of: int = 1,
     tensor_parallel: int = 1,
+    head_counts: int = 0,
+    *,
     cost: Cost | None = None,
 ) -> PruningPlan:
-    """Round the widths of a plan to multiples of a number, and to sizes that several devices can share.
+    """Round the widths of a plan to multiples of a number, to sizes that several devices can share, and to few sizes.
 
     The width of a site is the size of its consumer's input: an MLP's channels, or an attention's heads times their
     size. A mixture that loses whole experts has no width to round. A site is rounded down or up, or stays whole. As
     few as possible are rounded up: sites are rounded down, those that lose the fewest units first, while no more is
     removed than before. Rounding up restores the units with the highest scores; rounding down
-    removes those with the lowest. A site that the devices cannot share whole is rounded down, and others up
-    instead. A site without units stays so.
+    removes those with the lowest. A site that the devices cannot share whole, or whose number of heads is to go, is
+    rounded down, and others up instead. A site without units stays so.
 
     Args:
         sites: the sites of the plan.
@@ -44,36 +48,41 @@ def round_plan(
         scores: site name -> scores [units, k]; at a site without scores, later units are removed first.
         multiple_of: the number.
         tensor_parallel: the number of devices that share every site.
+        head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any. Those are kept
+            that change the fewest, or others if the plan's budget cannot be met with them.
         cost: what the plan's budget counts; parameters by default.
 
     Returns:
         The rounded plan. It removes at most as much as the plan, and less by less than the largest step.
 
     Raises:
-        BudgetError: the devices cannot share a site, or can only if more is removed.
+        BudgetError: the devices cannot share a site, or so few numbers of heads are impossible, or either is possible
+            only if more is removed.
     """
     occupied = [together for together in groups(sites) if plan.keep[together[0].name]]
     roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in occupied]
+    if head_counts:
+        roundings = _limit_head_counts(roundings, head_counts)
     counts = [rounding.up or rounding.down for rounding in roundings]
-    left = sum(
-        rounding.step_cost * (count - rounding.before) for rounding, count in zip(roundings, counts, strict=True)
-    )
+    left = sum(rounding.restored(count) for rounding, count in zip(roundings, counts, strict=True))
+    # Sites that had to be rounded down have lost more than was asked for: others get units back, the cheapest first.
+    steps = [step for index, rounding in enumerate(roundings) if (step := rounding.step_up(counts[index], index))]
+    heapq.heapify(steps)
     while left < 0:
-        # Sites that the devices cannot share whole have lost more than was asked for: others get units back.
-        steps = [
-            (rounding.step_cost * (larger - count), index, larger)
-            for index, (rounding, count) in enumerate(zip(roundings, counts, strict=True))
-            if (larger := next((size for size in rounding.sizes if size > count), 0))
-        ]
         if not steps:
             least = sum(r.step_cost * (r.together[0].units_per_run - r.sizes[-1]) for r in roundings)
             amount = f"{least:,} parameters" if cost is None else cost.say(least)
+            rule = f"budget.tensor_parallel: {tensor_parallel} devices can share every layer"
+            if head_counts:
+                rule = f"budget.head_counts: {head_counts} different numbers of key/value heads are possible"
             raise BudgetError(
-                f"budget.tensor_parallel: {tensor_parallel} devices can share every layer only if at least {amount} "
-                "are removed; raise budget.ratio (or ask for less to be left), or choose a smaller number"
+                f"{rule} only if at least {amount} are removed; raise budget.ratio (or ask for less to be left), or "
+                f"choose a {'larger' if head_counts else 'smaller'} number"
             )
-        restored, index, counts[index] = min(steps)
+        restored, _, index, counts[index] = heapq.heappop(steps)
         left += restored
+        if step := roundings[index].step_up(counts[index], index):
+            heapq.heappush(steps, step)
     order = sorted(range(len(roundings)), key=lambda index: roundings[index].before - roundings[index].down)
     for index in order:
         rounding = roundings[index]
@@ -134,16 +143,12 @@ class _Rounding:
         together: the sites.
         before: the number in the plan.
         sizes: all allowed numbers, ascending.
-        down: the largest allowed number up to ``before``; 0 if there is none.
-        up: the smallest allowed number from ``before`` on; 0 if there is none.
         step_cost: cost of one additional unit in each run.
     """
 
     together: list[Site]
     before: int
     sizes: Sequence[int]
-    down: int
-    up: int
     step_cost: int
 
     @classmethod
@@ -164,9 +169,104 @@ class _Rounding:
                 f"budget.tensor_parallel: {site.name}: its {width} cannot be rounded{rule} so that {devices} devices "
                 "share it; choose a smaller number"
             )
-        down, up = max((size for size in sizes if size <= kept), default=0), next((s for s in sizes if s >= kept), 0)
         step_cost = sum(site.runs * (cost.of(site) if cost else site.params_per_unit) for site in together)
-        return cls(together, kept, sizes, down, up, step_cost)
+        return cls(together, kept, sizes, step_cost)
+
+    @property
+    def down(self) -> int:
+        """The largest allowed number up to ``before``; 0 if there is none."""
+        at = bisect_right(self.sizes, self.before)
+        return self.sizes[at - 1] if at else 0
+
+    @property
+    def up(self) -> int:
+        """The smallest allowed number from ``before`` on; 0 if there is none."""
+        at = bisect_left(self.sizes, self.before)
+        return self.sizes[at] if at < len(self.sizes) else 0
+
+    @property
+    def least(self) -> int:
+        """The smallest number that the site can be rounded to: down, or up if that is not allowed."""
+        return self.down or self.up
+
+    @property
+    def nearest(self) -> int:
+        """The allowed number nearest to ``before``; of two, the smaller."""
+        return min(self.sizes, key=lambda size: abs(size - self.before))
+
+    def restored(self, count: int) -> int:
+        """Return what is restored if the sites keep a number of units per run, and not ``before``."""
+        return self.step_cost * (count - self.before)
+
+    def step_up(self, count: int, index: int) -> tuple[int, int, int, int] | None:
+        """Return the next larger size as an entry of a heap, or None if there is none.
+
+        Returns:
+            The cost; the units that come back in all, so that sites of equal cost take turns; the index; the size.
+        """
+        at = bisect_right(self.sizes, count)
+        if at == len(self.sizes):
+            return None
+        larger = self.sizes[at]
+        return self.step_cost * (larger - count), larger - self.before, index, larger
+
+    def kv_heads(self, count: int) -> int:
+        """Return the key/value heads of an attention that keeps a number of units per run."""
+        site = self.together[0]
+        return site.sizes(count * site.runs)["K"]
+
+    def limited(self, numbers: Sequence[int]) -> _Rounding:
+        """Allow an attention only some numbers of key/value heads; other sites stay as they are."""
+        if self.together[0].kind != "attention":
+            return self
+        return replace(self, sizes=[size for size in self.sizes if self.kv_heads(size) in numbers])
+
+    def changed(self) -> int | float:
+        """Return the cost of the units that change at least; infinity if no size is allowed."""
+        return min((abs(self.restored(size)) for size in self.sizes), default=math.inf)
+
+
+def _limit_head_counts(roundings: Sequence[_Rounding], number: int) -> list[_Rounding]:
+    """Allow attentions only so many different numbers of key/value heads.
+
+    Numbers go one after the other, always the one without which the fewest units change. Then the largest is raised
+    until no more than the plan is removed, and the smallest lowered until no less is, if other sites make up for it.
+
+    Raises:
+        BudgetError: the attentions have no such numbers in common.
+    """
+    heads = [rounding for rounding in roundings if rounding.together[0].kind == "attention"]
+    if not heads:
+        return list(roundings)
+    allowed = sorted({rounding.kv_heads(size) for rounding in heads for size in rounding.sizes})
+    numbers = sorted({rounding.kv_heads(rounding.nearest) for rounding in heads})
+    while len(numbers) > number:
+        without = [[other for other in numbers if other != gone] for gone in numbers]
+        numbers = min(without, key=lambda some: sum(rounding.limited(some).changed() for rounding in heads))
+
+    def restored(numbers: Sequence[int], *, most: bool) -> float:
+        """Return what comes back if all sites are rounded up, or down; infinity if one of them has no size."""
+        found = [rounding.limited(numbers) for rounding in roundings]
+        if not all(rounding.sizes for rounding in found):
+            return math.inf
+        return sum(rounding.restored(rounding.sizes[-1] if most else rounding.least) for rounding in found)
+
+    for larger in allowed[bisect_right(allowed, numbers[-1]) :]:
+        more = [*numbers[:-1], larger]
+        if restored(numbers, most=True) >= 0 or restored(more, most=True) == math.inf:
+            break
+        numbers = more
+    for smaller in reversed(allowed[: bisect_left(allowed, numbers[0])]):
+        fewer = [smaller, *numbers[1:]]
+        if restored(numbers, most=False) <= 0 or not 0 <= restored(fewer, most=True) < math.inf:
+            break
+        numbers = fewer
+    if restored(numbers, most=True) == math.inf:
+        raise BudgetError(
+            f"budget.head_counts: the attentions differ in size, and cannot all keep one of {number} numbers of "
+            "key/value heads; choose a larger number"
+        )
+    return [rounding.limited(numbers) for rounding in roundings]
 
 
 def _choose(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) -> tuple[int, ...]:

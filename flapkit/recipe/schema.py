@@ -371,6 +371,13 @@ class BudgetSection(Section):
         "`--tensor-parallel-size` does: it divides query heads and widths in each layer, and divides key/value heads "
         "or is a multiple of them.",
     )
+    head_counts: Count | None = Field(
+        default=None,
+        ge=1,
+        description="The most different numbers of key/value heads that the attentions of all layers may keep; each is "
+        "a group of its own in vLLM's attention. Heads go or come back where that changes least, and other sites come "
+        "back for what is removed too much.",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> BudgetSection:

@@ -59,7 +59,7 @@ def open_budget(recipe: LoadedRecipe, target: Target, params: int, saved: torch.
     if section.latency is not None:
         times = find_times(sites, recipe.recipe.model.source, section.batch, section.prompt)
         costs.append(times.cost(section.on))
-    rounding = (section.multiple_of, section.tensor_parallel)
+    rounding = (section.multiple_of, section.tensor_parallel, section.head_counts or 0)
     if section.ratio is not None:
         return RunBudget(Budget.over(sites, section.ratio, section.of, params, *rounding), tuple(costs))
     cost = next((cost for cost in costs if cost.measure == section.kind), None)

@@ -79,7 +79,8 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     """
     settings = recipe.recipe
     check_output(Path(settings.output).expanduser(), overwrite=overwrite)
-    target = find_target(recipe)
+    with capture_warnings() as warnings:
+        target = find_target(recipe)
     settings.calibration.text.check("calibration")
     for text in settings.evaluate.perplexity:
         text.check("evaluation")
@@ -90,7 +91,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
     render_prompts(settings.evaluate.samples, target.adapter, tokenizer)
     recovery = recovery_of(recipe.compensators)
-    with capture_warnings() as warnings:
+    with capture_warnings() as of_lengths:
         training = {} if recovery is None else recovery_length(recovery.training)
         check_lengths(skeleton(target.config), run_lengths(settings, tokenizer, target.adapter) | training)
     if recovery is not None:
@@ -119,6 +120,6 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),
-        warnings,
+        [*warnings, *of_lengths],
         vllm_obstacle(target.config, target.sites),
     )

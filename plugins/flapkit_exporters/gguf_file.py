@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ NAMES = {
 CONTEXT = 512
 """llama.cpp's context length in tokens when an export is verified."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flapkit.exporters.gguf")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class GGUF(Exporter):
             )
         if self._target(prospect) == OPENELM:
             check_openelm(prospect)
+        self._warn(prospect)
 
     def _target(self, prospect: Prospect) -> str:
         """Return llama.cpp's name of the architecture to write."""
@@ -138,7 +140,6 @@ class GGUF(Exporter):
 
     def write(self, checkpoint: Checkpoint, path: Path) -> None:
         """Write the file; quantised types are converted from F32."""
-        self._warn(checkpoint.prospect.sites)
         if self.type in UNQUANTISED:
             self._write(checkpoint, path, self.type)
         else:
@@ -205,24 +206,39 @@ class GGUF(Exporter):
         prefix = "" if layer is None else f"blk.{layer}."
         writer.add_tensor(f"{prefix}{NAMES[module]}.{leaf}", gguf.quantize(values, kind), raw_dtype=kind)
 
-    def _warn(self, sites: Sequence[Site]) -> None:
-        """Warn about rows that llama.cpp cannot quantise to the chosen type."""
+    def _warn(self, prospect: Prospect) -> None:
+        """Warn about rows that llama.cpp cannot quantise to the chosen type, as they are or may be after a run."""
         block = 1 if self.type in UNQUANTISED else 256 if "_K" in self.type else 32
         for kind, what in (("mlp", "MLP widths"), ("attention", "attention outputs (heads times head size)")):
-            widths = [
-                site.channels // old * rounded_up(site, self.pad_to)[name]
-                for site in sites
-                for name, old in [next(iter(sizes_of(site).items()))]
-                if site.kind == kind
-            ]
+            widths = [self._width(site, prospect.multiple_of) for site in prospect.sites if site.kind == kind]
             odd = [width for width in widths if width % block]
-            unquantised = sum(1 for width in odd if width % 32)
-            if odd:
+            if odd and prospect.multiple_of is None:
                 log.warning(
                     "export gguf: %d of %d %s are not multiples of %d: llama.cpp writes %d of these consumers in F16 "
                     "and the others in another type than %s; prune with budget.multiple_of, or set pad_to",
-                    len(odd), len(widths), what, block, unquantised, self.type,
+                    len(odd), len(widths), what, block, sum(1 for width in odd if width % 32), self.type,
                 )  # fmt: skip
+            elif odd:
+                log.warning(
+                    "export gguf: %s may not be multiples of %d, and llama.cpp writes such consumers in another type "
+                    "than %s; set budget.multiple_of: %d, or the exporter's pad_to",
+                    what, block, self.type, block,
+                )  # fmt: skip
+        hidden = dense_config(prospect.config).hidden_size
+        if hidden % block:
+            log.warning(
+                "export gguf: the hidden size %d is no multiple of %d: llama.cpp writes embeddings and projections in "
+                "another type than %s", hidden, block, self.type,
+            )  # fmt: skip
+
+    def _width(self, site: Site, multiple_of: int | None) -> int:
+        """Return a consumer's width; before a run, what divides all widths that it may have, and the whole one."""
+        name, old = next(iter(sizes_of(site).items()))
+        width = site.channels // old * rounded_up(site, self.pad_to)[name]
+        if multiple_of is None:
+            return width
+        step = math.lcm(multiple_of, site.runs * site.channels_per_unit)
+        return math.gcd(width, step if step % self.pad_to == 0 else self.pad_to)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:

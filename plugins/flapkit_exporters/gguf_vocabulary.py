@@ -34,7 +34,7 @@ SAMPLES = (
 )
 """Texts for comparing both tokenizers."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flapkit.exporters.gguf")
 
 
 def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size: int, pre: str | None = None) -> None:

@@ -102,7 +102,8 @@ def test_make_has_the_target(line):
 def test_python_has_the_script(line):
     words = line.split()
     scripts = [word for word in words if word.endswith(".py") and "/" in word]
-    assert scripts or words[0] in ("-c", "-m")
+    written = {name[1] for block in blocks() if (name := re.match(r"# (\w+\.py)\b", block.code))}
+    assert scripts or words[0] in {"-c", "-m"} | written
     assert all((ROOT / script).is_file() for script in scripts)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from flapkit.registry import METRIC, SEARCHER
 from flapkit.run.sweep.load import load_sweep
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 def block(page: str, language: str, folder: Path) -> Path:
@@ -46,6 +49,23 @@ def test_a_budget_for_each_layer(tmp_path, model, tokens):
         for members in ([site for site in sites if site.layer == layer] for layer in range(3))
     ]
     assert max(shares) - min(shares) > 0.01
+
+
+def test_a_draft_for_the_dense_model(tmp_path, model, tokens, probe):
+    script = runpy.run_path(str(block("draft.md", "python", tmp_path)))
+    draft = copy.deepcopy(model)
+    assert script["acceptance"](model, draft, probe[:2, :5].split(1), tokens=13) == (1.0, 13 / 3)
+    flapkit.prune_(draft, tokens, ratio=0.3)
+    rate, per_pass = script["acceptance"](model, draft, [probe[:1, :5]], tokens=12)
+    # The same by hand: the draft's guesses after the text so far, up to the first that is not the dense model's token.
+    text, made, accepted, passes = model.generate(probe[:1, :5], max_new_tokens=12, **GREEDY), 0, 0, 0
+    at = 5
+    while at < text.shape[1]:
+        guesses = min(5, text.shape[1] - at - 1)
+        guessed = draft.generate(text[:, :at], max_new_tokens=guesses, **GREEDY)[0, at:] if guesses else text[0, :0]
+        same = int((guessed == text[0, at : at + guesses]).long().cumprod(0).sum())
+        made, accepted, passes, at = made + guesses, accepted + same, passes + 1, at + same + 1
+    assert (rate, per_pass) == (accepted / made, 12 / passes)
 
 
 def test_the_comparison_is_a_sweep(tmp_path):

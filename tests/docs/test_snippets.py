@@ -33,6 +33,7 @@ BEFORE = {
     """,
     "docs/architectures.md: from pathlib import Path": "",
     "docs/cluster.md: model = flapkit": "",
+    "docs/how-to/draft.md: # draft.py": "",
     "docs/how-to/fine-tune.md: import flapkit": "",
     "docs/how-to/lightning.md: import flapkit": "",
     "docs/how-to/plot.md: import json": "",

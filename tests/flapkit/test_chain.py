@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from conftest import make_llama
+from datasets import Dataset
 from runs import run_without_flapkit
 from transformers import Trainer, TrainingArguments
 
 import flapkit
+from flapkit.checkpoint.load import load_tokenizer
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 
@@ -51,6 +53,23 @@ def train_(model, tokens, folder):
     """Train with transformers' Trainer, gradient checkpointing and bfloat16."""
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     Trainer(model, TrainingArguments(str(folder), **TRAINING), train_dataset=rows).train()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_supervised_fine_tuning_with_trl(tokens, tmp_path):
+    trl = pytest.importorskip("trl")
+    model = flapkit.load("builtin:tiny-llama", "float32")
+    flapkit.prune_(model, tokens, ratio=0.3)
+    flapkit.save(model, tmp_path / "pruned", tokenizer=load_tokenizer("builtin:tiny-llama"))
+    # The folder's name alone, as its users do.
+    rows = Dataset.from_dict({"text": ["Once upon a time there was a pruned model.", "It was trained further."] * 4})
+    settings = trl.SFTConfig(str(tmp_path / "sft"), **TRAINING)
+    trainer = trl.SFTTrainer(str(tmp_path / "pruned"), args=settings, train_dataset=rows)
+    assert trainer.model.num_parameters() == model.num_parameters()
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert len(moved(before, trainer.model)) == len(list(trainer.model.parameters()))
 
 
 def moved(before, model):

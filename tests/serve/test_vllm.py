@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,16 +98,23 @@ def test_a_real_model_pruned_in_every_way(dense, pruned, smollm2):
 
 
 def test_chat_through_the_openai_endpoint(dense, pruned):
+    """The answer, and the log-probability of each token of the prompt, as the chat template writes it."""
+    script = load_script()
     _, tokenizer, _ = dense
     model, folder = pruned["FLAP"]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     prompt = tokenizer.apply_chat_template(MESSAGES, **options)
     answer = model.generate(**prompt, do_sample=False, max_new_tokens=24)[0, prompt["input_ids"].shape[1] :]
-    assert chat(folder, MESSAGES, 24) == tokenizer.decode(answer, skip_special_tokens=True)
+    served = chat(folder, MESSAGES, 24)
+    assert served["choices"][0]["message"]["content"] == tokenizer.decode(answer, skip_special_tokens=True)
+    (likely,) = script.reference(model, folder, prompt["input_ids"].tolist()).logprobs
+    said = zip(served["prompt_logprobs"][1:], prompt["input_ids"][0, 1:].tolist(), strict=True)
+    difference = max(abs(place[str(token)]["logprob"] - own) for (place, token), own in zip(said, likely, strict=True))
+    assert difference <= script.TOLERANCE
 
 
-def chat(folder: Path, messages: list[dict[str, str]], tokens: int) -> str:
-    """Ask vLLM's server, which knows the folder alone, and stop it."""
+def chat(folder: Path, messages: list[dict[str, str]], tokens: int) -> dict[str, Any]:
+    """Ask vLLM's server, which knows the folder alone, and stop it; return the whole response."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -127,13 +135,14 @@ def chat(folder: Path, messages: list[dict[str, str]], tokens: int) -> str:
             except OSError:
                 time.sleep(1)
         asked = {"model": str(folder), "messages": messages, "temperature": 0, "max_tokens": tokens}
+        asked["prompt_logprobs"] = 1
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions",
             json.dumps(asked).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=300) as response:
-            return json.load(response)["choices"][0]["message"]["content"]
+            return json.load(response)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)

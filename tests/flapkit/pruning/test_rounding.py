@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import make_llama
@@ -11,6 +13,7 @@ from hypothesis import strategies as some
 import flapkit
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import apply_plan_
 from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.rounding import round_plan, unaligned_widths
 from flapkit.registry import SEARCHER, Registry
@@ -92,6 +95,64 @@ def test_a_layer_that_devices_cannot_share_whole_is_pruned_and_others_less():
         round_plan(sites, PruningPlan(whole), {}, 1, 2)
     with pytest.raises(BudgetError, match=r"layers.0.attention: its heads \(9 with 3 key/value heads\) cannot be"):
         round_plan(sites, narrow, {}, 1, 8)
+
+
+DEEP_SITES = flapkit.sites(make_llama(num_hidden_layers=5, num_key_value_heads=4))
+
+
+@given(some.integers(0, 10_000), some.integers(1, 4), some.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=40)
+def test_attentions_keep_few_numbers_of_heads_and_the_budget_is_met(seed, number, devices):
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for site in DEEP_SITES:
+        count = int(torch.randint(1, site.units, (1,), generator=generator))
+        keep[site.name] = tuple(sorted(torch.randperm(site.units, generator=generator)[:count].tolist()))
+    plan, scores = PruningPlan(keep), {site.name: torch.rand(site.units, 1) for site in DEEP_SITES}
+    rounded = round_plan(DEEP_SITES, plan, scores, 1, devices, number)
+    heads = [site for site in DEEP_SITES if site.kind == "attention"]
+    kept = {len(rounded.keep[site.name]) for site in heads}
+    assert len(kept) <= number
+    assert all(shared(site, len(rounded.keep[site.name]), devices) for site in DEEP_SITES)
+    # It removes at most as much, and less by less than a step; one number for all takes a step in all layers.
+    less = plan.removed_params(DEEP_SITES) - rounded.removed_params(DEEP_SITES)
+    assert less >= 0
+    if devices == 1:
+        step = max(larger - smaller for smaller, larger in pairwise([0, *sorted(kept)]))
+        assert less < step * heads[0].params_per_unit * (len(heads) if number == 1 else 1)
+    assert round_plan(DEEP_SITES, rounded, scores, 1, devices, number) == rounded
+
+
+def test_few_numbers_of_heads_are_those_that_change_least():
+    heads = [site for site in DEEP_SITES if site.kind == "attention"]
+    plan = PruningPlan({site.name: tuple(range(n)) for site, n in zip(heads, [1, 1, 3, 3, 2], strict=True)})
+    kept = [len(units) for units in round_plan(heads, plan, {}, head_counts=2).keep.values()]
+    assert kept == [1, 1, 3, 3, 3]
+    # Without other sites that units could come back to, one number removes no more than the plan.
+    assert set(map(len, round_plan(heads, plan, {}, head_counts=1).keep.values())) == {2}
+
+
+def test_attentions_of_many_sizes_that_the_budget_leaves_alone():
+    model = make_llama(num_key_value_heads=2)
+    sites = flapkit.sites(model)
+    keep = {site.name: tuple(range(site.units)) for site in sites}
+    apply_plan_(model, sites, PruningPlan(keep | {"layers.0.attention": (0,)}), {})
+    sites, budget = flapkit.sites(model), Budget.over(flapkit.sites(model), 0.3, "mlp", head_counts=1)
+    scores = {site.name: torch.rand(site.units, 1) for site in sites}
+    with pytest.raises(BudgetError, match=r"2 different numbers of key/value heads already, and budget\.of: mlp"):
+        find_plan(sites, scores, Registry.load().create(SEARCHER, "ul_um"), budget)
+    # The second attention can give a head up, if as much is to go.
+    whole = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
+    least = sites[2].params_per_unit
+    with pytest.raises(BudgetError, match=rf"1 different numbers .* only if at least {least:,} parameters are removed"):
+        round_plan(sites, whole, {}, head_counts=1)
+    keep = {**whole.keep, "layers.0.mlp": tuple(range(1))}
+    rounded = round_plan(sites, PruningPlan(keep), {}, head_counts=1)
+    assert [len(rounded.keep[name]) for name in ("layers.0.attention", "layers.1.attention")] == [2, 1]
+    assert rounded.removed_params(sites) <= PruningPlan(keep).removed_params(sites)
+    single = [site for site in flapkit.sites(model, {"name": "llama", "unit": "query_head"}) if site.heads]
+    with pytest.raises(BudgetError, match=r"head_counts: the attentions differ in size"):
+        round_plan(single, PruningPlan({site.name: tuple(range(site.units)) for site in single}), {}, head_counts=1)
 
 
 def test_a_site_outside_the_budget_is_shared_too():

@@ -91,8 +91,8 @@ def test_an_option_of_one_of_several(tmp_path: Path) -> None:
     [
         (
             "budget.ration=0.3",
-            "budget.ration: unknown key; did you mean 'ratio'? (known: active_params, batch, dtype, kv_cache, latency, "
-            "memory, multiple_of, of, on, params, prompt, ratio, tensor_parallel)",
+            "budget.ration: unknown key; did you mean 'ratio'? (known: active_params, batch, dtype, head_counts, "
+            "kv_cache, latency, memory, multiple_of, of, on, params, prompt, ratio, tensor_parallel)",
         ),
         ("budget.ratio=3", "budget.ratio: 3 is not a ratio; give the fraction to remove"),
         ("metric=wivf", "metric: unknown metric 'wivf'; did you mean 'wifv'?"),

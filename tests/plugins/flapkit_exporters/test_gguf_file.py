@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from conftest import FORMS, make_llama
-from transformers import Gemma2Config, MistralConfig
+from conftest import FORMS, make_llama, write_recipe
+from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 import flapkit
 from flapkit.checkpoint.export import export
@@ -118,6 +118,39 @@ def test_what_llama_cpp_cannot_is_refused_before_the_run(config, message):
     prospect = Prospect(config.model_type, config, (), True, frozenset())
     with pytest.raises(ModelError, match=message):
         gguf().check(prospect)
+
+
+SMOLLM2 = LlamaConfig(num_hidden_layers=1, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "multiple_of", "warnings"),
+    [
+        (LlamaConfig(num_hidden_layers=1), {"type": "F16"}, 1, []),
+        (LlamaConfig(num_hidden_layers=1), {"type": "Q8_0"}, 1, ["MLP widths may not be multiples of 32"]),
+        (LlamaConfig(num_hidden_layers=1), {"type": "Q8_0"}, 32, []),
+        (LlamaConfig(num_hidden_layers=1), {"type": "Q8_0", "pad_to": 64}, 1, []),
+        (LlamaConfig(num_hidden_layers=1), {"type": "Q4_K_M"}, 256, []),
+        (LlamaConfig(num_hidden_layers=1), {"type": "Q4_K_M"}, 64, ["MLP widths may not", "attention outputs (heads"]),
+        (SMOLLM2, {"type": "Q4_K_M"}, 256, ["attention outputs (heads", "hidden size 576 is no multiple of 256"]),
+    ],
+)
+def test_blocks_that_divide_no_width_are_warned_of_before_the_run(config, options, multiple_of, warnings, caplog):
+    sites = Registry.load().adapter_for(config).sites(config)
+    gguf(**options).check(Prospect("llama", config, sites, False, frozenset(), multiple_of))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(warnings)
+    assert all(part in message for part, message in zip(warnings, said, strict=True))
+
+
+def test_flapkit_check_shows_such_a_warning(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(gguf()), "packages", ())
+    write_recipe(tmp_path, export=[{"name": "gguf", "type": "Q8_0"}])
+    code, out, _ = command("check", "recipe.yaml")
+    assert code == 0
+    assert "set budget.multiple_of: 32" in " ".join(out.split())
+    _, out, _ = command("check", "recipe.yaml", "--set", "export.0.pad_to=32")
+    assert "may not be multiples" not in out
 
 
 def test_a_missing_package(pruned_folder, tmp_path, without):
