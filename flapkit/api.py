@@ -35,6 +35,7 @@ from flapkit.pruning.components import (
 )
 from flapkit.pruning.gates import check_gated
 from flapkit.pruning.recovery import Recovery
+from flapkit.pruning.unit_choice import budget_obstacle, choose_unit
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
 from flapkit.system.errors import ModelError, RecipeError
 
@@ -143,7 +144,10 @@ def prune_(
     text = CalibrationText(calibration, options.batch_size)
     text.check(model)
     resolved = registry.resolve(adapter, model.config)
-    model_sites = resolved.sites(model.config)
+    chosen = choose_unit(
+        resolved, model.config, lambda single: budget_obstacle(single, "ratio", options.tensor_parallel)
+    )
+    resolved, model_sites = chosen.adapter, chosen.sites
     resolved.check_declaration(model.config)
     rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
     budget = Budget.over(model_sites, ratio, of, model.num_parameters(), *rounding)

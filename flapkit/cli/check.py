@@ -38,6 +38,8 @@ def check(
     table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
     blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
+    if target.why_unit:
+        table.add_row("unit: auto", target.why_unit)
     specs = [("metric", settings.metric), ("searcher", settings.searcher)]
     specs += [("compensator", compensator) for compensator in settings.compensator]
     for kind, spec in specs:

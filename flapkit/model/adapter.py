@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from flapkit.model.component import Component
-from flapkit.model.declaration import ExpertUnit, Family, Unit, with_experts
+from flapkit.model.declaration import ExpertUnit, Family, Unit, UnitOption, with_experts
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
 from flapkit.model.site import Site
@@ -79,11 +79,12 @@ class FamilyAdapter(ArchitectureAdapter):
     family: ClassVar[Family]
 
     unit: Annotated[
-        Unit,
+        UnitOption,
         Field(
             description="The attention unit: a key/value head with its query heads (kv_group), or a single query head, "
             "with the same number kept for every key/value head (query_head). Models with a single key/value head use "
-            "query heads wherever the family allows it."
+            "query heads wherever the family allows it. `auto` takes query heads where the family, the budget and the "
+            "exports allow them; `flapkit check` says which, and why."
         ),
     ] = "kv_group"
     expert_unit: Annotated[
@@ -114,11 +115,18 @@ class FamilyAdapter(ArchitectureAdapter):
         Raises:
             ModelError: the declaration does not fit the model.
         """
-        return sites_of(skeleton(config), with_experts(self.family_of(config), self.expert_unit), self.unit)
+        family = with_experts(self.family_of(config), self.expert_unit)
+        return sites_of(skeleton(config), family, _unit_of(family) if self.unit == "auto" else self.unit)
 
     def check_declaration(self, config: PreTrainedConfig) -> None:
         """Verify the declaration on a tiny random model of the configuration's class."""
         verify_declared(self, config)
+
+
+def _unit_of(family: Family) -> Unit:
+    """Return the smallest attention unit that a declaration allows."""
+    attention = [block for block in family.blocks if block.kind == "attention"]
+    return "query_head" if all(block.takes_query_heads for block in attention) else "kv_group"
 
 
 def adapter_class(family: Family) -> type[FamilyAdapter]:

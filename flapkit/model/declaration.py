@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Unit = Literal["kv_group", "query_head"]
 
+UnitOption = Literal["auto", "kv_group", "query_head"]
+
 ExpertUnit = Literal["channel", "expert"]
 
 LAYOUTS = {

@@ -16,4 +16,5 @@ Modules:
     site_errors: the error of a consumer's output, predicted and measured
     statistics: what calibration measures
     trials: the objectives of trial searchers
+    unit_choice: the attention unit that `unit: auto` leaves open
 """

@@ -129,7 +129,7 @@ def time_blocks(
     place = find_device(device)
     model = load(checkpoint, dtype)
     nn.Module.to(model, place)
-    sites = Registry.load().resolve(None, model.config).sites(model.config)
+    sites = Registry.load().resolve({"name": "auto", "unit": "kv_group"}, model.config).sites(model.config)
     check_lengths(model, {"bench: prompt and generated tokens": workload.prompt + workload.tokens})
     kinds = list(_kinds(sites).values())
     turns: list[tuple[Mapping[str, float], list[Seconds], list[Seconds]]] = []

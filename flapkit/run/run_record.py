@@ -121,6 +121,7 @@ class RunRecord:
             "model": settings.model.model_dump(),
             "adapter": adapter.name,
             **({"declaration": asdict(derived)} if derived else {}),
+            **({"unit": self.target.why_unit} if self.target.why_unit else {}),
             "metric": settings.metric.model_dump(),
             "searcher": settings.searcher.model_dump(),
             "compensator": [spec.model_dump() for spec in settings.compensator],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from flapkit.model.budget import prunable
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
 from flapkit.pruning.algorithm import check_scored
+from flapkit.pruning.unit_choice import UnitChoice, budget_obstacle, choose_unit
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
 
@@ -28,11 +30,13 @@ class Target:
         config: the dense model's configuration.
         adapter: describes the model.
         sites: the model's sites.
+        why_unit: its attention unit and why it was chosen, where the recipe leaves that open (``unit: auto``).
     """
 
     config: PreTrainedConfig
     adapter: ArchitectureAdapter
     sites: tuple[Site, ...]
+    why_unit: str = ""
 
 
 def find_target(recipe: LoadedRecipe) -> Target:
@@ -49,7 +53,8 @@ def find_target(recipe: LoadedRecipe) -> Target:
     check_unpickled(model.source)
     try:
         adapter = recipe.registry.resolve(recipe.adapter, config)
-        sites = _sites(adapter, config)
+        chosen = _choose_unit(recipe, adapter, config)
+        adapter, sites = chosen.adapter, chosen.sites
         adapter.check_declaration(config)
     except ModelError as error:
         raise ModelError(f"model {model.source}: {error}") from error
@@ -62,12 +67,24 @@ def find_target(recipe: LoadedRecipe) -> Target:
         check_scored(recipe.method.metric, sites)
     if recipe.exporters:
         check_exports(recipe.exporters, prospect(recipe, config, sites))
-    return Target(config, adapter, sites)
+    return Target(config, adapter, sites, chosen.reason)
 
 
-def _sites(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> tuple[Site, ...]:
+def _choose_unit(recipe: LoadedRecipe, adapter: ArchitectureAdapter, config: PreTrainedConfig) -> UnitChoice:
+    """Settle the attention unit by what the family, the budget and the exports allow."""
+    budget = recipe.recipe.budget
+
+    def obstacle(sites: Sequence[Site]) -> str:
+        if reason := budget_obstacle(sites, budget.kind, budget.tensor_parallel):
+            return reason
+        try:
+            check_exports(recipe.exporters, prospect(recipe, config, tuple(sites)))
+        except ModelError as error:
+            return str(error)
+        return ""
+
     try:
-        return adapter.sites(config)
+        return choose_unit(adapter, config, obstacle)
     except AttributeError as error:
         raise ModelError(
             f"adapter {adapter.name!r} does not fit models of type {config.model_type!r} "

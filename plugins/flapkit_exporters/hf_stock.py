@@ -82,6 +82,11 @@ class HuggingFaceStock(Exporter):
                 "export hf-stock: stock classes need layers of equal size, and these differ; choose a searcher that "
                 "prunes all layers equally (ul_*), or set pad: true"
             )
+        if dense and not prospect.uniform and any(site.runs > 1 for site in prospect.sites if site.kind == "attention"):
+            raise ModelError(
+                "export hf-stock: layers that keep different numbers of query heads for a key/value head cannot be "
+                "padded; prune whole key/value groups (unit: kv_group)"
+            )
         # The sizes are unknown before a run: check with one unit less at every site.
         sizes = {site.name: one_less(site) for site in prospect.sites} if dense else widest(prospect.sites)
         self._config(prospect, sizes)

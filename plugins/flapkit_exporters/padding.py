@@ -41,8 +41,9 @@ def one_less(site: Site) -> Sizes:
         return {"E": max(site.least, site.units - site.runs)}
     if site.kind == "mlp":
         return {"I": max(1, site.units - 1)}
-    if site.kv_heads == 1:
-        return {"H": max(1, site.heads - 1), "K": 1}
+    if site.kv_heads == 1 or site.runs > 1:
+        # Units are query heads.
+        return {"H": max(site.runs, site.heads - site.runs), "K": site.kv_heads}
     return {"H": site.heads - site.heads // site.kv_heads, "K": site.kv_heads - 1}
 
 

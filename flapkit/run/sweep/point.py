@@ -145,9 +145,8 @@ class Task:
     def search_key(self, dense: Dense) -> str:
         """Hash everything that the plan depends on: points that differ in their repair alone share it."""
         recipe = self.point.recipe
-        settings = recipe.recipe.model_dump(
-            mode="json", include={"model", "adapter", "trainer", "metric", "searcher", "budget"}
-        )
+        settings = recipe.recipe.model_dump(mode="json", include={"model", "trainer", "metric", "searcher", "budget"})
+        settings["adapter"] = str(dense.target.adapter)
         pairs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
         # Trials are repaired.
         repair = [spec.model_dump(mode="json") for component, spec in pairs if component.corrects]

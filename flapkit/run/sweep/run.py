@@ -203,7 +203,9 @@ def _run_all(tasks: Sequence[Task], dense: Dense, before: Measured) -> Iterator[
 
 
 def _model_key(point: Point) -> str:
-    return point.recipe.recipe.model_dump_json(include={"model", "adapter", "trainer"})
+    """Identify the dense model with its sites; budgets and exports can decide the attention unit."""
+    adapter = find_target(point.recipe).adapter
+    return f"{adapter} {point.recipe.recipe.model_dump_json(include={'model', 'trainer'})}"
 
 
 def _calibration_key(point: Point) -> str:
