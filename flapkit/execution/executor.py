@@ -6,9 +6,10 @@ repair, slice and evaluate; ``prune_``, in its two halves ``search`` and ``repai
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,18 +107,55 @@ class LearnedPlan:
 
     Args:
         plan: the units to keep at the gated sites.
+        losses: optimizer step, from 1 -> mean loss on its windows, in nats.
         validations: optimizer step -> mean loss on the held-out windows, in nats.
         best_step: the step whose plan was chosen.
     """
 
     plan: PruningPlan
+    losses: Mapping[int, float]
     validations: Mapping[int, float]
     best_step: int
 
     def summary(self) -> dict[str, Any]:
         """Summarise it for ``result.json``."""
-        losses = {str(step): loss for step, loss in self.validations.items()}
-        return {"best_step": self.best_step, "steps": max(self.validations), "validation_loss": losses}
+        return {
+            "best_step": self.best_step,
+            "steps": max(self.validations),
+            "training_loss": {str(step): loss for step, loss in self.losses.items()},
+            "validation_loss": {str(step): loss for step, loss in self.validations.items()},
+        }
+
+
+@dataclass(slots=True)
+class TrialHistory:
+    """The trials of a search so far.
+
+    Args:
+        objective: what the search minimises.
+        trials: how many there were.
+        values: trial, from 1 -> its value, of those on all trial windows.
+    """
+
+    objective: str
+    trials: int = 0
+    values: dict[int, float] = field(default_factory=dict)
+
+    def add(self, value: float, share: float) -> None:
+        """Add a trial on a share of the trial windows."""
+        self.trials += 1
+        if share == 1:
+            self.values[self.trials] = value
+
+    def summary(self) -> dict[str, Any]:
+        """Summarise it for ``result.json``; a value that is not finite is None."""
+        finite = {trial: value for trial, value in self.values.items() if math.isfinite(value)}
+        return {
+            "objective": self.objective,
+            "trials": self.trials,
+            "best_trial": min(finite, key=finite.__getitem__, default=None),
+            "values": {str(trial): finite.get(trial) for trial in self.values},
+        }
 
 
 class Executor(ABC):
@@ -239,7 +277,7 @@ class Searched:
     Args:
         scores: site name -> scores [units, k]; empty where the searcher uses none.
         plan: the units to keep.
-        course: the course of a search that trains, for ``result.json``; empty otherwise.
+        course: the course of a search by trials or training, for ``result.json``; empty otherwise.
     """
 
     scores: Scores
@@ -328,7 +366,8 @@ def _find_plan(
     """Let the searcher choose: by trials if it tries plans, by training if it trains gates.
 
     Returns:
-        The plan, and the course of a training for ``result.json``.
+        The plan, and the course of the search for ``result.json``: of all trials or steps, also those of the run that a
+        resumed one continues.
     """
     searcher = method.searcher
     if isinstance(searcher, TrainedSearcher) and budget.amount:
@@ -345,13 +384,15 @@ def _find_plan(
             return find_plan(executor.sites, scores, searcher, budget), {}
     with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:
         objective = executor.objective(searcher.objective, correct, method.repairing)
+        history = TrialHistory(searcher.objective)
 
         def tried(plan: PruningPlan, share: float = 1.0) -> float:
             value = objective(plan, share)
+            history.add(value, share)
             stage.advance()
             return value
 
-        return find_plan(executor.sites, scores, searcher, budget, tried), {}
+        return find_plan(executor.sites, scores, searcher, budget, tried), history.summary()
 
 
 @torch.no_grad()

@@ -156,13 +156,16 @@ class WholeExecutor(Executor):
             workplace = Workplace(self._folder / "search", asdict(training)) if self._folder else None
             batches = self._text.batches()
             learned = learn_plan(self.model, sites, gates, training, batches, runtime, workplace=workplace)
-            return Record({}, {"plan": learned.plan.to_json(), "validations": list(learned.validations.items())})
+            curves = {"losses": list(learned.losses.items()), "validations": list(learned.validations.items())}
+            return Record({}, {"plan": learned.plan.to_json(), **curves})
 
         metadata = self._resume("trained gates", make).metadata
         self._place()
-        validations = {int(step): float(loss) for step, loss in metadata["validations"]}
+        losses, validations = (
+            {int(step): float(loss) for step, loss in metadata[name]} for name in ("losses", "validations")
+        )
         plan = PruningPlan.from_json(metadata["plan"])
-        return LearnedPlan(plan, validations, min(validations, key=validations.__getitem__))
+        return LearnedPlan(plan, losses, validations, min(validations, key=validations.__getitem__))
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Measure the statistics for the corrections, compute these, and slice."""

@@ -109,7 +109,7 @@ class Pruned:
         notes: site name -> the compensator's remark about it.
         expected: site name -> predicted squared error of the consumer's output per token; None where the statistics do
             not allow a prediction.
-        search: the course of a search that trains, for ``result.json``; empty otherwise.
+        search: the course of a search by trials or training, for ``result.json``; empty otherwise.
     """
 
     scores: Mapping[str, Tensor] = field(repr=False)

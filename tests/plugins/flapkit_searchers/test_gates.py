@@ -163,6 +163,7 @@ def test_accumulated_batches_are_one_batch(windows):
     whole = learn(windows, steps=4, validate_every=4, batch_size=4, refresh=99)[2]
     parts = learn(windows, steps=4, validate_every=4, batch_size=2, refresh=99, runtime=accumulated)[2]
     assert math.isclose(whole.validations[4], parts.validations[4], rel_tol=1e-4)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-3)
 
 
 def test_bfloat16(windows):
@@ -228,6 +229,7 @@ def test_a_recipe(command, recipe, home):
     assert not code, error
     search = json.loads((home / "out" / "result.json").read_text())["search"]
     assert list(search["validation_loss"]) == ["0", "4", "8"]
+    assert list(search["training_loss"]) == [str(step) for step in range(1, 9)]
     code, _, error = command("run", recipe, "--set=searcher=gates", "--set=execution=layerwise", "--overwrite")
     assert code
     assert "searcher 'gates' trains gates on the whole model; choose another" in error
