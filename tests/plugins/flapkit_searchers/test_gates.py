@@ -10,11 +10,14 @@ import torch
 from conftest import make_llama
 from lightning.pytorch import Callback
 from planted import random_scores
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import flapkit
 from flapkit import api
 from flapkit.execution import training as stage
 from flapkit.execution.executor import CalibrationText
+from flapkit.execution.lightning.module import GatedLM, Optimization
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import Workplace, learn_plan
 from flapkit.model.budget import Budget
@@ -155,6 +158,22 @@ def test_a_resumed_training_is_as_one_that_was_not_stopped(windows, tmp_path, mo
             learn(windows, workplace=workplace)
     assert workplace.checkpoint.is_file()
     assert learn(windows, workplace=workplace)[2] == expected
+
+
+def test_processes_send_each_other_no_buffers(windows):
+    """All have the same: before the first step, and once the stand-ins are fitted."""
+    model = make_llama()
+    sites, _, gates = gated(model, windows)
+    module = GatedLM(model, GatedModel(model, sites, gates), Optimization())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(module)
+        gates.update()
+        parallel._assign_modules_buffers()
+        assert sum(name.endswith(".matrix") for name, _ in module.named_buffers()) == len(sites)
+        assert parallel.modules_buffers == []
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_accumulated_batches_are_one_batch(windows):
