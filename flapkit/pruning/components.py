@@ -138,6 +138,14 @@ class TrialSearcher(StructureSearcher):
         """How many trials there will be, for the progress bar; None if unknown."""
         return None
 
+    @property
+    def expected_passes(self) -> float | None:
+        """How often the trial windows run through the model in all trials, at most, for the estimate; None if unknown.
+
+        By default once in each trial. Override this in a searcher that tries plans on a share of the windows.
+        """
+        return self.expected_trials
+
     @abstractmethod
     def search_by_trials(
         self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, objective: Objective
@@ -167,6 +175,10 @@ class TrainedSearcher(StructureSearcher, CalibratedComponent):
     @abstractmethod
     def training(self) -> Training:
         """How the gates are trained. The text is always the calibration text, in its own windows."""
+
+    def operations(self, site: Site) -> int:
+        """Return the multiply-accumulates of a site's gates for one token, for the estimate; by default none."""
+        return 0
 
     @abstractmethod
     def gates(

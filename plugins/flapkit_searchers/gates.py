@@ -90,6 +90,10 @@ class GateTraining(TrainedSearcher):
         """Return the statistics that the stand-ins need."""
         return (FittedGram,) if self.stand_in == "fit" else (Moments,)
 
+    def operations(self, site: Site) -> int:
+        """Return the multiply-accumulates of the stand-ins for one token."""
+        return site.channels**2 if self.stand_in == "fit" else 0
+
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Return the plan that the gates start from."""
         first = {site.name: _first(site, scores[site.name]) for site in sites}
