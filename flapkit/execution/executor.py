@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
-from flapkit.execution.lightning.data import PruningData
+from flapkit.execution.lightning.data import PruningData, held_out
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
@@ -82,6 +82,12 @@ class CalibrationText:
     def batches(self, share: Mapping[str, int] | None = None) -> list[Batch]:
         """Return the windows in batches; ``share`` as for ``data``."""
         return list(self.data(share).predict_dataloader())
+
+    def fitted(self) -> CalibrationText:
+        """Return the text without its held-out windows."""
+        left = (~held_out(len(self.windows))).nonzero()[:, 0]  # type: ignore[arg-type]
+        windows = self.windows[left] if isinstance(self.windows, Tensor) else Subset(self.windows, left.tolist())
+        return CalibrationText(windows, self.batch_size)
 
     def check(self, model: PreTrainedModel, name: str = "calibration") -> None:
         """Read all windows, and refuse those that are not for this model.
@@ -170,6 +176,13 @@ class Executor(ABC):
     model: PreTrainedModel
     sites: Sequence[Site]
     progress: Progress
+
+    @abstractmethod
+    def for_search(self) -> Executor:
+        """Return an executor for a search that judges plans: its statistics leave out the held-out windows.
+
+        It runs the same model. ``objective`` and ``learn`` judge on the held-out windows.
+        """
 
     @abstractmethod
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
@@ -305,7 +318,9 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 def search(executor: Executor, method: Method, budget: Budget, *, sequential: bool = False) -> Searched:
     """Score the units, and choose those to keep; the model stays dense.
 
-    The plan is the same with and without sequential repair.
+    The plan is the same with and without sequential repair. A searcher that judges plans does so on the held-out
+    windows; the statistics behind its scores and its trials' corrections are those of the others. The corrections of
+    its plan are computed on all windows.
 
     Args:
         executor: holds the dense model.
@@ -323,6 +338,8 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     def correct(sites: Sequence[Site], statistics: Statistics, plan: PruningPlan) -> Mapping[str, Correction]:
         return find_corrections(executor.model, sites, statistics, method.compensators, plan)
 
+    if method.judges and budget.amount:
+        executor = executor.for_search()
     scores: Scores = {}
     if method.searcher.uses_scores:
         check_scored(method.metric, executor.sites)
@@ -334,9 +351,12 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 def needed_for_search(method: Method, *, sequential: bool) -> tuple[type[Statistic], ...]:
     """List the statistics of the corrections that are measured with those of the scores.
 
-    Trials are repaired site by site, also where the repair of the plan that wins is sequential.
+    Trials are repaired site by site, also where the repair of the plan that wins is sequential. For that plan the
+    statistics are measured again, on all windows.
     """
-    return method.repairing if not sequential or isinstance(method.searcher, TrialSearcher) else ()
+    if method.judges:
+        return method.repairing if isinstance(method.searcher, TrialSearcher) else ()
+    return () if sequential else method.repairing
 
 
 def repair_(executor: Executor, method: Method, plan: PruningPlan, *, sequential: bool = False) -> Repairs:

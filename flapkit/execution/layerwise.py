@@ -121,6 +121,10 @@ class LayerwiseExecutor(Executor):
         self._measured = self._restore(records, stored)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
 
+    def for_search(self) -> LayerwiseExecutor:
+        """Return itself: ``objective`` and ``learn`` refuse such a search."""
+        return self
+
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:

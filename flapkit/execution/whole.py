@@ -91,7 +91,7 @@ class WholeExecutor(Executor):
     ) -> None:
         self.model = model
         self.sites = sites
-        self._text = text
+        self._text = self._judging = text
         self.progress = runtime.progress if runtime else Progress()
         self._runtime = runtime
         self._memory = memory
@@ -100,6 +100,13 @@ class WholeExecutor(Executor):
         self._saved = saved or model.dtype
         self._folder = folder
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
+
+    def for_search(self) -> WholeExecutor:
+        """Return an executor of the same model that measures its statistics without the held-out windows."""
+        others = {"memory": self._memory, "cache": self._cache, "resume": self._resume, "folder": self._folder}
+        searching = WholeExecutor(self.model, self.sites, self._text.fitted(), self._runtime, **others)
+        searching._judging = self._text
+        return searching
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
         """Measure every site, and score it."""
@@ -123,7 +130,7 @@ class WholeExecutor(Executor):
             )
         statistics = self._measured
         # All processes must find the same plan, so each uses the windows of all.
-        windows = held_out_windows(self._text.batches())
+        windows = held_out_windows(self._judging.batches())
 
         def correct_(sites: Sequence[Site], plan: PruningPlan) -> Mapping[str, Correction]:
             return correct(sites, statistics, plan)
@@ -154,7 +161,7 @@ class WholeExecutor(Executor):
             gates = searcher.gates(sites, scores, visible, budget)
             runtime, training = self._runtime or Runtime.on(self.model.device), searcher.training
             workplace = Workplace(self._folder / "search", asdict(training)) if self._folder else None
-            batches = self._text.batches()
+            batches = self._judging.batches()
             learned = learn_plan(self.model, sites, gates, training, batches, runtime, workplace=workplace)
             curves = {"losses": list(learned.losses.items()), "validations": list(learned.validations.items())}
             return Record({}, {"plan": learned.plan.to_json(), **curves})

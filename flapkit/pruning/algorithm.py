@@ -59,6 +59,11 @@ class Method:
     compensators: tuple[Compensator, ...]
 
     @property
+    def judges(self) -> bool:
+        """Whether the searcher judges plans on the held-out windows, which none of its statistics may have seen."""
+        return isinstance(self.searcher, (TrialSearcher, TrainedSearcher))
+
+    @property
     def scoring(self) -> tuple[type[Statistic], ...]:
         """The statistics to measure for the scores and for a searcher that trains."""
         scoring = self.metric.measures() if self.searcher.uses_scores else ()

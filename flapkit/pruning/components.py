@@ -127,7 +127,8 @@ class Objective(Protocol):
 class TrialSearcher(StructureSearcher):
     """A searcher that evaluates candidate plans.
 
-    ``search`` returns the plan that the trials start from; ``flapkit check`` uses it to check the budget.
+    ``search`` returns the plan that the trials start from; ``flapkit check`` uses it to check the budget. Scores and
+    corrections are computed from the calibration windows that are not held out.
     """
 
     objective: Literal["perplexity", "kl"] = "perplexity"
@@ -166,9 +167,10 @@ class TrialSearcher(StructureSearcher):
 class TrainedSearcher(StructureSearcher, CalibratedComponent):
     """A searcher that trains gates, with the model's weights frozen.
 
-    It describes the gates and the training; the core runs it, on the calibration windows that are not held out. The
-    step with the lowest loss on the held-out windows counts. ``search`` returns the plan that the gates start from;
-    ``flapkit check`` uses it to check the budget. The recipe's evaluation text is never used.
+    It describes the gates and the training; the core runs it, on the calibration windows that are not held out, which
+    alone are in the scores and statistics. The step with the lowest loss on the held-out windows counts. ``search``
+    returns the plan that the gates start from; ``flapkit check`` uses it to check the budget. The recipe's evaluation
+    text is never used.
     """
 
     @property

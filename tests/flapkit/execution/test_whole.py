@@ -9,6 +9,10 @@ from flapkit_compensators.least_squares import LeastSquares
 
 import flapkit
 from flapkit.api import PruneOptions
+from flapkit.execution.executor import CalibrationText
+from flapkit.execution.lightning.data import held_out
+from flapkit.execution.whole import WholeExecutor
+from flapkit.model.plan import PruningPlan
 from flapkit.pruning.collector import Collector, measure
 from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram, size_of, split_by_memory
 
@@ -54,6 +58,38 @@ def test_sizes_are_known_before(llama, tokens, statistic):
     for site in sites:
         state = measured[site.name][statistic].state
         assert sum(part.nbytes for part in state.values()) == statistic.size_of(site)
+
+
+def test_no_statistic_of_a_search_sees_the_windows_that_judge(tokens):
+    """The others alone are measured; plans are judged on those windows, and the repair is fitted on all."""
+    text = CalibrationText(tokens)
+    changed = tokens.clone()
+    changed[held_out(len(tokens))] = 1
+    model = make_llama()
+    sites = flapkit.sites(model)
+    executors = [WholeExecutor(model, sites, CalibrationText(windows)) for windows in (tokens, changed)]
+    searched = [executor.for_search().calibrate([Gram]) for executor in executors]
+    for site in sites:
+        assert torch.equal(*(statistics[site.name][Gram].spread.squares for statistics in searched))
+    assert int(searched[0][sites[0].name][Gram].tokens) == tokens[~held_out(len(tokens))].numel()
+    plan = PruningPlan({site.name: tuple(range(site.units // 2)) for site in sites})
+    values = [executor.for_search().objective("kl", lambda *_: {}, ())(plan) for executor in executors]
+    assert values[0] != values[1]
+    whole = WholeExecutor(model, sites, text).calibrate([Gram])
+    assert int(whole[sites[0].name][Gram].tokens) == tokens.numel()
+
+
+@pytest.mark.parametrize("searcher", ["evolution", "gates"])
+def test_a_search_is_measured_apart(llama, tokens, searcher, monkeypatch):
+    """Scores see three windows of four, and so do the trials' corrections; the last repair sees all."""
+    seen, begin = [], Collector.begin
+    monkeypatch.setattr(
+        Collector, "begin", lambda self, batch: seen.append(len(batch["input_ids"])) or begin(self, batch)
+    )
+    short = {"evolution": {"generations": 1, "children": 2, "survivors": 1}, "gates": {"steps": 1}}
+    options = {"metric": "obs", "compensator": "least_squares", "ratio": 0.3}
+    flapkit.prune_(llama, tokens, searcher={"name": searcher, **short[searcher]}, **options)
+    assert sum(seen) == int((~held_out(len(tokens))).sum()) + len(tokens)
 
 
 def test_sites_are_split_in_their_order(llama):

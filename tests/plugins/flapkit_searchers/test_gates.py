@@ -25,7 +25,7 @@ from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.collector import measure
 from flapkit.pruning.gates import GatedModel
-from flapkit.pruning.statistics import FittedGram, Moments
+from flapkit.pruning.statistics import Gram, Moments
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, InputError, ModelError, RunError
 
@@ -79,11 +79,11 @@ def test_the_gated_model_is_the_repaired_one(windows, stand_in):
     """With the fit: repaired by least squares; with the mean: by FLAP's bias."""
     model = make_llama()
     sites, _, gates = gated(model, windows, stand_in=stand_in)
-    statistics = measure(model, sites, [FittedGram, Moments], CalibrationText(windows).batches())
+    statistics = measure(model, sites, [Gram, Moments], CalibrationText(windows).batches())
     plan = gates.plan()
     corrections = {}
     for site in sites:
-        gram, weight = statistics[site.name][FittedGram], model.get_parameter(site.weight).double()
+        gram, weight = statistics[site.name][Gram], model.get_parameter(site.weight).double()
         kept, closed = (torch.tensor(site.channels_of(u)) for u in (plan.keep[site.name], plan.removed_units(site)))
         covariance = gram.covariance[0]
         mean = gram.mean if stand_in == "fit" else statistics[site.name][Moments].mean
