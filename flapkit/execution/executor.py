@@ -41,7 +41,8 @@ from flapkit.pruning.algorithm import (
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
-from flapkit.pruning.statistics import Statistic
+from flapkit.pruning.statistics import Statistic, size_of
+from flapkit.system.errors import RecipeError
 from flapkit.system.progress import Progress
 from flapkit.text.windows import check_vocabulary
 
@@ -178,10 +179,16 @@ class Executor(ABC):
     progress: Progress
 
     @abstractmethod
-    def for_search(self) -> Executor:
+    def for_search(self, method: Method) -> Executor:
         """Return an executor for a search that judges plans: its statistics leave out the held-out windows.
 
         It runs the same model. ``objective`` and ``learn`` judge on the held-out windows.
+
+        Args:
+            method: the components.
+
+        Raises:
+            RecipeError: its statistics do not fit in memory together.
         """
 
     @abstractmethod
@@ -221,7 +228,7 @@ class Executor(ABC):
             budget: how much to remove.
 
         Raises:
-            RecipeError: this executor cannot train, or the statistics do not fit in memory.
+            RecipeError: this executor cannot train.
             RunError: a loss is not finite.
         """
 
@@ -339,13 +346,32 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
         return find_corrections(executor.model, sites, statistics, method.compensators, plan)
 
     if method.judges and budget.amount:
-        executor = executor.for_search()
+        executor = executor.for_search(method)
     scores: Scores = {}
     if method.searcher.uses_scores:
         check_scored(method.metric, executor.sites)
         scores = executor.score(score, method.scoring, needed_for_search(method, sequential=sequential))
     plan, course = _find_plan(executor, method, budget, scores, correct)
     return Searched(scores, plan, course)
+
+
+def check_search(method: Method, sites: Sequence[Site], memory: float) -> None:
+    """Refuse a search that judges plans and whose statistics of all sites do not fit in memory together.
+
+    Args:
+        method: the components.
+        sites: the model's sites.
+        memory: bytes of statistics at a time.
+
+    Raises:
+        RecipeError: they do not fit.
+    """
+    statistics = tuple(dict.fromkeys([*method.scoring, *needed_for_search(method, sequential=True)]))
+    if method.judges and (needed := size_of(statistics, sites)) > memory:
+        raise RecipeError(
+            f"searcher {method.searcher.name!r} needs the statistics of all sites in memory together, "
+            f"{needed / 1e9:,.2f} GB; calibration.statistics_memory is {memory / 1e9:,.2f} GB: raise it"
+        )
 
 
 def needed_for_search(method: Method, *, sequential: bool) -> tuple[type[Statistic], ...]:

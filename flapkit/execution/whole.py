@@ -23,6 +23,7 @@ from flapkit.execution.executor import (
     Repair,
     Score,
     Scores,
+    check_search,
     record_of,
     repairs_of,
     sweep,
@@ -39,12 +40,11 @@ from flapkit.model.precision import round_
 from flapkit.model.site import Site
 from flapkit.model.spread import is_spread
 from flapkit.model.surgery import Correction, apply_plan_, weight_of
-from flapkit.pruning.algorithm import Repairs
+from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
-from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
@@ -101,8 +101,9 @@ class WholeExecutor(Executor):
         self._folder = folder
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
 
-    def for_search(self) -> WholeExecutor:
+    def for_search(self, method: Method) -> WholeExecutor:
         """Return an executor of the same model that measures its statistics without the held-out windows."""
+        check_search(method, self.sites, self._memory)
         others = {"memory": self._memory, "cache": self._cache, "resume": self._resume, "folder": self._folder}
         searching = WholeExecutor(self.model, self.sites, self._text.fitted(), self._runtime, **others)
         searching._judging = self._text
@@ -123,12 +124,7 @@ class WholeExecutor(Executor):
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
         """Return the objective of trial searchers, on held-out calibration windows."""
-        if self._missing(repairing):
-            raise RecipeError(
-                "the searcher evaluates plans, which needs the statistics of all sites in memory together; raise "
-                "calibration.statistics_memory"
-            )
-        statistics = self._measured
+        statistics = self._measure_all(repairing)
         # All processes must find the same plan, so each uses the windows of all.
         windows = held_out_windows(self._judging.batches())
 
@@ -149,15 +145,10 @@ class WholeExecutor(Executor):
 
     def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
         """Train the gates of a searcher on the calibration text."""
-        if self._missing(searcher.measures()):
-            raise RecipeError(
-                "the searcher trains gates, which needs the statistics of all sites in memory together; raise "
-                "calibration.statistics_memory"
-            )
 
         def make() -> Record:
-            self._place()
-            visible = {site.name: self._measured[site.name].only(searcher.measures()) for site in sites}
+            measured = self._measure_all(searcher.measures())
+            visible = {site.name: measured[site.name].only(searcher.measures()) for site in sites}
             gates = searcher.gates(sites, scores, visible, budget)
             runtime, training = self._runtime or Runtime.on(self.model.device), searcher.training
             workplace = Workplace(self._folder / "search", asdict(training)) if self._folder else None
