@@ -80,6 +80,16 @@ def make_run(name: str = "run", ratio: float = 0.3, layers: int = 3, tasks: bool
     return RunDocument(name, record, {**result, **changes}, recipe_text(), made)
 
 
+TRIALS = {"objective": "kl", "trials": 9, "best_trial": 7, "values": {"1": 1.5, "2": None, "5": 1.75, "7": 1.25}}
+TRAINING = {
+    "best_step": 2,
+    "steps": 3,
+    "training_loss": {"1": 1.5, "2": 1.25, "3": 1.0},
+    "validation_loss": {"0": 20.0, "2": 1.0, "3": 1.5},
+}
+"""The course of a search by trials, and by training, as in ``result.json``."""
+
+
 def run_without_flapkit(script: str, folders: Sequence[Path]) -> None:
     """Run a script in a process of its own, with folders as its arguments; it must succeed."""
     parent = folders[0].parent

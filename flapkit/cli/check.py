@@ -13,6 +13,7 @@ from flapkit.cli.output import print_, set_logging
 
 if TYPE_CHECKING:
     from flapkit.run.check import Checked
+    from flapkit.run.estimate import Estimate
     from flapkit.run.presets import Better
 
 
@@ -79,7 +80,7 @@ def check(
     if settings.execution.mode == "layerwise" and any(text.windows is None for text in settings.evaluate.perplexity):
         table.add_row("", "not included: hidden states of texts in `evaluate` without `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
-    table.add_row("compute, about", f"{needs.flops / 1e12:,.2f} TFLOP for calibration")
+    table.add_row("compute, about", _compute(needs))
     _add_presets(table, outcome)
     table.add_row("output", settings.output)
     served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
@@ -108,7 +109,16 @@ def _cost(better: Better) -> str:
     needs = better.needs
     passes = f"{needs.passes} pass{'es' if needs.passes != 1 else ''} over the calibration text"
     search = f", {better.search}" if better.search else ""
-    return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {needs.flops / 1e12:,.2f} TFLOP for calibration"
+    return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {_compute(needs)}"
+
+
+def _compute(needs: Estimate) -> str:
+    """Say what calibration computes, and the search if it runs the model."""
+    calibration = f"{needs.flops / 1e12:,.2f} TFLOP for calibration"
+    if needs.search_flops is None:
+        return f"{calibration}, unknown for the trials"
+    search = f", {needs.search_flops / 1e12:,.2f} TFLOP for the search"
+    return calibration + (search if needs.search_flops else "")
 
 
 def _flow(value: Any) -> str:

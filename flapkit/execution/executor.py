@@ -6,19 +6,20 @@ repair, slice and evaluate; ``prune_``, in its two halves ``search`` and ``repai
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
-from flapkit.execution.lightning.data import PruningData
+from flapkit.execution.lightning.data import PruningData, held_out
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
@@ -40,7 +41,8 @@ from flapkit.pruning.algorithm import (
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
-from flapkit.pruning.statistics import Statistic
+from flapkit.pruning.statistics import Statistic, size_of
+from flapkit.system.errors import RecipeError
 from flapkit.system.progress import Progress
 from flapkit.text.windows import check_vocabulary
 
@@ -82,6 +84,12 @@ class CalibrationText:
         """Return the windows in batches; ``share`` as for ``data``."""
         return list(self.data(share).predict_dataloader())
 
+    def fitted(self) -> CalibrationText:
+        """Return the text without its held-out windows."""
+        left = (~held_out(len(self.windows))).nonzero()[:, 0]  # type: ignore[arg-type]
+        windows = self.windows[left] if isinstance(self.windows, Tensor) else Subset(self.windows, left.tolist())
+        return CalibrationText(windows, self.batch_size)
+
     def check(self, model: PreTrainedModel, name: str = "calibration") -> None:
         """Read all windows, and refuse those that are not for this model.
 
@@ -106,18 +114,55 @@ class LearnedPlan:
 
     Args:
         plan: the units to keep at the gated sites.
+        losses: optimizer step, from 1 -> mean loss on its windows, in nats.
         validations: optimizer step -> mean loss on the held-out windows, in nats.
         best_step: the step whose plan was chosen.
     """
 
     plan: PruningPlan
+    losses: Mapping[int, float]
     validations: Mapping[int, float]
     best_step: int
 
     def summary(self) -> dict[str, Any]:
         """Summarise it for ``result.json``."""
-        losses = {str(step): loss for step, loss in self.validations.items()}
-        return {"best_step": self.best_step, "steps": max(self.validations), "validation_loss": losses}
+        return {
+            "best_step": self.best_step,
+            "steps": max(self.validations),
+            "training_loss": {str(step): loss for step, loss in self.losses.items()},
+            "validation_loss": {str(step): loss for step, loss in self.validations.items()},
+        }
+
+
+@dataclass(slots=True)
+class TrialHistory:
+    """The trials of a search so far.
+
+    Args:
+        objective: what the search minimises.
+        trials: how many there were.
+        values: trial, from 1 -> its value, of those on all trial windows.
+    """
+
+    objective: str
+    trials: int = 0
+    values: dict[int, float] = field(default_factory=dict)
+
+    def add(self, value: float, share: float) -> None:
+        """Add a trial on a share of the trial windows."""
+        self.trials += 1
+        if share == 1:
+            self.values[self.trials] = value
+
+    def summary(self) -> dict[str, Any]:
+        """Summarise it for ``result.json``; a value that is not finite is None."""
+        finite = {trial: value for trial, value in self.values.items() if math.isfinite(value)}
+        return {
+            "objective": self.objective,
+            "trials": self.trials,
+            "best_trial": min(finite, key=finite.__getitem__, default=None),
+            "values": {str(trial): finite.get(trial) for trial in self.values},
+        }
 
 
 class Executor(ABC):
@@ -132,6 +177,19 @@ class Executor(ABC):
     model: PreTrainedModel
     sites: Sequence[Site]
     progress: Progress
+
+    @abstractmethod
+    def for_search(self, method: Method) -> Executor:
+        """Return an executor for a search that judges plans: its statistics leave out the held-out windows.
+
+        It runs the same model. ``objective`` and ``learn`` judge on the held-out windows.
+
+        Args:
+            method: the components.
+
+        Raises:
+            RecipeError: its statistics do not fit in memory together.
+        """
 
     @abstractmethod
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
@@ -170,7 +228,7 @@ class Executor(ABC):
             budget: how much to remove.
 
         Raises:
-            RecipeError: this executor cannot train, or the statistics do not fit in memory.
+            RecipeError: this executor cannot train.
             RunError: a loss is not finite.
         """
 
@@ -239,7 +297,7 @@ class Searched:
     Args:
         scores: site name -> scores [units, k]; empty where the searcher uses none.
         plan: the units to keep.
-        course: the course of a search that trains, for ``result.json``; empty otherwise.
+        course: the course of a search by trials or training, for ``result.json``; empty otherwise.
     """
 
     scores: Scores
@@ -267,7 +325,9 @@ def prune_(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 def search(executor: Executor, method: Method, budget: Budget, *, sequential: bool = False) -> Searched:
     """Score the units, and choose those to keep; the model stays dense.
 
-    The plan is the same with and without sequential repair.
+    The plan is the same with and without sequential repair. A searcher that judges plans does so on the held-out
+    windows; the statistics behind its scores and its trials' corrections are those of the others. The corrections of
+    its plan are computed on all windows.
 
     Args:
         executor: holds the dense model.
@@ -285,6 +345,8 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     def correct(sites: Sequence[Site], statistics: Statistics, plan: PruningPlan) -> Mapping[str, Correction]:
         return find_corrections(executor.model, sites, statistics, method.compensators, plan)
 
+    if method.judges and budget.amount:
+        executor = executor.for_search(method)
     scores: Scores = {}
     if method.searcher.uses_scores:
         check_scored(method.metric, executor.sites)
@@ -293,12 +355,34 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     return Searched(scores, plan, course)
 
 
+def check_search(method: Method, sites: Sequence[Site], memory: float) -> None:
+    """Refuse a search that judges plans and whose statistics of all sites do not fit in memory together.
+
+    Args:
+        method: the components.
+        sites: the model's sites.
+        memory: bytes of statistics at a time.
+
+    Raises:
+        RecipeError: they do not fit.
+    """
+    statistics = tuple(dict.fromkeys([*method.scoring, *needed_for_search(method, sequential=True)]))
+    if method.judges and (needed := size_of(statistics, sites)) > memory:
+        raise RecipeError(
+            f"searcher {method.searcher.name!r} needs the statistics of all sites in memory together, "
+            f"{needed / 1e9:,.2f} GB; calibration.statistics_memory is {memory / 1e9:,.2f} GB: raise it"
+        )
+
+
 def needed_for_search(method: Method, *, sequential: bool) -> tuple[type[Statistic], ...]:
     """List the statistics of the corrections that are measured with those of the scores.
 
-    Trials are repaired site by site, also where the repair of the plan that wins is sequential.
+    Trials are repaired site by site, also where the repair of the plan that wins is sequential. For that plan the
+    statistics are measured again, on all windows.
     """
-    return method.repairing if not sequential or isinstance(method.searcher, TrialSearcher) else ()
+    if method.judges:
+        return method.repairing if isinstance(method.searcher, TrialSearcher) else ()
+    return () if sequential else method.repairing
 
 
 def repair_(executor: Executor, method: Method, plan: PruningPlan, *, sequential: bool = False) -> Repairs:
@@ -328,7 +412,8 @@ def _find_plan(
     """Let the searcher choose: by trials if it tries plans, by training if it trains gates.
 
     Returns:
-        The plan, and the course of a training for ``result.json``.
+        The plan, and the course of the search for ``result.json``: of all trials or steps, also those of the run that a
+        resumed one continues.
     """
     searcher = method.searcher
     if isinstance(searcher, TrainedSearcher) and budget.amount:
@@ -345,13 +430,15 @@ def _find_plan(
             return find_plan(executor.sites, scores, searcher, budget), {}
     with executor.progress.stage("search", searcher.expected_trials, "trials") as stage:
         objective = executor.objective(searcher.objective, correct, method.repairing)
+        history = TrialHistory(searcher.objective)
 
         def tried(plan: PruningPlan, share: float = 1.0) -> float:
             value = objective(plan, share)
+            history.add(value, share)
             stage.advance()
             return value
 
-        return find_plan(executor.sites, scores, searcher, budget, tried), {}
+        return find_plan(executor.sites, scores, searcher, budget, tried), history.summary()
 
 
 @torch.no_grad()

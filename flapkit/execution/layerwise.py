@@ -40,7 +40,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction, slice_
-from flapkit.pruning.algorithm import Repairs
+from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
@@ -120,6 +120,10 @@ class LayerwiseExecutor(Executor):
         records = grouped({name: tensor for file in files for name, tensor in read_finished(file).tensors.items()})
         self._measured = self._restore(records, stored)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
+
+    def for_search(self, method: Method) -> LayerwiseExecutor:
+        """Return itself: ``objective`` and ``learn`` refuse such a search."""
+        return self
 
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]

@@ -121,7 +121,8 @@ class Workload:
         """How often the calibration text runs through the model, if every site loses units."""
         sites, method, memory = self.sites, self.method, self.memory
         if not self.sequential and size_of(method.statistics, sites) <= memory:
-            return int(bool(method.statistics))
+            # A search that judges plans has measured the others' windows alone.
+            return int(bool(method.statistics)) + int(method.judges and bool(method.repairing))
         scoring = len(split_by_memory(sites, method.scoring, memory)) if method.scoring else 0
         if self.sequential:
             return scoring + SWEEP_PASSES

@@ -252,7 +252,7 @@ def learn_plan(
     assert learn.best_step is not None
     first, best = (learn.validations[step] for step in (0, learn.best_step))
     log.info("search: loss %.4f -> %.4f, step %d of %d", first, best, learn.best_step, max(learn.validations))
-    return LearnedPlan(plan, learn.validations, learn.best_step)
+    return LearnedPlan(plan, learn.losses, learn.validations, learn.best_step)
 
 
 def _split_calibration(

@@ -23,6 +23,7 @@ from flapkit.execution.executor import (
     Repair,
     Score,
     Scores,
+    check_search,
     record_of,
     repairs_of,
     sweep,
@@ -39,12 +40,11 @@ from flapkit.model.precision import round_
 from flapkit.model.site import Site
 from flapkit.model.spread import is_spread
 from flapkit.model.surgery import Correction, apply_plan_, weight_of
-from flapkit.pruning.algorithm import Repairs
+from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
-from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
@@ -91,7 +91,7 @@ class WholeExecutor(Executor):
     ) -> None:
         self.model = model
         self.sites = sites
-        self._text = text
+        self._text = self._judging = text
         self.progress = runtime.progress if runtime else Progress()
         self._runtime = runtime
         self._memory = memory
@@ -100,6 +100,14 @@ class WholeExecutor(Executor):
         self._saved = saved or model.dtype
         self._folder = folder
         self._measured: Statistics = statistics or {site.name: SiteStatistics([]) for site in sites}
+
+    def for_search(self, method: Method) -> WholeExecutor:
+        """Return an executor of the same model that measures its statistics without the held-out windows."""
+        check_search(method, self.sites, self._memory)
+        others = {"memory": self._memory, "cache": self._cache, "resume": self._resume, "folder": self._folder}
+        searching = WholeExecutor(self.model, self.sites, self._text.fitted(), self._runtime, **others)
+        searching._judging = self._text
+        return searching
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
         """Measure every site, and score it."""
@@ -116,14 +124,9 @@ class WholeExecutor(Executor):
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
         """Return the objective of trial searchers, on held-out calibration windows."""
-        if self._missing(repairing):
-            raise RecipeError(
-                "the searcher evaluates plans, which needs the statistics of all sites in memory together; raise "
-                "calibration.statistics_memory"
-            )
-        statistics = self._measured
+        statistics = self._measure_all(repairing)
         # All processes must find the same plan, so each uses the windows of all.
-        windows = held_out_windows(self._text.batches())
+        windows = held_out_windows(self._judging.batches())
 
         def correct_(sites: Sequence[Site], plan: PruningPlan) -> Mapping[str, Correction]:
             return correct(sites, statistics, plan)
@@ -142,27 +145,25 @@ class WholeExecutor(Executor):
 
     def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
         """Train the gates of a searcher on the calibration text."""
-        if self._missing(searcher.measures()):
-            raise RecipeError(
-                "the searcher trains gates, which needs the statistics of all sites in memory together; raise "
-                "calibration.statistics_memory"
-            )
 
         def make() -> Record:
-            self._place()
-            visible = {site.name: self._measured[site.name].only(searcher.measures()) for site in sites}
+            measured = self._measure_all(searcher.measures())
+            visible = {site.name: measured[site.name].only(searcher.measures()) for site in sites}
             gates = searcher.gates(sites, scores, visible, budget)
             runtime, training = self._runtime or Runtime.on(self.model.device), searcher.training
             workplace = Workplace(self._folder / "search", asdict(training)) if self._folder else None
-            batches = self._text.batches()
+            batches = self._judging.batches()
             learned = learn_plan(self.model, sites, gates, training, batches, runtime, workplace=workplace)
-            return Record({}, {"plan": learned.plan.to_json(), "validations": list(learned.validations.items())})
+            curves = {"losses": list(learned.losses.items()), "validations": list(learned.validations.items())}
+            return Record({}, {"plan": learned.plan.to_json(), **curves})
 
         metadata = self._resume("trained gates", make).metadata
         self._place()
-        validations = {int(step): float(loss) for step, loss in metadata["validations"]}
+        losses, validations = (
+            {int(step): float(loss) for step, loss in metadata[name]} for name in ("losses", "validations")
+        )
         plan = PruningPlan.from_json(metadata["plan"])
-        return LearnedPlan(plan, validations, min(validations, key=validations.__getitem__))
+        return LearnedPlan(plan, losses, validations, min(validations, key=validations.__getitem__))
 
     def repair_(self, plan: PruningPlan, repair: Repair, repairing: Sequence[type[Statistic]]) -> Repairs:
         """Measure the statistics for the corrections, compute these, and slice."""

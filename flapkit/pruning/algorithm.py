@@ -59,6 +59,11 @@ class Method:
     compensators: tuple[Compensator, ...]
 
     @property
+    def judges(self) -> bool:
+        """Whether the searcher judges plans on the held-out windows, which none of its statistics may have seen."""
+        return isinstance(self.searcher, (TrialSearcher, TrainedSearcher))
+
+    @property
     def scoring(self) -> tuple[type[Statistic], ...]:
         """The statistics to measure for the scores and for a searcher that trains."""
         scoring = self.metric.measures() if self.searcher.uses_scores else ()
@@ -109,7 +114,7 @@ class Pruned:
         notes: site name -> the compensator's remark about it.
         expected: site name -> predicted squared error of the consumer's output per token; None where the statistics do
             not allow a prediction.
-        search: the course of a search that trains, for ``result.json``; empty otherwise.
+        search: the course of a search by trials or training, for ``result.json``; empty otherwise.
     """
 
     scores: Mapping[str, Tensor] = field(repr=False)

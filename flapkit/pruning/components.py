@@ -127,7 +127,8 @@ class Objective(Protocol):
 class TrialSearcher(StructureSearcher):
     """A searcher that evaluates candidate plans.
 
-    ``search`` returns the plan that the trials start from; ``flapkit check`` uses it to check the budget.
+    ``search`` returns the plan that the trials start from; ``flapkit check`` uses it to check the budget. Scores and
+    corrections are computed from the calibration windows that are not held out.
     """
 
     objective: Literal["perplexity", "kl"] = "perplexity"
@@ -137,6 +138,14 @@ class TrialSearcher(StructureSearcher):
     def expected_trials(self) -> int | None:
         """How many trials there will be, for the progress bar; None if unknown."""
         return None
+
+    @property
+    def expected_passes(self) -> float | None:
+        """How often the trial windows run through the model in all trials, at most, for the estimate; None if unknown.
+
+        By default once in each trial. Override this in a searcher that tries plans on a share of the windows.
+        """
+        return self.expected_trials
 
     @abstractmethod
     def search_by_trials(
@@ -158,15 +167,20 @@ class TrialSearcher(StructureSearcher):
 class TrainedSearcher(StructureSearcher, CalibratedComponent):
     """A searcher that trains gates, with the model's weights frozen.
 
-    It describes the gates and the training; the core runs it, on the calibration windows that are not held out. The
-    step with the lowest loss on the held-out windows counts. ``search`` returns the plan that the gates start from;
-    ``flapkit check`` uses it to check the budget. The recipe's evaluation text is never used.
+    It describes the gates and the training; the core runs it, on the calibration windows that are not held out, which
+    alone are in the scores and statistics. The step with the lowest loss on the held-out windows counts. ``search``
+    returns the plan that the gates start from; ``flapkit check`` uses it to check the budget. The recipe's evaluation
+    text is never used.
     """
 
     @property
     @abstractmethod
     def training(self) -> Training:
         """How the gates are trained. The text is always the calibration text, in its own windows."""
+
+    def operations(self, site: Site) -> int:
+        """Return the multiply-accumulates of a site's gates for one token, for the estimate; by default none."""
+        return 0
 
     @abstractmethod
     def gates(

@@ -36,8 +36,6 @@ TRIAL_WINDOWS = 8
 def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
     """Take the held-out windows of the calibration text, some in each batch.
 
-    The statistics behind scores and corrections include these windows too.
-
     Raises:
         CalibrationError: there is none.
     """

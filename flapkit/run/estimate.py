@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.empty import build_empty
 from flapkit.model.site import Site
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import TrainedSearcher, recovery_of
+from flapkit.pruning.components import TrainedSearcher, TrialSearcher, recovery_of
 from flapkit.pruning.recovery import Training
 from flapkit.pruning.site_errors import trace_tokens, traced
 from flapkit.pruning.statistics import size_of
@@ -68,6 +69,7 @@ class Estimate:
         device: bytes on a GPU with the whole model, or with its part if the recipe shards it.
         disk: the most bytes written: weights, and hidden states of all processes if they are on the disk.
         flops: floating-point operations of calibration; a multiply-accumulate counts as two.
+        search_flops: those of a search by trials or by training, at most; None if unknown.
         passes: how often the calibration text runs through the model.
         trained: parameters that a recovery trains; None without one.
         unread: datasets whose text is not on this machine, so that its memory is not included.
@@ -83,6 +85,7 @@ class Estimate:
     device: int
     disk: int
     flops: int
+    search_flops: int | None
     passes: int
     trained: int | None = None
     unread: tuple[str, ...] = ()
@@ -165,7 +168,10 @@ def estimate_needs(
     unread = tuple(dict.fromkeys(dataset for text in texts for dataset in text.unread))
     mapped = weights if dtypes.compute == dtypes.stored else 0
     passes = workload.passes
-    return Estimate(weights, mapped, own, held, least, layerwise, sharded, device, disk, flops, passes, trained, unread)
+    search = search_flops(recipe, target, budget, processes)
+    return Estimate(
+        weights, mapped, own, held, least, layerwise, sharded, device, disk, flops, search, passes, trained, unread
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,10 +306,47 @@ def calibration_flops(recipe: LoadedRecipe, target: Target) -> int:
     for scores and for values. A backward pass costs twice as much in addition.
     """
     text = recipe.recipe.calibration
-    weights = sum(site.params * _routed(site, target) for site in target.sites)
-    attention = sum(2 * text.length * site.channels for site in target.sites if site.kind == "attention")
-    forward = 2 * text.samples * text.length * (weights + attention)
+    forward = text.samples * _window_flops(target, text.length)
     return int(forward * (3 if needs_gradient(recipe.method.statistics) else 1))
+
+
+def search_flops(recipe: LoadedRecipe, target: Target, budget: Budget, processes: int = 1) -> int | None:
+    """Return the floating-point operations of a search, at most: its passes through the model, with the predictions.
+
+    What trials cost beside them (corrections, which are kept), and what a training computes between its steps, is left
+    out. The weights are frozen, so that a backward pass costs as much as a forward pass.
+
+    Args:
+        recipe: the recipe.
+        target: the model's sites.
+        budget: how much to remove.
+        processes: how many processes share the windows of a training; each of them runs all trials.
+
+    Returns:
+        0 for a searcher that ranks, None for one that does not say how many trials it makes.
+    """
+    searcher, text, config = recipe.searcher, recipe.recipe.calibration, target.config.get_text_config()
+    head = 2 * text.length * int(config.hidden_size) * int(config.vocab_size)
+    dense, judging = _window_flops(target, text.length) + head, int(held_out(text.samples).sum())
+    if isinstance(searcher, TrialSearcher) and budget.amount:
+        passes = searcher.expected_passes
+        pruned = dense - 2 * text.length * budget.params
+        return None if passes is None else int(processes * judging * (dense + passes * pruned))
+    if isinstance(searcher, TrainedSearcher) and budget.amount:
+        training = searcher.training
+        gated = dense + 2 * text.length * sum(map(searcher.operations, target.sites))
+        trained = training.steps * training.batch_size * recipe.recipe.trainer.accumulate_grad_batches * processes
+        validations = 1 + math.ceil(training.steps / training.validate_every)
+        validated = validations * min(training.validation_windows, judging)
+        return int(trained * (dense + 2 * gated) + validated * (dense + gated))
+    return 0
+
+
+def _window_flops(target: Target, length: int) -> float:
+    """Return the floating-point operations of one window's forward pass through the blocks."""
+    weights = sum(site.params * _routed(site, target) for site in target.sites)
+    attention = sum(2 * length * site.channels for site in target.sites if site.kind == "attention")
+    return 2 * length * (weights + attention)
 
 
 def _routed(site: Site, target: Target) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from flapkit.checkpoint.load import load, load_config, open_weights, restore_plan_
 from flapkit.checkpoint.weights import Weights
-from flapkit.execution.executor import CalibrationText, Executor
+from flapkit.execution.executor import CalibrationText, Executor, check_search
 from flapkit.execution.layerwise import LayerwiseExecutor
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
 from flapkit.execution.resume import Resume, make_without_store
@@ -125,6 +125,10 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
             )
         if isinstance(method.searcher, TrainedSearcher):
             check_gated(target.sites)
+        try:
+            check_search(method, target.sites, settings.calibration.statistics_bytes)
+        except RecipeError as error:
+            raise RecipeError(f"{recipe.path}: {error}") from error
         return None
     precision = settings.trainer.precision or ""
     refused = {

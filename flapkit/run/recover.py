@@ -97,6 +97,7 @@ class RecoveryRecord:
             measured, as in ``result.json``.
         zero_shot: task -> its settings, and the scores of the models that were measured.
         recovery: summary of the training.
+        search: the course of the pruned checkpoint's search, as in ``result.json``; empty if it had none.
         seconds: stage -> wall time, including those of pruning.
         warnings: flapkit's warnings.
         exports: name of the file or folder below ``exports`` -> the result of its check.
@@ -111,13 +112,14 @@ class RecoveryRecord:
     recovery: Mapping[str, Any]
     seconds: Mapping[str, float]
     warnings: Sequence[str]
+    search: Mapping[str, Any] = field(default_factory=dict)
     exports: Mapping[str, str] = field(default_factory=dict)
     total_seconds: float = 0.0
 
     def result(self) -> dict[str, Any]:
         """Gather the measurements for ``result.json``."""
         names = ("params", "costs", "perplexity", "zero_shot", "recovery", "seconds", "total_seconds", "warnings")
-        result = {name: getattr(self, name) for name in names}
+        result = {name: getattr(self, name) for name in names} | ({"search": self.search} if self.search else {})
         # Those of the pruning are in the pruned model's record, and, where one command does both, in this one's too.
         return {**result, "warnings": list(dict.fromkeys(map(without_folders, self.warnings)))}
 
@@ -278,6 +280,7 @@ def recover_checkpoint(
         {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
         {**known.get("seconds", {}), **progress.seconds},
         [*known.get("warnings", []), *warnings],
+        known.get("search", {}),
     )
 
     def write() -> None:

@@ -75,6 +75,11 @@ class Evolution(TrialSearcher):
         """How many trials there will be, at most."""
         return 5 + len(self.steps) + self.generations * (self.children + self.survivors)
 
+    @property
+    def expected_passes(self) -> float:
+        """How often the trial windows run through the model, at most."""
+        return 5 + len(self.steps) + self.generations * (FIRST_SHARE * self.children + self.survivors)
+
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Return AL-AM's plan, one of the starts."""
         return ALAM(self.min_units, self.attention_power).search(sites, scores, budget)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from flapkit.interfaces import (
     Budget,
     Count,
-    FittedGram,
     Gates,
+    Gram,
     Moments,
     PruningPlan,
     Site,
@@ -88,7 +88,11 @@ class GateTraining(TrainedSearcher):
 
     def measures(self) -> tuple[type[Statistic], ...]:
         """Return the statistics that the stand-ins need."""
-        return (FittedGram,) if self.stand_in == "fit" else (Moments,)
+        return (Gram,) if self.stand_in == "fit" else (Moments,)
+
+    def operations(self, site: Site) -> int:
+        """Return the multiply-accumulates of the stand-ins for one token."""
+        return site.channels**2 if self.stand_in == "fit" else 0
 
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Return the plan that the gates start from."""
@@ -275,8 +279,8 @@ def _first(site: Site, scores: Tensor) -> Tensor:
 
 def _channels(site: Site, statistics: SiteStatistics) -> tuple[Tensor, Tensor | None]:
     """Return the mean of a site's channels [channels], and their covariance if it was measured."""
-    if FittedGram in statistics:
-        return statistics[FittedGram].mean, statistics[FittedGram].covariance[0]
+    if Gram in statistics:
+        return statistics[Gram].mean, statistics[Gram].covariance[0]
     return statistics[Moments].mean, None
 
 

@@ -184,6 +184,7 @@ class KeepBest(Callback):
 
     Attributes:
         best: name of a trained parameter -> its value at the best step, whole, on the CPU.
+        losses: optimizer step, from 1 -> mean loss on its windows, in nats.
         validations: optimizer step -> mean loss on the validation text, in nats.
     """
 
@@ -191,7 +192,9 @@ class KeepBest(Callback):
         self._seed = seed
         self._what = what
         self.best: dict[str, Tensor] = {}
+        self.losses: dict[int, float] = {}
         self.validations: dict[int, float] = {}
+        self._accumulated = 0.0
 
     @property
     def best_step(self) -> int | None:
@@ -205,10 +208,15 @@ class KeepBest(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Raise an error on every device at the first loss that is not finite."""
-        finite = bool(torch.isfinite(outputs["loss"]))
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+        """Store the loss of a step; raise an error on every device at the first one that is not finite."""
+        # Of a step over several batches each loss is divided by their number. The mean over devices is not finite where
+        # one of them is not.
+        self._accumulated += float(trainer.strategy.reduce(outputs["loss"].float().clone()))
+        if not math.isfinite(self._accumulated):
             raise self._not_finite(trainer.global_step)
+        if trainer.global_step > max(self.losses, default=0):
+            self.losses[trainer.global_step] = self._accumulated
+            self._accumulated = 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the loss, and the trained parameters if it is the lowest."""
@@ -228,11 +236,11 @@ class KeepBest(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed training."""
-        return {"validations": self.validations, "best": self.best}
+        return {"losses": self.losses, "validations": self.validations, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self.validations = dict(state_dict["validations"])
+        self.losses, self.validations = dict(state_dict["losses"]), dict(state_dict["validations"])
         self.best = dict(state_dict["best"])
 
     def _not_finite(self, step: int) -> RunError:

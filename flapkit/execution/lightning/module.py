@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from flapkit.evaluation.perplexity import cross_entropy
@@ -160,6 +161,10 @@ class GatedLM(CausalLM):
     def __init__(self, model: PreTrainedModel, gated: GatedModel, optimization: Optimization) -> None:
         super().__init__(model, optimization)
         self._gated = gated
+        # All processes have the same buffers, also those that are computed later: the covariances of all sites, which
+        # DistributedDataParallel would otherwise send to every process before each step.
+        buffers = [f"{name}.{buffer}" for name, module in self.named_modules() for buffer in module._buffers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of the gates, in nats per predicted token."""

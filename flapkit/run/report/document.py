@@ -65,6 +65,18 @@ class _Task(TypedDict, total=False):
     metrics: Mapping[str, _Metric]
 
 
+Step = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
+
+
+class _Search(TypedDict, total=False):
+    objective: str
+    best_trial: Total | None
+    values: Mapping[Step, Figure | None]
+    best_step: Total
+    training_loss: Mapping[Step, Figure]
+    validation_loss: Mapping[Step, Figure]
+
+
 class _Result(TypedDict):
     """The part of ``result.json`` that a report uses."""
 
@@ -72,6 +84,7 @@ class _Result(TypedDict):
     costs: NotRequired[list[_Cost]]
     perplexity: NotRequired[Mapping[str, _Perplexity]]
     zero_shot: NotRequired[Mapping[str, _Task] | None]
+    search: NotRequired[_Search]
     seconds: NotRequired[Mapping[str, Annotated[Figure, Field(ge=0)]] | None]
     total_seconds: NotRequired[Annotated[Figure, Field(ge=0)]]
     warnings: NotRequired[list[str]]

@@ -59,6 +59,8 @@ def _plain_text() -> AbstractContextManager[None]:
 
 def _figures_of(run: RunDocument) -> dict[str, Figure]:
     figures = {"structure": _structure(run), "scores": _scores(run)}
+    if search := view.search(run.result):
+        figures["search"] = _search(search)
     if errors := view.errors(run.record):
         figures["errors"] = _panels(errors, lambda axes, rows, kind: _draw_errors(axes, rows), "% of the output")
     if tasks := view.zero_shot(run.result):
@@ -156,6 +158,27 @@ def _scores(run: RunDocument) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _search(search: view.SearchCurve) -> Figure:
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    dots, line = (_points(search, name) for name in (search.dots, search.line))
+    axes.scatter(list(dots), list(dots.values()), s=12, color=REMOVED_BAR, label=search.dots)
+    style: Any = {"drawstyle": "steps-post"} if search.stairs else {"marker": "o", "markersize": 3.5}
+    axes.plot(list(line), list(line.values()), color=KEPT, label=search.line, **style)
+    if search.chosen in line:
+        axes.scatter(search.chosen, line[search.chosen], s=40, marker="D", color=ACCENT, zorder=3, label="chosen")
+    axes.set(xlabel=search.at, ylabel=search.measure, yscale="log" if search.logarithmic else "linear")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _points(search: view.SearchCurve, series: str) -> dict[int, float]:
+    """Return the values of a series, by trial or step."""
+    return {row["at"]: row["value"] for row in search.rows if row["series"] == series}
 
 
 def _boxes(scores: Mapping[str, Any], layers: Sequence[int]) -> dict[str, list[list[tuple[float, float]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -29,9 +30,11 @@ def render_run(run: RunDocument) -> str:
         Self-contained HTML.
     """
     layers = len({site.layer for site in run.record.sites})
+    search = view.search(run.result)
     figures: dict[str, Any] = {
         "structure": view.structure(run.record),
         "scores": view.scores(run.record),
+        "search": asdict(search) if search else None,
         "errors": view.errors(run.record),
         "zero_shot": view.zero_shot(run.result),
     }
@@ -45,6 +48,7 @@ def render_run(run: RunDocument) -> str:
         kinds=view.kinds([run.record]),
         units=view.units(run.record),
         heights={"scores": min(TALLEST_SCORES, max(170, 34 * layers + 50)), "zero_shot": _bars(figures["zero_shot"])},
+        search=search,
         perplexities=view.perplexities(run.result),
         ledger=view.ledger(run),
         whole=view.whole(run),

@@ -51,6 +51,38 @@ class LedgerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchCurve:
+    """The course of a search by trials or by training.
+
+    Args:
+        at: what is counted: ``trial`` or ``step``.
+        measure: what falls, with its unit.
+        line: name of the series that chooses: the best so far, or the validation.
+        dots: name of the other series.
+        rows: of both, with ``series``, ``at`` and ``value``, by ``at``.
+        chosen: the trial or step whose plan was chosen; None if unknown.
+        stairs: whether the line holds its value from one row to the next.
+        logarithmic: whether the values are so far apart that their axis is logarithmic.
+    """
+
+    at: str
+    measure: str
+    line: str
+    dots: str
+    rows: Rows
+    chosen: int | None
+    stairs: bool
+    logarithmic: bool
+
+    @property
+    def table(self) -> list[tuple[int, float | None, float | None]]:
+        """The values by trial or step: of the line, then of the other series."""
+        places = dict.fromkeys(row["at"] for row in self.rows)
+        values = {(row["at"], row["series"]): row["value"] for row in self.rows}
+        return [(at, values.get((at, self.line)), values.get((at, self.dots))) for at in places]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A prompt and two continuations: their common start, and what follows in each."""
 
@@ -150,6 +182,31 @@ def zero_shot(result: Mapping[str, Any]) -> Rows:
 
 def _percent(value: Any) -> float | None:
     return 100 * value if isinstance(value, (int, float)) else None
+
+
+def search(result: Mapping[str, Any]) -> SearchCurve | None:
+    """Return the course of the search; None for a searcher that neither trains nor tries plans."""
+    course = result.get("search") or {}
+    if "values" in course:
+        tried = _series("trial", course["values"])
+        lowest = itertools.accumulate((row["value"] for row in tried), min)
+        best = [{**row, "series": "best so far", "value": low} for row, low in zip(tried, lowest, strict=True)]
+        measure = "perplexity" if course.get("objective") == "perplexity" else "divergence, nats per token"
+        rows, names = [*best, *tried], ("trial", measure, "best so far", "trial")
+        chosen = course.get("best_trial")
+    else:
+        rows = _series("validation", course.get("validation_loss", {}))
+        rows += _series("training", course.get("training_loss", {}))
+        names, chosen = ("step", "loss, nats per token", "validation", "training"), course.get("best_step")
+    if not rows:
+        return None
+    low, high = (extreme(row["value"] for row in rows) for extreme in (min, max))
+    ordered = sorted(rows, key=lambda row: int(row["at"]))
+    return SearchCurve(*names, ordered, chosen, stairs="values" in course, logarithmic=0 < 8 * low < high)
+
+
+def _series(name: str, values: Mapping[str, float | None]) -> Rows:
+    return [{"series": name, "at": int(at), "value": value} for at, value in values.items() if value is not None]
 
 
 def perplexities(result: Mapping[str, Any]) -> Rows:

@@ -17,6 +17,7 @@ from flapkit.model.positions import check_lengths
 from flapkit.pruning.collector import Statistics
 from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.gates import check_gated
+from flapkit.pruning.statistics import Statistic
 from flapkit.run.dtypes import choose_dtypes
 from flapkit.run.executors import load_whole, open_runtime
 from flapkit.run.lengths import recovery_length, run_lengths
@@ -174,19 +175,21 @@ def _read_texts(
 
 
 def _calibrate(tasks: Sequence[Task], dense: Dense) -> Statistics | None:
-    """Measure the statistics of all points in one pass; None if they do not fit, so that each point measures its own.
-
-    Sequential repair measures as it goes.
-    """
-    needed = [
-        statistic
-        for task in tasks
-        for statistic in (
-            *task.point.recipe.method.scoring,
-            *needed_for_search(task.point.recipe.method, sequential=task.sequential),
-        )
-    ]
+    """Measure what points share in one pass; None if it does not fit, so that each point measures its own."""
+    needed = [statistic for task in tasks for statistic in _shared(task)]
     return tasks[0].executor(dense.model, dense, dense.runtime).calibrate(tuple(dict.fromkeys(needed)))
+
+
+def _shared(task: Task) -> tuple[type[Statistic], ...]:
+    """List the statistics of a point on all windows.
+
+    Sequential repair measures as it goes, and a search that judges plans measures the windows that it does not judge
+    on.
+    """
+    method = task.point.recipe.method
+    if method.judges:
+        return () if task.sequential else method.repairing
+    return (*method.scoring, *needed_for_search(method, sequential=task.sequential))
 
 
 def _run_all(tasks: Sequence[Task], dense: Dense, before: Measured) -> Iterator[Row]:

@@ -19,6 +19,7 @@ from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import run_batch
 from flapkit.pruning.sequential import LayerRepair
+from flapkit.pruning.trials import Trials
 from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.system.errors import OutputError
@@ -118,6 +119,29 @@ def test_a_sequential_repair_goes_on_layer_by_layer(home, monkeypatch):
     assert_dies(recipe)
     run(recipe, resume=True)
     assert len(repaired) == 1 + recipe_layers(home)
+    assert same(home / "out", home / "whole")
+
+
+def test_a_resumed_search_has_its_whole_course(home, monkeypatch):
+    """A trial is not run again, and the values of all are in the result."""
+    searcher = "searcher={name: evolution, generations: 2, children: 2, survivors: 1, steps: [0.25]}"
+    whole = run(load_recipe("recipe.yaml", [searcher, "output=whole"])).pruned.search
+    ran, tried = [], Trials.__call__
+
+    def dying(self, *args):
+        ran.append(args)
+        if len(ran) == 4:
+            raise Died
+        return tried(self, *args)
+
+    monkeypatch.setattr(Trials, "__call__", dying)
+    recipe = load_recipe("recipe.yaml", [searcher])
+    assert_dies(recipe)
+    assert run(recipe, resume=True).pruned.search == whole
+    assert len(ran) < 1 + whole["trials"]
+    finite = {trial: value for trial, value in whole["values"].items() if value is not None}
+    assert finite[str(whole["best_trial"])] == min(finite.values())
+    assert json.loads((home / "out" / "result.json").read_text())["search"] == whole
     assert same(home / "out", home / "whole")
 
 

@@ -9,8 +9,15 @@ from flapkit_compensators.least_squares import LeastSquares
 
 import flapkit
 from flapkit.api import PruneOptions
+from flapkit.execution.executor import CalibrationText
+from flapkit.execution.lightning.data import held_out
+from flapkit.execution.whole import WholeExecutor
+from flapkit.model.plan import PruningPlan
+from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import Collector, measure
 from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram, size_of, split_by_memory
+from flapkit.registry import METRIC, SEARCHER, Registry
+from flapkit.system.errors import RecipeError
 
 METHODS = [("wifv", "least_squares"), ("obs", LeastSquares(intercept=False)), ("trace", "bias"), ("magnitude", "none")]
 
@@ -54,6 +61,49 @@ def test_sizes_are_known_before(llama, tokens, statistic):
     for site in sites:
         state = measured[site.name][statistic].state
         assert sum(part.nbytes for part in state.values()) == statistic.size_of(site)
+
+
+def test_no_statistic_of_a_search_sees_the_windows_that_judge(tokens):
+    """The others alone are measured; plans are judged on those windows, and the repair is fitted on all."""
+    text = CalibrationText(tokens)
+    changed = tokens.clone()
+    changed[held_out(len(tokens))] = 1
+    model = make_llama()
+    sites = flapkit.sites(model)
+    registry = Registry.load()
+    method = Method(registry.build(METRIC, "obs"), registry.build(SEARCHER, "evolution"), ())
+    executors = [WholeExecutor(model, sites, CalibrationText(windows)) for windows in (tokens, changed)]
+    searching = [executor.for_search(method) for executor in executors]
+    searched = [executor.calibrate([Gram]) for executor in searching]
+    for site in sites:
+        assert torch.equal(*(statistics[site.name][Gram].spread.squares for statistics in searched))
+    assert int(searched[0][sites[0].name][Gram].tokens) == tokens[~held_out(len(tokens))].numel()
+    plan = PruningPlan({site.name: tuple(range(site.units // 2)) for site in sites})
+    values = [executor.objective("kl", lambda *_: {}, ())(plan) for executor in searching]
+    assert values[0] != values[1]
+    whole = WholeExecutor(model, sites, text).calibrate([Gram])
+    assert int(whole[sites[0].name][Gram].tokens) == tokens.numel()
+
+
+@pytest.mark.parametrize("searcher", ["evolution", "optuna", "gates"])
+def test_a_search_that_needs_more_memory_is_refused_before_anything_is_measured(llama, tokens, searcher, monkeypatch):
+    monkeypatch.setattr(Collector, "__enter__", lambda self: pytest.fail("measured"))
+    options = {"searcher": searcher, "compensator": "least_squares", "ratio": 0.4}
+    with pytest.raises(RecipeError, match=rf"searcher '{searcher}' needs .* together, .*statistics_memory is 0\.00 GB"):
+        flapkit.prune_(llama, tokens, **options, options=PruneOptions(statistics_memory=30_000))
+
+
+@pytest.mark.parametrize("searcher", ["evolution", "gates"])
+def test_a_search_is_measured_apart(llama, tokens, searcher, monkeypatch):
+    """Scores see three windows of four, and so do the trials' corrections; the last repair sees all."""
+    seen, begin = [], Collector.begin
+    monkeypatch.setattr(
+        Collector, "begin", lambda self, batch: seen.append(len(batch["input_ids"])) or begin(self, batch)
+    )
+    short = {"evolution": {"generations": 1, "children": 2, "survivors": 1}, "gates": {"steps": 1}}
+    options = {"metric": "obs", "compensator": "least_squares", "ratio": 0.3}
+    flapkit.prune_(llama, tokens, searcher={"name": searcher, **short[searcher]}, **options)
+    assert sum(seen) == int((~held_out(len(tokens))).sum()) + len(tokens)
 
 
 def test_sites_are_split_in_their_order(llama):

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +16,24 @@ from conftest import make_llama, write_recipe
 from executions import add_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from flapkit.execution.executor import CalibrationText
 from flapkit.execution.runtime import Runtime
+from flapkit.execution.training import learn_plan
+from flapkit.model.budget import Budget
 from flapkit.model.tiny import tiny_config, tiny_model
-from flapkit.pruning.collector import run_batch
+from flapkit.pruning.collector import measure, run_batch
 from flapkit.recipe.load import load_recipe
 from flapkit.run import estimate
 from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import choose_dtypes
-from flapkit.run.estimate import calibration_flops, check_fits, empty_model, estimate_needs, memory_limit
+from flapkit.run.estimate import (
+    calibration_flops,
+    check_fits,
+    empty_model,
+    estimate_needs,
+    memory_limit,
+    search_flops,
+)
 from flapkit.run.target import find_target
 from flapkit.system.errors import RecipeError
 
@@ -149,6 +160,36 @@ def test_the_compute_is_what_is_counted(recipe, kind):
         run_batch(model, {"input_ids": torch.randint(96, (6, 24), generator=torch.Generator().manual_seed(0))})
     # Rotations, norms and the choice of experts are left out.
     assert calibration_flops(asked, find_target(asked)) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_compute_of_a_training_is_what_is_counted(recipe):
+    model = make_llama()
+    model.set_attn_implementation("eager")
+    gates = {"name": "gates", "steps": 2, "batch_size": 3, "validate_every": 1, "stand_in": "mean"}
+    asked = recipe(model, searcher=gates, budget={"ratio": 0.3})
+    target, tokens = find_target(asked), torch.randint(96, (6, 24), generator=torch.Generator().manual_seed(0))
+    budget, batches = Budget.over(target.sites, 0.3), CalibrationText(tokens).batches()
+    statistics = measure(model, target.sites, asked.searcher.measures(), batches)
+    scores = {site.name: torch.arange(site.units, dtype=torch.float64)[:, None] for site in target.sites}
+    trained = asked.searcher.gates(target.sites, scores, statistics, budget)
+    with FlopCounterMode(display=False) as counter:
+        learn_plan(model, target.sites, trained, asked.searcher.training, batches, CPU)
+    assert search_flops(asked, target, budget) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_compute_of_trials_is_what_they_say(recipe):
+    """Each runs the held-out windows through the pruned model, and all once through the dense one."""
+    asked = recipe(make_llama(), searcher={"name": "evolution", "generations": 2}, budget={"ratio": 0.5})
+    target, budget = find_target(asked), Budget.over(find_target(asked).sites, 0.5)
+    few, many = (
+        search_flops(replace(asked, searcher=replace(asked.searcher, generations=count)), target, budget)
+        for count in (1, 11)
+    )
+    tokens, passes = 24, 10 * (0.25 * asked.searcher.children + asked.searcher.survivors)
+    head, attention = 32 * 96, 2 * 24 * sum(site.channels for site in target.sites if site.kind == "attention")
+    left = sum(site.params for site in target.sites) - budget.params
+    assert many - few == pytest.approx(2 * passes * tokens * (left + head + attention))
+    assert not search_flops(asked, target, Budget.over(target.sites, 0))
 
 
 def test_gradients_cost_a_backward_pass(recipe):

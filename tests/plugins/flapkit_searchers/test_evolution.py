@@ -75,6 +75,15 @@ def test_children_are_tried_on_a_part_of_the_text_first():
     assert shares.count(1.0) > 3
 
 
+@pytest.mark.parametrize("generations", [1, 7])
+def test_no_more_text_is_run_than_it_says(generations):
+    shares, options = [], {"generations": generations, "children": 4, "survivors": 2}
+    search(lambda plan, share=1.0: shares.append(share) or early(plan), **options)
+    searcher = REGISTRY.create(SEARCHER, "evolution", options)
+    assert len(shares) <= searcher.expected_trials
+    assert sum(shares) <= searcher.expected_passes
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_objective_that_is_never_finite_is_an_error(value):
     with pytest.raises(RunError, match="no plan has a finite kl"):

@@ -10,11 +10,14 @@ import torch
 from conftest import make_llama
 from lightning.pytorch import Callback
 from planted import random_scores
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import flapkit
 from flapkit import api
 from flapkit.execution import training as stage
 from flapkit.execution.executor import CalibrationText
+from flapkit.execution.lightning.module import GatedLM, Optimization
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import Workplace, learn_plan
 from flapkit.model.budget import Budget
@@ -22,7 +25,7 @@ from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.collector import measure
 from flapkit.pruning.gates import GatedModel
-from flapkit.pruning.statistics import FittedGram, Moments
+from flapkit.pruning.statistics import Gram, Moments
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, InputError, ModelError, RunError
 
@@ -76,11 +79,11 @@ def test_the_gated_model_is_the_repaired_one(windows, stand_in):
     """With the fit: repaired by least squares; with the mean: by FLAP's bias."""
     model = make_llama()
     sites, _, gates = gated(model, windows, stand_in=stand_in)
-    statistics = measure(model, sites, [FittedGram, Moments], CalibrationText(windows).batches())
+    statistics = measure(model, sites, [Gram, Moments], CalibrationText(windows).batches())
     plan = gates.plan()
     corrections = {}
     for site in sites:
-        gram, weight = statistics[site.name][FittedGram], model.get_parameter(site.weight).double()
+        gram, weight = statistics[site.name][Gram], model.get_parameter(site.weight).double()
         kept, closed = (torch.tensor(site.channels_of(u)) for u in (plan.keep[site.name], plan.removed_units(site)))
         covariance = gram.covariance[0]
         mean = gram.mean if stand_in == "fit" else statistics[site.name][Moments].mean
@@ -157,12 +160,29 @@ def test_a_resumed_training_is_as_one_that_was_not_stopped(windows, tmp_path, mo
     assert learn(windows, workplace=workplace)[2] == expected
 
 
+def test_processes_send_each_other_no_buffers(windows):
+    """All have the same: before the first step, and once the stand-ins are fitted."""
+    model = make_llama()
+    sites, _, gates = gated(model, windows)
+    module = GatedLM(model, GatedModel(model, sites, gates), Optimization())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(module)
+        gates.update()
+        parallel._assign_modules_buffers()
+        assert sum(name.endswith(".matrix") for name, _ in module.named_buffers()) == len(sites)
+        assert parallel.modules_buffers == []
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_accumulated_batches_are_one_batch(windows):
     """One step over two batches of two windows is one over four."""
     accumulated = Runtime({**CPU, "accumulate_grad_batches": 2})
     whole = learn(windows, steps=4, validate_every=4, batch_size=4, refresh=99)[2]
     parts = learn(windows, steps=4, validate_every=4, batch_size=2, refresh=99, runtime=accumulated)[2]
     assert math.isclose(whole.validations[4], parts.validations[4], rel_tol=1e-4)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-3)
 
 
 def test_bfloat16(windows):
@@ -228,6 +248,7 @@ def test_a_recipe(command, recipe, home):
     assert not code, error
     search = json.loads((home / "out" / "result.json").read_text())["search"]
     assert list(search["validation_loss"]) == ["0", "4", "8"]
+    assert list(search["training_loss"]) == [str(step) for step in range(1, 9)]
     code, _, error = command("run", recipe, "--set=searcher=gates", "--set=execution=layerwise", "--overwrite")
     assert code
     assert "searcher 'gates' trains gates on the whole model; choose another" in error

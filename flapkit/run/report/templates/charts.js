@@ -158,6 +158,29 @@
       };
     },
 
+    search(box) {
+      const { at, measure, line, dots, rows, chosen, stairs, logarithmic } = figures.search;
+      const title = (row) => `${at} ${row.at.toLocaleString("en")}\n${row.series}: ${row.value.toPrecision(4)}`;
+      const main = rows.filter((row) => row.series === line);
+      return {
+        rows, title,
+        plot: Plot.plot({
+          ...base(box),
+          marginLeft: 52,
+          marginRight: 20,
+          x: { label: at, labelAnchor: "center", labelOffset: 34, labelArrow: "none", tickSize: 0, ticks: Math.max(3, box.clientWidth / 110), tickFormat: (value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""), inset: 8 },
+          y: { type: logarithmic ? "log" : "linear", grid: true, label: measure, labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(logarithmic ? { tickFormat: (value) => (/^0?[.0]*[125]/.test(String(value)) ? String(value) : "") } : {}) },
+          marks: [
+            Plot.dot(rows.filter((row) => row.series === dots), { x: "at", y: "value", r: 2.5, fill: "var(--gone)" }),
+            Plot.line(main, { x: "at", y: "value", stroke: "var(--kept)", strokeWidth: 2, curve: stairs ? "step-after" : "linear" }),
+            stairs ? null : Plot.dot(main, { x: "at", y: "value", r: 3.5, fill: "var(--kept)" }),
+            Plot.dot(main.filter((row) => row.at === chosen), { x: "at", y: "value", symbol: "diamond", r: 5, fill: "var(--in-model)" }),
+            tipped(rows, "at", "value", title, { pointer: Plot.pointer }),
+          ],
+        }),
+      };
+    },
+
     zero_shot(box) {
       const whole = figures.zero_shot;
       const sides = figures.runs
@@ -269,6 +292,7 @@
     return rows.map((row) => {
       if (fy === "task") return { x: middle("x", row.value), y: scale("fy").apply(row.task) + middle("y", row.who) };
       if (fy) return { x: middle("x", row.middle), y: scale("fy").apply(row.layer) + middle("y", row.high) };
+      if (row.at !== undefined) return { x: middle("x", row.at), y: middle("y", row.value) };
       if (row.params !== undefined) return { x: middle("x", row.params), y: middle("y", row.perplexity) };
       return { x: middle("x", row.layer), y: middle("y", row[y || (row.share === undefined ? "alone" : "share")]) };
     });

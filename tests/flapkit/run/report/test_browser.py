@@ -7,7 +7,7 @@ import shutil
 from importlib.resources import files
 
 import pytest
-from runs import make_run
+from runs import TRAINING, TRIALS, make_run
 
 from flapkit.run.report.document import RunDocument
 from flapkit.run.report.page import render_comparison, render_run
@@ -51,8 +51,8 @@ def browser():
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     made = {
-        "run": render_run(make_run(layers=6)),
-        "large": render_run(make_run(layers=48)),
+        "run": render_run(make_run(layers=6, search=TRIALS)),
+        "large": render_run(make_run(layers=48, search=TRAINING)),
         "gaps": render_comparison([without_errors(make_run("a", 0.5, layers=9), 4), make_run("b", 0.5, layers=9)]),
         "comparison": render_comparison([make_run("a", 0.2), make_run("b", 0.5), make_run("c", 0.4)]),
     }
@@ -113,7 +113,7 @@ def test_hovering_says_the_values(visit):
     assert " of 48 kept" in tip.text_content()
 
 
-@pytest.mark.parametrize("chart", ["structure", "scores", "errors", "zero_shot", "tradeoff"])
+@pytest.mark.parametrize("chart", ["structure", "scores", "search", "errors", "zero_shot", "tradeoff"])
 def test_the_arrow_keys_say_the_values(visit, chart):
     page = visit("comparison" if chart == "tradeoff" else "run")
     box = page.locator(f"[data-chart={chart}]").last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import make_run
+from runs import TRAINING, TRIALS, make_run
 
 from flapkit.run.report.figures import draw_figures, draw_structure
 
@@ -23,7 +23,13 @@ def test_the_same_run_gives_the_same_svg():
     assert draw_figures([make_run()], ["svg"]) == draw_figures([make_run()], ["svg"])
 
 
+@pytest.mark.parametrize("search", [TRIALS, TRAINING])
+def test_the_course_of_a_search(search):
+    assert draw_figures([make_run(search=search)], ["svg"])["search.svg"].startswith(BEGINNINGS["svg"])
+
+
 def test_what_was_not_measured_is_not_drawn():
+    assert "search.svg" not in draw_figures([make_run()], ["svg"])
     assert "zero-shot.svg" not in draw_figures([make_run(tasks=False)], ["svg"])
     assert draw_figures([make_run()], []) == {}
 

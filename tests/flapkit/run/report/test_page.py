@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import recipe_text
-from runs import make_run
+from runs import TRAINING, TRIALS, make_run
 
 from flapkit.run.report import view
 from flapkit.run.report.page import render_comparison, render_run, tiles
@@ -46,6 +46,8 @@ def parse(page: str) -> Tags:
 PAGES = {
     "a run": lambda: render_run(make_run()),
     "no tasks": lambda: render_run(make_run(tasks=False)),
+    "trials": lambda: render_run(make_run(search=TRIALS)),
+    "a training": lambda: render_run(make_run(search=TRAINING)),
     "many layers": lambda: render_run(make_run(layers=40)),
     "two runs": lambda: render_comparison([make_run("a", 0.2), make_run("b", 0.5)]),
     "ten runs": lambda: render_comparison([make_run(f"r{ratio}", ratio / 20, tasks=False) for ratio in range(1, 11)]),
@@ -70,6 +72,7 @@ def test_what_was_not_measured_is_left_out(changes):
     page = render_run(make_run(tasks=False, **changes))
     assert ('id="perplexity"' in page) == ("perplexity" not in changes)
     assert 'id="zero-shot"' not in page
+    assert 'id="search"' not in page
 
 
 def test_a_searcher_that_scores_nothing_has_no_scores_to_show():
@@ -100,7 +103,7 @@ def test_the_verdict_says_what_was_asked_and_what_came_of_it():
 
 def test_the_figures_of_the_page_are_json():
     (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', render_run(make_run()))
-    assert set(json.loads(figures)) == {"structure", "scores", "errors", "zero_shot"}
+    assert set(json.loads(figures)) == {"structure", "scores", "search", "errors", "zero_shot"}
 
 
 def test_speed_is_shown_where_it_was_measured():
@@ -126,7 +129,7 @@ def test_tiles_have_names_of_their_own():
 
 
 def test_the_menu_has_the_words_of_the_headings():
-    for run in (make_run(), make_run(tasks=False, perplexity={})):
+    for run in (make_run(search=TRIALS), make_run(tasks=False, perplexity={})):
         page = render_run(run)
         (menu,) = re.findall(r"<nav.*?</nav>", page, flags=re.DOTALL)
         headings = re.findall(r'<h2 id="([\w-]+)">(.*?)</h2>', page.partition("<main")[2])

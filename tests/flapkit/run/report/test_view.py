@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from runs import make_run
+from runs import TRAINING, TRIALS, make_run
 
 from flapkit.pruning.site_errors import SiteError
 from flapkit.run.report import view
@@ -47,6 +47,23 @@ def test_errors_are_in_per_cent():
     site = dataclasses.replace(run.record.sites[0], error=SiteError(None, 0.25, None))
     (row,) = view.errors(dataclasses.replace(run.record, sites=(site,)))
     assert (row["predicted"], row["alone"], row["in_model"]) == (None, 25.0, None)
+
+
+def test_the_course_of_trials_has_the_best_so_far():
+    curve = view.search({"search": TRIALS})
+    assert curve.table == [(1, 1.5, 1.5), (5, 1.5, 1.75), (7, 1.25, 1.25)]
+    assert (curve.chosen, curve.stairs, curve.logarithmic) == (7, True, False)
+
+
+def test_the_course_of_a_training_has_both_losses():
+    curve = view.search({"search": TRAINING})
+    assert curve.table == [(0, 20.0, None), (1, None, 1.5), (2, 1.0, 1.25), (3, 1.5, 1.0)]
+    assert (curve.chosen, curve.stairs, curve.logarithmic) == (2, False, True)
+
+
+@pytest.mark.parametrize("course", [None, {}, {"values": {"1": None}, "best_trial": None}])
+def test_a_search_without_values_has_no_course(course):
+    assert view.search({"search": course}) is None
 
 
 def test_samples_part_where_the_models_do():
