@@ -33,6 +33,7 @@ LORA = {"name": "lora", "rank": 4, "steps": 6, "validate_every": 2, "length": 32
 LORA |= {"batch_size": 4, "validation_windows": 8}
 RECOVERY = {**TWO, "compensator": ["bias", LORA]}
 LOST = "error: another process exited"
+OUT_OF_MEMORY = "error: process 1: metric 'faulty' at layers.0.attention: MemoryError: it is out of memory"
 FAULTY = """
 import hashlib, os, signal, time
 from dataclasses import dataclass
@@ -428,7 +429,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_message(hom
     [
         ("error 0, error 1", 1, ["error: it does not work"]),
         ("error 1", 1, ["error: process 1: it does not work", LOST]),
-        ("memory 1", 1, ["error: process 1: metric 'faulty' at layers.0.attention: MemoryError: it is out of memory", LOST]),
+        ("memory 1", 1, [OUT_OF_MEMORY, LOST]),
         ("kill 1", 1, [LOST]),
         ("kill 0, stuck 1", -9, []),
     ],
