@@ -24,10 +24,12 @@ from flapkit.execution.executor import (
     Score,
     Scores,
     check_search,
+    needed_for_search,
     record_of,
     repairs_of,
     sweep,
 )
+from flapkit.execution.lightning.data import held_out
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
@@ -45,6 +47,7 @@ from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
+from flapkit.system.errors import CalibrationError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
@@ -104,8 +107,23 @@ class WholeExecutor(Executor):
     def for_search(self, method: Method) -> WholeExecutor:
         """Return an executor of the same model that measures its statistics without the held-out windows."""
         check_search(method, self.sites, self._memory)
-        others = {"memory": self._memory, "cache": self._cache, "resume": self._resume, "folder": self._folder}
-        searching = WholeExecutor(self.model, self.sites, self._text.fitted(), self._runtime, **others)
+        text = self._text.fitted()
+        holds_out = any(statistic.windows == "held_out" for statistic in needed_for_search(method, sequential=True))
+        if holds_out and not held_out(len(text.windows)).any():  # type: ignore[arg-type]
+            raise CalibrationError(
+                "calibration: plans are judged on one window of four, and their repair holds out one in four of the "
+                "others; use at least five windows, or a repair that holds out none (ridge: 0.01)"
+            )
+        searching = WholeExecutor(
+            self.model,
+            self.sites,
+            text,
+            self._runtime,
+            memory=self._memory,
+            cache=self._cache,
+            resume=self._resume,
+            folder=self._folder,
+        )
         searching._judging = self._text
         return searching
 

@@ -63,6 +63,11 @@ class PruningPlan:
                 raise InputError(
                     f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
                 )
+            if units and max(units) >= known[name].units:
+                raise InputError(
+                    f"plan: {name} keeps unit {max(units)}, but the model has {known[name].units} there, counted from "
+                    "0; is it the plan of another model?"
+                )
             if list(units) != sorted(set(units)) or not set(units) <= set(range(known[name].units)):
                 raise InputError(f"plan: {name}: kept units must be ascending, from 0 to {known[name].units - 1}")
             run = known[name].units // known[name].runs

@@ -164,7 +164,8 @@ class GatedLM(CausalLM):
         # All processes have the same buffers, also those that are computed later: the covariances of all sites, which
         # DistributedDataParallel would otherwise send to every process before each step.
         buffers = [f"{name}.{buffer}" for name, module in self.named_modules() for buffer in module._buffers]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self, buffers)  # type: ignore[no-untyped-call]
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of the gates, in nats per predicted token."""

@@ -167,8 +167,8 @@ def _search(search: view.SearchCurve) -> Figure:
     axes.scatter(list(dots), list(dots.values()), s=12, color=REMOVED_BAR, label=search.dots)
     style: Any = {"drawstyle": "steps-post"} if search.stairs else {"marker": "o", "markersize": 3.5}
     axes.plot(list(line), list(line.values()), color=KEPT, label=search.line, **style)
-    if search.chosen in line:
-        axes.scatter(search.chosen, line[search.chosen], s=40, marker="D", color=ACCENT, zorder=3, label="chosen")
+    chosen = {at: value for at, value in line.items() if at == search.chosen}
+    axes.scatter(list(chosen), list(chosen.values()), s=40, marker="D", color=ACCENT, zorder=3, label="chosen")
     axes.set(xlabel=search.at, ylabel=search.measure, yscale="log" if search.logarithmic else "linear")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small")

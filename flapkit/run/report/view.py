@@ -200,9 +200,9 @@ def search(result: Mapping[str, Any]) -> SearchCurve | None:
         names, chosen = ("step", "loss, nats per token", "validation", "training"), course.get("best_step")
     if not rows:
         return None
-    low, high = (extreme(row["value"] for row in rows) for extreme in (min, max))
-    ordered = sorted(rows, key=lambda row: int(row["at"]))
-    return SearchCurve(*names, ordered, chosen, stairs="values" in course, logarithmic=0 < 8 * low < high)
+    values, ordered = [row["value"] for row in rows], sorted(rows, key=lambda row: int(row["at"]))
+    logarithmic = 0 < 8 * min(values) < max(values)
+    return SearchCurve(*names, ordered, chosen, stairs="values" in course, logarithmic=logarithmic)
 
 
 def _series(name: str, values: Mapping[str, float | None]) -> Rows:

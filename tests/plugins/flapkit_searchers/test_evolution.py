@@ -110,6 +110,8 @@ def test_a_search_on_a_model(llama, tokens, objective):
 def test_too_few_windows(llama, tokens):
     with pytest.raises(CalibrationError, match="use at least four windows"):
         flapkit.prune_(llama, tokens[:3], searcher={"name": "evolution", **SHORT})
+    with pytest.raises(CalibrationError, match="use at least five windows, or a repair that holds out none"):
+        flapkit.prune_(llama, tokens[:4], searcher={"name": "evolution", **SHORT}, compensator="least_squares")
 
 
 @pytest.mark.parametrize("options", [{"generations": 0}, {"steps": []}, {"steps": [0.9]}, {"objective": "loss"}])

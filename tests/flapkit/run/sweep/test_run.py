@@ -154,8 +154,8 @@ def test_what_points_share_is_computed_once(home, monkeypatch, forwards):
     assert len(searches) == 2
     assert rows[0].params["removed"] == rows[1].params["removed"]
     assert rows[0].perplexity != rows[1].perplexity
-    # Once for each start of the sweep.
-    assert len(forwards) == 2
+    # On all windows once for each start of the sweep, and once for each search on those that it does not judge on.
+    assert sorted(len(batch["input_ids"]) for batch in forwards) == [5, 5, 6, 6]
     assert not list(home.glob(".*"))
 
 
