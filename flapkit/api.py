@@ -18,7 +18,8 @@ from flapkit.execution.training import RecoveryText, recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import Budget, BudgetBase
-from flapkit.model.classes import CAUSAL_LM, check_head, pruned_classes
+from flapkit.model.classes import check_head, pruned_classes
+from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
@@ -201,7 +202,7 @@ def _check_gated(model: PreTrainedModel, sites: Sequence[Site]) -> None:
 
 def _is_language_model(model: PreTrainedModel) -> bool:
     classes = pruned_classes(model.config.model_type)
-    return classes is None or classes.head_of(model) in (CAUSAL_LM, None)
+    return classes is None or classes.head_of(model) in (CAUSAL_LM, IMAGE_TEXT, None)
 
 
 def _recovery_text(model: PreTrainedModel, recovery: Recovery | None, options: PruneOptions) -> RecoveryText | None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
+from flapkit.checkpoint.load import processor_files
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.model.derive import Auto
+from flapkit.model.empty import sees
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import Pruned
 from flapkit.pruning.site_errors import SiteError
@@ -201,13 +203,15 @@ def save_run(
     Raises:
         OutputError: the folder exists, or cannot be written.
     """
+    source = record.recipe.recipe.model
+    processor = processor_files(source.source, revision=source.revision) if sees(record.target.config) else {}
     save(
         model if weights else model.cpu(),
         record.output,
         tokenizer=record.tokenizer,
-        base=record.recipe.recipe.model.path,
+        base=source.path,
         metadata=record.metadata(),
-        files={**run_files(record), **(files or {})},
+        files={**processor, **run_files(record), **(files or {})},
         weights=weights,
         dtype=record.dtypes.saved,
         overwrite=overwrite,
