@@ -16,10 +16,10 @@ from flapkit.model.derive import Auto
 from flapkit.model.empty import sees
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import Pruned
+from flapkit.pruning.budgets import CostedBudget
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
-from flapkit.run.budget import RunBudget
 from flapkit.run.dtypes import DTypes
 from flapkit.run.ledger import ledger
 from flapkit.run.next_steps import next_steps
@@ -67,7 +67,7 @@ class RunRecord:
     target: Target
     tokenizer: PreTrainedTokenizerBase
     text: RunText
-    budget: RunBudget
+    budget: CostedBudget
     pruned: Pruned
     params: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Any]]
