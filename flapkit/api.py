@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pydantic
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -18,12 +19,15 @@ from flapkit.execution.training import RecoveryText, recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import Budget, BudgetBase
-from flapkit.model.classes import CAUSAL_LM, check_head, pruned_classes
+from flapkit.model.classes import check_head, pruned_classes
+from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_in_memory, check_plain, check_unquantised, check_weights
 from flapkit.model.spread import is_spread
 from flapkit.pruning.algorithm import Method
+from flapkit.pruning.budget_keys import BudgetSection
+from flapkit.pruning.budgets import work_out
 from flapkit.pruning.collector import needs_gradient
 from flapkit.pruning.components import (
     Compensator,
@@ -37,7 +41,7 @@ from flapkit.pruning.gates import check_gated
 from flapkit.pruning.recovery import Recovery
 from flapkit.pruning.unit_choice import budget_obstacle, choose_unit
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Choice, Registry
-from flapkit.system.errors import ModelError, RecipeError
+from flapkit.system.errors import BudgetError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,13 +108,19 @@ def prune_(
     metric: ImportanceMetric | Choice = "wifv",
     searcher: StructureSearcher | Choice = "al_am",
     compensator: Compensator | Choice | Sequence[Compensator | Choice] = "bias",
-    ratio: float = 0.2,
+    ratio: float | None = None,
     *,
     of: BudgetBase = "blocks",
+    budget: Mapping[str, Any] | None = None,
     adapter: ArchitectureAdapter | Choice | None = None,
     options: PruneOptions = DEFAULTS,
 ) -> PruningPlan:
     """Prune a model in place, on its device.
+
+    ```python
+    flapkit.prune_(model, tokens, ratio=0.3)
+    flapkit.prune_(model, tokens, budget={"memory": "200MB"})
+    ```
 
     A component is a name, such as ``"al_am"``; a mapping of its name and options, as in a recipe, such as
     ``{"name": "al_am", "attention_power": 1}``; or an object.
@@ -122,8 +132,10 @@ def prune_(
         metric: scores the units.
         searcher: chooses the units to keep.
         compensator: repairs the loss; one or several.
-        ratio: fraction of the parameters to remove.
+        ratio: fraction of the parameters to remove; 0.2 without this and ``budget``.
         of: the parameters that the ratio refers to.
+        budget: instead of a ratio: the keys of a recipe's ``budget``, such as ``{"kv_cache": 0.5}``. ``memory`` counts
+            weights in the model's own type.
         adapter: an adapter, a name, or a mapping of a name and options; by default (``auto``) the one that declares the
             model's type, otherwise one that is derived and verified.
         options: further options.
@@ -136,6 +148,7 @@ def prune_(
     """
     if not isinstance(options, PruneOptions):
         raise RecipeError(f"options: expected flapkit.PruneOptions, found a {type(options).__name__}")
+    asked = None if budget is None else _asked(budget, ratio, of, options)
     registry = Registry.load()
     method = _method(registry, metric, searcher, compensator)
     _check_model(model, method)
@@ -144,13 +157,18 @@ def prune_(
     text = CalibrationText(calibration, options.batch_size)
     text.check(model)
     resolved = registry.resolve(adapter, model.config)
-    chosen = choose_unit(
-        resolved, model.config, lambda single: budget_obstacle(single, "ratio", options.tensor_parallel)
-    )
+    kind, devices = ("ratio", options.tensor_parallel) if asked is None else (asked.kind, asked.tensor_parallel)
+    chosen = choose_unit(resolved, model.config, lambda single: budget_obstacle(single, kind, devices))
     resolved, model_sites = chosen.adapter, chosen.sites
     resolved.check_declaration(model.config)
-    rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
-    budget = Budget.over(model_sites, ratio, of, model.num_parameters(), *rounding)
+    params = model.num_parameters()
+    if asked is None:
+        rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
+        removed = Budget.over(model_sites, 0.2 if ratio is None else ratio, of, params, *rounding)
+    else:
+        biased = any(part.adds_bias for part in method.compensators)
+        name = str(model.config.name_or_path or "MODEL")
+        removed = work_out(asked, model, model_sites, params, model.dtype, biased=biased, name=name).budget
     if isinstance(method.searcher, TrainedSearcher):
         _check_gated(model, model_sites)
     if all(site.block for site in model_sites):
@@ -161,12 +179,28 @@ def prune_(
         if _is_language_model(model):
             resolved.confirm(model, model_sites)
         executor = WholeExecutor(model, model_sites, text, memory=options.statistics_memory)
-        plan = run_pruning_(executor, method, budget, sequential=options.sequential).plan
+        plan = run_pruning_(executor, method, removed, sequential=options.sequential).plan
         if recovery is not None and training_text is not None:
             _recover_(model, model_sites, recovery, training_text)
     finally:
         model.train(was_training)
     return plan
+
+
+def _asked(budget: Mapping[str, Any], ratio: float | None, of: BudgetBase, options: PruneOptions) -> BudgetSection:
+    """Read a budget's keys, with the rounding of the options.
+
+    Raises:
+        BudgetError: a key is unknown or has a wrong value, or a ratio is given beside it.
+    """
+    if ratio is not None or of != "blocks":
+        raise BudgetError("budget: leave out `ratio` and `of`, or give them as its keys")
+    rounding = {"multiple_of": options.multiple_of, "tensor_parallel": options.tensor_parallel}
+    try:
+        return BudgetSection.model_validate({**{key: size for key, size in rounding.items() if size != 1}, **budget})
+    except pydantic.ValidationError as error:
+        problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        raise BudgetError("; ".join(f"budget{f'.{key}' if key else ''}: {text}" for key, text in problems)) from error
 
 
 def _check_model(model: PreTrainedModel, method: Method) -> None:
@@ -206,7 +240,7 @@ def _check_gated(model: PreTrainedModel, sites: Sequence[Site]) -> None:
 
 def _is_language_model(model: PreTrainedModel) -> bool:
     classes = pruned_classes(model.config.model_type)
-    return classes is None or classes.head_of(model) in (CAUSAL_LM, None)
+    return classes is None or classes.head_of(model) in (CAUSAL_LM, IMAGE_TEXT, None)
 
 
 def _recovery_text(model: PreTrainedModel, recovery: Recovery | None, options: PruneOptions) -> RecoveryText | None:
@@ -260,6 +294,7 @@ class FlapPruning(PruneBeforeTraining):
         searcher: chooses the units to keep.
         compensator: repairs the loss; one or several.
         of: the parameters that the ratio refers to.
+        budget: instead of a ratio, as for ``prune_``.
         adapter: describes the model.
         options: further options.
 
@@ -270,11 +305,12 @@ class FlapPruning(PruneBeforeTraining):
     def __init__(
         self,
         calibration: Tensor | Dataset[Any],
-        ratio: float,
+        ratio: float | None = None,
         metric: ImportanceMetric | Choice = "wifv",
         searcher: StructureSearcher | Choice = "al_am",
         compensator: Compensator | Choice | Sequence[Compensator | Choice] = "bias",
         of: BudgetBase = "blocks",
+        budget: Mapping[str, Any] | None = None,
         adapter: ArchitectureAdapter | Choice | None = None,
         options: PruneOptions = DEFAULTS,
     ) -> None:
@@ -285,6 +321,7 @@ class FlapPruning(PruneBeforeTraining):
             "searcher": searcher,
             "compensator": compensator,
             "of": of,
+            "budget": budget,
             "adapter": adapter,
             "options": options,
         }

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flapkit.api import prune_
@@ -28,6 +29,7 @@ from flapkit.checkpoint.save import save
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter, adapter_class
 from flapkit.model.declaration import Family
 from flapkit.model.derive import Auto
+from flapkit.model.empty import CAUSAL_LM, auto_class
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
@@ -238,7 +240,8 @@ def saved_is_loaded(subject: Subject) -> str:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "pruned"
             save(model, path, plan, max_shard_size="30KB")
-            for loaded in (load(path), AutoModelForCausalLM.from_pretrained(path)):
+            auto: Any = getattr(transformers, auto_class(subject.config.model_type) or CAUSAL_LM)
+            for loaded in (load(path), auto.from_pretrained(path)):
                 _check_loaded(model, loaded, dtype)
     return "bit for bit"
 
@@ -408,7 +411,7 @@ def check_adapter(
 
 def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, PreTrainedConfig]]:
     """Yield the forms for which a class has options, without duplicates."""
-    values, seen = base.to_dict(), []
+    values, seen = base.get_text_config().to_dict(), []
     for name in names:
         changes = {key: value for key, value in FORMS[name].items() if key in values}
         if values.get("kv_lora_rank"):
@@ -421,7 +424,7 @@ def _forms(base: PreTrainedConfig, names: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _options(base: PreTrainedConfig) -> dict[str, Any]:
-    values: dict[str, Any] = base.to_dict()
+    values: dict[str, Any] = base.get_text_config().to_dict()
     return {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
 
 

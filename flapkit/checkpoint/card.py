@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 
 from flapkit.checkpoint.modeling_file import ENTRY
-from flapkit.model.classes import CAUSAL_LM
+from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT
 from flapkit.system.errors import InputError
 from flapkit.system.paths import to_path
 
@@ -20,10 +20,10 @@ CARD = "README.md"
 
 LOAD = """\
 ```python
-from transformers import {head}, AutoTokenizer
+from transformers import {head}, Auto{reader}
 
 model = {head}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+{variable} = Auto{reader}.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 The layers differ in heads and widths, so the folder contains a modeling file. {with_flapkit}"""
@@ -47,6 +47,7 @@ WITH_FLAPKIT = {
 
 PIPELINES = {
     CAUSAL_LM: "text-generation",
+    IMAGE_TEXT: "image-text-to-text",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
@@ -93,8 +94,9 @@ def model_card(
     Returns:
         Markdown with the YAML header of the Hugging Face hub.
     """
-    with_flapkit = WITH_FLAPKIT[head == CAUSAL_LM].format(name=name)
-    load = LOAD.format(name=name, head=head, with_flapkit=with_flapkit)
+    with_flapkit = WITH_FLAPKIT[head in (CAUSAL_LM, IMAGE_TEXT)].format(name=name)
+    reader = "Processor" if head == IMAGE_TEXT else "Tokenizer"
+    load = LOAD.format(name=name, head=head, with_flapkit=with_flapkit, reader=reader, variable=reader.lower())
     parts = [f"# {name}", f"{_sentence(base, metadata)}", "## Load", load]
     if head == CAUSAL_LM:
         parts.append(OTHERS.format(name=name))

@@ -76,7 +76,7 @@ def check_settings(name: Path | str, config: Any) -> None:
         block, sizes = site.block, site.sizes(site.units)
         assert block is not None
         for what, expected in (("counts", block.counts(sizes)), ("reads", block.readings(sizes))):
-            stored = getattr(config.per_layer_config[site.layer], f"{block.name}_{what}", None) or {}
+            stored = getattr(config.get_text_config().per_layer_config[site.layer], f"{block.name}_{what}", None) or {}
             if stored != expected:
                 raise ModelError(
                     f"model {name}: config.json has {block.name}_{what} {stored} for {site.name}; its sizes imply "
@@ -100,7 +100,7 @@ def read_plan(name: Path | str, config: Any, path: Path) -> PruningPlan:
     except InputError as error:
         raise ModelError(f"model {name}: {error}") from error
     blocks = {block["name"] or block["kind"]: block for block in config.flapkit["blocks"]}
-    layers = config.per_layer_config
+    layers = config.get_text_config().per_layer_config
     for site, units in plan.keep.items():
         _, layer, block = (*site.split("."), "", "", "")[:3]
         if block not in blocks or not layer.isdigit() or int(layer) >= len(layers):

@@ -97,7 +97,7 @@ def _dense_of(checkpoint: Path) -> _Dense:
     keep, single = dict(plan.keep), set()
     for site in sites:
         units = plan.keep.get(site.name, ())
-        if _counts_query_heads(site, units, config.per_layer_config[site.layer]):
+        if _counts_query_heads(site, units, config.get_text_config().per_layer_config[site.layer]):
             keep[site.name] = tuple(sorted({head * site.kv_heads // site.heads for head in units}))
             single.add(site.name)
     groups = PruningPlan(keep)

@@ -16,12 +16,12 @@ from flapkit.checkpoint.folder import check_output, check_output_file, new_file,
 from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import load, load_config, load_tokenizer
 from flapkit.model.declaration import declaration_of
-from flapkit.model.empty import skeleton
+from flapkit.model.empty import sees, skeleton
 from flapkit.model.layout import removed_blocks, sites_of
 from flapkit.model.positions import context_length
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Kind, Site
-from flapkit.system.errors import FlapkitError, InputError, RunError
+from flapkit.system.errors import FlapkitError, InputError, ModelError, RunError
 from flapkit.system.progress import Stage
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def export(checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: boo
     config = load_config(checkpoint)
     sites = sites_of(skeleton(config), declaration_of(config))
     pruned = Checkpoint(checkpoint, prospect_of(config, sites), _tokenizer(checkpoint))
-    exporter.check(pruned.prospect)
+    _check_form(exporter, pruned.prospect)
     new = new_file if exporter.suffix else new_folder
     with new(output, overwrite=overwrite) as path:
         exporter.write(pruned, path)
@@ -132,7 +132,17 @@ def check_exports(exporters: Sequence[Exporter], prospect: Prospect) -> None:
         raise InputError(f"export: {', '.join(twice)} is listed twice, and both would write the same file")
     for exporter in exporters:
         check_packages(exporter)
-        exporter.check(prospect)
+        _check_form(exporter, prospect)
+
+
+def _check_form(exporter: Exporter, prospect: Prospect) -> None:
+    """Raise ``ModelError`` if a format cannot hold a model."""
+    if sees(prospect.config) and not exporter.sees:
+        raise ModelError(
+            f"export {exporter.name}: models of type {prospect.family!r} have a vision tower, which this format is not "
+            "written for; export to hf"
+        )
+    exporter.check(prospect)
 
 
 def check_packages(exporter: Exporter) -> None:
@@ -208,7 +218,7 @@ def _verify(pruned: Checkpoint, exporter: Exporter, path: Path) -> Agreement:
         agreed = agreement(
             lambda tokens: model(tokens[None], use_cache=False).logits[0],
             exported,
-            config.vocab_size,
+            config.get_text_config().vocab_size,
             min(LENGTH, (context_length(config) or 2 * LENGTH) - GREEDY),
         )
     if not math.isfinite(agreed.difference) or agreed.relative > (exporter.tolerance or math.inf):

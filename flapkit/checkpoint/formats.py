@@ -76,6 +76,9 @@ class Exporter(Component):
     extra: ClassVar[str] = ""
     """The extra of flapkit that installs ``packages``."""
 
+    sees: ClassVar[bool] = False
+    """Whether it writes vision-language models, too."""
+
     @property
     def packages(self) -> Sequence[str]:
         """Import names of the packages that the export needs beyond flapkit's own."""

@@ -23,8 +23,8 @@ from flapkit.checkpoint.gguf import dequantised
 from flapkit.checkpoint.modeling_file import check_modeling_file
 from flapkit.checkpoint.ties import calls_tied, untie_
 from flapkit.checkpoint.weights import INDEX, Weights
-from flapkit.model.classes import CAUSAL_LM, HEADS
-from flapkit.model.empty import check_depth
+from flapkit.model.classes import HEADS
+from flapkit.model.empty import CAUSAL_LM, auto_class, check_depth
 from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.registration import PREFIX as PRUNED
 from flapkit.model.soundness import check_unquantised, check_weights
@@ -48,6 +48,15 @@ MAX_TOKEN_ID = 10_000_000
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of floating-point types."""
 
+PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""Files of a vision-language model's processor, beside those of its tokenizer."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 T = TypeVar("T")
@@ -62,7 +71,7 @@ def load(
     revision: str | None = None,
     device_map: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, pruned or dense.
+    """Load a language model, pruned or dense; one within a vision-language model is loaded with all of it.
 
     Args:
         path: a folder, a Hugging Face hub id, a GGUF file, or ``builtin:NAME``.
@@ -91,7 +100,7 @@ def load(
         else:
             check_size(path, config, _weight_files(path, source))
     type_ = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)
-    load_model: Any = transformers.AutoModelForCausalLM.from_pretrained
+    load_model: Any = getattr(transformers, auto_class(config.model_type) or CAUSAL_LM).from_pretrained
     model, info = _call(
         path,
         lambda: load_model(
@@ -246,6 +255,32 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     _check_token_ids(path, tokenizer)
     _check_templates(path, tokenizer.chat_template)
     return tokenizer
+
+
+def processor_files(path: Path | str, *, revision: str | None = None) -> dict[str, bytes]:
+    """Read the files of a vision-language model's processor beside its tokenizer; a pruned model keeps them.
+
+    Args:
+        path: a folder, or a hub id.
+        revision: branch, tag or commit of a hub model.
+
+    Returns:
+        Name -> content of those that exist.
+    """
+    source = _source(path, revision)
+    found = {name: _processor_file(path, source, name, revision) for name in PROCESSOR}
+    return {name: file.read_bytes() for name, file in found.items() if file is not None}
+
+
+def _processor_file(path: Path | str, source: Path | str, name: str, revision: str | None) -> Path | None:
+    if isinstance(source, Path):
+        return source / name if (source / name).is_file() else None
+    try:
+        return Path(_call(path, lambda: huggingface_hub.hf_hub_download(source, name, revision=revision)))
+    except ModelError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
 
 
 def _check_token_ids(name: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:

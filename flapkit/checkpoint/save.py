@@ -25,7 +25,7 @@ from flapkit.system.paths import within
 from flapkit.system.workdir import OVERWRITE, WorkDir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
@@ -40,7 +40,7 @@ def save(
     path: Path | str,
     plan: PruningPlan | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     base: str = "",
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
@@ -60,7 +60,7 @@ def save(
         model: a model that flapkit pruned.
         path: the folder to write.
         plan: what is to be the model's plan; another one is refused.
-        tokenizer: saved with the model, if given.
+        tokenizer: saved with the model, if given: its tokenizer, or the processor of a vision-language model.
         base: the dense model, a hub id or a folder, for the model card; by default where the model came from.
         metadata: how the model was made, for ``flapkit.json``; JSON data.
         files: name -> content of additional files; a name may contain subfolders.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flapkit.model.classes import dense_config
+from flapkit.model.empty import sees
 from flapkit.model.site import Site
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
     """
     import transformers
 
+    if sees(config):
+        return "it is a vision-language model, which was not tried"
     dense = dense_config(config)
     stock: Any = transformers.AutoModelForCausalLM._model_mapping[type(dense)]
     if not stock.is_backend_compatible():

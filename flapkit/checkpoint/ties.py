@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def calls_tied(config: PreTrainedConfig) -> bool:
     """Tell whether a configuration calls the embedding and the head tied."""
-    return any(part.tie_word_embeddings for part in (config, config.get_text_config()))
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
 
 
 def untie_(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:

@@ -14,8 +14,8 @@ from flapkit.cli.output import check_new, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
 
 if TYPE_CHECKING:
+    from flapkit.evaluation.block_table import BlockTimes
     from flapkit.run.bench import BenchResult
-    from flapkit.run.block_times import BlockTimes
 
 
 @app.command()

@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from flapkit.model import resize
-from flapkit.model.empty import config_of
+from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT, auto_class, config_of
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 PRUNED_KEYS = ("per_layer_config", "flapkit", "kv_sharing_modes", "model_type", "auto_map", "architectures")
 """Configuration entries of a pruned checkpoint that a dense one lacks, or has with another value."""
+
+TEXT = "text_config"
+"""The entry of a vision-language model's configuration for its language model."""
 
 HEAD_DIM = "head_dim"
 """The configuration's entry for the size of a head; a pruned model's always has it."""
@@ -53,15 +56,13 @@ class Flapkit{stock}(Resized, {stock}):
 '''
 """One of the classes of ``pruned_classes``."""
 
-CAUSAL_LM = "AutoModelForCausalLM"
-
 HEADS = (
     CAUSAL_LM,
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
-"""The Auto classes of models that can be pruned."""
+"""The Auto classes of models that can be pruned; a vision-language model has ``IMAGE_TEXT`` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,9 @@ def pruned_classes(model_type: str) -> PrunedClasses | None:
         model_type: of a dense or a pruned model.
 
     Returns:
-        The classes, or None where transformers has no causal language model of that type.
+        The classes, or None where transformers has no language model of that type.
     """
-    dense = model_type.removeprefix(PREFIX)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return _make_classes(dense) if dense in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    return _make_classes(model_type.removeprefix(PREFIX)) if auto_class(model_type) else None
 
 
 @cache
@@ -131,17 +129,19 @@ def _make_classes(dense: str) -> PrunedClasses | None:
     import transformers
 
     stock: Any = transformers.CONFIG_MAPPING[dense]
-    backbone, causal_lm, *others = (
-        getattr(transformers, auto)._model_mapping.get(stock, None) for auto in ("AutoModel", *HEADS)
+    heads = (IMAGE_TEXT,) if auto_class(dense) == IMAGE_TEXT else HEADS
+    backbone, language_model, *others = (
+        getattr(transformers, auto)._model_mapping.get(stock, None) for auto in ("AutoModel", *heads)
     )
     if backbone is None:
         return None
     config = strict(_derive(resize.FlapkitConfig, stock, model_type=f"{PREFIX}{dense}"))
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    pruned = {"AutoModel": backbone, CAUSAL_LM: causal_lm}
-    for auto, model in zip(HEADS[1:], others, strict=True):
+    pruned = {"AutoModel": backbone, heads[0]: language_model}
+    place = (language_model.__module__, language_model.base_model_prefix)
+    for auto, model in zip(heads[1:], others, strict=True):
         # Sites are named as in the language model; some heads name the decoder otherwise.
-        if model and (model.__module__, model.base_model_prefix) == (causal_lm.__module__, causal_lm.base_model_prefix):
+        if model and (model.__module__, model.base_model_prefix) == place:
             pruned[auto] = model
     for auto, model in pruned.items():
         pruned[auto] = _derive(resize.Resized, model, config_class=config)
@@ -188,10 +188,19 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not config.model_type.startswith(PREFIX):
         return config
     stock: Any = transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
-    values = {key: value for key, value in config.to_dict().items() if key not in PRUNED_KEYS}
-    if getattr(stock, HEAD_DIM, None) is None and values.get(HEAD_DIM) == _default_head_dim(config):
-        del values[HEAD_DIM]
+    text, values = config.get_text_config(), _dense_values(config)
+    if text is not config:
+        values[TEXT] = {**_dense_values(text), "model_type": text.model_type.removeprefix(PREFIX)}
     return config_of(stock, values)
+
+
+def _dense_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the entries of a pruned model's configuration, or its language model's, that the dense one has, too."""
+    values = {key: value for key, value in config.to_dict().items() if key not in PRUNED_KEYS}
+    stock: Any = resize.stock_of(type(config))
+    if HEAD_DIM in values and getattr(stock, HEAD_DIM, None) is None and values[HEAD_DIM] == _default_head_dim(config):
+        del values[HEAD_DIM]
+    return values
 
 
 def _default_head_dim(config: PreTrainedConfig) -> int | None:
@@ -219,20 +228,24 @@ def set_pruned_config_(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     blocks = [block.data for block in {id(site.block): site.block for site in sites}.values() if block]
     if classes is None or any(site.block is None for site in sites):
         return
-    dense = model.config.to_dict()
-    layers: dict[int, dict[str, Any]] = {index: {} for index in range(len(model.config.per_layer_config))}
+    text = model.config.get_text_config()
+    dense = text.to_dict()
+    layers: dict[int, dict[str, Any]] = {index: {} for index in range(len(text.per_layer_config))}
     for layer, values in dense.pop("per_layer_config", {}).items():
         layers[int(layer)].update(values)
     for site in sites:
         layers[site.layer].update(_sizes(model, site))
     _fill_missing_keys(layers, dense)
-    dense.pop("model_type")
     # Falcon's class computes it.
-    if not isinstance(getattr(type(model.config), HEAD_DIM, None), property) and not dense.get(HEAD_DIM):
+    if not isinstance(getattr(type(text), HEAD_DIM, None), property) and not dense.get(HEAD_DIM):
         # Who reads the configuration alone, as vLLM does, would take the hidden size by the heads of the pruned layer.
-        dense[HEAD_DIM] = _default_head_dim(model.config)
+        dense[HEAD_DIM] = _default_head_dim(text)
+    values = {**dense, "per_layer_config": layers}
+    if text is not model.config:
+        values = {**model.config.to_dict(), TEXT: values}
+    values.pop("model_type")
     declaration = {"layers": _layers_of(sites[0]), "blocks": _with_earlier(model, blocks)}
-    _replace_config(model, classes.config.from_dict({**dense, "per_layer_config": layers, "flapkit": declaration}))
+    _replace_config(model, classes.config.from_dict({**values, "flapkit": declaration}))
 
 
 def _with_earlier(model: PreTrainedModel, blocks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -256,12 +269,13 @@ def reshape_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
     if classes is None or classes.config.model_type != values.get("model_type"):
         raise ModelError(f"a {type(model).__name__} cannot be given the sizes of a {values.get('model_type')}")
     config = config_of(classes.config, {key: value for key, value in values.items() if key != "model_type"})
-    if model.config.to_dict().get("per_layer_config") == config.to_dict()["per_layer_config"]:
+    old, new = model.config.get_text_config(), config.get_text_config()
+    if old.to_dict().get("per_layer_config") == new.to_dict()["per_layer_config"]:
         return
     layers: Any = model.get_submodule(config.flapkit["layers"])
-    if len(layers) != len(config.per_layer_config):
-        raise ModelError(f"the model has {len(layers)} layers, and the pruned one {len(config.per_layer_config)}")
-    for layer, before, shape in zip(layers, model.config.per_layer_config, config.per_layer_config, strict=True):
+    if len(layers) != len(new.per_layer_config):
+        raise ModelError(f"the model has {len(layers)} layers, and the pruned one {len(new.per_layer_config)}")
+    for layer, before, shape in zip(layers, old.per_layer_config, new.per_layer_config, strict=True):
         for block in config.flapkit["blocks"]:
             try:
                 resize.resize_(layer, block, resize.heads_of(before, block), shape)
@@ -274,16 +288,25 @@ def _replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give a model, and all of its modules, the configuration of a pruned one."""
     previous = model.config
     config.name_or_path = previous.name_or_path
+    replaced: list[tuple[Any, Any]] = [(previous, config)]
+    if (text := previous.get_text_config()) is not previous:
+        replaced.append((text, config.get_text_config()))
+        # The other parts, such as a vision tower, stay what they are.
+        for name in type(config).sub_configs.keys() - {TEXT}:
+            setattr(config, name, getattr(previous, name))
     for name in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, name, getattr(previous, name))
+        # A mapping sets the parts that it names alone.
+        chosen = getattr(previous, name)
+        setattr(config, name, chosen if text is previous else {"": chosen, TEXT: getattr(text, name)})
     # Parameters are saved under their own names: the dense checkpoint's layout is not that of the derived classes.
     vars(model)["_weight_conversions"] = []
     for module in model.modules():
         current: Any = getattr(module, "config", None)
-        if current is previous:
-            setattr(module, "config", config)  # noqa: B010 - torch types attributes of modules as modules
-        elif isinstance(current, resize.ConfigView) and current.of is previous:
-            current.__dict__["of"] = config
+        for old, new in replaced:
+            if current is old:
+                setattr(module, "config", new)  # noqa: B010 - torch types attributes of modules as modules
+            elif isinstance(current, resize.ConfigView) and current.of is old:
+                current.__dict__["of"] = new
     resize.pin_rotary_heads_(model)
     resize.share_cache_(model)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flapkit.model.adapter import FamilyAdapter
 from flapkit.model.declaration import Block, Family, declaration_of, with_experts
-from flapkit.model.empty import check_causal, config_of, skeleton
+from flapkit.model.empty import check_causal, config_of, sees, skeleton
 from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
 from flapkit.model.resize import find_module, heads_of, is_linear
@@ -41,6 +41,7 @@ SIZES = {
     "head_dim": 8,
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
+    "mamba_d_head": 32,
 }
 """Sizes of the tiny model; they differ, so that a module's size attributes can be told apart."""
 
@@ -89,6 +90,12 @@ def derive(config: PreTrainedConfig) -> Family:
         ModelError: the model is not a decoder-only transformer, or the derived declaration fails verification.
     """
     check_causal(config)
+    if sees(config):
+        raise ModelError(
+            f"models of type {config.model_type!r} are vision-language models: `adapter: auto` derives no declarations "
+            "of their language models; docs/families.md lists those that are declared, and docs/architectures.md says "
+            "how to declare one"
+        )
     of: Any = type(config)
     return _derive(of, json.dumps(config.to_dict(), default=str, sort_keys=True))
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flapkit.model.registration import PREFIX
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+CAUSAL_LM, IMAGE_TEXT = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+"""The Auto classes of language models: alone, and with a vision tower."""
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Configuration entries for the number of decoder layers."""
@@ -21,18 +25,49 @@ MOST_LAYERS = 1000
 """Upper limit of decoder layers: all of them are built, so a larger number, by mistake or malice, would take long."""
 
 
+def auto_class(model_type: str) -> str | None:
+    """Return the Auto class that loads a language model, alone or within a vision-language model.
+
+    Args:
+        model_type: of a dense or a pruned model.
+
+    Returns:
+        The name of the class, or None where transformers has none for the type.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as known
+
+    dense = model_type.removeprefix(PREFIX)
+    if dense in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "text_config" in CONFIG_MAPPING[dense].sub_configs:
+        return IMAGE_TEXT
+    return CAUSAL_LM if dense in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+
+
+def sees(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration is that of a vision-language model."""
+    return auto_class(config.model_type) == IMAGE_TEXT
+
+
+def from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build the language model of a configuration by its Auto class, with the library's own code alone."""
+    import transformers
+
+    auto: Any = getattr(transformers, auto_class(config.model_type) or CAUSAL_LM)
+    model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
+    return model
+
+
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a configuration's causal language model on the meta device.
+    """Build a configuration's language model on the meta device.
 
     Raises:
         ModelError: transformers cannot build a model from the configuration.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = from_config(config)
             # Without initialisation, tied weights would count twice.
             model.tie_weights()
     except Exception as error:
@@ -75,12 +110,13 @@ def check_depth(settings: Any) -> None:
 
 
 def check_causal(config: PreTrainedConfig) -> None:
-    """Raise ``ModelError`` unless a configuration is that of a decoder-only language model known to transformers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Raise ``ModelError`` unless a configuration is that of a decoder-only language model known to transformers.
 
+    It may be that of a vision-language model, whose language model is pruned.
+    """
     if config.is_encoder_decoder:
         raise ModelError(f"models of type {config.model_type!r} are encoder-decoders; flapkit prunes decoder-only ones")
-    if config.model_type.removeprefix("flapkit_") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if auto_class(config.model_type) is None:
         raise ModelError(f"transformers has no causal language model of type {config.model_type!r}")
 
 

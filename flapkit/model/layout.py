@@ -123,7 +123,7 @@ class _LayerBlock:
     @property
     def _one_of(self) -> str:
         """What the model needs one of: the first attention of a type has the place of the cache that counts tokens."""
-        types = getattr(self.model.config, "layer_types", None)
+        types = getattr(self.model.config.get_text_config(), "layer_types", None)
         if self.block.kind != "attention" or types is None or len(set(types)) == 1:
             return self.block.name
         return f"{self.block.name} in layers of type {types[self.layer]}"
@@ -140,7 +140,7 @@ class _LayerBlock:
     def _mixture(self) -> Site:
         """Return the site whose units are whole experts."""
         weight, name = self.module.get_parameter(self.block.consumer), f"layers.{self.layer}.{self.block.name}"
-        config: Any = self.model.config
+        config: Any = self.model.config.get_text_config()
         routed, groups, open_groups = (
             getattr(config, entry, None) or 1 for entry in ("num_experts_per_tok", "n_group", "topk_group")
         )
@@ -180,7 +180,7 @@ class _LayerBlock:
         if self.block.kind != "attention":
             return {"E" if self.block.kind == "mixture" else "I": channels}
         try:
-            counts = heads_of(self.model.config.per_layer_config[self.layer], self.block.data)
+            counts = heads_of(self.model.config.get_text_config().per_layer_config[self.layer], self.block.data)
         except AttributeError as error:
             raise ModelError(f"layers.{self.layer}.{self.block.name}: {error}") from error
         if not all(isinstance(heads, int) and heads > 0 for heads in counts.values()):

@@ -24,14 +24,14 @@ class _Deferred:
         """Make the class, and let it read the configuration.
 
         Raises:
-            ModelError: transformers has no causal language model of the type.
+            ModelError: transformers has no language model of the type.
         """
         from flapkit.model.classes import pruned_classes
 
         made = pruned_classes(self.model_type)
         if made is None:
             dense = self.model_type.removeprefix(PREFIX)
-            raise ModelError(f"models of type {dense!r} are no causal language models of transformers")
+            raise ModelError(f"models of type {dense!r} are no language models of transformers")
         return made.config.from_dict(config, **options)
 
 

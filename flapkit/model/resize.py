@@ -13,13 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PREFIX = "flapkit_"
 SIZES = {"q": "H", "k": "K", "i": "I", "e": "E"}
 
 
 class FlapkitConfig:
-    """Mixin of a pruned model's configuration: dense sizes globally, pruned sizes in ``per_layer_config``."""
+    """Mixin of a pruned model's configuration: dense sizes globally, pruned sizes in ``per_layer_config``.
+
+    Of a vision-language model, the sizes are in ``text_config``, the configuration of its language model.
+    """
 
     flapkit: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a configuration; that of a pruned language model within it gets such a class, too."""
+        text: Any = config_dict.get("text_config")
+        if isinstance(text, dict) and "per_layer_config" in text:
+            values = {key: value for key, value in text.items() if key != "model_type"}
+            config_dict = {**config_dict, "text_config": text_class(text["model_type"]).from_dict(values)}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def validate_architecture(self) -> None:
         """Skip the check that the number of heads divides the hidden size: in a pruned layer it need not."""
@@ -28,25 +41,40 @@ class FlapkitConfig:
         """Skip the check of the rotary embedding, which assumes one number of heads for all layers."""
 
 
+@cache
+def text_class(model_type: str) -> Any:
+    """Make the class of the configuration of a pruned language model within a vision-language model."""
+    from huggingface_hub.dataclasses import strict
+    from transformers import CONFIG_MAPPING
+
+    dense = model_type.removeprefix(PREFIX)
+    stock = CONFIG_MAPPING[dense]
+    members = {"model_type": f"{PREFIX}{dense}", "__module__": __name__}
+    return strict(type(f"Flapkit{stock.__name__}", (FlapkitConfig, stock), members))
+
+
 class Resized:
     """Mixin of a stock model: build it dense, then resize its layers to the configuration's sizes."""
 
     # No annotations: they would be strings in this module, and vLLM checks arguments against them.
     def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN204
         model: Any = self
-        layers, blocks = config.to_dict().get("per_layer_config"), config.flapkit["blocks"]
-        # Build the dense model with this very object: its modules keep a reference to it. Some heads let an Auto class
-        # build their decoder, which goes by the class of the configuration.
-        pruned, config.per_layer_config = type(config), None
-        # By name: the processes of vLLM's server send each other copies of the class.
-        names = [of.__name__ for of in pruned.__mro__]
-        config.__class__ = pruned.__mro__[names.index(FlapkitConfig.__name__) + 1]
+        text = config.get_text_config()
+        layers, blocks = text.to_dict().get("per_layer_config"), config.flapkit["blocks"]
+        # Build the dense model with these very objects: its modules keep references to them. Some classes let an Auto
+        # class build their decoder, which goes by the class of the configuration.
+        parts = [(part, type(part)) for part in ([config] if text is config else [config, text])]
+        text.per_layer_config = None
+        for part, pruned in parts:
+            part.__class__ = stock_of(pruned)
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            dense = [heads_of(config, block) for block in blocks]
+            dense = [heads_of(text, block) for block in blocks]
         finally:
-            config.__class__, config.per_layer_config = pruned, layers
-        for layer, shape in zip(model.get_submodule(layers_in(self)), config.per_layer_config, strict=True):
+            for part, pruned in parts:
+                part.__class__ = pruned
+            text.per_layer_config = layers
+        for layer, shape in zip(model.get_submodule(layers_in(self)), text.per_layer_config, strict=True):
             for block, heads in zip(blocks, dense, strict=True):
                 resize_(layer, block, heads, shape)
         pin_rotary_heads_(self)
@@ -59,13 +87,23 @@ class Resized:
         return bool(stock._can_set_attn_implementation())
 
 
+def stock_of(pruned: type) -> type:
+    """Return the class of transformers' that a configuration's class is derived from."""
+    # By name: the processes of vLLM's server send each other copies of the class.
+    names = [of.__name__ for of in pruned.__mro__]
+    return pruned.__mro__[names.index(FlapkitConfig.__name__) + 1]
+
+
 def pin_rotary_heads_(model: Any) -> None:
     """Make rotary embeddings read the dense model's number of heads, from which they compute the size of a head."""
-    config = model.config
-    values, names = config.to_dict(), {block["heads"] for block in config.flapkit["blocks"]}
+    config = model.config.get_text_config()
+    values, names = config.to_dict(), {block["heads"] for block in model.config.flapkit["blocks"]}
     heads = {name: values[key] for name in names if (key := config.attribute_map.get(name, name)) in values}
     for module in model.modules():
-        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+        current = getattr(module, "config", None)
+        # Not those of a vision tower.
+        is_text = config is model.config or getattr(current, "of", current) is config
+        if "RotaryEmbedding" in type(module).__name__ and current is not None and is_text:
             module.config = ConfigView(config, heads)
 
 
@@ -157,12 +195,12 @@ def share_cache_(model: Any) -> None:
     The first place counts the tokens of the text so far, and the first one of a type of layers (sliding windows) those
     of its mask. Places that no layer uses are declared as shared with others, so that caches hold nothing there.
     """
-    config = model.config
+    config = model.config.get_text_config()
     places: dict[Any, list[int]] = {}
     owners: dict[Any, list[Any]] = {}
     types = getattr(config, "layer_types", None)
     modes: list[Any] = [None] * config.num_hidden_layers
-    for block in config.flapkit["blocks"]:
+    for block in model.config.flapkit["blocks"]:
         if block["kind"] != "attention":
             continue
         for index, layer in enumerate(model.get_submodule(layers_in(model))):
@@ -199,9 +237,11 @@ def removed_from(layer: Any, block: Any) -> bool:
     if block["kind"] == "mixture":
         return False
     try:
-        return isinstance(layer.get_submodule(block["path"] or block["consumer"]), Removed)
+        module = layer.get_submodule(block["path"] or block["consumer"])
     except AttributeError:
         return False
+    # Layers of a hybrid have an attention or an MLP at the same path.
+    return isinstance(module, Removed) and module.path == (block["consumer"] if block["path"] else "")
 
 
 def columns_of(module: Any, block: Any) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flapkit.model.classes import dense_config
+from flapkit.model.empty import config_of, from_config
 from flapkit.system.errors import ModelError, closest
 
 if TYPE_CHECKING:
@@ -53,10 +54,45 @@ SIZES: Mapping[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 6,
     "query_pre_attn_scalar": 8,
+    "shared_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
 }
 """Sizes of a tiny model by configuration entry; a configuration class uses the entries that it has."""
 
-LAYERS = {"lfm2": ["conv", "full_attention"]}
+VISION: Mapping[str, int] = {
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+"""Sizes of a tiny vision tower, by configuration entry."""
+
+UNTYPED = ("model_type", "transformers_version")
+"""Entries of a configuration as plain data that its class does not take."""
+
+LAYERS = {
+    "lfm2": ["conv", "full_attention"],
+    "granitemoehybrid": ["linear_attention", "full_attention"],
+    "nemotron_h": ["linear_attention", "full_attention", "mlp", "moe"],
+}
 """Model type -> layer types, for hybrids whose default configuration lacks one of them."""
 
 PATTERNS = ("attention_types",)
@@ -90,6 +126,8 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         config: PreTrainedConfig = transformers.CONFIG_MAPPING[of]()
     else:
         config = of
+    if config.get_text_config() is not config:
+        return _tiny_with_vision(config, changes)
     values = config.to_dict()
     names = {config.attribute_map.get(name, name): value for name, value in SIZES.items()}
     tiny = {
@@ -97,16 +135,44 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         for name, value in names.items()
         if values.get(name) is not None or (name in values and name in UNSET)
     }
-    if values.get("layer_types"):
-        tiny["layer_types"] = LAYERS.get(config.model_type) or _layer_types(values["layer_types"])
-        tiny[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(tiny["layer_types"])
+    of_types, depth = (config.attribute_map.get(name, name) for name in ("layer_types", "num_hidden_layers"))
+    if values.get(of_types):
+        tiny[of_types] = LAYERS.get(config.model_type) or _layer_types(values[of_types])
+        tiny |= {depth: len(tiny[of_types])} if depth in values else {}
+    if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        # The sections of the rotary embedding make up half of a head.
+        eighth = SIZES["head_dim"] // 8
+        rope = values.get("rope_parameters") or {}
+        tiny["rope_parameters"] = {**rope, "mrope_section": [2 * eighth, eighth, eighth]}
     if values.get("kv_lora_rank"):
         # Latent attention has a key and a value for each query head.
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     changed = {config.attribute_map.get(name, name): value for name, value in changes.items()}
-    values = {name: value for name, value in values.items() if name not in ("model_type", "transformers_version")}
+    values = {name: value for name, value in values.items() if name not in UNTYPED}
     try:
         return type(config)(**{**values, **tiny, **SPECIAL, **changed})
+    except Exception as error:
+        # Configuration classes validate in their own ways and may raise anything.
+        raise ModelError(f"no tiny {config.model_type!r}: {type(error).__name__}: {error}") from error
+
+
+def _tiny_with_vision(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make a tiny configuration of a vision-language model; changes are of its language model."""
+    text = config.get_text_config()
+    own = {name: value for name, value in changes.items() if name == "tie_word_embeddings"}
+    sizes = {**VISION, "out_hidden_size": SIZES["hidden_size"]}
+    parts: dict[str, Any] = {}
+    for key in type(config).sub_configs:
+        part = getattr(config, key)
+        if part is text:
+            parts[key] = tiny_config(part, **changes)
+            continue
+        values = part.to_dict()
+        small = {name: size for name, size in sizes.items() if values.get(name) is not None}
+        parts[key] = config_of(type(part), {**values, **small})
+    values = {name: value for name, value in config.to_dict().items() if name not in UNTYPED}
+    try:
+        return type(config)(**{**values, **parts, **own})
     except Exception as error:
         # Configuration classes validate in their own ways and may raise anything.
         raise ModelError(f"no tiny {config.model_type!r}: {type(error).__name__}: {error}") from error
@@ -124,15 +190,22 @@ def doubled(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ModelError: the configuration's class does not accept it.
     """
+    if (text := config.get_text_config()) is not config:
+        deeper = copy.deepcopy(config)
+        setattr(deeper, next(key for key in type(config).sub_configs if getattr(config, key) is text), doubled(text))
+        return deeper
     values = config.to_dict()
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    changes: dict[str, Any] = {name: 2 * values[name]}
+    count: int = getattr(config, name)
+    changes: dict[str, Any] = {name: 2 * count} if name in values else {}
     # A pattern, how often it occurs.
     changes |= {key: [[kinds, 2 * count] for kinds, count in values[key]] for key in PATTERNS if values.get(key)}
     for key, value in values.items():
-        if key not in PATTERNS and isinstance(value, list) and len(value) == values[name]:
+        # Not a pair of limits.
+        of_layers = isinstance(value, list) and len(value) == count and not any(isinstance(x, float) for x in value)
+        if key not in PATTERNS and of_layers:
             changes[key] = value * 2
-    kept = {key: value for key, value in values.items() if key not in ("model_type", "transformers_version")}
+    kept = {key: value for key, value in values.items() if key not in UNTYPED}
     try:
         return type(config)(**{**kept, **changes})
     except Exception as error:
@@ -152,16 +225,12 @@ def tiny_model(
         attention: the attention implementation; transformers' default if None.
 
     Raises:
-        ModelError: transformers has no causal language model for the configuration, or cannot build it.
+        ModelError: transformers has no language model for the configuration, or cannot build it.
     """
-    import transformers
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model: Any = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=attention
-            )
+            model: Any = from_config(copy.deepcopy(config), attn_implementation=attention)
         except Exception as error:
             # The classes of models may raise anything on options that they do not expect.
             raise ModelError(

@@ -267,7 +267,8 @@ def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
 def _tiny_of(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the first tiny model that runs: with the configuration's options, or with its class's default ones."""
     config = dense_config(config)
-    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    text = config.get_text_config()
+    heads, kv_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     alike = {"num_key_value_heads": 1 if kv_heads == 1 else SIZES["num_attention_heads"]}
     changes = alike if kv_heads is not None and kv_heads in (1, heads) else {}
     of, failed = config.model_type, []

@@ -4,6 +4,8 @@ Components (metrics, searchers, compensators) are interfaces here; the defaults 
 model and apply a plan, are in ``flapkit.execution``.
 
 Modules:
+    budget_keys: what a budget is asked for by
+    budgets: what a budget means for a model
     collector: measure the consumers' inputs while batches run
     components: the interfaces of metrics, searchers and compensators
     experts: observe the consumers of a mixture's experts

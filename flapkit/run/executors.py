@@ -19,6 +19,7 @@ from flapkit.execution.shards import shard
 from flapkit.execution.stream import Forms, LayerStream, layers_of, verify
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
+from flapkit.model.empty import sees
 from flapkit.model.soundness import check_in_memory, check_plain
 from flapkit.model.spread import check_accelerate, embeddings_device, is_spread
 from flapkit.pruning.collector import needs_gradient
@@ -143,6 +144,9 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         ),
         f"searcher {method.searcher.name!r} trains gates on the whole model; choose another": (
             isinstance(method.searcher, TrainedSearcher)
+        ),
+        f"models of type {target.config.model_type!r} have a vision tower beside their layers; leave `execution` out": (
+            sees(target.config)
         ),
         "exports are compared with the whole model; leave them out, and call `flapkit export` afterwards": (
             bool(recipe.exporters)

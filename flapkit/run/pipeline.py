@@ -15,6 +15,7 @@ import yaml
 from flapkit.checkpoint.export import export_all
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
+from flapkit.evaluation.block_table import find_times
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
 from flapkit.evaluation.zero_shot import side_by_side
@@ -25,13 +26,13 @@ from flapkit.execution.runtime import Runtime
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
 from flapkit.model.precision import name_of
+from flapkit.pruning.budgets import CostedBudget
 from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
 from flapkit.recipe.dump import dump_recipe
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Recipe, TrainerSection
-from flapkit.run.block_times import find_times
-from flapkit.run.budget import RunBudget, open_budget, refuse_unmet
+from flapkit.run.budget import open_budget, refuse_unmet
 from flapkit.run.captured import capture_warnings
 from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.estimate import refuse_too_large
@@ -102,7 +103,7 @@ class Subject:
     tasks: Harness | None
     executor: Executor
     dense_params: int
-    budget: RunBudget
+    budget: CostedBudget
     dtypes: DTypes
 
 

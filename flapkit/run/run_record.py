@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapkit.checkpoint.folder import LOCAL_RECIPE, RECIPE
+from flapkit.checkpoint.load import processor_files
 from flapkit.checkpoint.save import save
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.model.derive import Auto
+from flapkit.model.empty import sees
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import Pruned
+from flapkit.pruning.budgets import CostedBudget
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.dump import dump_published, dump_recipe
 from flapkit.recipe.load import LoadedRecipe
-from flapkit.run.budget import RunBudget
 from flapkit.run.dtypes import DTypes
 from flapkit.run.ledger import ledger
 from flapkit.run.next_steps import next_steps
@@ -65,7 +67,7 @@ class RunRecord:
     target: Target
     tokenizer: PreTrainedTokenizerBase
     text: RunText
-    budget: RunBudget
+    budget: CostedBudget
     pruned: Pruned
     params: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Any]]
@@ -201,13 +203,15 @@ def save_run(
     Raises:
         OutputError: the folder exists, or cannot be written.
     """
+    source = record.recipe.recipe.model
+    processor = processor_files(source.source, revision=source.revision) if sees(record.target.config) else {}
     save(
         model if weights else model.cpu(),
         record.output,
         tokenizer=record.tokenizer,
-        base=record.recipe.recipe.model.path,
+        base=source.path,
         metadata=record.metadata(),
-        files={**run_files(record), **(files or {})},
+        files={**processor, **run_files(record), **(files or {})},
         weights=weights,
         dtype=record.dtypes.saved,
         overwrite=overwrite,

@@ -13,9 +13,10 @@ from flapkit_adapters.llama import LIKE_LLAMA, Llama
 from flapkit_adapters.mixtures import MIXTURES
 from flapkit_adapters.olmo2 import OLMO2
 from flapkit_adapters.vicuna import Vicuna
+from flapkit_adapters.vision_language import VISION_LANGUAGE
 
 
 @hookimpl
 def flapkit_adapters() -> Iterable[type[ArchitectureAdapter] | Family]:
     """Offer the default adapters."""
-    return [Auto, Llama, Vicuna, *LIKE_LLAMA, *CLASSIC, *OLMO2, Falcon, *MIXTURES, *HYBRIDS]
+    return [Auto, Llama, Vicuna, *LIKE_LLAMA, *CLASSIC, *OLMO2, Falcon, *MIXTURES, *HYBRIDS, *VISION_LANGUAGE]

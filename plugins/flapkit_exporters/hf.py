@@ -26,6 +26,7 @@ class HuggingFace(Exporter):
     """
 
     name = "hf"
+    sees = True
 
     dtype: Annotated[DType, Field(description="Data type of the weights; `auto` is that of the checkpoint.")] = "auto"
     max_shard_size: Annotated[str, Field(description="Maximum size of a weight file.")] = "5GB"

@@ -48,6 +48,12 @@ BEFORE = {
         from flapkit.model.tiny import tiny_config, tiny_model
         model, tokens = tiny_model(tiny_config("qwen3_moe")), torch.arange(96).view(8, 12)
     """,
+    "docs/how-to/vision-language.md: from transformers": """
+        from flapkit.checkpoint.load import load_tokenizer
+        from flapkit.model.tiny import tiny_config, tiny_model
+        tiny_model(tiny_config("llava")).save_pretrained("my-llava")
+        processor, tokens = load_tokenizer("builtin:tiny-llama"), torch.arange(90).view(9, 10)
+    """,
     "docs/layerwise.md: from flapkit": """
         path, batches = "builtin:tiny-llama", [{"input_ids": torch.arange(64).view(2, 32)}]
     """,

@@ -95,3 +95,45 @@ def test_what_cannot_be_used_is_refused_before(tokens, forwards, changes, error,
 def test_options_are_checked(options):
     with pytest.raises(RecipeError, match="expected a number above 0"):
         flapkit.PruneOptions(**options)
+
+
+KINDS = ("attention", "mlp")
+BUDGETS = {
+    "params": {"params": 15_000},
+    "memory": {"memory": "60KB"},
+    "memory in another type": {"memory": "30KB", "dtype": "bfloat16"},
+    "cache": {"kv_cache": 0.5},
+    "a ratio": {"ratio": 0.3, "of": "mlp"},
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_any_budget_of_a_recipe(name, probe):
+    model = make_llama(num_key_value_heads=2)
+    sites = flapkit.sites(model)
+    plan = flapkit.prune_(model, probe, budget=BUDGETS[name])
+    gone = {kind: sum(site.units - len(plan.keep[site.name]) for site in sites if site.kind == kind) for kind in KINDS}
+    if name == "cache":
+        assert gone == {"attention": 2, "mlp": 0}
+    elif name == "a ratio":
+        assert gone == {"attention": 0, "mlp": 24}
+    else:
+        assert 15_000 - max(site.params_per_unit for site in sites) < model.num_parameters() <= 15_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 0.2}, "leave out `ratio` and `of`"),
+        ({"budget": {"memory": 100}}, r"budget\.memory: 100 is not a size of weights"),
+        ({"budget": {"memory": "1KB"}}, "what cannot be pruned"),
+        ({"budget": {"weights": "1KB"}}, r"budget\.weights: "),
+        ({"budget": {"params": 100, "kv_cache": 0.5}}, "got params and kv_cache"),
+        ({"budget": {"latency": 0.5}}, "have not been timed on this machine"),
+    ],
+)
+def test_a_budget_that_is_none(changes, message, probe, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAPKIT_CACHE", str(tmp_path))
+    model = make_llama()
+    with pytest.raises(BudgetError, match=message):
+        flapkit.prune_(model, probe, **{"budget": {"kv_cache": 0.5}, **changes})

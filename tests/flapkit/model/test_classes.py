@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import flapkit
-from flapkit.model.classes import CAUSAL_LM, dense_config, pruned_classes
+from flapkit.model.classes import dense_config, pruned_classes
+from flapkit.model.empty import CAUSAL_LM
 from flapkit.model.tiny import tiny_config, tiny_model
 
 

@@ -8,9 +8,10 @@ import pytest
 from conftest import make_llama, write_recipe
 
 import flapkit
+from flapkit.evaluation.block_table import find_times
 from flapkit.evaluation.speed import Seconds, Workload
 from flapkit.run import block_times
-from flapkit.run.block_times import find_times, time_blocks
+from flapkit.run.block_times import time_blocks
 from flapkit.system.errors import BudgetError, InputError
 
 SMALL = Workload(prompt=8, tokens=2, repetitions=3, warm_up=0)
