@@ -196,8 +196,11 @@ def _asked(budget: Mapping[str, Any], ratio: float | None, of: BudgetBase, optio
     if ratio is not None or of != "blocks":
         raise BudgetError("budget: leave out `ratio` and `of`, or give them as its keys")
     rounding = {"multiple_of": options.multiple_of, "tensor_parallel": options.tensor_parallel}
+    given = {key: size for key, size in rounding.items() if size != 1}
+    if options.head_counts is not None:
+        given["head_counts"] = options.head_counts
     try:
-        return BudgetSection.model_validate({**{key: size for key, size in rounding.items() if size != 1}, **budget})
+        return BudgetSection.model_validate({**given, **budget})
     except pydantic.ValidationError as error:
         problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
         raise BudgetError("; ".join(f"budget{f'.{key}' if key else ''}: {text}" for key, text in problems)) from error

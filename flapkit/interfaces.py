@@ -19,7 +19,7 @@ from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
 from flapkit.model.empty import skeleton
 from flapkit.model.plan import PruningPlan
-from flapkit.model.resize import count_rows, rows_of, tensor_of
+from flapkit.model.resize import count_rows, is_conv1d, is_linear, rows_of, tensor_of
 from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
 from flapkit.pruning.components import (
@@ -143,6 +143,8 @@ __all__ = [
     "float64_rows",
     "groups",
     "hookimpl",
+    "is_conv1d",
+    "is_linear",
     "layer_ratios",
     "load",
     "next_token_loss",

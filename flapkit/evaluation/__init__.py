@@ -12,5 +12,6 @@ protocol, a hash of the text, the number of items.
 - ``scores``: the scores of a task.
 - ``significance``: McNemar's test of two models on the same items.
 - ``samples``: continue prompts.
+- ``block_table``: the table of block timings of a model on this machine.
 - ``speed``: latency, throughput, memory and multiply-accumulates.
 """

@@ -86,7 +86,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     """
     path = Path(path)
     root, problems = read_tree(path, overrides)
-    registry, plugin_problems = load_plugins(root, path)
+    registry, plugin_problems = load_plugins(root)
     loaded = build_recipe(root, path, registry, complete=not plugin_problems)
     if problems or plugin_problems or isinstance(loaded, list):
         reported = {(problem.position, problem.key) for problem in problems}
@@ -108,7 +108,7 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
     Returns:
         The recipe, or its problems; the list may be empty if a plugin file failed.
     """
-    components, problems = _components(root, registry, path.parent, complete=complete)
+    components, problems = _components(root, registry, complete=complete)
     problems += _combination(root, components["compensator"])
     recipe = check(root, Recipe)
     if isinstance(recipe, Recipe):
@@ -119,7 +119,7 @@ def build_recipe(root: Node, path: Path, registry: Registry, *, complete: bool =
     single = {kind: built[0] for kind, built in components.items() if built}
     specs: dict[str, Any] = {kind: _spec(component) for kind, component in single.items()}
     specs |= {KEYS[kind]: tuple(_spec(component) for component in built) for kind, built in several.items()}
-    plugins = tuple(str(_plugin_path(entry, path)) for entry in recipe.plugins)
+    plugins = tuple(str(to_path(str(entry.value), entry.folder).resolve()) for entry in _plugins(root))
     resolved = recipe.model_copy(update={**specs, "plugins": plugins})
     return LoadedRecipe(
         resolved,
@@ -168,35 +168,31 @@ def _error(problems: Sequence[Problem], overrides: Sequence[str]) -> RecipeError
     return RecipeError(*dict.fromkeys(str(problem) for problem in sorted(problems, key=place)))
 
 
-def load_plugins(root: Node, path: Path) -> tuple[Registry, list[Problem]]:
+def load_plugins(root: Node) -> tuple[Registry, list[Problem]]:
     """Load the installed plugins and the recipe's own files."""
     registry = Registry.load()
     problems = []
-    plugins = root.child("plugins")
-    entries = plugins.value if plugins is not None and isinstance(plugins.value, list) else []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(_plugins(root)):
         if isinstance(entry.value, str):
             try:
-                add_file(registry, _plugin_path(entry.value, path))
+                add_file(registry, to_path(entry.value, entry.folder).resolve())
             except InputError as error:
                 log.debug("", exc_info=error)
                 problems.append(Problem(entry.position, f"plugins.{index}", str(error)))
     return registry, problems
 
 
-def _plugin_path(entry: str, path: Path) -> Path:
-    return to_path(entry, path.parent).resolve()
+def _plugins(root: Node) -> list[Node]:
+    plugins = root.child("plugins")
+    return plugins.value if plugins is not None and isinstance(plugins.value, list) else []
 
 
-def _components(
-    root: Node, registry: Registry, folder: Path, *, complete: bool
-) -> tuple[dict[str, list[Any]], list[Problem]]:
+def _components(root: Node, registry: Registry, *, complete: bool) -> tuple[dict[str, list[Any]], list[Problem]]:
     """Build the components that the recipe names.
 
     Args:
         root: the recipe.
         registry: the known components.
-        folder: base of relative paths in options that no file sets.
         complete: false if a plugin file failed to load: an unknown name may belong to that plugin.
 
     Returns:
@@ -206,7 +202,7 @@ def _components(
     problems: list[Problem] = []
     for kind in KINDS:
         for key, node in _named(root, kind.name):
-            built = _component(kind, key, node, registry, folder, complete=complete)
+            built = _component(kind, key, node, registry, complete=complete)
             if isinstance(built, list):
                 problems += built
             else:
@@ -226,7 +222,7 @@ def _named(root: Node, kind: str) -> list[tuple[str, Node]]:
 
 
 def _component(
-    kind: ComponentKind[Component], key: str, node: Node, registry: Registry, folder: Path, *, complete: bool
+    kind: ComponentKind[Component], key: str, node: Node, registry: Registry, *, complete: bool
 ) -> Component | list[Problem]:
     """Build one component, or list its problems; the list is empty where the schema reports them."""
     name = node.child("name") if isinstance(node.value, dict) else node
@@ -237,8 +233,7 @@ def _component(
     except PluginError as error:
         known = complete or closest(name.value, registry.names(kind))
         return [Problem(name.position, key, str(error))] if known else []
-    written_in = Path(node.position.source).parent if node.position.line else folder
-    return check(_options(node), component, key, written_in)
+    return check(_options(node), component, key)
 
 
 def _combination(root: Node, compensators: Sequence[Compensator]) -> list[Problem]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
@@ -73,6 +74,11 @@ class Node:
     value: Scalar | list[Node] | dict[str, Node]
     position: Position
     key_position: Position
+
+    @property
+    def folder(self) -> Path:
+        """The base of relative paths in it: the folder of its file, or the current directory for an option."""
+        return Path(self.position.source).parent if self.position.line else Path()
 
     def child(self, part: str | int) -> Node | None:
         """Return an entry of a section by its key, or of a list by its index; None where there is none."""

@@ -416,6 +416,8 @@ class Recipe(Section):
         description="Exporter, or a list of them: further formats of the pruned model, written below `exports/`.",
     )
     plugins: tuple[str, ...] = Field(
-        default=(), description="Files of your own plugins, relative to the recipe's folder."
+        default=(),
+        description="Files of your own plugins, relative to the recipe's folder; given by `--set`, to the current "
+        "directory.",
     )
     output: PathText = Field(description="Output folder, relative to the current directory.")

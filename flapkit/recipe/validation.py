@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import pydantic
@@ -50,7 +49,7 @@ def adapter_of(of: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(of)
 
 
-def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) -> T | list[Problem]:
+def check(node: Node, of: type[T], key: str = "") -> T | list[Problem]:
     """Build a section, or a component, from a tree.
 
     The tree is checked as JSON in pydantic's strict mode: text is not a number, 1.0 is not a whole number, but a whole
@@ -60,13 +59,13 @@ def check(node: Node, of: type[T], key: str = "", folder: Path | None = None) ->
         node: the tree.
         of: a pydantic model or a dataclass.
         key: the dotted key of the tree within the recipe.
-        folder: base of relative paths in it; the current directory if not given.
 
     Returns:
         The section or component, or its problems.
     """
     try:
-        context = {"folder": folder or Path()}
+        options = node.value if isinstance(node.value, dict) else {}
+        context = {"folders": {name: option.folder for name, option in options.items()}}
         kind: Any = of
         built: T = adapter_of(kind).validate_json(json.dumps(node.plain()), strict=True, context=context)
         return built

@@ -34,14 +34,15 @@ def _check(text: str) -> str:
 
 def _find(path: Path, info: ValidationInfo) -> Path:
     """Make a path absolute, and check that the file is there."""
-    path = _reach(path, (info.context or {}).get("folder")).absolute()
+    folders = (info.context or {}).get("folders", {})
+    path = _reach(path, folders.get(info.field_name)).absolute()
     if not path.is_file():
         raise PydanticCustomError("file", "file not found: {path}", {"path": str(path)})
     return path
 
 
 File = Annotated[Path, AfterValidator(_find)]
-"""A file that has to be there; in a recipe its path is relative to the recipe's folder."""
+"""A file that has to be there, relative to the recipe's folder or, in ``--set``, to the current directory."""
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_check)]

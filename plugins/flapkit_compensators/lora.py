@@ -14,7 +14,18 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from flapkit.interfaces import Compensator, Count, ModelError, RecipeError, Recovery, Site, Training, did_you_mean
+from flapkit.interfaces import (
+    Compensator,
+    Count,
+    ModelError,
+    RecipeError,
+    Recovery,
+    Site,
+    Training,
+    did_you_mean,
+    is_conv1d,
+    is_linear,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +72,7 @@ class Lora(Training, Compensator):
             raise ModelError(f"lora: no pruned site of this {type(model).__name__} is a linear; set `targets`")
         if stacks and self.dropout:
             raise RecipeError("lora: dropout: not supported for stacked experts; set it to 0, or set `targets`")
-        conv = bool(names) and all(_is_conv1d(model.get_submodule(name)) for name in names)
+        conv = bool(names) and all(is_conv1d(model.get_submodule(name)) for name in names)
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -124,7 +135,7 @@ def linears_of_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     modules = dict(model.named_modules())
     params = [name for site in sites for name in (site.weight, *(coupling.param for coupling in site.couplings))]
     owners = dict.fromkeys(name.rpartition(".")[0] for name in params)
-    return [name for name in owners if _is_linear(modules.get(name))]
+    return [name for name in owners if is_linear(modules.get(name))]
 
 
 def stacks_of_sites(sites: Sequence[Site]) -> list[str]:
@@ -148,7 +159,7 @@ def named_linears(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
         RecipeError: a target matches no linear.
     """
     tied = model.get_input_embeddings().weight
-    linears = [name for name, module in model.named_modules() if _is_linear(module) and module.weight is not tied]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and module.weight is not tied]
     names: dict[str, None] = {}
     for target in targets:
         matching = [name for name in linears if name == target or name.endswith(f".{target}")]
@@ -157,13 +168,3 @@ def named_linears(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
             raise RecipeError(f"lora: targets: there is no linear {target!r}{did_you_mean(target, known)}")
         names.update(dict.fromkeys(matching))
     return list(names)
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module | None) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)

@@ -27,7 +27,12 @@ class Plan(StructureSearcher):
     name = "plan"
     uses_scores = False
 
-    path: Annotated[File, Field(description="The plan's file; in a recipe, relative to the recipe's folder.")]
+    path: Annotated[
+        File,
+        Field(
+            description="The plan's file, relative to the recipe's folder; given by `--set`, to the current directory."
+        ),
+    ]
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow the rounding error of a ratio with four digits, or one unit."""

@@ -110,7 +110,7 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
     base_keys = base.value if isinstance(base.value, dict) else {}
     base_keys.setdefault("output", Node("unused", base.position, base.position))
     base_keys["plugins"] = Node(_plugin_files(base, recipe) + _plugin_files(root, path), root.position, root.position)
-    registry, plugin_problems = load_plugins(base, recipe)
+    registry, plugin_problems = load_plugins(base)
     problems += plugin_problems + _prepare(base, root, overrides)
     points, entries = [], _points(root)
     problems += _check_methods(root, entries)

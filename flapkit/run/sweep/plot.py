@@ -124,12 +124,20 @@ def draw(rows: Sequence[Row], keys: Sequence[str], plot: Plot, kind: Literal["pn
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, rows, lines(rows, keys, plot, panel), plot, panel)
         if panels:
-            handles, labels = grid[0].get_legend_handles_labels()
+            handles, labels = _from_the_top(grid[0])
             columns = 1 + (len(labels) - 1) // 24
             figure.legend(handles, labels, loc="outside right upper", frameon=False, ncols=columns)
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return image.getvalue()
+
+
+def _from_the_top(axes: Axes) -> tuple[list[Any], list[str]]:
+    """List the lines of a panel for the legend, from the top to the bottom of its left side."""
+    handles: list[Any]
+    handles, labels = axes.get_legend_handles_labels()
+    drawn = sorted(zip(handles, labels, strict=True), key=lambda line: -line[0].get_ydata()[0])
+    return [handle for handle, _ in drawn], [label for _, label in drawn]
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], by_method: dict[str, Line], plot: Plot, panel: Panel) -> None:

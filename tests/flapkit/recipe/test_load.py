@@ -354,6 +354,23 @@ def test_a_plugin_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert loaded.recipe.metric.options["inner"] == {"depth": 1}
 
 
+def test_paths_on_the_command_line_are_relative_to_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    write(here, PLUGIN, "mine.py")
+    for folder in (tmp_path, here):
+        write(folder, "{}", "plan.json")
+    recipe = write(tmp_path, GOOD + "searcher: {name: plan, path: plan.json}\n")
+    loaded = load_recipe(recipe, ["plugins=[./mine.py]", "metric=mine"])
+    assert loaded.recipe.plugins == (str(here / "mine.py"),)
+    assert loaded.recipe.searcher.options["path"] == str(tmp_path / "plan.json")
+    for text in ("searcher.path=plan.json", "searcher={name: plan, path: plan.json}"):
+        assert load_recipe(recipe, [text]).recipe.searcher.options["path"] == str(here / "plan.json")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
