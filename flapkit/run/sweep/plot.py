@@ -134,9 +134,11 @@ def draw(rows: Sequence[Row], keys: Sequence[str], plot: Plot, kind: Literal["pn
 
 def _from_the_top(axes: Axes) -> tuple[list[Any], list[str]]:
     """List the lines of a panel for the legend, from the top to the bottom of its left side."""
-    handles: list[Any]
-    handles, labels = axes.get_legend_handles_labels()
-    drawn = sorted(zip(handles, labels, strict=True), key=lambda line: -line[0].get_ydata()[0])
+
+    def height(line: tuple[Any, str]) -> float:
+        return float(line[0].get_ydata()[0])
+
+    drawn = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=height, reverse=True)
     return [handle for handle, _ in drawn], [label for _, label in drawn]
 
 
