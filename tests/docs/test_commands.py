@@ -81,7 +81,7 @@ def command_lines(program: str) -> list[str]:
 @pytest.mark.parametrize("line", command_lines("flapkit"))
 def test_commands_parse(folder, line):
     group = typer.main.get_command(app)
-    words = shlex.split(line.replace("$PWD", str(folder)), comments=True)
+    words = shlex.split(line, comments=True)
     with group.make_context("flapkit", list(words), resilient_parsing=True) as context:
         name, command, rest = group.resolve_command(context, words)
         parsed = command.make_context(name, rest, parent=context)

@@ -36,6 +36,12 @@ BEFORE = {
     "docs/how-to/draft.md: # draft.py": "",
     "docs/how-to/fine-tune.md: import flapkit": "",
     "docs/how-to/lightning.md: import flapkit": "",
+    "docs/how-to/lightning.md: from flapkit": """
+        import flapkit, torch
+        from flapkit.checkpoint.load import load_tokenizer
+        from lightning.pytorch import Trainer
+        tokens, tokenizer = torch.arange(256).view(8, 32), load_tokenizer("builtin:tiny-llama")
+    """,
     "docs/how-to/plot.md: import json": "",
     "docs/how-to/plot.md: import pandas": """
         import os
