@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ FIXED = {
     "output": "a sweep writes no checkpoints; its own `output` is the folder of the results",
     "export": "a sweep writes no checkpoints, so there is nothing to export",
 }
-"""Keys of a recipe that a point cannot set -> the reason."""
+"""Keys of a recipe that neither a point nor the command line sets -> the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,9 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
     base, problems = read_tree(recipe)
     base_keys = base.value if isinstance(base.value, dict) else {}
     base_keys.setdefault("output", Node("unused", base.position, base.position))
-    base_keys["plugins"] = Node(_plugin_files(base, recipe) + _plugin_files(root, path), root.position, root.position)
+    base_keys["plugins"] = Node(
+        _items(base.child("plugins")) + _items(root.child("plugins")), root.position, root.position
+    )
     registry, plugin_problems = load_plugins(base)
     problems += plugin_problems + _prepare(base, root, overrides)
     points, entries = [], _points(root)
@@ -180,17 +181,6 @@ def _base(file: SweepFile, root: Node, path: Path) -> Path:
         raise RecipeError(str(Problem(node.position, "recipe", str(error)))) from error
 
 
-def _plugin_files(root: Node, file: Path) -> list[Node]:
-    """List the plugin files of a recipe or a sweep, as absolute paths."""
-    entries = _items(root.child("plugins"))
-    for entry in entries:
-        if isinstance(entry.value, str):
-            # A bad path is reported when the plugin is loaded.
-            with suppress(InputError):
-                entry.value = str(to_path(entry.value, file.parent).resolve())
-    return entries
-
-
 def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
     """Set the values for all points in the base recipe: those of the sweep's ``set``, then of the command line."""
     problems = []
@@ -199,7 +189,9 @@ def _prepare(base: Node, root: Node, overrides: Sequence[str]) -> list[Problem]:
     swept = {key for entry in _points(root) for key in (*entry.method, *entry.settings)}
     for text in overrides:
         key = text.partition("=")[0].strip()
-        if key in swept:
+        if reason := FIXED.get(key.split(".")[0]):
+            problems.append(Problem(override_position(text), key, reason))
+        elif key in swept:
             problems.append(Problem(override_position(text), key, "the points set this key; change the sweep's file"))
         problems += override(base, text, component_names())
     return problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from sweeps import write_sweep
@@ -161,3 +163,9 @@ def test_files_are_found_beside_what_names_them(tmp_path):
     assert load_sweep(path).points[0].recipe.searcher.path == tmp_path / "base" / "a.json"
     write_sweep(tmp_path, recipe="base/base.yaml", grid={"searcher": [{"name": "plan", "path": "b.json"}]})
     assert load_sweep(path).points[0].recipe.searcher.path == tmp_path / "b.json"
+
+
+@pytest.mark.parametrize("text", ["plugins=[./mine.py]", "output=elsewhere", "export=gguf"])
+def test_what_belongs_to_the_sweep_is_not_overridden(tmp_path, text):
+    with pytest.raises(RecipeError, match=rf"^--set {re.escape(text)}: {text.partition('=')[0]}: "):
+        load_sweep(write_sweep(tmp_path), [text])
