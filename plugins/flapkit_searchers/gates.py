@@ -47,7 +47,8 @@ class GateTraining(TrainedSearcher):
     the kept columns afterwards, and its fit contains every scale.
 
     The gates start from the order of the metric's scores within each site: all MLPs lose the same ratio, attentions
-    about half of it.
+    about half of it. The lower the ratio (or the fewer units stay), the further apart they start, so that a step opens and
+    closes a like share of the units that go.
     """
 
     name = "gates"
@@ -56,7 +57,13 @@ class GateTraining(TrainedSearcher):
     batch_size: Annotated[
         Count, Field(ge=1, description="Windows that go through the model at once, on each device.")
     ] = 4
-    lr: Annotated[float, Field(gt=0, description="Peak learning rate; gates start between 0 and 2.")] = 0.05
+    lr: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Peak learning rate; at a ratio of 0.5 gates start between 0 and 2, otherwise further apart.",
+        ),
+    ] = 0.05
     warmup: Annotated[
         float, Field(ge=0, lt=1, description="Fraction of the steps in which the learning rate rises before it falls.")
     ] = 0.05
@@ -107,7 +114,10 @@ class GateTraining(TrainedSearcher):
         budget: Budget,
     ) -> BudgetGates:
         """Build the gates."""
-        first = {site.name: _first(site, scores[site.name]) for site in sites}
+        # A step moves a gate by about the learning rate, however few units go: they lie further apart for that.
+        ratio = budget.amount / budget.cost.of_all(sites)
+        spread = 0.5 / min(ratio, 1 - ratio)
+        first = {site.name: spread * _first(site, scores[site.name]) for site in sites}
         channels = {site.name: _channels(site, statistics[site.name]) for site in sites}
         return BudgetGates(self, sites, first, channels, budget)
 

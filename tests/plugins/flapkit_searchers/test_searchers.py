@@ -179,7 +179,7 @@ def test_a_plan_by_hand(tmp_path):
     [
         ({"layers.1.mlp": [0]}, 0.1, "blocks", r"set budget.ratio to 0\.1763"),
         ({"layers.1.mpl": [0]}, 0.1, "blocks", "did you mean 'layers.1.mlp'"),
-        ({"layers.1.mlp": [0, 50]}, 0.3, "blocks", "ascending, from 0 to 49"),
+        ({"layers.1.mlp": [0, 50]}, 0.3, "blocks", "keeps unit 50, but the model has 50 there"),
         ({"layers.1.mlp": []}, 0.3, "blocks", "keeps no unit"),
         ({"layers.1.mlp": [0]}, 0.3, "attention", "budget.of: attention prunes these sites only"),
         ({"layers.1.mlp": "all"}, 0.3, "blocks", "a list of whole numbers"),

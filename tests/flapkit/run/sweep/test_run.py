@@ -155,7 +155,7 @@ def test_what_points_share_is_computed_once(home, monkeypatch, forwards):
     assert rows[0].params["removed"] == rows[1].params["removed"]
     assert rows[0].perplexity != rows[1].perplexity
     # On all windows once for each start of the sweep, and once for each search on those that it does not judge on.
-    assert sorted(len(batch["input_ids"]) for batch in forwards) == [5, 5, 6, 6]
+    assert sorted(len(batch["input_ids"]) for batch in forwards) == [6, 6, 8, 8]
     assert not list(home.glob(".*"))
 
 
