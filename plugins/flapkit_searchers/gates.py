@@ -47,8 +47,8 @@ class GateTraining(TrainedSearcher):
     the kept columns afterwards, and its fit contains every scale.
 
     The gates start from the order of the metric's scores within each site: all MLPs lose the same ratio, attentions
-    about half of it. The lower the ratio (or the fewer units stay), the further apart they start, so that a step opens and
-    closes a like share of the units that go.
+    about half of it. The lower the ratio (or the fewer units stay), the further apart they start, so that a step opens
+    and closes a like share of the units that go.
     """
 
     name = "gates"
