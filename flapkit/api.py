@@ -166,9 +166,9 @@ def prune_(
         rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
         removed = Budget.over(model_sites, 0.2 if ratio is None else ratio, of, params, *rounding)
     else:
-        biased = any(part.adds_bias for part in method.compensators)
         name = str(model.config.name_or_path or "MODEL")
-        removed = work_out(asked, model, model_sites, params, model.dtype, biased=biased, name=name).budget
+        costed = work_out(asked, model, model_sites, params, model.dtype, biased=method.adds_bias, name=name)
+        removed = costed.budget
     if isinstance(method.searcher, TrainedSearcher):
         _check_gated(model, model_sites)
     if all(site.block for site in model_sites):

@@ -64,6 +64,11 @@ class Method:
         return isinstance(self.searcher, (TrialSearcher, TrainedSearcher))
 
     @property
+    def adds_bias(self) -> bool:
+        """Whether the corrections add biases to the consumers that have none."""
+        return any(compensator.adds_bias for compensator in self.compensators)
+
+    @property
     def scoring(self) -> tuple[type[Statistic], ...]:
         """The statistics to measure for the scores and for a searcher that trains."""
         scoring = self.metric.measures() if self.searcher.uses_scores else ()

@@ -32,8 +32,7 @@ def open_budget(recipe: LoadedRecipe, target: Target, params: int, saved: torch.
         BudgetError: the model has not what is counted, or not so little of it can be left, or was not timed.
         ModelError: the model's configuration does not say what is needed.
     """
-    settings, empty = recipe.recipe, skeleton(target.config)
-    biased = any(part.adds_bias for part in recipe.compensators)
+    settings, empty, biased = recipe.recipe, skeleton(target.config), recipe.method.adds_bias
     try:
         return work_out(settings.budget, empty, target.sites, params, saved, biased=biased, name=settings.model.source)
     except BudgetError as error:

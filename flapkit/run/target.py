@@ -95,6 +95,6 @@ def _choose_unit(recipe: LoadedRecipe, adapter: ArchitectureAdapter, config: Pre
 def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe the pruned model, as far as the recipe determines it."""
     budget, biases = recipe.recipe.budget, biased_kinds(config, sites)
-    if any(compensator.adds_bias for compensator in recipe.compensators):
+    if recipe.method.adds_bias:
         biases |= {site.kind for site in prunable(sites, budget.base)} - {"mixture"}
     return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases, budget.multiple_of)

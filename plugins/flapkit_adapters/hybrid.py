@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from flapkit.interfaces import Block, Family
 from flapkit_adapters.llama import ATTENTION
-from flapkit_adapters.mixtures import CORRECTED, DENSE_MLP, EXPERTS, MIXTURE, SHARED
+from flapkit_adapters.mixtures import CORRECTED, EXPERTS, MIXTURE, QWEN_MIXTURE, SHARED
 
 HYBRIDS = (
     Family(
@@ -20,13 +20,7 @@ HYBRIDS = (
         "qwen3_next",
         ("qwen3_next",),
         "model.layers",
-        (
-            ATTENTION,
-            DENSE_MLP,
-            EXPERTS,
-            MIXTURE,
-            replace(SHARED, path="mlp.shared_expert", name="shared_expert", width="shared_expert_intermediate_size"),
-        ),
+        QWEN_MIXTURE,
         "Qwen 3 Next: gated delta nets in most layers, which stay; attention in some; experts and a shared expert.",
     ),
     Family(

@@ -34,6 +34,13 @@ SHARED = Block(
     "mlp", "mlp.shared_experts", "down_proj", {"gate_proj": "i", "up_proj": "i"}, name="shared_experts", optional=True
 )
 ROUTED = replace(MIXTURE, width="n_routed_experts")
+QWEN_MIXTURE = (
+    ATTENTION,
+    DENSE_MLP,
+    EXPERTS,
+    MIXTURE,
+    replace(SHARED, path="mlp.shared_expert", name="shared_expert", width="shared_expert_intermediate_size"),
+)
 CORRECTED = replace(ROUTED, parameters={**ROUTED.parameters, "gate.e_score_correction_bias": "e"})
 
 MIXTURES = (
@@ -48,13 +55,7 @@ MIXTURES = (
         "qwen2_moe",
         ("qwen2_moe",),
         "model.layers",
-        (
-            ATTENTION,
-            DENSE_MLP,
-            EXPERTS,
-            MIXTURE,
-            replace(SHARED, path="mlp.shared_expert", name="shared_expert", width="shared_expert_intermediate_size"),
-        ),
+        QWEN_MIXTURE,
         "Qwen 1.5 and 2 with experts and a shared expert.",
     ),
     Family(
