@@ -78,12 +78,12 @@ def export(checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: boo
         InputError: the checkpoint, the exporter or the output is unsuitable.
         RunError: the exported model computes something else.
     """
-    check_packages(exporter)
     (check_output_file if exporter.suffix else check_output)(output, overwrite=overwrite)
     config = load_config(checkpoint)
     sites = sites_of(skeleton(config), declaration_of(config))
     pruned = Checkpoint(checkpoint, prospect_of(config, sites), _tokenizer(checkpoint))
     _check_form(exporter, pruned.prospect)
+    check_packages(exporter)
     new = new_file if exporter.suffix else new_folder
     with new(output, overwrite=overwrite) as path:
         exporter.write(pruned, path)
@@ -131,8 +131,8 @@ def check_exports(exporters: Sequence[Exporter], prospect: Prospect) -> None:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"export: {', '.join(twice)} is listed twice, and both would write the same file")
     for exporter in exporters:
-        check_packages(exporter)
         _check_form(exporter, prospect)
+        check_packages(exporter)
 
 
 def _check_form(exporter: Exporter, prospect: Prospect) -> None:
