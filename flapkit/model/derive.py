@@ -207,7 +207,8 @@ def propose(model: PreTrainedModel) -> Family:
     for index, module in enumerate(layers):
         layer = Layer(model, path, index, hasattr(model.config, "num_attention_heads"))
         candidates = [block for consumer in layer.consumers() if (block := layer.block(consumer))]
-        for block in [*map(_with_common_path, candidates), *_experts(module), *_mixtures(module, model.config)]:
+        linear = [block for block in map(_with_common_path, candidates) if not _convolves(module, block)]
+        for block in [*linear, *_experts(module), *_mixtures(module, model.config)]:
             key = (block.kind, block.path, block.consumer)
             merged[key] = _merge(merged[key], block) if key in merged else block
     blocks = [_complete_attention(model, path, block) for block in _with_names(merged.values())]
@@ -236,6 +237,11 @@ def _layers(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return names[id(module)]
     raise ModelError(f"{type(decoder).__name__} has no list of {count} layers")
+
+
+def _convolves(layer: nn.Module, block: Block) -> bool:
+    """Return whether a block mixes tokens by a convolution, as state-space blocks do: such a block stays whole."""
+    return bool(block.path) and any(isinstance(part, nn.Conv1d) for part in layer.get_submodule(block.path).modules())
 
 
 def _with_common_path(block: Block) -> Block:
