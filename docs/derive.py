@@ -45,7 +45,8 @@ flapkit derives the declaration and verifies it, in a few seconds and before any
    a quarter of the effect of masking: this catches gross errors only. It does not check every layer.
 
 `flapkit check` then prints `auto (derived and verified)` and lists the blocks; a block that is not listed is not
-pruned: those with a convolution over the tokens (state-space layers), for example. The derived declaration is recorded in `flapkit.json` and in the checkpoint's configuration.
+pruned: those with a convolution over the tokens (state-space layers), for example. The derived declaration is
+recorded in `flapkit.json` and in the checkpoint's configuration.
 
 A declaration that cannot be verified is refused: encoder-decoders, models without attention, parameters that several
 layers share, and blocks that are not exact. The message says what failed, and prints what was derived as YAML;

@@ -100,7 +100,7 @@ class LlamaCpp(Engine):
         self.weights = sum(int(tensor.n_bytes) for tensor in tensors)
         self.version = f"{self.distribution} {version(self.distribution)}"
         self._tokens = workload.tokens
-        self._model = llama_cpp.Llama(
+        self._model: Any = llama_cpp.Llama(
             path,
             n_ctx=workload.prompt + workload.tokens + 1,
             n_threads=torch.get_num_threads(),
