@@ -1,5 +1,7 @@
 """Measure every family in every export format: ``python docs/measure_exports.py`` writes ``docs/export-matrix.md``.
 
+``--families llama qwen2`` measures these, and leaves the other rows of the page as they are.
+
 Tiny random models show that forms agree, not what they are good for. It needs every extra, and half an hour. With a
 real checkpoint and a text (``--checkpoint FOLDER --text FILE``) it adds the perplexity that each form gives.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +59,31 @@ each export was run by its target program. Every consumer has a bias, as FLAP ad
 - `no bias`: the stock class, or llama.cpp's architecture, has no bias where pruning adds one; prune with
   `least_squares` without intercept, or with `none`.
 - `no`: the format cannot represent the family. The tiny Mistral has a sliding window, which llama.cpp's `deci` lacks.
-- `not run`: a test computes the file as llama.cpp's source says; llama.cpp itself has not run it yet.
 - `fails`: the error of the converter. A mixture of experts loops over the experts that the router chose, which
   torch.export cannot trace.
+
+Measured by `python docs/measure_exports.py`:
 """
 
 
-def family_rows(registry: Registry, names: list[str]) -> list[str]:
-    """Measure a tiny random model of each family."""
-    rows = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+def family_rows(registry: Registry, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Measure a tiny random model of each family; yield the family and its row."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 save_tiny(registry, name, Path(folder) / "pruned")
             except (FlapkitError, ValueError) as error:
-                rows.append(f"| {name} | cannot be built: {error} |" + " |" * (len(COLUMNS) - 1))
+                yield name, f"| {name} | cannot be built: {error} |" + " |" * (len(COLUMNS) - 1)
                 continue
             cells = [cell(registry, Path(folder), kind, options) for kind, options in COLUMNS.items()]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-        print(rows[-1], flush=True)
-    return rows
+        yield name, f"| {name} | {' | '.join(cells)} |"
+
+
+def rows_of_page() -> dict[str, str]:
+    """Read the rows of the page, by family."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| family ")]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
 
 
 def save_tiny(registry: Registry, name: str, folder: Path) -> None:
@@ -162,8 +170,13 @@ def main() -> None:
         print("\n".join(rows))
         return
     every = [name for name in registry.names(ADAPTER) if name not in ("auto", "vicuna")]
-    rows = family_rows(registry, asked.families or every)
-    PAGE.write_text("\n".join(["# Families and exports", "", NOTES, *rows]) + "\n", encoding="utf-8")
+    rows = rows_of_page()
+    head = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in family_rows(registry, asked.families or every):
+        print(row, flush=True)
+        rows[name] = row
+        table = [*head, *(rows[family] for family in every if family in rows)]
+        PAGE.write_text("\n".join(["# Families and exports", "", NOTES, *table]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
