@@ -89,6 +89,9 @@ def test_its_sites_and_budget_from_the_configuration_alone(name: str) -> None:
     assert len(sites) == 2 * config.num_hidden_layers
     query = config.num_attention_heads * config.head_dim
     shared = config.num_key_value_heads * config.head_dim
+    if sites[0].units != config.num_key_value_heads:
+        # Single query heads: keys and values stay, and do not count.
+        shared = 0
     block = config.hidden_size * (2 * query + 2 * shared + 3 * config.intermediate_size)
     budget = Budget.over(sites, loaded.recipe.budget.ratio, loaded.recipe.budget.of)
     assert budget.base == config.num_hidden_layers * block
@@ -159,7 +162,7 @@ def test_the_demo_needs_no_network_and_no_accelerator() -> None:
 
 def test_presets_differ_in_their_method_alone_and_flap_is_the_papers() -> None:
     presets = {name: load_recipe(RECIPES[name]).recipe for name in PRESETS}
-    own = {"output", "metric", "searcher", "compensator", "calibration", "evaluate"}
+    own = {"output", "metric", "searcher", "compensator", "calibration", "evaluate", "adapter"}
     assert len({preset.model_dump_json(exclude=own) for preset in presets.values()}) == 1
     paper = load_recipe(RECIPES["llama-2-7b-flap20"]).recipe
     assert presets["flap"].model_dump(exclude={"model", "output"}) == paper.model_dump(exclude={"model", "output"})
