@@ -54,7 +54,7 @@ def deep():
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "opt", "qwen3", "deepseek_v2", "lfm2", "falcon"])
 def test_families(name):
-    check_adapter(Registry.load().create(ADAPTER, name), forms=["as it is"], checks=["whole blocks"])
+    check_adapter(Registry.load().create(ADAPTER, name), forms=["default"], checks=["whole blocks"])
 
 
 @torch.no_grad()
