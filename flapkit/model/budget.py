@@ -193,11 +193,13 @@ class Budget:
         pruned = [site for site in sites if cost.of(site)]
         need, rest = cost.total - left, cost.total - cost.of_all(pruned)
         if need <= 0:
-            raise BudgetError(f"budget.{asked}: the dense model has no more: {cost.say(cost.total)}; ask for less")
+            raise BudgetError(
+                f"budget.{asked}: the dense model has only {cost.say(cost.total)} already; set a smaller budget"
+            )
         if left < rest:
             raise BudgetError(
-                f"budget.{asked}: what cannot be pruned (embeddings, norms, head) has {cost.say(rest)} of "
-                f"{cost.say(cost.total)}; ask for more than that"
+                f"budget.{asked}: the parts that cannot be pruned (embeddings, norms, head) have {cost.say(rest)} of "
+                f"{cost.say(cost.total)}; set a budget above that"
             )
         steps = unit_costs(sites, cost)
         grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)))

@@ -53,7 +53,10 @@ def test_models_take_turns_in_another_program(fake):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"compiled": True}, "--compile is of the engine transformers"), ({"dtype": "float16"}, "not in float16")],
+    [
+        ({"compiled": True}, "--compile works only with the engine transformers"),
+        ({"dtype": "float16"}, "not in float16"),
+    ],
 )
 def test_options_that_a_program_has_not(fake, options, message):
     with pytest.raises(InputError, match=message):

@@ -184,7 +184,7 @@ def test_other_files(tmp_path: Path) -> None:
     assert "a.pdf: this format is not read; the formats are .txt, .md, .jsonl" in fails(write(tmp_path / "a.pdf", "x"))
     message = fails(str(tmp_path))
     assert "a.pdf: this format is not read; move it out of" in message
-    assert ".arrow, .parquet, also with .gz, .bz2, .xz, .zst behind it" in message
+    assert ".arrow, .parquet, also compressed as .gz, .bz2, .xz, .zst" in message
     assert "a.gz: this format is not read" in fails(write(tmp_path / "a.gz", gzip.compress(b"x")))
     (tmp_path / "empty").mkdir()
     assert "the folder has no files with text (.txt, " in fails(str(tmp_path / "empty"))
