@@ -118,7 +118,7 @@ def test_what_cannot_be_asked_for():
     params = costs_of(model, sites)["params"]
     for left, message in (
         (params.total, "the dense model has only"),
-        (100, "what cannot be pruned .* has [0-9,]+ parameters of"),
+        (100, "the parts that cannot be pruned .* have [0-9,]+ parameters of"),
     ):
         with pytest.raises(BudgetError, match=f"budget.params: {left}: {message}"):
             Budget.leaving(params, sites, left, f"params: {left}")
