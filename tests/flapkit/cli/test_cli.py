@@ -124,7 +124,10 @@ def test_usage_error(command):
         ({"budget": {"ratio": -0.5}}, "is not a ratio"),
         ({"budget": {"ratio": float("nan")}}, "ratio"),
         ({"budget": {"ratio": 0.99}}, "the largest ratio of blocks"),
-        ({"budget": {"params": "1K"}}, "budget.params: 1K: what cannot be pruned (embeddings, norms, head) has"),
+        (
+            {"budget": {"params": "1K"}},
+            "budget.params: 1K: the parts that cannot be pruned (embeddings, norms, head) have",
+        ),
         ({"budget": {"memory": "1TB"}}, "budget.memory: 1TB: the dense model has only"),
         ({"budget": {"kv_cache": 0.01}}, "the smallest kv_cache is"),
         ({"budget": {"active_params": "2M"}}, "models of type 'llama' have no experts"),
