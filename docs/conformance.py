@@ -18,11 +18,13 @@ from flapkit.testing import CHECKS, Outcome
 PAGE = Path(__file__).parent / "families.md"
 HEAD = """# Families
 
-The checks of `flapkit check-adapter` on tiny random models of each class, in every form of the class, in float32 on a
-CPU (`python docs/conformance.py`). An error is the largest difference of a logit between the sliced and the masked
-model, as a fraction of the largest logit; rounding in float32 explains up to 1e-5. Random weights verify shapes and
-exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it; `whole experts`
-that with `expert_unit: expert`, before and after channels of the experts that stay are removed, too.
+The families that come with flapkit, with the checks of `flapkit check-adapter`: tiny random models of each class, in
+every form of the class, in float32 on a CPU (`python docs/conformance.py`). An error is the largest difference of a
+logit between the sliced and the masked model, as a fraction of the largest logit; rounding in float32 explains up to
+1e-5. Random weights verify shapes and exactness, not quality.
+
+`query heads` is the error with `unit: query_head`, if the family supports it. `whole experts` is the error with
+`expert_unit: expert`, measured before and after channels of the remaining experts are removed as well.
 """
 WITH_FIGURES = ("sliced is masked", "query heads", "whole experts", "constant channels", "bfloat16")
 """Checks whose worst figure is shown; the others show whether they passed."""

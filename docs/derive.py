@@ -28,36 +28,39 @@ TYPES = (
 
 HEAD = """# Undeclared models
 
-`adapter: auto` is the default. A model whose type a plugin declares gets that plugin's adapter. For every other one,
-flapkit derives the declaration and verifies it, in a few seconds and before any weights are read:
+What flapkit does with a model that no plugin declares. `adapter: auto` is the default: a model whose type a plugin
+declares gets that plugin's adapter, and for every other model flapkit derives a declaration and verifies it, in a few
+seconds and before any weights are read:
 
 1. It builds a tiny random model of the same class and options. The decoder layers are the decoder's list of modules.
-2. For each linear that writes to the residual stream it sets the columns that read one unit to zero, and finds the
-   rows whose gradient becomes exactly zero. These rows feed nothing else: they go with the unit. The layout (`q`,
-   `q+k+k`, ...) is the one that assigns these rows to the unit.
+2. For each linear that writes to the residual stream it sets the columns of one unit to zero, and finds the rows
+   whose gradient becomes exactly zero. These rows affect nothing but the unit, and are removed with it. The layout
+   (`q`, `q+k+k`, ...) is the one that assigns these rows to the unit.
 3. It reads from the module: size attributes, configuration entries that its forward uses, and arguments with a
-   dimension of heads. Modules of stacked experts carry flags for their layout; the router beside them is found by its
+   dimension of heads. Modules of stacked experts have flags for their layout; the router beside them is found by its
    `top_k` and its row for each expert.
-4. It verifies the declaration: a sliced model must compute the same as the masked dense model, with two sequences, left
-   padding, a step from the KV cache, and each attention implementation; and masking must change the logits.
-5. After the model itself is loaded, one layer of each block is sliced and masked once more, at its real sizes, on a few
-   tokens. In float32 the logits must agree to rounding. In half precision, where rounding is larger, they may differ by
-   a quarter of the effect of masking: this catches gross errors only. It does not check every layer.
+4. It verifies the declaration: a sliced model must compute the same as the masked dense model, with two sequences,
+   left padding, a step from the KV cache, and each attention implementation; and masking must change the logits.
+5. After the model itself is loaded, one layer of each block is sliced and masked once more, at its real sizes, on a
+   few tokens. In float32 the logits must agree to rounding. In half precision, where rounding is larger, they may
+   differ by a quarter of the effect of masking, so only gross errors are found. Not every layer is checked.
 
 `flapkit check` then prints `auto (derived and verified)` and lists the blocks; a block that is not listed is not
 pruned: those with a convolution over the tokens (state-space layers), for example. The derived declaration is
 recorded in `flapkit.json` and in the checkpoint's configuration.
 
 A declaration that cannot be verified is refused: encoder-decoders, models without attention, parameters that several
-layers share, and blocks that are not exact. The message says what failed, and prints what was derived as YAML;
-correct it, save it, and list the file in [a recipe's `plugins`](interfaces/adapters.md). `flapkit check-adapter` tells
-forms of a model type that are refused from checks that failed: StableLM with norms of single heads is refused.
+layers share, and blocks that are not exact. The message says what failed, and prints the derived declaration as YAML;
+correct it, save it, and list the file in [a recipe's `plugins`](interfaces/adapters.md). `flapkit check-adapter`
+distinguishes forms of a model type that are refused from checks that failed: StableLM with norms of single heads is
+refused.
 
-## What was tried
+## Tested model types
 
 Tiny random models of types that no plugin declares (`python docs/derive.py`). They verify shapes and exactness, not
-quality. The error is the largest difference of a logit between sliced and masked, as a fraction of the largest logit.
-Of `experts`, which lose channels, and `mixture`, which loses whole experts, the adapter's `expert_unit` chooses one.
+quality. The error is the largest difference of a logit between the sliced and the masked model, as a fraction of the
+largest logit. In models with experts, the adapter's `expert_unit` chooses between `experts`, which lose channels, and
+`mixture`, which loses whole experts.
 
 | model type | outcome | blocks, or why not | error |
 |---|---|---|---|"""

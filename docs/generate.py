@@ -23,19 +23,26 @@ HERE = Path(__file__).parent
 def recipes() -> str:
     """Write the reference of recipes: every section, key, type, default and meaning."""
     schema = Recipe.model_json_schema()
-    lines = ["# Recipes", "", schema["description"], ""]
-    lines += ["An unknown key is an error. `flapkit schema` prints this as JSON schema for editors.", ""]
-    lines += _table(schema)
+    lines = [
+        "# Recipes",
+        "",
+        "All keys of a recipe, the YAML file that `flapkit run` takes. An unknown key is an error.",
+    ]
+    lines += ["`flapkit schema` prints the same as JSON schema for editors.", ""]
+    lines += _table(schema, schema["$defs"])
     for name, section in schema["$defs"].items():
-        lines += [f"## {name}", "", section.get("description", "").replace("``", "`"), "", *_table(section)]
+        lines += [f"## {name}", "", section.get("description", "").replace("``", "`"), ""]
+        lines += _table(section, schema["$defs"])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(section: dict[str, Any]) -> list[str]:
+def _table(section: dict[str, Any], sections: dict[str, Any]) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, entry in section["properties"].items():
         default = "required" if key in section.get("required", ()) else f"`{_yaml(entry.get('default'))}`"
-        meaning = entry.get("description", "").replace("|", "\\|")
+        # The schema leaves out a description that the key's section has as well.
+        described = entry if "description" in entry else sections.get(entry.get("$ref", "").rpartition("/")[2], {})
+        meaning = described.get("description", "").replace("``", "`").replace("|", "\\|")
         lines.append(f"| `{key}` | {_type(entry)} | {default} | {meaning} |")
     return [*lines, ""]
 
@@ -73,24 +80,30 @@ def components() -> str:
         if kind == ADAPTER:
             lines += ["| name | models |", "|---|---|"]
             lines += [f"| `{name}` | {_summary(component)} |" for name, component in registry.names(kind).items()]
-            lines += ["", "Every adapter has the same options:", "", *_table(options["auto"])]
+            lines += ["", "Every adapter has the same options:", "", *_table(options["auto"], schema["$defs"])]
             assert all(entry["properties"].keys() == options["auto"]["properties"].keys() for entry in options.values())
         else:
             for name, component in registry.names(kind).items():
                 lines += [f"### {name}", "", _prose(inspect.getdoc(component) or ""), ""]
-                lines += _table(options[name]) if options[name]["properties"] else ["It has no options.", ""]
+                table = (
+                    _table(options[name], schema["$defs"])
+                    if options[name]["properties"]
+                    else ["It has no options.", ""]
+                )
+                lines += table
         nested |= {name for entry in options.values() for name in _references(entry)}
     lines += ["## Sections of options", ""]
     for name in sorted(nested):
         section = schema["$defs"][name]
-        lines += [f"### {name}", "", section.get("description", "").replace("``", "`"), "", *_table(section)]
+        lines += [f"### {name}", "", section.get("description", "").replace("``", "`"), ""]
+        lines += _table(section, schema["$defs"])
     return "\n".join(lines).rstrip() + "\n"
 
 
 _COMPONENTS = """# Components
 
-What comes with flapkit, with the options that each component has in a recipe. A component is a name, or a section with
-a name and options; `flapkit list` shows what is installed, and `flapkit schema` prints the options for editors.
+All components that come with flapkit, with their options. In a recipe, a component is a name, or a section with a name
+and options. `flapkit list` shows what is installed, and `flapkit schema` prints the options for editors.
 
 ```yaml
 metric: wifv

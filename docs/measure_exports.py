@@ -52,15 +52,17 @@ REAL: list[tuple[str, dict[str, Any]]] = [
     ("compressed-tensors", {"scheme": "fp8"}),
 ]
 NOTES = """\
-A number is the largest difference of a logit from the pruned model's, as a fraction of the largest logit, in float32;
-each export was run by its target program. Every consumer has a bias, as FLAP adds one, and the layers differ in width
-(`hf-stock` pads them with zeros).
+Which [export formats](run-the-model.md) support which family, measured on tiny random models. A number is the largest
+difference of a logit from the pruned model's, as a fraction of the largest logit, in float32; each export was run by
+its target program. Every consumer has a bias, as FLAP adds one, and the layers differ in width (`hf-stock` pads them
+with zeros).
 
 - `no bias`: the stock class, or llama.cpp's architecture, has no bias where pruning adds one; prune with
   `least_squares` without intercept, or with `none`.
-- `no`: the format cannot represent the family. The tiny Mistral has a sliding window, which llama.cpp's `deci` lacks.
-- `fails`: the error of the converter. A mixture of experts loops over the experts that the router chose, which
-  torch.export cannot trace.
+- `no`: the format cannot represent the family. The tiny Mistral has a sliding window, and llama.cpp's `deci` has
+  none.
+- `fails`: the converter fails. A mixture of experts loops over the experts that the router chooses, and torch.export
+  cannot trace such a loop.
 
 Measured by `python docs/measure_exports.py`:
 """

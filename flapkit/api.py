@@ -54,7 +54,7 @@ class PruneOptions:
     Args:
         multiple_of: round the pruned widths to multiples of this.
         tensor_parallel: round heads and widths further, so that this many devices can share every layer.
-        head_counts: the most different numbers of key/value heads that attentions may keep; None for any.
+        head_counts: the largest number of distinct key/value head counts over all layers; None for any.
         batch_size: calibration windows that go through the model at once.
         statistics_memory: bytes for statistics; if they need more, the text runs through the model several times.
         sequential: repair in one sweep over the layers, in which each site also repairs the error of the earlier ones.

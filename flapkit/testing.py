@@ -47,7 +47,7 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Moments
 from flapkit.system.errors import FlapkitError, ModelError
 
-BASE = "as it is"
+BASE = "default"
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
     BASE: {},

@@ -29,7 +29,8 @@ model = {head}.from_pretrained("{name}", trust_remote_code=True)
 The layers differ in heads and widths, so the folder contains a modeling file. {with_flapkit}"""
 
 OTHERS = """\
-Its model type is its own, so other programs need to be told to run the file, and PEFT what to train:
+The model has a model type of its own: other programs need an option to run the modeling file, and PEFT needs the
+modules to train.
 
 | | |
 |---|---|
@@ -59,11 +60,11 @@ _PLAN = """\
 `plan.json` lists the kept units of every layer as indices into the dense model; `flapkit.expand_lora` uses it to map
 adapters trained on this model back to the dense one. """
 
-_MARK = "`flapkit.json` has the package versions and the options."
+_MARK = "`flapkit.json` contains the package versions and the options."
 
 _MODELING = """
 
-`trust_remote_code=True` runs `{file}`. `sha256sum {file}` shows whether it was changed since:
+`trust_remote_code=True` runs `{file}`. The file is unchanged if `sha256sum {file}` prints
 
 ```
 {digest}  {file}

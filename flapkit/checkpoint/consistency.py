@@ -36,7 +36,8 @@ def check_size(name: Path | str, config: PreTrainedConfig, files: Iterable[Path]
     described = sum(parameter.numel() for parameter in build_empty(config).parameters())
     if described > MAX_SIZE_RATIO * stored:
         raise ModelError(
-            f"model {name}: config.json describes {described:,} parameters, but the files contain {stored:,}"
+            f"model {name}: config.json describes {described:,} parameters, but the files contain {stored:,}; download "
+            "or write the model again"
         )
 
 

@@ -85,13 +85,15 @@ def expand_tensor(tensor: Tensor, name: str, checkpoint: Path | str) -> Tensor:
 def _dense_of(checkpoint: Path) -> _Dense:
     config = load_config(checkpoint)
     if not (checkpoint / PLAN).is_file():
-        raise ModelError(f"{checkpoint}: {PLAN} is missing, which lists the kept units of the dense model")
+        raise ModelError(
+            f"{checkpoint}: {PLAN}, the list of the kept units, is missing; give a folder that flapkit wrote"
+        )
     plan = read_plan(checkpoint, config, checkpoint / PLAN)
     dense, family = dense_config(config), declaration_of(config)
     if {"experts", "mixture"} <= {block.kind for block in family.blocks}:
         raise ModelError(
-            f"{checkpoint}: it has lost whole experts and channels of others, and cannot be mapped back to the dense "
-            "model"
+            f"{checkpoint}: the model has lost whole experts, and channels of other experts; this cannot be mapped "
+            "back to the dense model"
         )
     sites = sites_of(skeleton(dense), family)
     keep, single = dict(plan.keep), set()

@@ -129,7 +129,7 @@ def check_exports(exporters: Sequence[Exporter], prospect: Prospect) -> None:
     """
     labels = [exporter.label for exporter in exporters]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise InputError(f"export: {', '.join(twice)} is listed twice, and both would write the same file")
+        raise InputError(f"export: {', '.join(twice)} is listed twice, and both would write the same file; remove one")
     for exporter in exporters:
         _check_form(exporter, prospect)
         check_packages(exporter)

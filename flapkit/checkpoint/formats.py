@@ -33,7 +33,7 @@ class Prospect:
         uniform: whether all layers have, or will have, the same sizes.
         biases: the kinds of sites whose consumers have, or will have, a bias.
         multiple_of: before the run, the number whose multiples the pruned widths will be; None afterwards.
-        removed: attentions and MLPs that are gone altogether, such as ``layers.0.attention``.
+        removed: attentions and MLPs that are removed whole, such as ``layers.0.attention``.
     """
 
     family: str

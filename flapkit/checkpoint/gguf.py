@@ -92,7 +92,7 @@ def _open(file: Path) -> GGUFReader:
 
     with file.open("rb") as opened:
         if opened.read(len(MAGIC)) != MAGIC:
-            raise ModelError(f"model {file}: this is no GGUF file: it does not begin with {MAGIC.decode()}")
+            raise ModelError(f"model {file}: not a GGUF file: it does not begin with {MAGIC.decode()}")
     try:
         reader = gguf.GGUFReader(file)
     except Exception as error:
@@ -114,7 +114,7 @@ def _check_types(file: Path, reader: GGUFReader) -> None:
         except NotImplementedError as error:
             raise ModelError(
                 f"model {file}: {tensor.name} is of the type {kind.name}, which the package gguf cannot dequantise; "
-                "take another file of the model, such as Q8_0 or F16"
+                "use another file of the model, such as Q8_0 or F16"
             ) from error
 
 
@@ -162,8 +162,8 @@ def _with_pre_tokenizer(file: Path, tokenizer: Any) -> Any:
         return made
     if name != "default" and isinstance(backend.pre_tokenizer, ByteLevel):
         log.warning(
-            "%s: its pre-tokenizer %r is taken for GPT-2's, so that tokens may differ from the original model's; put "
-            "the original tokenizer beside a checkpoint to be sure",
+            "%s: the pre-tokenizer %r is replaced by GPT-2's, so tokens may differ from the original model's; to avoid "
+            "this, use a checkpoint with the original tokenizer",
             file,
             name,
         )

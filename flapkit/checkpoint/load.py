@@ -227,8 +227,8 @@ def check_language_model(name: Path | str, config: PreTrainedConfig) -> None:
         kind = str(architecture).partition("For")[2]
         if f"AutoModelFor{kind}" in HEADS and f"AutoModelFor{kind}" != CAUSAL_LM:
             raise ModelError(
-                f"model {name}: is a {architecture}, and no language model; load it with transformers' "
-                f"AutoModelFor{kind}, and prune it in Python: flapkit.prune_ and flapkit.save take it"
+                f"model {name}: is a {architecture}, not a language model; load it with transformers' "
+                f"AutoModelFor{kind}, and prune it in Python with flapkit.prune_ and flapkit.save"
             )
 
 
@@ -397,12 +397,12 @@ def check_unpickled(name: Path | str) -> None:
         return
     if any(folder.glob("pytorch_model*.bin")):
         raise ModelError(
-            f"model {name}: the weights are pickled, and flapkit reads safetensors; convert them (transformers reads "
-            f"tensors alone, and runs no code of theirs): {_conversion(str(folder), str(folder))}"
+            f"model {name}: the weights are pickled, and flapkit reads only safetensors; convert them (this reads only "
+            f"tensors, and runs no code of the file): {_conversion(str(folder), str(folder))}"
         )
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
         raise ModelError(
-            f"model {name}: the weights are pickled, and loading them can run any code; convert them to safetensors"
+            f"model {name}: the weights are pickled, and loading them can run code; convert them to safetensors"
         )
 
 

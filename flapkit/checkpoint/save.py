@@ -121,13 +121,13 @@ def _plan_of(model: PreTrainedModel, claimed: PruningPlan | None) -> PruningPlan
     plan = plan_of(model)
     if claimed is not None and claimed != plan:
         raise InputError(
-            "save: this plan is not the model's, which was pruned by another one, or more than once; leave it out: the "
-            "model carries its own"
+            "save: this plan is not the model's, which was pruned by another plan, or more than once; leave out "
+            "`plan`, because the model has its own"
         )
     if plan is None:
         log.warning(
-            "save: the model does not say what it keeps of the dense one (it was loaded from a folder without %s, as "
-            "save_pretrained writes it): the new folder has no %s either",
+            "save: the units that the model keeps of the dense one are unknown, because it was loaded from a folder "
+            "without %s, as save_pretrained writes it; the new folder has no %s either",
             PLAN,
             PLAN,
         )

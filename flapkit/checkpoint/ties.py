@@ -37,7 +37,7 @@ def untie_(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:
     tied: Mapping[str, str] = skeleton(config).all_tied_weights_keys
     for name, source in tied.items():
         if name in weights and source in weights and not torch.equal(weights[name], weights[source]):
-            log.info("config.json calls %s and %s tied, and the checkpoint holds two: they are not tied", name, source)
+            log.info("config.json ties %s and %s, but the checkpoint contains both; they are not tied", name, source)
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             return

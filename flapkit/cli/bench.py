@@ -30,7 +30,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed turns of each model.")] = 7,
-    warm_up: Annotated[int, typer.Option(min=0, help="Turns before them, which are not timed.")] = 1,
+    warm_up: Annotated[int, typer.Option(min=0, help="Turns of each model before the timed ones.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to use.")] = "auto",
     dtype: Annotated[
@@ -39,14 +39,14 @@ def bench(
     blocks: Annotated[
         bool,
         typer.Option(
-            "--blocks", help="Time the blocks with fewer units, and store the table for `budget: {latency: ...}`."
+            "--blocks", help="Time blocks with fewer units instead, and store the table for `budget: {latency: ...}`."
         ),
     ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run the models through torch.compile.")] = False,
     as_json: AsJson = False,
     output: OutputFile = None,
 ) -> None:
-    """Time a model: prefill, decode, first token and memory, alone or against the dense model; or its blocks."""
+    """Time a model, alone or in alternation with the dense model: prefill, decode, first token, memory."""
     import torch
 
     from flapkit.evaluation.speed import Workload, turns
@@ -64,7 +64,9 @@ def bench(
     progress = Progress(progress_listener(quiet=as_json))
     if blocks:
         if against is not None or compile_:
-            raise InputError("bench: --blocks times one model as it is; leave --against and --compile out")
+            raise InputError(
+                "bench: --blocks times a single model without --compile; leave out --against and --compile"
+            )
         with progress.stage("bench", None, "turns") as stage:
             times = time_blocks(checkpoint, workload, device=device, dtype=dtype, tick=stage.advance)
         if output is not None:

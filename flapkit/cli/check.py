@@ -58,14 +58,14 @@ def check(
     budget = outcome.budget
     if budget.asked:
         table.add_row(
-            "budget", f"{budget.asked}: {budget.cost.say(budget.amount)} of {budget.cost.say(budget.base)} go"
+            "budget", f"{budget.asked}: remove {budget.cost.say(budget.amount)} of {budget.cost.say(budget.base)}"
         )
     else:
-        table.add_row("budget", f"{budget.amount:,} of {budget.base:,} parameters of {budget.of}")
+        table.add_row("budget", f"remove {budget.amount:,} of {budget.base:,} parameters of {budget.of}")
     for row in outcome.costs:
         before, after = show(row.measure, row.dense), show(row.measure, row.pruned)
-        asked = f", asked {show(row.measure, row.asked)}" if row.asked is not None else ""
-        table.add_row("", f"{label_of(row.measure, row.detail)}: {before}, then about {after}{asked}")
+        most = f", at most {show(row.measure, row.asked)}" if row.asked is not None else ""
+        table.add_row("", f"{label_of(row.measure, row.detail)}: {before}, pruned about {after}{most}")
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"
@@ -74,7 +74,7 @@ def check(
     several = outcome.processes > 1
     table.add_row("memory, about", memory + (f", in each of {outcome.processes} processes" if several else ""))
     available = f"{memory_limit(outcome.processes) / 1e9:,.2f} GB available{' to each' if several else ''}"
-    table.add_row("", f"of it {needs.own / 1e9:,.2f} GB used by Python, libraries and windows of text; {available}")
+    table.add_row("", f"including {needs.own / 1e9:,.2f} GB for Python, libraries and windows of text; {available}")
     for dataset in needs.unread:
         table.add_row("", f"not included: the text of {dataset} while it is read")
     if settings.execution.mode == "layerwise" and any(text.windows is None for text in settings.evaluate.perplexity):

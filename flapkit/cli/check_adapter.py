@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @app.command("check-adapter")
 def check_adapter(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model type, a folder, or a hub id.")],
-    adapter: Annotated[str | None, typer.Option("--adapter", help="A name of `list adapters`.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="An adapter's name, from `flapkit list adapters`.")
+    ] = None,
     plugins: Annotated[
         list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A Python or YAML file of your own.")
     ] = None,
@@ -48,7 +50,7 @@ def check_adapter(
         raise RunError(f"adapter {chosen.name!r}: {failed} of {checked} checks failed")
     print_(f"all {checked} checks passed")
     if refused:
-        print_(f"refused, and so never pruned: models of the forms {', '.join(refused)}")
+        print_(f"refused, so that they are never pruned: models of the forms {', '.join(refused)}")
 
 
 def _config(model: str) -> PreTrainedConfig:

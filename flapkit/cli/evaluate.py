@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluate(
     checkpoint: CheckpointArgument,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe with the `evaluate` section; by default the checkpoint's own.")
+        str | None, typer.Option(help="Recipe with the `evaluate` section; by default the checkpoint's own recipe.")
     ] = None,
     overrides: Overrides = None,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="The dense model to compare with.")] = None,
@@ -41,7 +41,7 @@ def evaluate(
 
     own = recipe_of(Path(checkpoint).expanduser())
     if recipe is None and not own.is_file():
-        raise InputError(f"{checkpoint}: holds no {own.name}; give a recipe with --recipe")
+        raise InputError(f"{checkpoint}: has no {own.name}; give a recipe with --recipe")
     if output is not None:
         check_new(output)
     loaded = load_recipe(find_recipe(recipe or own), overrides or [])

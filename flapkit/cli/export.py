@@ -15,7 +15,9 @@ from flapkit.system.errors import RecipeError
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A pruned checkpoint written by flapkit.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="A name of `list exporters`.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="An exporter's name, from `flapkit list exporters`.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.")],
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Set an option of the exporter.")

@@ -20,7 +20,9 @@ def _show_all(verbose: bool) -> bool:
     return verbose
 
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name of `list recipes`.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `flapkit list recipes`.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, for example budget.ratio=0.3.")
 ]

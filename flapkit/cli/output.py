@@ -178,7 +178,7 @@ def _add_cost(table: Table, stages: Sequence[str], row: Mapping[str, Any]) -> No
         return
     values = {"dense": row["dense"], "pruned": row["pruned"], "recovered": row["pruned"]}
     name = label_of(row["measure"], row["detail"])
-    name += f", asked {show(row['measure'], row['asked'])}" if row["asked"] is not None else ""
+    name += f", at most {show(row['measure'], row['asked'])}" if row["asked"] is not None else ""
     shown = [show(row["measure"], values[stage]) for stage in stages]
     table.add_row(name, *shown, f"{values[stages[-1]] / values[stages[0]] - 1:+.1%}")
 

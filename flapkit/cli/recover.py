@@ -19,7 +19,8 @@ def recover(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A YAML file, or a name of `list recipes`; by default the checkpoint's own.."
+            metavar="RECIPE",
+            help="A YAML file, or a name from `flapkit list recipes`; by default the checkpoint's own recipe.",
         ),
     ] = None,
     overrides: Overrides = None,

@@ -25,7 +25,7 @@ def report(
     ] = None,
     form: Annotated[Literal["png", "svg"] | None, typer.Option(help="Format of the images; both if not given.")] = None,
 ) -> None:
-    """Write the report of a run again, or a page that compares several runs, without loading a model."""
+    """Write the report of a run again, or a comparison of several runs, without loading a model."""
     from flapkit.run.report import write_report
 
     written = write_report(runs, output=output, figures=figures, forms=(form,) if form else ("png", "svg"))

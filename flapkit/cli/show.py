@@ -29,7 +29,7 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written b
 
     config = load_config(checkpoint)
     if not (checkpoint / MARK).is_file():
-        raise ModelError(f"{checkpoint}: holds no {MARK}; it was not written by flapkit")
+        raise ModelError(f"{checkpoint}: has no {MARK}; flapkit did not write it")
     made = read_object(checkpoint / MARK, ModelError)
     family = declaration_of(config)
     kept, dense = _sizes(config, family), _sizes(dense_config(config), family)

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def sweep(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or a name of `list sweeps`.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or a name from `flapkit list sweeps`.")],
     overrides: Overrides = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="KEY=VALUE", help="Run the points with this value alone, such as method=FLAP; repeatable."
+            "--only", metavar="KEY=VALUE", help="Run only the points with this value, such as method=FLAP; repeatable."
         ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
@@ -35,7 +35,7 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe with many settings, calibrated once; an interrupted sweep resumes."""
+    """Run a recipe with many settings, calibrated once. Run the command again to resume an interrupted sweep."""
     from flapkit.recipe.files import find_sweep
     from flapkit.run.sweep.load import label, load_sweep, select
     from flapkit.system.progress import Progress

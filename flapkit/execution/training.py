@@ -127,7 +127,7 @@ class Workplace:
             _check_whole(self.checkpoint)
             return self.checkpoint
         if self.checkpoint.is_file():
-            log.warning("recover: starting over, since the interrupted training differs: %s", "; ".join(changes))
+            log.warning("recover: starting again, because the interrupted training differs: %s", "; ".join(changes))
             self.checkpoint.unlink()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         write_file(mark, json.dumps(self.identity, indent=2))

@@ -84,7 +84,7 @@ class FamilyAdapter(ArchitectureAdapter):
             description="The attention unit: a key/value head with its query heads (kv_group), or a single query head, "
             "with the same number kept for every key/value head (query_head). Models with a single key/value head use "
             "query heads wherever the family allows it. `auto` takes query heads where the family, the budget and the "
-            "exports allow them; `flapkit check` says which, and why."
+            "exports allow them; `flapkit check` prints the choice and the reason."
         ),
     ] = "kv_group"
     expert_unit: Annotated[

@@ -105,7 +105,7 @@ class Budget:
         left: the most that may be left, unless a ratio was asked for.
         multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
         tensor_parallel: round them further, so that this many devices can share every layer.
-        head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
+        head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
     """
 
     cost: Cost
@@ -139,7 +139,7 @@ class Budget:
             model_params: number of parameters of the model; needed if ``of`` is ``model``.
             multiple_of: round pruned widths to a multiple of this.
             tensor_parallel: round them further, so that this many devices can share every layer.
-            head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
+            head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -185,7 +185,7 @@ class Budget:
             asked: the recipe's key and value, such as ``kv_cache: 0.5``.
             multiple_of: round pruned widths to a multiple of this.
             tensor_parallel: round them further, so that this many devices can share every layer.
-            head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any.
+            head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
 
         Raises:
             BudgetError: the dense model costs no more, or a model without all its units costs more.
@@ -193,11 +193,13 @@ class Budget:
         pruned = [site for site in sites if cost.of(site)]
         need, rest = cost.total - left, cost.total - cost.of_all(pruned)
         if need <= 0:
-            raise BudgetError(f"budget.{asked}: the dense model has no more: {cost.say(cost.total)}; ask for less")
+            raise BudgetError(
+                f"budget.{asked}: the dense model has only {cost.say(cost.total)} already; set a smaller budget"
+            )
         if left < rest:
             raise BudgetError(
-                f"budget.{asked}: what cannot be pruned (embeddings, norms, head) has {cost.say(rest)} of "
-                f"{cost.say(cost.total)}; ask for more than that"
+                f"budget.{asked}: the parts that cannot be pruned (embeddings, norms, head) have {cost.say(rest)} of "
+                f"{cost.say(cost.total)}; set a budget above that"
             )
         steps = unit_costs(sites, cost)
         grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)))

@@ -223,7 +223,7 @@ def _check_attends(config: PreTrainedConfig, family: Family) -> None:
     if not any("attention" in type(module).__name__.lower() for module in skeleton(config).modules()):
         raise ModelError("the model has no attention layers")
     raise ModelError(
-        "no parameter follows the attention heads in a layout that flapkit knows; derived blocks: "
+        "no parameter matches the attention heads in a layout that flapkit knows; derived blocks: "
         + (", ".join(kinds) or "none")
     )
 

@@ -31,7 +31,7 @@ class _Deferred:
         made = pruned_classes(self.model_type)
         if made is None:
             dense = self.model_type.removeprefix(PREFIX)
-            raise ModelError(f"models of type {dense!r} are no language models of transformers")
+            raise ModelError(f"models of type {dense!r} are not language models of transformers")
         return made.config.from_dict(config, **options)
 
 

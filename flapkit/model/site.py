@@ -57,7 +57,7 @@ class Coupling:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One prunable place: the attention, the MLP or the mixture of experts of one layer, or one expert of it.
+    """One prunable part of a model: the attention, the MLP or the mixture of experts of one layer, or one expert of it.
 
     Unit ``u`` owns the channels ``u * channels_per_unit`` to ``(u + 1) * channels_per_unit`` of the consumer's input.
 

@@ -138,7 +138,7 @@ def verify_without_blocks(model: PreTrainedModel, sites: Sequence[Site], seed: i
     names = [name for name, units in plan.keep.items() if not units]
     masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
     mask_(masked, sites, plan)
-    advice = f"without {' and '.join(names)}, {{}}; declare `removable: false` for blocks that cannot go altogether"
+    advice = f"without {' and '.join(names)}, {{}}; declare `removable: false` for blocks that cannot be removed whole"
     try:
         apply_plan_(sliced, sites, plan, {})
         error = float((logits_of(sliced, seed) - logits_of(masked, seed)).abs().max() / logits_of(masked).abs().max())

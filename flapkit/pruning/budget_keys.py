@@ -87,7 +87,7 @@ BUDGETS: Mapping[str, tuple[str, ...]] = {
 class BudgetSection(Section):
     """How much to remove: exactly one of `ratio`, `params`, `active_params`, `memory`, `kv_cache` and `latency`.
 
-    A ratio says what goes, the others what is left at most.
+    A ratio sets how much is removed; each of the others sets the most that may be left.
     """
 
     ratio: Annotated[float | None, BeforeValidator(_check_ratio)] = Field(
@@ -103,8 +103,8 @@ class BudgetSection(Section):
     )
     active_params: Params = Field(
         default=None,
-        description="The same, but of a mixture's experts only as many as a token goes to: the parameters that one "
-        "token uses.",
+        description="Parameters of the pruned model that one token uses: like `params`, but only as many experts of a "
+        "mixture count as the router chooses for a token.",
     )
     memory: Annotated[str | None, BeforeValidator(_check_bytes)] = Field(
         default=None, description="Bytes of the pruned model's weights, such as `200MB` or `1.5GiB`."
@@ -122,8 +122,8 @@ class BudgetSection(Section):
         default=None,
         gt=0,
         lt=1,
-        description="Fraction of the time that is left, by the table of this machine that `flapkit bench MODEL "
-        "--blocks` makes.",
+        description="Fraction of the time that is left, according to the table that `flapkit bench MODEL --blocks` "
+        "makes on this machine.",
     )
     on: Literal["decode", "prefill"] = Field(
         default="decode", description="What `latency` times: a generated token, or a whole prompt."
@@ -134,8 +134,8 @@ class BudgetSection(Section):
         default=1,
         ge=1,
         description="Round the width of every pruned MLP, and heads times head size of every pruned attention, to a "
-        "multiple of this, with any searcher; never removes more than the ratio, and leaves up to one such step more "
-        "than the other budgets ask for. 32 or 64 suit most kernels, 256 suits GGUF's K types.",
+        "multiple of this, with any searcher. A ratio is never exceeded; with another budget, up to one such step more "
+        "may be left. 32 or 64 suit most kernels, 256 suits GGUF's K types.",
     )
     tensor_parallel: Count = Field(
         default=1,
@@ -147,9 +147,9 @@ class BudgetSection(Section):
     head_counts: Count | None = Field(
         default=None,
         ge=1,
-        description="The most different numbers of key/value heads that the attentions of all layers may keep; each is "
-        "a group of its own in vLLM's attention. Heads go or come back where that changes least, and other sites come "
-        "back for what is removed too much.",
+        description="The largest number of distinct key/value head counts over all layers; vLLM's attention has a "
+        "group for each count. Heads are removed or restored so that the fewest change; if that removes too much, "
+        "units of other sites are restored.",
     )
 
     @model_validator(mode="after")

@@ -84,14 +84,14 @@ def _left(asked: BudgetSection, cost: Cost) -> int:
 
 
 def _missing(asked: BudgetSection, kind: str, sites: Sequence[Site]) -> str:
-    """Say why a model has not what a budget counts."""
+    """Say why no unit of a model has the cost that a budget counts."""
     if asked.latency is not None:
-        return "by the table, no unit takes any time; run `flapkit bench --blocks` again, with more --repetitions"
+        return "in the table, no unit takes any time; run `flapkit bench --blocks` again, with more --repetitions"
     if asked.active_params is not None:
-        return f"models of type {kind!r} have no experts, so that a token uses all parameters; use params"
+        return f"models of type {kind!r} have no experts, so a token uses all parameters; use params"
     heads = {site.kv_heads for site in sites if site.kind == "attention"}
     if heads == {1}:
-        return f"this {kind!r} model has a single key/value head, which stays; use params or memory"
+        return f"this {kind!r} model has a single key/value head, which is not removed; use params or memory"
     if any(site.kind == "attention" and site.units > site.kv_heads > 0 for site in sites):
-        return "its units are query heads, and the key/value heads stay; set the adapter's `unit: kv_group`"
-    return f"models of type {kind!r} cache no keys and values of single heads, so that the cache keeps its size"
+        return "its units are query heads, and no key/value head is removed; set the adapter's `unit: kv_group`"
+    return f"models of type {kind!r} do not cache keys and values by head, so pruning does not shorten the cache"

@@ -50,7 +50,7 @@ class Gates(nn.Module, ABC):
 
     @abstractmethod
     def plan(self) -> PruningPlan:
-        """Return the plan that the parameters mean."""
+        """Return the plan that follows from the parameters."""
 
     def loss(self, logits: Tensor, dense: Tensor, tokens: Tensor, attended: Tensor) -> Tensor:
         """Return the loss: by default the cross-entropy, and the divergence from the dense model's predictions.

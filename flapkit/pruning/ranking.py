@@ -112,7 +112,9 @@ def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float]
     ratios = {layer: weight * budget.amount / total for layer, weight in weights.items()}
     for layer, ratio in ratios.items():
         if ratio > 1:
-            raise BudgetError(f"profile: scaled to the budget, it removes {ratio:.0%} of layer {layer}")
+            raise BudgetError(
+                f"profile: scaled to the budget, it removes {ratio:.0%} of layer {layer}; lower the ratio or the budget"
+            )
     return ratios
 
 

@@ -74,9 +74,9 @@ def round_plan(
             amount = f"{least:,} parameters" if cost is None else cost.say(least)
             rule = f"budget.tensor_parallel: {tensor_parallel} devices can share every layer"
             if head_counts:
-                rule = f"budget.head_counts: {head_counts} different numbers of key/value heads are possible"
+                rule = f"budget.head_counts: {head_counts} distinct numbers of key/value heads are possible"
             raise BudgetError(
-                f"{rule} only if at least {amount} are removed; raise budget.ratio (or ask for less to be left), or "
+                f"{rule} only if at least {amount} are removed; raise budget.ratio (or lower another budget), or "
                 f"choose a {'larger' if head_counts else 'smaller'} number"
             )
         restored, _, index, counts[index] = heapq.heappop(steps)

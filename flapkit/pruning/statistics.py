@@ -87,14 +87,14 @@ class Statistic(ABC):
         return self
 
     def merge_(self) -> None:
-        """Take in what the other processes of the run measured, in all of them at once."""
+        """Merge the states of all processes of the run; every process must call it."""
         gathered = {name: gather_tensors(value) for name, value in self.state.items()}
         count = len(next(iter(gathered.values()), []))
         if count > 1:
             self.combine_([{name: values[rank] for name, values in gathered.items()} for rank in range(count)])
 
     def combine_(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Become what several processes measured together: by default, the sum of each part of the state.
+        """Replace the state by that of several processes together: by default, the sum of each part of the state.
 
         Args:
             states: the state of each process, this one's included, in the order of their ranks.
@@ -126,14 +126,14 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Take in inputs of the consumer, which are the model's own, not to be changed.
+        """Add inputs of the consumer. They are the model's own tensors; do not change them.
 
         Args:
             x: [tokens, channels], any floating dtype, padding already left out.
         """
 
     def is_finite(self) -> bool:
-        """Tell whether all that was taken in so far was finite: by default, whether the state is."""
+        """Tell whether all inputs so far were finite: by default, whether the state is."""
         return all(bool(torch.isfinite(value).all()) for value in self.state.values())
 
 
@@ -145,7 +145,7 @@ class GradientStatistic(Statistic):
 
     @abstractmethod
     def update(self, x: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
-        """Take in inputs of the consumer, and the loss's gradient at its output.
+        """Add inputs of the consumer, and the loss's gradient at its output.
 
         Args:
             x: [tokens, channels], any floating dtype, padding already left out.
@@ -158,7 +158,7 @@ class LayerStatistic(Statistic):
 
     @abstractmethod
     def update(self, before: Tensor, after: Tensor, output: Tensor | None) -> None:  # type: ignore[override]
-        """Take in what a layer does to tokens.
+        """Add the hidden states of tokens before and after a layer.
 
         Args:
             before: the layer's input [tokens, hidden], padding already left out.
@@ -168,10 +168,10 @@ class LayerStatistic(Statistic):
 
 
 class Angles(LayerStatistic):
-    """By what angle a layer turns the hidden states, and by what angle the site's block alone does.
+    """The angles by which a layer, and the site's block alone, turn the hidden states.
 
-    The block's own is between the stream before and after its consumer's output is added: at the beginning of the layer
-    for an attention, at its end for an MLP. This is so in layers that add it unchanged.
+    The block's angle is between the hidden states before and after its consumer's output is added: at the beginning of
+    the layer for an attention, at its end for an MLP. This holds for layers that add the output unchanged.
     """
 
     _sums: Tensor
@@ -198,24 +198,24 @@ class Angles(LayerStatistic):
 
     @property
     def layer(self) -> float:
-        """Mean angle of the layer, as a fraction of half a turn, 0 to 1."""
+        """Mean angle of the layer in units of pi, from 0 to 1."""
         return float(self._sums[1] / self._sums[0])
 
     @property
     def block(self) -> float:
-        """The same of the block; of an expert, the layer's."""
+        """Mean angle of the block in units of pi; for an expert, that of the layer."""
         return float(self._sums[2] / self._sums[0])
 
 
 def _angles(one: Tensor, other: Tensor) -> Tensor:
-    """Return the angles between rows, as fractions of half a turn [tokens]; exact also where they are small."""
+    """Return the angles between rows, in units of pi [tokens]; exact also where they are small."""
     halves = (functional.normalize(one, dim=1) - functional.normalize(other, dim=1)).norm(dim=1) / 2
     angles: Tensor = 2 / math.pi * halves.clamp(max=1).asin()
     return angles
 
 
 class Spread(NamedTuple):
-    """How inputs lie about their mean, over some tokens.
+    """Mean and squared deviations of inputs, over some tokens.
 
     Attributes:
         tokens: how many, float64 [1].
@@ -236,7 +236,7 @@ class Spread(NamedTuple):
         return blocks[:, :, None] * blocks[:, None, :]
 
     def merged(self, other: Spread) -> Spread:
-        """Take in other tokens: Chan, Golub and LeVeque (1979), equation 2.1."""
+        """Merge with the spread of other tokens: Chan, Golub and LeVeque (1979), equation 2.1."""
         tokens = self.tokens + other.tokens
         if not tokens:
             return self
@@ -270,7 +270,7 @@ class _SpreadStatistic(Statistic):
 
     @abstractmethod
     def update(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Take in inputs of the consumer.
+        """Add inputs of the consumer.
 
         Args:
             x: [tokens, channels], any floating dtype.
@@ -421,13 +421,13 @@ class Gram(_SpreadStatistic):
 
 
 class HeldOutGram(Gram):
-    """The same over the held-out calibration windows alone, to judge what the others fitted."""
+    """A ``Gram`` over the held-out calibration windows only, to evaluate what was fitted on the others."""
 
     windows = "held_out"
 
 
 class FittedGram(Gram):
-    """The same over the windows that are not held out."""
+    """A ``Gram`` over the windows that are not held out."""
 
     windows = "fitted"
 
@@ -456,7 +456,7 @@ class Contributions(Statistic):
         return cls(site.channels if site.kind == "mixture" else 0)
 
     def update(self, x: Tensor) -> None:
-        """Take in contributions [tokens, experts]."""
+        """Add contributions [tokens, experts]."""
         if self.channels:
             self.total = self.total + len(x)
             self.counts = self.counts + (x != 0).sum(dim=0)
@@ -474,7 +474,7 @@ class Contributions(Statistic):
 
 
 class TargetGram(Gram):
-    """The same of a consumer's inputs and, after them, of what its output should be: for sequential calibration.
+    """A ``Gram`` of a consumer's inputs followed by its target outputs, for sequential repair.
 
     Channels are ``site.channels`` inputs in the model whose earlier sites are pruned, then ``site.out_features``
     targets: the output, less the consumer's own bias, with which the hidden state would be the dense model's again.
@@ -487,19 +487,19 @@ class TargetGram(Gram):
 
 
 class HeldOutTargetGram(TargetGram):
-    """The same over the held-out calibration windows alone."""
+    """A ``TargetGram`` over the held-out calibration windows only."""
 
     windows = "held_out"
 
 
 class FittedTargetGram(TargetGram):
-    """The same over the windows that are not held out."""
+    """A ``TargetGram`` over the windows that are not held out."""
 
     windows = "fitted"
 
 
 class UnitGram(Gram):
-    """The same for the channels of each unit alone: small, and all that a score of single units needs."""
+    """A ``Gram`` with one block for each unit: small, and sufficient for scores of single units."""
 
     @classmethod
     def of(cls, site: Site) -> Self:

@@ -64,7 +64,7 @@ def budget_obstacle(sites: Sequence[Site], kind: str, devices: int) -> str:
         devices: how many devices share every layer.
     """
     if kind == "kv_cache":
-        return "budget.kv_cache: the key/value heads, which fill the cache, stay where query heads go"
+        return "budget.kv_cache: removing query heads does not shorten the cache, which holds key/value heads"
     if kind == "latency":
         return "budget.latency: `flapkit bench --blocks` times key/value heads with their query heads"
     for site in sites:
@@ -78,4 +78,4 @@ def _why_alike(sites: Sequence[Site], model_type: str) -> str:
     """Say why both units give the same sites."""
     if any(site.heads > site.units for site in sites):
         return f"models of type {model_type!r} cannot lose single query heads"
-    return "it is a single query head either way"
+    return "each unit is a single query head in any case"

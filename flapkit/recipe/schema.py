@@ -43,7 +43,7 @@ SEVERAL = ("compensator", "exporter")
 
 
 class ComponentSpec(BaseModel):
-    """A component by name, with its options: in a recipe ``al_am`` or ``{name: al_am, min_units: 2}``."""
+    """A component by name, with its options; in a recipe, for example ``al_am`` or ``{name: al_am, min_units: 2}``."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, ser_json_inf_nan="constants")
 
@@ -103,10 +103,10 @@ class Model(Section):
 
     device_map: DeviceMap | None = Field(
         default=None,
-        description="Spread the model over several devices by accelerate, in one process: `auto`, `balanced`, "
+        description="Distribute the model over several devices with accelerate, in one process: `auto`, `balanced`, "
         "`balanced_low_0`, `sequential`, or a mapping of modules to devices, such as `{model.embed_tokens: 0, ...}`. "
-        "Every statistic is kept on the device of its weights. Nothing is offloaded: for a model that the devices do "
-        "not hold together, set `execution: layerwise`.",
+        "Every statistic is kept on the device of its weights. Nothing is offloaded: if the devices together cannot "
+        "hold the model, set `execution: layerwise`.",
     )
 
     @property
@@ -127,7 +127,7 @@ class Calibration(Section):
     field: TextField = None
     length: Count = Field(default=128, ge=2, description="Tokens in a window.")
     samples: Count = Field(default=1024, ge=1, validate_default=True, description="Windows to draw.")
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the drawing.")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of the draw.")
     batch_size: Count = Field(default=8, ge=1, description="Windows that go through the model at once.")
     statistics_memory: str = Field(
         default="4GB",
@@ -241,8 +241,8 @@ class ZeroShot(Section):
 class Message(Section):
     """A message of a conversation."""
 
-    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
-    content: str = Field(description="What is said.")
+    role: Literal["system", "user", "assistant"] = Field(description="The speaker.")
+    content: str = Field(description="The text.")
 
 
 def _ends_with_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -260,10 +260,10 @@ class Samples(Section):
 
     prompts: tuple[str | Messages, ...] = Field(
         min_length=1,
-        description="What to continue: plain text, or a conversation in the model's chat format, as a list of messages "
-        "`{role: user, content: ...}`.",
+        description="Prompts to continue: plain text, or a conversation in the model's chat format, as a list of "
+        "messages `{role: user, content: ...}`.",
     )
-    tokens: Count = Field(default=64, ge=1, description="Most tokens to generate for a prompt.")
+    tokens: Count = Field(default=64, ge=1, description="Maximum number of tokens to generate for a prompt.")
     temperature: float = Field(
         default=0.0,
         ge=0,

@@ -21,7 +21,7 @@ Modules:
     presets: which preset a recipe is, and what a better one would cost
     recover: train a pruned checkpoint
     samples: samples and site errors for the report
-    shortfall: why a pruned model is slower than promised
+    shortfall: why a pruned model is slower than expected
     target: the model's sites, from its configuration
     tasks: zero-shot tasks
     text: a run's text as tokens

@@ -115,7 +115,7 @@ def bench(
         program = ENGINES[engine]
         program.check_installed(engine)
         if compiled:
-            raise InputError(f"bench: --compile is of the engine transformers; leave it out with {engine}")
+            raise InputError(f"bench: --compile works only with the engine transformers; leave it out with {engine}")
         for path in paths:
             program.check(path, workload, dtype)
         speeds, version = _time_engine(program, paths, workload, place, dtype, tick)
@@ -137,7 +137,7 @@ def _time_transformers(
     types = {model.dtype for model in models.values()}
     if len(types) > 1:
         names = " and ".join(sorted(map(name_of, types)))
-        raise InputError(f"bench: the models are {names}; give --dtype to run both in the same")
+        raise InputError(f"bench: the models are {names}; give --dtype to run both in the same type")
     return measure_speed(models, workload, compiled=compiled, tick=tick), types.pop()
 
 

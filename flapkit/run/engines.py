@@ -116,7 +116,7 @@ class LlamaCpp(Engine):
         """Raise ``InputError`` unless it is a GGUF file, in the type that it has, one prompt at a time."""
         if not path.endswith(".gguf") or not Path(path).is_file():
             raise InputError(
-                f"bench: engine llama.cpp times GGUF files, and {path} is none; to write one of a pruned model: "
+                f"bench: engine llama.cpp times GGUF files, and {path} is not one; to write one of a pruned model: "
                 "flapkit export CHECKPOINT --to gguf --output FILE"
             )
         if workload.batch_size > 1 or dtype != "auto":

@@ -121,8 +121,8 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
     if settings.execution.mode != "layerwise":
         if settings.trainer.strategy == MODEL_PARALLEL:
             raise RecipeError(
-                f"{recipe.path}: trainer.strategy: model_parallel shards evaluation and recovery; to prune a model "
-                "that no device holds, add `execution: layerwise`"
+                f"{recipe.path}: trainer.strategy: model_parallel shards only evaluation and recovery; to prune a "
+                "model that does not fit on one device, add `execution: layerwise`"
             )
         if isinstance(method.searcher, TrainedSearcher):
             check_gated(target.sites)

@@ -190,7 +190,10 @@ def prepare(
             f"{recipe.path}: none of its compensators trains; add one, for example --set 'compensator=[bias, lora]'"
         )
     if recipe.exporters and not recovery.merge:
-        raise RecipeError(f"{recipe.path}: export: with `merge: false` exports would lack the trained adapter")
+        raise RecipeError(
+            f"{recipe.path}: export: exports would lack the adapter of `merge: false`; set `merge: true`, or remove "
+            "`export`"
+        )
     settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, progress)
     with progress.stage("recovery text"):
         path, revision = (

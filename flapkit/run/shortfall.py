@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flapkit.evaluation.speed import Speed, Workload
 
 SHORT = 0.9
-"""A speedup below this fraction of the promised one is explained."""
+"""A speedup below this fraction of the expected one is explained."""
 
 ALIGNED = 32
 """Kernels are slow for widths that are not multiples of this."""
@@ -41,18 +41,18 @@ def shortfalls(dense: Speed, pruned: Speed, workload: Workload, widths: Widths |
     Returns:
         Sentences; none if nothing falls short.
     """
-    promised = dense.read_params / pruned.read_params
+    expected = dense.read_params / pruned.read_params
     ratios = {name: getattr(pruned, name).median / getattr(dense, name).median for name in ("prefill", "decode")}
-    short = {name: ratio for name, ratio in ratios.items() if ratio < SHORT * promised}
+    short = {name: ratio for name, ratio in ratios.items() if ratio < SHORT * expected}
     if not short:
         return []
-    lines = [f"{name} is {ratio:.2f} times the dense model's, promised {promised:.2f}" for name, ratio in short.items()]
+    lines = [f"{name} is {ratio:.2f} times the dense model's, expected {expected:.2f}" for name, ratio in short.items()]
     if widths is not None:
         odd = [width for width in widths.inputs if width % ALIGNED]
         if odd:
             lines.append(
                 f"{len(odd)} of {len(widths.inputs)} widths are not multiples of {ALIGNED} (the first is {odd[0]}), "
-                "which is slow in kernels: prune with budget.multiple_of"
+                "which is slow in kernels; prune with budget.multiple_of"
             )
     if "decode" in short:
         lines += _constant_time(dense, pruned, workload, widths)
@@ -62,7 +62,7 @@ def shortfalls(dense: Speed, pruned: Speed, workload: Workload, widths: Widths |
     if widths is not None and widths.head >= 0.1 * pruned.read_params:
         lines.append(
             f"the head, which is not pruned, is {widths.head / pruned.read_params:.0%} of the parameters read per "
-            "token; the promise counts it"
+            "token, and counts in the expected speedup"
         )
     return lines
 
@@ -82,11 +82,11 @@ def _constant_time(dense: Speed, pruned: Speed, workload: Workload, widths: Widt
     before, after = (workload.batch_size / speed.decode.median for speed in (dense, pruned))
     removed = 1 - pruned.read_params / dense.read_params
     if removed <= 0:
-        return ["it reads as many parameters as the dense model"]
+        return ["the pruned model reads as many parameters per token as the dense model"]
     # before = constant + proportional; after = constant + proportional * (1 - removed)
     constant = before - (before - after) / removed
     if after >= before:
-        return ["a token takes no less time than before: it is not spent on reading parameters"]
+        return ["a token takes no less time than in the dense model, so its time is not spent on reading parameters"]
     each = f", {1000 * constant / widths.layers:.2f} ms a layer" if widths is not None else ""
     return [
         f"of {1000 * before:.1f} ms a token of the dense model, {1000 * constant:.1f} ms "

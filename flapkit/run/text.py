@@ -120,8 +120,8 @@ def warn_of_overlap(name: str, text: EvaluationText, seen: Tensor, purpose: str)
     overlap = find_overlap(seen, text.windows)
     if overlap.share >= NOTEWORTHY:
         log.warning(
-            "%s: %.1f %% of its scored tokens lie in rows of %d tokens that the %s text holds as well, "
-            "which flatters its perplexity",
+            "%s: %.1f %% of its scored tokens are in sequences of %d tokens that the %s text also contains, so its "
+            "perplexity is too low",
             name,
             100 * overlap.share,
             overlap.ngram,

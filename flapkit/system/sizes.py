@@ -37,5 +37,5 @@ def parse_bytes(text: str) -> int:
 def _parse(text: str, units: dict[str, int]) -> int:
     matched = _NUMBER.fullmatch(text)
     if matched is None or matched[2] not in units:
-        raise ValueError(f"{text!r} is no number with one of the units {', '.join(filter(None, units))}")
+        raise ValueError(f"{text!r} is not a number with one of the units {', '.join(filter(None, units))}")
     return int(float(matched[1]) * units[matched[2]])

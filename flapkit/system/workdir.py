@@ -82,7 +82,7 @@ class WorkDir:
         if changes:
             raise OutputError(
                 f"output {self.output}: the interrupted run used a different recipe: {'; '.join(changes)}. "
-                "Use the same recipe, or start afresh with --overwrite, or choose another output"
+                "Use the same recipe, or start again with --overwrite, or choose another output"
             )
         _write(path, json.dumps({**saved, key: value}, indent=2))
 
@@ -366,7 +366,7 @@ def damaged_as_output_error(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise OutputError(
             f"{path}: this file of an interrupted run is damaged ({error}); remove it and --resume, "
-            "or start afresh with --overwrite"
+            "or start again with --overwrite"
         ) from error
 
 

@@ -45,7 +45,7 @@ COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = {
 }
 """Suffix behind a format's -> what opens the file to read bytes."""
 
-KNOWN = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} behind it"
+KNOWN = f"{', '.join(FORMATS)}, also compressed as {', '.join(COMPRESSIONS)}"
 
 METADATA = frozenset(
     {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -139,7 +139,7 @@ def choose_split(root: Path, paths: Sequence[Path], split: str | None, usual: Se
     names = [str(name) for name in splits]
     if split is not None:
         if not splits:
-            raise DataError(f"{root}: no split {split!r}: no name of a file says a split; omit `split`")
+            raise DataError(f"{root}: no split {split!r}: no file name has a split; omit `split`")
         if split not in splits:
             raise DataError(f"{root}: no split {split!r}{did_you_mean(split, names)}")
         return splits[split]
@@ -147,8 +147,8 @@ def choose_split(root: Path, paths: Sequence[Path], split: str | None, usual: Se
         return paths
     if rest:
         raise DataError(
-            f"{root}: the names of its files say splits ({', '.join(names)}), but {rest[0].relative_to(root)} is in "
-            "none of them; set `split`, or move it out of the folder"
+            f"{root}: the file names have splits ({', '.join(names)}), but {rest[0].relative_to(root)} belongs to "
+            "none; set `split`, or move this file out of the folder"
         )
     chosen = next((name for name in usual if name in splits), None)
     if chosen is None:

@@ -123,17 +123,17 @@ Split = Annotated[
     ),
 ]
 TextField = Annotated[
-    str | None, Field(description="Field that holds the text or the conversation; found if not given.")
+    str | None, Field(description="Field that holds the text or the conversation; detected if not given.")
 ]
 
 
 class TextSource(Section):
     """Where text comes from.
 
-    ``dataset`` is, in this order: a name of ``DATASETS``; a local file of text (one document) or of rows (a document
-    a row), or a folder of such files (``flapkit.text.files``), taken in the order of their paths; a hub id. A folder
-    that has the name of a named dataset is reached as ``./name``. Without ``split``, it is the usual one for the
-    purpose; without ``field``, the first of ``TEXT_FIELDS`` that a row has.
+    ``dataset`` is looked up in this order: a name of ``DATASETS``; a local file of text (one document) or of rows (one
+    document per row), or a folder of such files (``flapkit.text.files``), read in the order of their paths; a hub id.
+    Write ``./name`` for a folder that has the name of a named dataset. The default of ``split`` is the usual one for
+    the purpose; the default of ``field`` is the first of ``TEXT_FIELDS`` that a row has.
     """
 
     dataset: Dataset

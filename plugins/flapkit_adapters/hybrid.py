@@ -48,7 +48,7 @@ HYBRIDS = (
                 width="shared_intermediate_size",
             ),
         ),
-        "Granite 4: Mamba in most layers, which stays; attention in some; an MLP, and experts in some sizes.",
+        "Granite 4: Mamba, which is not pruned, in most layers; attention in some; an MLP, and experts in some sizes.",
     ),
     Family(
         "nemotron_h",
@@ -76,6 +76,6 @@ HYBRIDS = (
                 width="moe_shared_expert_intermediate_size",
             ),
         ),
-        "Nemotron-H: each layer is Mamba, which stays, or attention, or an MLP, or a mixture of experts.",
+        "Nemotron-H: each layer is Mamba, which is not pruned, or attention, or an MLP, or a mixture of experts.",
     ),
 )

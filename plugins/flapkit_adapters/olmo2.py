@@ -13,7 +13,7 @@ WHOLE_NORM = replace(ATTENTION, parameters={"v_proj": "k"}, outputs={"q_norm": "
 OLMO2 = tuple(
     Family(model_type, (model_type,), "model.layers", (WHOLE_NORM, MLP), about)
     for model_type, about in {
-        "olmo2": "OLMo 2; q and k keep their rows, since a norm goes over all of them.",
-        "olmo3": "OLMo 3; q and k keep their rows, since a norm goes over all of them.",
+        "olmo2": "OLMo 2; q and k keep their rows, because a norm runs over all of them.",
+        "olmo3": "OLMo 3; q and k keep their rows, because a norm runs over all of them.",
     }.items()
 )

@@ -8,10 +8,10 @@ from flapkit_adapters.llama import ATTENTION, MLP
 VISION_LANGUAGE = tuple(
     Family(model_type, (model_type,), f"model.{path}.layers", (ATTENTION, MLP), about)
     for model_type, path, about in (
-        ("gemma3", "language_model", "Gemma 3 with its vision tower, which stays as it is."),
-        ("idefics3", "text_model", "Idefics 3; its vision tower stays as it is."),
-        ("llava", "language_model", "LLaVA; its vision tower stays as it is."),
-        ("qwen2_5_vl", "language_model", "Qwen 2.5 VL; its vision tower stays as it is."),
-        ("smolvlm", "text_model", "SmolVLM; its vision tower stays as it is."),
+        ("gemma3", "language_model", "Gemma 3; its vision tower is not pruned."),
+        ("idefics3", "text_model", "Idefics 3; its vision tower is not pruned."),
+        ("llava", "language_model", "LLaVA; its vision tower is not pruned."),
+        ("qwen2_5_vl", "language_model", "Qwen 2.5 VL; its vision tower is not pruned."),
+        ("smolvlm", "text_model", "SmolVLM; its vision tower is not pruned."),
     )
 )

@@ -88,7 +88,7 @@ def check_openelm(prospect: Prospect) -> None:
         )
     if not config.tie_word_embeddings:
         raise ModelError(
-            f"{where} takes the embeddings for the head, and this model has another; prune all layers equally "
+            f"{where} uses the embeddings as head, but this model has a head of its own; prune all layers equally "
             "(searcher ul_um), and set architecture: own"
         )
     kind = config.rope_parameters.get("rope_type", "default")

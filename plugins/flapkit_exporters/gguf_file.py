@@ -73,7 +73,7 @@ log = logging.getLogger("flapkit.exporters.gguf")
 
 @dataclass(frozen=True)
 class GGUF(Exporter):
-    """A GGUF file for llama.cpp, in an architecture of layers of different sizes: `deci`, for Qwen 3 `openelm`.
+    """A GGUF file for llama.cpp, in an architecture that allows layers of different sizes: `deci`; Qwen 3: `openelm`.
 
     Args:
         type: data type of the matrices; norms and biases stay in F32.
@@ -127,8 +127,8 @@ class GGUF(Exporter):
         check_family(prospect.family, prospect.config, own=self.architecture == "own")
         if prospect.removed:
             raise ModelError(
-                f"export gguf: {prospect.removed[0]} is gone altogether, all but its bias, and llama.cpp has no bias "
-                "where it has no attention or MLP; export to hf, or prune with searcher.min_units 1"
+                f"export gguf: {prospect.removed[0]} is removed except for its bias, and llama.cpp has no bias "
+                "without an attention or MLP; export to hf, or prune with searcher.min_units 1"
             )
         if self._target(prospect) == OPENELM:
             check_openelm(prospect)
@@ -160,7 +160,7 @@ class GGUF(Exporter):
         if not (
             len(attention) == len(mlp) == config.num_hidden_layers and all(all(s.values()) for s in sizes.values())
         ):
-            raise ModelError("export gguf: every layer needs an attention and an MLP that keep something")
+            raise ModelError("export gguf: every layer needs an attention and an MLP that keep at least one unit")
         own, target = self.architecture == "own", self._target(prospect)
         if own:
             _check_own(prospect.family, attention, mlp, open_weights(checkpoint.folder))
@@ -227,8 +227,8 @@ class GGUF(Exporter):
         hidden = dense_config(prospect.config).hidden_size
         if hidden % block:
             log.warning(
-                "export gguf: the hidden size %d is no multiple of %d: llama.cpp writes embeddings and projections in "
-                "another type than %s", hidden, block, self.type,
+                "export gguf: the hidden size %d is not a multiple of %d: llama.cpp writes embeddings and projections "
+                "in another type than %s", hidden, block, self.type,
             )  # fmt: skip
 
     def _width(self, site: Site, multiple_of: int | None) -> int:

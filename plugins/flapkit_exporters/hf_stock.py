@@ -73,8 +73,8 @@ class HuggingFaceStock(Exporter):
         """Refuse layers of different sizes, and sizes or biases that the stock classes do not support."""
         if prospect.removed:
             raise ModelError(
-                f"export hf-stock: {prospect.removed[0]} is gone altogether, and the stock classes have all attentions "
-                "and MLPs; export to hf, or prune with searcher.min_units 1"
+                f"export hf-stock: {prospect.removed[0]} is removed whole, but the stock classes need every attention "
+                "and MLP; export to hf, or prune with searcher.min_units 1"
             )
         dense = not hasattr(prospect.config, "flapkit")
         if not prospect.uniform and not self.pad:

@@ -46,8 +46,8 @@ that it was exported from.
 class CompressedTensors(Exporter):
     """A folder in the format compressed-tensors: the linears of the layers are quantised, embeddings and head are not.
 
-    Weights are rounded to nearest, symmetrically, without calibration. vLLM loads the folder as it is, transformers
-    with the package compressed-tensors.
+    Weights are rounded to nearest, symmetrically, without calibration. vLLM loads the folder without further packages;
+    transformers needs the package compressed-tensors.
 
     Args:
         scheme: what is quantised, and to what.
@@ -62,7 +62,7 @@ class CompressedTensors(Exporter):
         Scheme,
         Field(
             description="`w8a8`: 8-bit integers, weights with a scale per output channel, inputs with one per token, "
-            "found while the model runs; `w4a16`: weights in 4 bits with a scale per group of input channels; `fp8`: "
+            "computed as the model runs; `w4a16`: weights in 4 bits with a scale per group of input channels; `fp8`: "
             "as `w8a8`, in 8-bit floating point."
         ),
     ] = "w8a8"
@@ -95,7 +95,7 @@ class CompressedTensors(Exporter):
         for consumer in _consumers(prospect):
             if consumer not in linears:
                 raise ModelError(
-                    f"export {self.name}: {consumer} is no torch.nn.Linear, and only those are quantised; export "
+                    f"export {self.name}: {consumer} is not a torch.nn.Linear, and only those are quantised; export "
                     f"{prospect.family!r} models to hf"
                 )
         if self.scheme == "w4a16":
@@ -116,7 +116,7 @@ class CompressedTensors(Exporter):
             steps = math.lcm(prospect.multiple_of or group, site.runs * site.channels_per_unit)
             if steps % group:
                 raise ModelError(
-                    f"export {self.name}: the pruned width of {name} may be one that groups of {group} do not divide; "
+                    f"export {self.name}: groups of {group} may not divide the pruned width of {name}; "
                     f"set budget.multiple_of: {group}"
                 )
 

@@ -13,7 +13,7 @@ from flapkit.interfaces import Angles, ImportanceMetric, Moments, Site, SiteStat
 
 @dataclass(frozen=True)
 class Angular(ImportanceMetric):
-    """The mean angle between hidden states before and after, as a fraction of half a turn, for the searcher `depth`.
+    """The mean angle between the hidden states before and after a layer, in units of pi; for the searcher `depth`.
 
     Gromov et al. (arXiv 2403.17887), equation 7, for one layer and over all tokens; ShortGPT (arXiv 2403.03853) has the
     mean of one minus its cosine, which grows with it. A site's scores add up to the angle; its channels share it by the
@@ -26,8 +26,8 @@ class Angular(ImportanceMetric):
     of: Annotated[
         Literal["layer", "block"],
         Field(
-            description="Of the site's whole layer, or of its attention or MLP alone; the latter is for families that "
-            "add the consumers' outputs to the hidden state unchanged. Experts have their layer's."
+            description="The angle of the site's whole layer, or only of its attention or MLP; `block` needs a family "
+            "that adds the consumers' outputs to the hidden state unchanged. An expert has the angle of its layer."
         ),
     ] = "layer"
 

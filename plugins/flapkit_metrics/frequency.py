@@ -12,7 +12,7 @@ from flapkit_metrics.wifv import WIFV
 
 @dataclass(frozen=True)
 class Frequency(ImportanceMetric):
-    """Whole experts: the fraction of the tokens that an expert contributes to. Channels: `wifv`.
+    """Whole experts: the fraction of the tokens to which an expert contributes. For channels, `wifv`.
 
     A baseline of REAP (arXiv 2510.13999).
     """

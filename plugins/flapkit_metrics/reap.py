@@ -12,7 +12,7 @@ from flapkit_metrics.wifv import WIFV
 
 @dataclass(frozen=True)
 class REAP(ImportanceMetric):
-    """Whole experts: the mean of router weight times norm of the output, over an expert's tokens. Channels: `wifv`.
+    """Whole experts: the mean of router weight times norm of the output, over an expert's tokens. For channels, `wifv`.
 
     Router-weighted expert activation pruning (REAP, arXiv 2510.13999). The router weight is the one that
     the model applies, with its normalisation and scaling. An expert without tokens scores 0.

@@ -27,7 +27,7 @@ from flapkit_searchers.options import AttentionPower, MinUnits
 
 @dataclass(frozen=True)
 class ALMM(StructureSearcher):
-    """Rank the heads of all layers together, and the neurons; a number of heads splits the budget between the two.
+    """Rank the heads of all layers together, and all neurons together; `heads` splits the budget between the two.
 
     FLAP (arXiv 2312.11983), section 4.4, with the scores standardised as in ``al_am``. The released code's
     ``remove_heads`` is the number for all layers together: ``heads`` times the layers.

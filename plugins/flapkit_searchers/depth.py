@@ -17,10 +17,10 @@ from flapkit_searchers.order import places
 class Depth(StructureSearcher):
     """Remove whole layers, or whole attentions and MLPs, those with the lowest sums of scores first.
 
-    With the metric `angular` it is ShortGPT (arXiv 2403.03853), and Gromov et al. (arXiv 2403.17887) for layers that
-    need not be neighbours: a baseline for searchers that choose single heads and neurons. The budget is met to within
-    one unit: of the last layer, or block, only the units with the lowest scores go, and neurons of the next one where a
-    head is too large for what is left. One attention and one MLP stay.
+    With the metric `angular` this is ShortGPT (arXiv 2403.03853), or Gromov et al. (arXiv 2403.17887) for layers that
+    need not be neighbours: a baseline for searchers that choose single heads and neurons. To meet the budget to within
+    one unit, the last layer or block loses only its units with the lowest scores; if a head is larger than the rest of
+    the budget, neurons of the next one are removed instead. One attention and one MLP stay.
     """
 
     name = "depth"
@@ -28,8 +28,8 @@ class Depth(StructureSearcher):
     remove: Annotated[
         Literal["layers", "blocks"],
         Field(
-            description="What goes: layers, by the mean of their sites' sums, or attentions and MLPs each by their "
-            "own (metric `{name: angular, of: block}`)."
+            description="What is removed: layers, by the mean of their sites' sums, or single attentions and MLPs, by "
+            "their own sum (metric `{name: angular, of: block}`)."
         ),
     ] = "layers"
 
@@ -37,19 +37,19 @@ class Depth(StructureSearcher):
         """Remove the lowest layers or blocks until the budget is met.
 
         Raises:
-            BudgetError: a layer cannot go altogether, such as one with experts.
+            BudgetError: a layer cannot be removed whole, such as one with experts.
         """
         staying = [site.name for site in sites if not site.removable]
         if staying and self.remove == "layers":
             raise BudgetError(
-                f"depth: {staying[0]} cannot go altogether, so that whole layers cannot; set `remove: blocks` to "
+                f"depth: {staying[0]} cannot be removed whole, and so neither can its layer; set `remove: blocks` to "
                 "remove other attentions and MLPs, or choose another searcher"
             )
         sums = {site.name: float(scores[site.name].sum()) for site in sites}
         members: dict[str | int, list[Site]] = {}
         for site in sites:
             members.setdefault(site.layer if self.remove == "layers" else site.group or site.name, []).append(site)
-        # What cannot go altogether comes last.
+        # What cannot be removed whole comes last.
         ascending = sorted(
             members.values(),
             key=lambda part: (not part[0].removable, sum(sums[site.name] for site in part) / len(part)),

@@ -40,14 +40,15 @@ FIRST_SHARE = 0.25
 class Evolution(TrialSearcher):
     """Search how many units each site loses, by mutation, starting from the best of several simple plans.
 
-    Within a site the lowest scores go first. A site's number of removed units is a multiple of a step, so that its
-    repair for one number is computed once. A child takes one to three steps more at some sites and as many less at
-    others, and meets the budget by steps of the MLPs. All children of a generation are tried on a quarter of the trial
-    windows, the best of them on all; the steps get smaller from round to round. What is left of the budget, less than
-    a step, is removed at one site, so that each plan meets the budget to within one unit.
+    Within a site the units with the lowest scores are removed first. The number of removed units of a site is a
+    multiple of a step, so each of its repairs is computed only once. A child removes one to three steps more at some
+    sites and as many less at others; further steps of the MLPs then meet the budget. All children of a generation are
+    tried on a quarter of the trial windows, and the best of them on all windows. The steps get smaller from round to
+    round. The rest of the budget, less than a step, is removed at one site, so that each plan meets the budget to
+    within one unit.
 
-    After Týr-the-Pruner (arXiv 2503.09657), section 3.3. The starts are the plan of AL-AM, the same ratio everywhere,
-    ratios that grow with the logarithm of the depth (SlimGPT, NeurIPS 2024), and MLPs alone.
+    After the paper Týr-the-Pruner (arXiv 2503.09657), section 3.3. The search starts from the plan of AL-AM, the same
+    ratio in every layer, ratios that grow with the logarithm of the depth (SlimGPT, NeurIPS 2024), and MLPs only.
     """
 
     name = "evolution"
@@ -59,7 +60,7 @@ class Evolution(TrialSearcher):
     ] = 2
     steps: Annotated[
         tuple[Annotated[float, Field(gt=0, le=0.5)], ...],
-        Field(min_length=1, description="Fraction of a site's units that goes in one step; one for each round."),
+        Field(min_length=1, description="Fraction of a site's units in one step; one fraction for each round."),
     ] = (1 / 12, 1 / 24, 1 / 48)
     objective: Annotated[
         Literal["kl", "perplexity"],
@@ -115,7 +116,7 @@ class Evolution(TrialSearcher):
                 best, value = space.plan(parent), reached
             log.info("evolution: %s %.4f after the steps of %.3f", self.objective, value, step)
         if not math.isfinite(value):
-            raise RunError(f"searcher evolution: no plan has a finite {self.objective}; is the calibration text sound?")
+            raise RunError(f"searcher evolution: no plan has a finite {self.objective}; check the calibration text")
         return best
 
     def _generation(

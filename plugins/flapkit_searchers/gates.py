@@ -41,14 +41,14 @@ class GateTraining(TrainedSearcher):
     gradient passes this step straight through, less the part along the budget. After GRASPrune (arXiv 2604.19398);
     the divergence from the dense model is that of DDP (arXiv 2603.08065).
 
-    A closed channel is replaced by what the open ones tell of it (``stand_in: fit``), so that the loss is that of the
-    model which least squares has repaired, and a gate's gradient is the effect of what the other channels cannot
-    reproduce; or by its mean (``stand_in: mean``), as with FLAP's bias. There is no learned scale: least squares fits
-    the kept columns afterwards, and its fit contains every scale.
+    With ``stand_in: fit``, a closed channel is replaced by its least-squares fit to the open ones. The loss is then
+    that of the model after a repair by least squares, and a gate's gradient is the effect of the part that the other
+    channels cannot reproduce. With ``stand_in: mean``, it is replaced by its mean, as with FLAP's bias. No scale is
+    learned, because least squares fits the kept columns afterwards, which includes every scale.
 
-    The gates start from the order of the metric's scores within each site: all MLPs lose the same ratio, attentions
-    about half of it. The lower the ratio (or the fewer units stay), the further apart they start, so that a step opens
-    and closes a like share of the units that go.
+    The gates start in the order of the metric's scores within each site: all MLPs lose the same ratio, attentions
+    about half of it. The lower the ratio (or the fewer units stay), the further apart the initial values are, so that
+    one step always opens and closes a similar share of the units.
     """
 
     name = "gates"

@@ -12,8 +12,8 @@ MinUnits = Annotated[
     Count,
     Field(
         ge=0,
-        description="Units (heads, neurons) that every site keeps; with 0 an attention or an MLP can go altogether, "
-        "all but a bias.",
+        description="Units (heads, neurons) that every site keeps at least; with 0, a whole attention or MLP can be "
+        "removed, except for its bias.",
     ),
 ]
 

@@ -13,7 +13,7 @@ from flapkit_searchers.options import MinUnits
 
 @dataclass(frozen=True)
 class PerParameter(StructureSearcher):
-    """Rank the units of all layers by their score per removed parameter, or what else the budget counts.
+    """Rank the units of all layers by their score per removed parameter, or per whatever else the budget counts.
 
     For scores that are comparable between layers, such as those of ``kfac`` in nats of the loss. Others, such as those
     of ``wifv``, are not: use ``al_am``, which standardises them.

@@ -27,9 +27,9 @@ from flapkit_searchers.options import AttentionPower, MinUnits
 
 @dataclass(frozen=True)
 class ULMM(StructureSearcher):
-    """Remove the same ratio of every layer, the lowest sums of raw scores first; a number of heads splits it.
+    """Remove the same ratio of every layer, the lowest sums of raw scores first; `heads` splits it.
 
-    FLAP (arXiv 2312.11983), section 4.4. The MLP takes what the heads leave of the layer's ratio. The released code's
+    FLAP (arXiv 2312.11983), section 4.4. The MLP loses the rest of the layer's ratio. The released code's
     ``remove_heads`` is the number for all layers together: ``heads`` times the layers.
     """
 

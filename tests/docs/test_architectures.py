@@ -25,7 +25,7 @@ def yaml(tmp_path) -> Path:
 
 
 def test_the_yaml_is_exact(yaml):
-    check_adapter(load_family(yaml), forms=["as it is", "one key/value head"], checks=CHECKS)
+    check_adapter(load_family(yaml), forms=["default", "one key/value head"], checks=CHECKS)
     assert load_registry([yaml]).origin(ADAPTER, "my_glm") == str(yaml)
 
 
@@ -33,7 +33,7 @@ def test_the_python_is_exact(tmp_path):
     (text,) = re.findall(r"```python\n(from flapkit import hookimpl.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "glm.py").write_text(text)
     adapter = load_registry([tmp_path / "glm.py"]).create(ADAPTER, "my_glm", {"unit": "query_head"})
-    check_adapter(adapter, forms=["as it is"], checks=CHECKS)
+    check_adapter(adapter, forms=["default"], checks=CHECKS)
 
 
 def test_the_readme_has_the_same_declaration(yaml, tmp_path):
@@ -55,5 +55,5 @@ def test_a_forgotten_parameter_is_named(yaml):
     yaml.write_text(yaml.read_text().replace("{gate_up_proj: i+i}", "{}"))
     (said,) = re.findall(r"```\n(layers\.0\.mlp: .*?)\n```", PAGE)
     with pytest.raises(ModelError) as caught:
-        check_adapter(load_family(yaml), forms=["as it is"], checks=["sliced is masked"])
+        check_adapter(load_family(yaml), forms=["default"], checks=["sliced is masked"])
     assert said.replace("name mlp", "name model.layers.0.mlp") in str(caught.value)

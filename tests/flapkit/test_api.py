@@ -126,7 +126,7 @@ def test_any_budget_of_a_recipe(name, probe):
     [
         ({"ratio": 0.2}, "leave out `ratio` and `of`"),
         ({"budget": {"memory": 100}}, r"budget\.memory: 100 is not a size of weights"),
-        ({"budget": {"memory": "1KB"}}, "what cannot be pruned"),
+        ({"budget": {"memory": "1KB"}}, "the parts that cannot be pruned"),
         ({"budget": {"weights": "1KB"}}, r"budget\.weights: "),
         ({"budget": {"params": 100, "kv_cache": 0.5}}, "got params and kv_cache"),
         ({"budget": {"latency": 0.5}}, "have not been timed on this machine"),

@@ -275,7 +275,7 @@ def _sampler(name: str, rows: Dataset[Row], share: Mapping[str, int] | None) -> 
     if _count(rows) < share["num_replicas"]:
         raise DataError(
             f"{name}: {_count(rows)} windows cannot be shared by {share['num_replicas']} devices; "
-            "give more windows, or set trainer.devices lower"
+            "give more windows, or lower trainer.devices"
         )
     return UnrepeatedDistributedSampler(rows, shuffle=False, **share)
 

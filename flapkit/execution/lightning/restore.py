@@ -52,8 +52,8 @@ def restore_pruning_(model: PreTrainedModel, checkpoint: Mapping[str, Any]) -> P
     state = checkpoint.get("callbacks", {}).get(KEY)
     if state is None:
         raise ModelError(
-            "this checkpoint holds no pruning by FlapPruning: the model was trained without it, or "
-            "ModelCheckpoint(save_weights_only=True) left it out"
+            "this checkpoint contains no plan: the model was trained without FlapPruning, or "
+            "ModelCheckpoint(save_weights_only=True) left the plan out"
         )
     reshape_(model, json.loads(state["config"]))
     set_plan_(model, PruningPlan.from_json(state["carried"]))

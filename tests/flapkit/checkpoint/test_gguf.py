@@ -144,7 +144,7 @@ def refused(path, message):
 
 def test_what_is_no_gguf_file(home):
     (home / "other.gguf").write_bytes(b"PK\x03\x04")
-    refused("other.gguf", "this is no GGUF file: it does not begin with GGUF")
+    refused("other.gguf", "not a GGUF file: it does not begin with GGUF")
     refused("./absent.gguf", "file not found")
     refused("absent.gguf", "file not found")
 
@@ -169,7 +169,7 @@ def test_a_type_that_cannot_be_dequantised(qwen2, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(gguf, "dequantize", dequantize)
-    refused(qwen2[1], "is of the type F32, which the package gguf cannot dequantise; take another file")
+    refused(qwen2[1], "is of the type F32, which the package gguf cannot dequantise; use another file")
 
 
 def test_own_needs_equal_layers_and_no_added_bias(tokens, home):

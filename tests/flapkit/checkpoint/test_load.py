@@ -64,7 +64,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder)
     torch.save(expected, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="the weights are pickled") as caught:
         flapkit.load(folder)
-    program, option, code = shlex.split(str(caught.value).partition("of theirs): ")[2])
+    program, option, code = shlex.split(str(caught.value).partition("of the file): ")[2])
     assert (program, option) == ("python", "-c")
     done = subprocess.run([sys.executable, option, code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

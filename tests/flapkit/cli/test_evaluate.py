@@ -24,7 +24,7 @@ def test_a_checkpoint_is_measured_as_its_run_measured_it(home, recipe, command):
 def test_what_is_to_be_measured_has_to_be_said(recipe, command):
     code, _, error = command("evaluate", "builtin:tiny-llama")
     assert code == 2
-    assert "holds no recipe.yaml; give a recipe with --recipe" in error
+    assert "has no recipe.yaml; give a recipe with --recipe" in error
     code, _, error = command("evaluate", "builtin:tiny-llama", "--recipe", recipe, "--set", "evaluate={}")
     assert code == 2
     assert "nothing to evaluate" in error

@@ -54,7 +54,7 @@ def deep():
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "opt", "qwen3", "deepseek_v2", "lfm2", "falcon"])
 def test_families(name):
-    check_adapter(Registry.load().create(ADAPTER, name), forms=["as it is"], checks=["whole blocks"])
+    check_adapter(Registry.load().create(ADAPTER, name), forms=["default"], checks=["whole blocks"])
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def test_trains(deep, tokens):
 def test_formats_without_such_layers_say_so(deep, tmp_path, name):
     sliced, _ = without(deep, "layers.0.attention")
     save(sliced, tmp_path / "pruned")
-    with pytest.raises(ModelError, match=r"export .*: layers\.0\.attention is gone altogether"):
+    with pytest.raises(ModelError, match=r"export .*: layers\.0\.attention is removed"):
         export(tmp_path / "pruned", Registry.load().create(EXPORTER, name, {"verify": False}), tmp_path / "out")
     assert vllm_obstacle(sliced.config, flapkit.sites(sliced)) == "layer 0 has no attention"
 

@@ -100,7 +100,7 @@ def test_what_was_derived_can_be_declared(tmp_path):
         (T5Config(), "'t5' are encoder-decoders"),
         (ViTConfig(), "no causal language model of type 'vit'"),
         (MambaConfig(), "the model has no attention layers"),
-        (tiny_config("codegen"), "no parameter follows the attention heads(.|\n)*model_types: \\[codegen\\]"),
+        (tiny_config("codegen"), "no parameter matches the attention heads(.|\n)*model_types: \\[codegen\\]"),
     ],
 )
 def test_what_is_refused(config, message):

@@ -81,6 +81,6 @@ def test_a_budget_of_time(command, home, clock):
     assert "us per unit of mlp" in out
     code, out, err = command("run", path)
     assert code == 0, err
-    assert "time by the table, ms (prefill, batch 1, prompt 8, float16), asked" in out
+    assert "time by the table, ms (prefill, batch 1, prompt 8, float16), at most" in out
     (row,) = (r for r in json.loads((home / "out" / "result.json").read_text())["costs"] if r["measure"] == "latency")
     assert 0.695 < row["pruned"] / row["dense"] <= 0.7

@@ -47,13 +47,16 @@ def test_models_take_turns_in_another_program(fake):
     assert Fake.order == ["abcdefghi.gguf", "ab.gguf"] * 3 + ["closed"] * 2
     assert found.ratios["decode"] == found.expected == 2
     assert "decode_macs" not in found.ratios
-    assert found.reasons == ["prefill is 1.00 times the dense model's, promised 2.00"]
+    assert found.reasons == ["prefill is 1.00 times the dense model's, expected 2.00"]
     assert found.environment["version"] == "fake 1"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"compiled": True}, "--compile is of the engine transformers"), ({"dtype": "float16"}, "not in float16")],
+    [
+        ({"compiled": True}, "--compile works only with the engine transformers"),
+        ({"dtype": "float16"}, "not in float16"),
+    ],
 )
 def test_options_that_a_program_has_not(fake, options, message):
     with pytest.raises(InputError, match=message):
@@ -72,7 +75,7 @@ def test_a_program_that_is_not_installed(command, monkeypatch, name):
 
 def test_llama_cpp_takes_files_one_prompt_at_a_time(tmp_path):
     check = engines.LlamaCpp.check
-    with pytest.raises(InputError, match=r"times GGUF files, and builtin:tiny-llama is none.*--to gguf"):
+    with pytest.raises(InputError, match=r"times GGUF files, and builtin:tiny-llama is not one.*--to gguf"):
         check("builtin:tiny-llama", SMALL, "auto")
     (tmp_path / "a.gguf").touch()
     check(str(tmp_path / "a.gguf"), SMALL, "auto")

@@ -36,10 +36,10 @@ def test_memory_is_what_the_file_has(ran, home):
     assert costs["params"]["pruned"] == model.num_parameters()
     unit = 4 * max(site.params_per_unit for site in flapkit.sites(model))
     assert 0 <= 10**7 - held < unit
-    assert re.search(r"weights, MB \(float32\), asked 10\.0 +[0-9.]+ +(9\.9|10\.0)", out), out
+    assert re.search(r"weights, MB \(float32\), at most 10\.0 +[0-9.]+ +(9\.9|10\.0)", out), out
     page = (home / "out" / "report.html").read_text()
     assert "<code>memory: 10MB</code>" in page
-    assert "asked for, at most" in page
+    assert "budget, at most" in page
 
 
 def test_the_cache_is_what_the_model_fills(ran, home):

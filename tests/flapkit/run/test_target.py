@@ -50,8 +50,8 @@ def test_what_the_recipe_allows(grouped, tmp_path, changes, expected):
     ("config", "expected"),
     [
         (tiny_config("falcon", new_decoder_architecture=True), "kv_group: models of type 'falcon' cannot lose single"),
-        (tiny_config("llama", num_key_value_heads=4), "kv_group: it is a single query head either way"),
-        (tiny_config("llama", num_key_value_heads=1), "kv_group: it is a single query head either way"),
+        (tiny_config("llama", num_key_value_heads=4), "kv_group: each unit is a single query head in any case"),
+        (tiny_config("llama", num_key_value_heads=1), "kv_group: each unit is a single query head in any case"),
     ],
 )
 def test_what_the_family_allows(config, expected):

@@ -14,5 +14,5 @@ def test_numbers_with_units():
 
 @pytest.mark.parametrize("text", ["", "MB", "200", "200 Mb", "200MO", "-1MB", "1e3MB", "1_0MB"])
 def test_no_number_of_bytes(text):
-    with pytest.raises(ValueError, match="no number with one of the units KB, MB"):
+    with pytest.raises(ValueError, match="not a number with one of the units KB, MB"):
         parse_bytes(text)

@@ -184,7 +184,7 @@ def test_other_files(tmp_path: Path) -> None:
     assert "a.pdf: this format is not read; the formats are .txt, .md, .jsonl" in fails(write(tmp_path / "a.pdf", "x"))
     message = fails(str(tmp_path))
     assert "a.pdf: this format is not read; move it out of" in message
-    assert ".arrow, .parquet, also with .gz, .bz2, .xz, .zst behind it" in message
+    assert ".arrow, .parquet, also compressed as .gz, .bz2, .xz, .zst" in message
     assert "a.gz: this format is not read" in fails(write(tmp_path / "a.gz", gzip.compress(b"x")))
     (tmp_path / "empty").mkdir()
     assert "the folder has no files with text (.txt, " in fails(str(tmp_path / "empty"))
@@ -278,7 +278,7 @@ def test_what_has_no_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "x")
     assert "a file has no split 'train'; omit `split`" in fails(path, split="train")
     assert "local files have no subset 'en'" in fails(path, subset="en")
-    assert "no split 'train': no name of a file says a split" in fails(str(tmp_path), split="train")
+    assert "no split 'train': no file name has a split" in fails(str(tmp_path), split="train")
 
 
 def folder_of(root: Path, *names: str) -> str:
@@ -320,7 +320,7 @@ def test_splits_that_have_to_be_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "test-1.jsonl", "validation-1.jsonl")
     assert "no train split; set `split` to one of test, validation" in fails(folder)
     folder_of(tmp_path, "train-1.jsonl", "more.jsonl")
-    assert "but more.jsonl is in none of them; set `split`" in fails(folder)
+    assert "but more.jsonl belongs to none; set `split`" in fails(folder)
     assert load_documents(folder, split="train") == ["train-1.jsonl"]
     (tmp_path / "more.jsonl").rename(tmp_path / "random-00000-of-00001.jsonl")
     assert load_documents(folder, split="random") == ["more.jsonl"]

@@ -42,12 +42,12 @@ def test_every_other_check(name):
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "olmo2", "gpt_oss"])
 def test_a_sample(name):
     checks = ["counts", "constant channels", "ratio 0", "save and load", "generate", "trains"]
-    check_adapter(Registry.load().create(ADAPTER, name), forms=["as it is"], checks=checks)
+    check_adapter(Registry.load().create(ADAPTER, name), forms=["default"], checks=checks)
 
 
 def test_falcon_has_three_layouts():
     forms = {each.form for each in conformance(Registry.load().create(ADAPTER, "falcon"), checks=["counts"])}
-    assert {"as it is", "grouped heads", "ALiBi"} <= forms
+    assert {"default", "grouped heads", "ALiBi"} <= forms
 
 
 def test_the_page_names_every_family():
@@ -68,7 +68,7 @@ UNDECLARED = (
 def test_what_is_derived_keeps_every_law_as_a_plugin_too(model_type, tmp_path):
     config = tiny_config(model_type)
     (tmp_path / "derived.yaml").write_text(as_yaml(derive(config)))
-    check_adapter(load_family(tmp_path / "derived.yaml"), forms=["as it is"])
+    check_adapter(load_family(tmp_path / "derived.yaml"), forms=["default"])
     check_adapter(Auto(), config)
 
 
@@ -79,9 +79,9 @@ def test_a_class_without_a_default_number_of_key_value_heads():
 
 
 def test_a_form_that_is_refused_is_no_failure():
-    outcomes = list(conformance(Auto(), "stablelm", forms=["as it is", "norms of heads"], checks=["sliced is masked"]))
+    outcomes = list(conformance(Auto(), "stablelm", forms=["default", "norms of heads"], checks=["sliced is masked"]))
     assert [(outcome.form, outcome.passed, outcome.refused) for outcome in outcomes] == [
-        ("as it is", True, False),
+        ("default", True, False),
         ("norms of heads", True, True),
     ]
 

@@ -150,7 +150,7 @@ def test_a_family_that_llama_cpp_runs_with_equal_layers_only_is_refused_with_the
     ("options", "biases", "message"),
     [
         ({"tie_word_embeddings": True}, {"mlp"}, "has no biases.*intercept: false"),
-        ({"tie_word_embeddings": False}, set(), "takes the embeddings for the head.*architecture: own"),
+        ({"tie_word_embeddings": False}, set(), "uses the embeddings as head.*architecture: own"),
         ({"tie_word_embeddings": True}, set(), ""),
     ],
 )

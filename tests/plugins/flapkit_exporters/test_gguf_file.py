@@ -132,7 +132,7 @@ SMOLLM2 = LlamaConfig(num_hidden_layers=1, hidden_size=576, num_attention_heads=
         (LlamaConfig(num_hidden_layers=1), {"type": "Q8_0", "pad_to": 64}, 1, []),
         (LlamaConfig(num_hidden_layers=1), {"type": "Q4_K_M"}, 256, []),
         (LlamaConfig(num_hidden_layers=1), {"type": "Q4_K_M"}, 64, ["MLP widths may not", "attention outputs (heads"]),
-        (SMOLLM2, {"type": "Q4_K_M"}, 256, ["attention outputs (heads", "hidden size 576 is no multiple of 256"]),
+        (SMOLLM2, {"type": "Q4_K_M"}, 256, ["attention outputs (heads", "hidden size 576 is not a multiple of 256"]),
     ],
 )
 def test_blocks_that_divide_no_width_are_warned_of_before_the_run(config, options, multiple_of, warnings, caplog):

@@ -89,7 +89,7 @@ SMOLLM2 = LlamaConfig(num_hidden_layers=1, hidden_size=576, num_attention_heads=
         (LlamaConfig(num_hidden_layers=1), {"scheme": "w4a16"}, 64, r"mlp\.down_proj may .*budget\.multiple_of: 128"),
         (SMOLLM2, {"scheme": "w4a16"}, 128, r"q_proj has 576 input channels.*set group_size: 64, or scheme: w8a8"),
         (SMOLLM2, {"scheme": "w4a16", "group_size": 64}, 64, ""),
-        (GPT2Config(n_layer=1), {}, 1, r"c_proj is no torch\.nn\.Linear"),
+        (GPT2Config(n_layer=1), {}, 1, r"c_proj is not a torch\.nn\.Linear"),
     ],
 )
 def test_widths_are_checked_before_the_run(config, options, multiple_of, message):

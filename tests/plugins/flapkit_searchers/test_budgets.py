@@ -117,8 +117,8 @@ def test_what_cannot_be_asked_for():
     sites = flapkit.sites(model)
     params = costs_of(model, sites)["params"]
     for left, message in (
-        (params.total, "the dense model has no more"),
-        (100, "what cannot be pruned .* has [0-9,]+ parameters of"),
+        (params.total, "the dense model has only"),
+        (100, "the parts that cannot be pruned .* have [0-9,]+ parameters of"),
     ):
         with pytest.raises(BudgetError, match=f"budget.params: {left}: {message}"):
             Budget.leaving(params, sites, left, f"params: {left}")

@@ -82,7 +82,7 @@ def test_the_least_turning_layer_goes_first(deep, tokens):
 
 def test_a_mixture_loses_no_layer(tokens):
     model = tiny_model(tiny_config("mixtral"))
-    with pytest.raises(BudgetError, match=r"depth: layers\.0\.experts\.0 cannot go altogether"):
+    with pytest.raises(BudgetError, match=r"depth: layers\.0\.experts\.0 cannot be removed whole"):
         flapkit.prune_(model, tokens, "angular", "depth", "bias", 0.2)
 
 
