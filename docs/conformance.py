@@ -22,7 +22,7 @@ The checks of `flapkit check-adapter` on tiny random models of each class, in ev
 CPU (`python docs/conformance.py`). An error is the largest difference of a logit between the sliced and the masked
 model, as a fraction of the largest logit; rounding in float32 explains up to 1e-5. Random weights verify shapes and
 exactness, not quality. `query heads` is the error with `unit: query_head`, if the family supports it; `whole experts`
-that with `expert_unit: expert`, before and after channels of the experts that stay are removed, too.
+that with `expert_unit: expert` and `both`, and where channels of the experts that stay are removed afterwards.
 """
 WITH_FIGURES = ("sliced is masked", "query heads", "whole experts", "constant channels", "bfloat16")
 """Checks whose worst figure is shown; the others show whether they passed."""

@@ -57,7 +57,7 @@ forms of a model type that are refused from checks that failed: StableLM with no
 
 Tiny random models of types that no plugin declares (`python docs/derive.py`). They verify shapes and exactness, not
 quality. The error is the largest difference of a logit between sliced and masked, as a fraction of the largest logit.
-Of `experts`, which lose channels, and `mixture`, which loses whole experts, the adapter's `expert_unit` chooses one.
+Of `experts`, which lose channels, and `mixture`, which loses whole experts, `expert_unit` takes one, or both.
 
 | model type | outcome | blocks, or why not | error |
 |---|---|---|---|"""

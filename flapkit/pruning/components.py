@@ -74,6 +74,9 @@ class StructureSearcher(Component):
     uses_scores: ClassVar[bool] = True
     """Whether it uses the metric's scores; if false, nothing is measured for them and ``scores`` is empty."""
 
+    takes_nested: ClassVar[bool] = False
+    """Whether it chooses whole experts and channels of the others in one plan, as ``remove_lowest`` does."""
+
     @property
     def uniform(self) -> bool:
         """Tell whether all layers have the same sizes under every plan, as some export formats require."""

@@ -26,6 +26,7 @@ class Plan(StructureSearcher):
 
     name = "plan"
     uses_scores = False
+    takes_nested = True
 
     path: Annotated[
         File,
@@ -41,7 +42,7 @@ class Plan(StructureSearcher):
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Read the plan, and check it against the model and the budget."""
         named = PruningPlan.read(self.path).keep
-        plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named})
+        plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named}).emptied(sites)
         try:
             plan.check(sites)
         except InputError as error:
