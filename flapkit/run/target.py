@@ -98,4 +98,12 @@ def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, 
     budget, biases = recipe.recipe.budget, biased_kinds(config, sites)
     if recipe.method.adds_bias:
         biases |= {site.kind for site in prunable(sites, budget.base)} - {"mixture"}
-    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases, budget.multiple_of)
+    return Prospect(
+        dense_type(config),
+        config,
+        sites,
+        recipe.searcher.uniform,
+        biases,
+        budget.multiple_of,
+        may_remove=recipe.searcher.removes_blocks(prunable(sites, budget.base)),
+    )

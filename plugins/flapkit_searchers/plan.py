@@ -35,6 +35,11 @@ class Plan(StructureSearcher):
         ),
     ]
 
+    def removes_blocks(self, sites: Sequence[Site]) -> bool:
+        """Tell whether the file does."""
+        keep = PruningPlan.read(self.path).keep
+        return any(site.removable and not keep.get(site.name, (0,)) for site in sites)
+
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow the rounding error of a ratio with four digits, or one unit."""
         return max(round(ROUNDING * budget.base), *unit_costs(sites, budget.cost))
