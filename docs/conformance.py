@@ -24,7 +24,7 @@ logit between the sliced and the masked model, as a fraction of the largest logi
 1e-5. Random weights verify shapes and exactness, not quality.
 
 `query heads` is the error with `unit: query_head`, if the family supports it. `whole experts` is the error with
-`expert_unit: expert`, measured before and after channels of the remaining experts are removed as well.
+`expert_unit: expert` and `both`, and where channels of the remaining experts are removed afterwards.
 """
 WITH_FIGURES = ("sliced is masked", "query heads", "whole experts", "constant channels", "bfloat16")
 """Checks whose worst figure is shown; the others show whether they passed."""

@@ -59,8 +59,8 @@ refused.
 
 Tiny random models of types that no plugin declares (`python docs/derive.py`). They verify shapes and exactness, not
 quality. The error is the largest difference of a logit between the sliced and the masked model, as a fraction of the
-largest logit. In models with experts, the adapter's `expert_unit` chooses between `experts`, which lose channels, and
-`mixture`, which loses whole experts.
+largest logit. In models with experts, the adapter's `expert_unit` chooses between `experts`, which lose channels,
+`mixture`, which loses whole experts, and both.
 
 | model type | outcome | blocks, or why not | error |
 |---|---|---|---|"""

@@ -142,7 +142,10 @@ def query_heads(subject: Subject) -> str:
 
 
 def whole_experts(subject: Subject) -> str:
-    """Compare them with whole experts as units, alone and with channels removed after them, saved and loaded."""
+    """Compare them with whole experts as units, alone, with channels of the others, and with these removed after them.
+
+    The last one is saved and loaded.
+    """
     if not isinstance(subject.adapter, FamilyAdapter):
         return "no declaration"
     adapter = type(subject.adapter)(expert_unit="expert")
@@ -150,7 +153,8 @@ def whole_experts(subject: Subject) -> str:
         sites = adapter.sites(subject.config)
     except ModelError:
         return "not offered"
-    error = verify(subject.model, sites).error
+    both = type(subject.adapter)(expert_unit="both").sites(subject.config)
+    error = max(verify(subject.model, units).error for units in (sites, both))
     model = copy.deepcopy(subject.model)
     apply_plan_(model, sites, random_plan(sites), {})
     again = subject.adapter.sites(model.config)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import build_empty, skeleton
+from flapkit.model.history import is_removed
 from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
@@ -106,7 +107,7 @@ def read_plan(name: Path | str, config: Any, path: Path) -> PruningPlan:
         _, layer, block = (*site.split("."), "", "", "")[:3]
         if block not in blocks or not layer.isdigit() or int(layer) >= len(layers):
             raise ModelError(f"model {name}: plan.json names the site {site}, which the model does not have")
-        kept = _units(layers[int(layer)], blocks[block])
+        kept = {0} if is_removed(site, plan.keep) and not units else _units(layers[int(layer)], blocks[block])
         if len(units) not in kept or list(units) != sorted(set(units)) or min(units, default=0) < 0:
             raise ModelError(
                 f"model {name}: plan.json keeps {len(units)} units at {site}, config.json "

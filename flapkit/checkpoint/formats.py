@@ -33,7 +33,8 @@ class Prospect:
         uniform: whether all layers have, or will have, the same sizes.
         biases: the kinds of sites whose consumers have, or will have, a bias.
         multiple_of: before the run, the number whose multiples the pruned widths will be; None afterwards.
-        removed: attentions and MLPs that are removed whole, such as ``layers.0.attention``.
+        removed: attentions and MLPs that are gone altogether, such as ``layers.0.attention``.
+        may_remove: before the run, whether attentions and MLPs may go altogether.
     """
 
     family: str
@@ -43,6 +44,14 @@ class Prospect:
     biases: frozenset[Kind]
     multiple_of: int | None = None
     removed: tuple[str, ...] = ()
+    may_remove: bool = False
+
+    @property
+    def without(self) -> str:
+        """A clause that names an attention or an MLP that is gone, or may be; empty if all keep units."""
+        if self.removed:
+            return f"{self.removed[0]} is gone altogether"
+        return "the searcher may remove an attention or an MLP altogether" if self.may_remove else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ VLLM = "0.32.0"
 """The version that was tried (docs/serving.md)."""
 
 
-def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
+def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site], *, may_remove: bool = False) -> str:
     """Return why vLLM does not serve a pruned model, or an empty text.
 
     Interface, Conv1D and experts are from a run of vLLM (docs/serving.md); latent attention and layers without
@@ -25,6 +25,7 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
     Args:
         config: the dense or the pruned model's configuration.
         sites: its sites.
+        may_remove: whether attentions and MLPs may still go altogether.
     """
     import transformers
 
@@ -46,4 +47,6 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site]) -> str:
         layers = {site.layer for site in sites if site.kind == kind}
         if without := [layer for layer in range(dense.num_hidden_layers) if layer not in layers]:
             return f"layer {without[0]} has no {what}"
+    if may_remove:
+        return "the searcher may remove an attention or an MLP altogether, and vLLM needs both in every layer"
     return ""

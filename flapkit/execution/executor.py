@@ -32,6 +32,7 @@ from flapkit.pruning.algorithm import (
     Method,
     Pruned,
     Repairs,
+    check_nested,
     check_scored,
     find_corrections,
     find_plan,
@@ -347,6 +348,7 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
 
     if method.judges and budget.amount:
         executor = executor.for_search(method)
+    check_nested(method.searcher, executor.sites)
     scores: Scores = {}
     if method.searcher.uses_scores:
         check_scored(method.metric, executor.sites)

@@ -296,7 +296,7 @@ class LayerwiseExecutor(Executor):
         written = Weights.of(shards)
         for index in finished:
             # Give the layer the shapes and the biases that it has in its file.
-            biased = (site for site in self._in_layer(index) if site.bias in written)
+            biased = (site for site in self._in_layer(index) if site.kind != "mixture" and site.bias in written)
             empty = {site.name: Correction(bias=torch.zeros(site.out_features, device="meta")) for site in biased}
             self._slice_(index, plan, empty)
         add_plan_(self.model, self.sites, plan)

@@ -90,8 +90,8 @@ class FamilyAdapter(ArchitectureAdapter):
     expert_unit: Annotated[
         ExpertUnit,
         Field(
-            description="What is removed of a mixture of experts: channels of every expert (channel), or whole experts "
-            "with their part of the router (expert)."
+            description="What is removed of a mixture of experts: channels of every expert (channel), whole experts "
+            "with their part of the router (expert), or whole experts and channels of those that stay (both)."
         ),
     ] = "channel"
 

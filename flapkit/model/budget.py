@@ -40,6 +40,8 @@ class Cost:
         rest: site name -> what goes with its last unit, beside that unit.
         scale: all numbers are in this fraction of the measure: active parameters can be thirds.
         detail: what the cost depends on, such as a dtype.
+        routed: a token goes to as many experts as before where whole ones are removed, so that their channels save
+            what those of an expert that stays save.
     """
 
     measure: Measure
@@ -49,6 +51,7 @@ class Cost:
     scale: int = 1
     detail: str = ""
     rest: Mapping[str, int] = field(default_factory=dict, repr=False)
+    routed: bool = False
 
     def of(self, site: Site) -> int:
         """Return the cost of one unit of a site."""
@@ -68,10 +71,21 @@ class Cost:
 
     def removed(self, sites: Iterable[Site], plan: PruningPlan) -> int:
         """Return what a plan saves, less what corrections add."""
-        sites = list(sites)
-        removed = [(site, site.units - len(plan.keep[site.name])) for site in sites]
-        rest = self.rest_at(site for site in sites if not plan.keep[site.name])
-        return rest + sum(count * self.of(site) - self.added_at([site]) for site, count in removed if count)
+        return sum(self._removed_from(together, plan) for together in groups(list(sites)))
+
+    def _removed_from(self, together: Sequence[Site], plan: PruningPlan) -> int:
+        """Return what a plan saves at sites that keep the same number of units."""
+        saved, most = 0, max(len(plan.keep[site.name]) for site in together)
+        for site in together:
+            kept = len(plan.keep[site.name])
+            gone = bool(site.within) and not kept
+            count = site.units - (most if gone and self.routed else kept)
+            if count:
+                # An expert that is gone needs no bias.
+                saved += count * self.of(site) - (0 if gone and not self.routed else self.added_at([site]))
+            if not kept:
+                saved += self.rest_at([site])
+        return saved
 
     def left(self, sites: Iterable[Site], plan: PruningPlan) -> float:
         """Return the cost of the pruned model, in the measure itself."""
@@ -202,8 +216,14 @@ class Budget:
                 f"{cost.say(cost.total)}; set a budget above that"
             )
         steps = unit_costs(sites, cost)
-        grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)))
-        amount = -(-need // grain) * grain + min(steps) - grain
+        # Experts may go whole, too, so that what one of them saves counts, and not only what all do.
+        experts = [
+            part for site in pruned if site.within for part in (site.step * cost.of(site), cost.added_at([site]))
+        ]
+        grain = math.gcd(*steps, *(cost.added_at(together) for together in groups(pruned)), *experts)
+        # A mixture can run out of experts, and a token then uses no less of the router: it is not the cheapest unit.
+        others = unit_costs([site for site in sites if site.kind != "mixture"], cost)
+        amount = -(-need // grain) * grain + min(others or steps) - grain
         rounding = (multiple_of, tensor_parallel, head_counts)
         return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, *rounding)
 
@@ -243,14 +263,27 @@ class Budget:
 
 def prunable(sites: Iterable[Site], of: BudgetBase) -> tuple[Site, ...]:
     """Return the sites that a budget's base allows to be pruned."""
-    return tuple(site for site in sites if of in ("blocks", "model") or site.kind == of)
+    return tuple(
+        site
+        for site in sites
+        if of in ("blocks", "model") or site.kind == of or (of == "mixture" and bool(site.within))
+    )
 
 
 def unit_costs(sites: Sequence[Site], cost: Cost) -> list[int]:
     """Return the cost of one unit of each group of sites that costs something: the least that can be removed there.
 
     Where several units are removed together (one of each expert, one query head of each key/value head, or a multiple
-    that kernels need), they count as one.
+    that kernels need), they count as one. A whole expert counts with its channels.
     """
-    costs = [together[0].step * sum(site.runs * cost.of(site) for site in together) for together in groups(sites)]
+    inner = nested_costs(sites, cost)
+    costs = [
+        together[0].step * sum(site.runs * (cost.of(site) + inner.get(site.name, 0)) for site in together)
+        for together in groups(sites)
+    ]
     return [cost for cost in costs if cost]
+
+
+def nested_costs(sites: Iterable[Site], cost: Cost) -> dict[str, int]:
+    """Return what the channels of one expert cost, which go with it: name of the mixture -> cost."""
+    return {} if cost.routed else {site.within: site.units * cost.of(site) for site in sites if site.within}

@@ -112,8 +112,9 @@ def active_cost(model: PreTrainedModel, sites: Sequence[Site], params: Cost) -> 
     for site in mixtures:
         router = _router_params(site)
         units[site.name] = scale * router
-        total -= scale * (site.units - _routed(model, site.units)) * (site.params_per_unit - router)
-    return Cost("active_params", total, units, scaled(params.added), scale, rest=scaled(params.rest))
+        if not site.nested:
+            total -= scale * (site.units - _routed(model, site.units)) * (site.params_per_unit - router)
+    return Cost("active_params", total, units, scaled(params.added), scale, rest=scaled(params.rest), routed=True)
 
 
 def _router_params(site: Site) -> int:

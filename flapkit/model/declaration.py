@@ -42,7 +42,7 @@ Unit = Literal["kv_group", "query_head"]
 
 UnitOption = Literal["auto", "kv_group", "query_head"]
 
-ExpertUnit = Literal["channel", "expert"]
+ExpertUnit = Literal["channel", "expert", "both"]
 
 LAYOUTS = {
     "attention": (re.compile(r"[qk](\+[qk])*|\([qk](\+[qk])*\)"), "q, k, q+k+k, (q+k+k)"),
@@ -202,19 +202,25 @@ class Family:
 
 
 def with_experts(family: Family, unit: ExpertUnit) -> Family:
-    """Return a declaration in which experts lose channels, or in which mixtures lose whole experts.
+    """Return a declaration in which experts lose channels, or mixtures lose whole experts, or both.
 
     Args:
         family: a declaration, with or without experts.
-        unit: what is removed: channels of every expert, or whole experts.
+        unit: what is removed: channels of every expert, whole experts, or both: whole experts, and channels of those
+            that stay.
 
     Raises:
         ModelError: whole experts are to be removed, and the declaration has no mixture.
     """
     kinds = {block.kind for block in family.blocks}
-    if unit == "expert" and "mixture" not in kinds:
+    if unit != "channel" and "mixture" not in kinds:
         what = "names no router of its experts" if "experts" in kinds else "has no experts"
-        raise ModelError(f"expert_unit: expert: the declaration of {family.name!r} {what}; use channel")
+        raise ModelError(f"expert_unit: {unit}: the declaration of {family.name!r} {what}; use channel")
+    if unit == "both":
+        # A mixture comes before its experts: a repair in order sees the tokens that experts get when others are gone.
+        return dataclasses.replace(
+            family, blocks=tuple(sorted(family.blocks, key=lambda block: block.kind == "experts"))
+        )
     other = "experts" if unit == "expert" else "mixture"
     return dataclasses.replace(family, blocks=tuple(block for block in family.blocks if block.kind != other))
 

@@ -80,7 +80,7 @@ def compose(earlier: PruningPlan, later: PruningPlan, sites: Sequence[Site]) -> 
     for site in sites:
         name = site.name if site.expert is None else _name_in_dense(site, earlier)
         keep[name] = _compose(site, earlier.keep.get(name), later.keep[site.name])
-    return PruningPlan({name: units for name, units in keep.items() if not _is_removed(name, keep)})
+    return PruningPlan({name: units for name, units in keep.items() if not is_removed(name, keep)})
 
 
 def _name_in_dense(site: Site, earlier: PruningPlan) -> str:
@@ -89,7 +89,7 @@ def _name_in_dense(site: Site, earlier: PruningPlan) -> str:
     return site.name if experts is None else f"{site.group}.{experts[site.expert or 0]}"
 
 
-def _is_removed(name: str, keep: Mapping[str, Sequence[int]]) -> bool:
+def is_removed(name: str, keep: Mapping[str, Sequence[int]]) -> bool:
     """Tell whether a site is an expert that a plan removes whole."""
     matched = EXPERT.fullmatch(name)
     if not matched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -57,7 +57,20 @@ def sites_of(model: PreTrainedModel, family: Family, unit: Unit = "kv_group") ->
         if number not in used and not block.optional:
             where = ".".join(part for part in (block.path, block.consumer) if part)
             raise ModelError(f"adapter {family.name!r}: no layer of {family.layers} has {where} (block {block.name})")
-    return tuple(sites)
+    return _nested(sites)
+
+
+def _nested(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Count the channels of experts once, where these and their mixture are both sites."""
+    mixtures = {site.weight: site.name for site in sites if site.kind == "mixture"}
+    experts = {site.weight: site.params for site in sites if site.expert == 0}
+    nested = []
+    for site in sites:
+        if site.kind == "mixture":
+            nested.append(replace(site, nested=experts.get(site.weight, 0)))
+        else:
+            nested.append(replace(site, within=mixtures.get(site.weight, "")))
+    return tuple(nested)
 
 
 def removed_blocks(model: PreTrainedModel) -> tuple[str, ...]:

@@ -57,8 +57,13 @@ class PruningPlan:
         for name, units in self.keep.items():
             if name not in known:
                 raise InputError(f"plan: the model has no site {name!r}{did_you_mean(name, known)}")
-            if not units and not known[name].removable:
+            if not units and not known[name].removable and not known[name].within:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
+            if known[name].within in known and bool(units) != self._has_expert(known[name]):
+                raise InputError(
+                    f"plan: {name} keeps {len(units)} units, and {known[name].within} "
+                    f"{'removes' if units else 'keeps'} this expert; an expert keeps units if it stays, and only then"
+                )
             if 0 < len(units) < known[name].least:
                 raise InputError(
                     f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
@@ -76,7 +81,8 @@ class PruningPlan:
         if missing := sorted(known.keys() - self.keep.keys()):
             raise InputError(f"plan: missing sites: {', '.join(missing)}")
         for together in groups(sites):
-            if len({len(self.keep[site.name]) for site in together}) > 1:
+            left = [site for site in together if self.keep[site.name] or not site.within]
+            if len({len(self.keep[site.name]) for site in left}) > 1:
                 raise InputError(f"plan: the experts of {together[0].group} must keep the same number of units")
 
     def check_left(self, sites: Sequence[Site]) -> None:
@@ -88,6 +94,19 @@ class PruningPlan:
         left = {site.one_of for site in sites if self.keep[site.name]}
         if gone := [site.one_of for site in sites if site.one_of and site.one_of not in left]:
             raise InputError(f"plan: it removes every {gone[0]}, and the model needs one; keep units of one of them")
+
+    def emptied(self, sites: Sequence[Site]) -> PruningPlan:
+        """Return the plan in which experts that a mixture removes whole keep no units.
+
+        Args:
+            sites: the sites of the plan.
+        """
+        gone = {site.name for site in sites if site.within in self.keep and not self._has_expert(site)}
+        return PruningPlan({name: () if name in gone else units for name, units in self.keep.items()})
+
+    def _has_expert(self, site: Site) -> bool:
+        """Tell whether an expert's mixture keeps it."""
+        return site.expert in self.keep.get(site.within, ())
 
     def removed_units(self, site: Site) -> list[int]:
         """Return the units of a site that the plan removes, ascending."""
@@ -145,8 +164,11 @@ def _table(plan: PruningPlan, sites: Sequence[Site] = ()) -> list[list[str]]:
     units = {site.name: site.units for site in sites}
     cells: dict[str, dict[str, list[str]]] = {}
     for name, keep in plan.keep.items():
-        matched = re.fullmatch(r"layers\.(\d+)\.([^.]+)(?:\.\d+)?", name)
-        layer, block = matched.groups() if matched else ("", name)
+        matched = re.fullmatch(r"layers\.(\d+)\.([^.]+)(?:\.(\d+))?", name)
+        layer, block, expert = matched.groups() if matched else ("", name, None)
+        if expert and not keep:
+            # It is gone, and counts among those that the mixture removes.
+            continue
         before = f" of {units[name]}" if name in units else ""
         cells.setdefault(layer, {}).setdefault(block, []).append(f"{len(keep)}{before}")
     blocks = list(dict.fromkeys(block for row in cells.values() for block in row))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flapkit.model.declaration import Block
@@ -88,6 +88,8 @@ class Site:
             query heads share.
         removable: whether all units can go; the bias of the consumer stays.
         one_of: name shared by sites of which the model needs at least one: the attentions of a type of layers.
+        within: of an expert, the name of the mixture that can lose it whole in the same pruning; empty otherwise.
+        nested: of a mixture, parameters of a unit that are units of their own: the channels of an expert.
         path: full name of the block's module.
         block: the declaration that the site comes from.
     """
@@ -111,6 +113,8 @@ class Site:
     rest: int = 0
     removable: bool = False
     one_of: str = ""
+    within: str = ""
+    nested: int = 0
     path: str = ""
     block: Block | None = field(default=None, hash=False)
 
@@ -151,8 +155,9 @@ class Site:
 
     @property
     def params_per_unit(self) -> int:
-        """Parameters removed with one unit: the consumer's columns and all coupled slices."""
-        return self.channels_per_unit * self.out_features + sum(c.params_per_unit for c in self.couplings)
+        """Parameters removed with one unit: the consumer's columns and all coupled slices, less what is nested."""
+        own = self.channels_per_unit * self.out_features + sum(c.params_per_unit for c in self.couplings)
+        return own - self.nested
 
     @property
     def params(self) -> int:
@@ -190,6 +195,17 @@ class Site:
         shared = self.units != self.kv_heads and units > 0
         kv_heads = self.kv_heads if shared else self.kv_heads * units // self.units
         return {"H": self.heads * units // self.units, "K": kv_heads, "D": self.channels // self.heads}
+
+
+def renumbered(together: Sequence[Site], keep: Mapping[str, Sequence[int]]) -> list[Site]:
+    """Return the sites of a group that keep units; experts are counted as in a stack without those that are gone.
+
+    Args:
+        together: sites that keep the same number of units.
+        keep: site name -> kept units.
+    """
+    left = [site for site in together if keep[site.name]]
+    return [replace(site, expert=index) if site.within else site for index, site in enumerate(left)]
 
 
 def groups(sites: Sequence[Site]) -> list[list[Site]]:

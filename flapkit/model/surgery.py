@@ -16,7 +16,7 @@ from flapkit.model.closed_experts import close_experts_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import add_bias_, is_linear, remove_, replace_, set_sizes_, tensor_of
-from flapkit.model.site import Site, groups
+from flapkit.model.site import Site, groups, renumbered
 from flapkit.model.soundness import ADVICE, check_float_weight
 from flapkit.system.errors import ModelError
 
@@ -125,6 +125,8 @@ def slice_(
     """
     plan.check(sites)
     for together in groups(sites):
+        # The stack of experts has lost those that are gone: a mixture comes before its experts.
+        together = renumbered(together, plan.keep) or together
         first, removed = together[0], {site.name: plan.removed_units(site) for site in together}
         if not plan.keep[first.name]:
             assert first.block is not None

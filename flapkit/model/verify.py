@@ -168,7 +168,7 @@ def random_plan(sites: Sequence[Site], seed: int = 0) -> PruningPlan:
         for site in together:
             runs = [torch.randperm(length, generator=generator)[:count] + run * length for run in range(site.runs)]
             keep[site.name] = tuple(sorted(torch.cat(runs).tolist()))
-    return PruningPlan({site.name: keep[site.name] for site in sites})
+    return PruningPlan({site.name: keep[site.name] for site in sites}).emptied(sites)
 
 
 @torch.no_grad()
@@ -209,10 +209,12 @@ def _diagnose(model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan, 
     """Name the first sites that are not exact when pruned alone, and parameters that the declaration may miss."""
     for together in groups(sites):
         alone = {site.name: tuple(range(site.units)) for site in sites}
-        alone |= {site.name: plan.keep[site.name] for site in together}
+        # Experts that go whole lose channels here.
+        some = next(plan.keep[site.name] for site in together if plan.keep[site.name])
+        of_alone = PruningPlan(alone | {site.name: plan.keep[site.name] or some for site in together}).emptied(sites)
         masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
-        mask_(masked, sites, PruningPlan(alone))
-        apply_plan_(sliced, sites, PruningPlan(alone), {})
+        mask_(masked, sites, of_alone)
+        apply_plan_(sliced, sites, of_alone, {})
         error = compare(sliced, logits_of(masked, seed), seed)
         if error is None or not error <= TOLERANCE:
             problem = "does not run" if error is None else f"has an error of {error:.1e} of the largest logit"

@@ -189,6 +189,19 @@ def check_scored(metric: ImportanceMetric, sites: Sequence[Site]) -> None:
         )
 
 
+def check_nested(searcher: StructureSearcher, sites: Sequence[Site]) -> None:
+    """Refuse a searcher that cannot choose whole experts and channels of the others together.
+
+    Raises:
+        RecipeError: it cannot, and both are units.
+    """
+    if not searcher.takes_nested and any(site.nested for site in sites):
+        raise RecipeError(
+            f"searcher {searcher.name!r} does not choose whole experts and channels of the others in one plan "
+            "(expert_unit: both); choose al_am or per_parameter, or prune twice (docs/how-to/remove-experts.md)"
+        )
+
+
 def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
     """Refuse experts that received too few calibration tokens, and warn of those that received few.
 
@@ -359,7 +372,7 @@ def find_corrections(
     corrections = {}
     for site in sites:
         keep = plan.keep[site.name]
-        if len(keep) == site.units or site.kind == "mixture":
+        if not _loses_channels(site, plan):
             continue
         weight = with_float64(weight_of(model, site))
         where = f"compensator {compensator.name!r} at {site.name}"
@@ -406,5 +419,11 @@ def expect_errors(
             corrections.get(site.name, Correction()),
         )
         for site in sites
-        if len(plan.keep[site.name]) < site.units and site.kind != "mixture"
+        if _loses_channels(site, plan)
     }
+
+
+def _loses_channels(site: Site, plan: PruningPlan) -> bool:
+    """Tell whether a site loses channels and stays; a mixture has none, and a removed expert goes with it."""
+    keep = plan.keep[site.name]
+    return len(keep) < site.units and site.kind != "mixture" and not (site.within and not keep)

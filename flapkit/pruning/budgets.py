@@ -64,6 +64,7 @@ def work_out(
     costs += [cache] if cache.total else []
     costs += [active] if active else []
     if asked.latency is not None:
+        _check_timed(asked, sites)
         costs.append(find_times(sites, name, asked.batch, asked.prompt).cost(asked.on))
     rounding = (asked.multiple_of, asked.tensor_parallel, asked.head_counts or 0)
     if asked.ratio is not None:
@@ -72,6 +73,21 @@ def work_out(
     if cost is None or not cost.units:
         raise BudgetError(f"budget.{asked.asked}: {_missing(asked, model.config.model_type, sites)}")
     return CostedBudget(Budget.leaving(cost, sites, _left(asked, cost), asked.asked, *rounding), tuple(costs))
+
+
+def _check_timed(asked: BudgetSection, sites: Sequence[Site]) -> None:
+    """Raise ``BudgetError`` for units that ``flapkit bench --blocks`` does not time."""
+    whole = next((site for site in sites if site.kind == "mixture"), None)
+    single = next((site for site in sites if site.kind == "attention" and site.runs > 1), None)
+    for site, what, key in (
+        (whole, "whole experts", "expert_unit: channel"),
+        (single, "query heads", "unit: kv_group"),
+    ):
+        if site is not None:
+            raise BudgetError(
+                f"budget.{asked.asked}: `flapkit bench --blocks` times no {what}, the units of {site.name}; set the "
+                f"adapter's `{key}`"
+            )
 
 
 def _left(asked: BudgetSection, cost: Cost) -> int:

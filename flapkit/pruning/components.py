@@ -74,10 +74,23 @@ class StructureSearcher(Component):
     uses_scores: ClassVar[bool] = True
     """Whether it uses the metric's scores; if false, nothing is measured for them and ``scores`` is empty."""
 
+    takes_nested: ClassVar[bool] = False
+    """Whether it chooses whole experts and channels of the others in one plan, as ``remove_lowest`` does."""
+
     @property
     def uniform(self) -> bool:
         """Tell whether all layers have the same sizes under every plan, as some export formats require."""
         return False
+
+    def removes_blocks(self, sites: Sequence[Site]) -> bool:
+        """Tell whether a plan may leave an attention or an MLP without units, which some export formats cannot hold.
+
+        By default where an option ``min_units`` is 0.
+
+        Args:
+            sites: the prunable sites.
+        """
+        return getattr(self, "min_units", 1) == 0 and any(site.removable for site in sites)
 
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Return by how much of its cost a plan may miss the budget; a plan that misses it by more is refused.

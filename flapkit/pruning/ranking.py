@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flapkit.model.budget import Budget, Cost
+from flapkit.model.budget import Budget, Cost, nested_costs
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError, InputError
@@ -172,13 +172,13 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
         BudgetError: ``min_units`` does not allow so many.
     """
     queues = _queues(sites, ranking, min_units)
-    costs = [[size * len(queue.lots) for size in queue.sizes] for queue in queues]
-    possible = _possible(queues, costs)
+    prices = _Prices(queues, [[size * len(queue.lots) for size in queue.sizes] for queue in queues])
+    possible = prices.possible()
     if count > possible:
         raise BudgetError(
             f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
         )
-    return _take(sites, queues, count, costs)
+    return _take(sites, queues, count, prices)
 
 
 def remove_lowest(
@@ -192,7 +192,8 @@ def remove_lowest(
 
     Units are removed in ascending order; each counts as what it costs in the budget's measure. A unit that no longer
     fits is skipped in favour of cheaper ones after it, so that the result falls short of the budget by less than the
-    cheapest unit. Ties are broken by the order of the sites, then of the units.
+    cheapest unit. Ties are broken by the order of the sites, then of the units. Where whole experts go and channels of
+    those that stay, an expert counts with the channels that it has left, and channels with the experts that are left.
 
     Args:
         sites: the sites to prune, in the model's order.
@@ -208,9 +209,9 @@ def remove_lowest(
         BudgetError: ``min_units`` does not allow the budget.
     """
     queues = _queues(sites, ranking, min_units)
-    costs = [queue.costs(budget.cost) for queue in queues]
-    _check_possible(sites, queues, costs, budget, amount)
-    return _take(sites, queues, budget.amount if amount is None else amount, costs)
+    prices = _Prices.of(queues, sites, budget.cost)
+    _check_possible(sites, prices.possible(), budget, amount)
+    return _take(sites, queues, budget.amount if amount is None else amount, prices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +247,14 @@ def remove_blocks(
     return _keep(sites, _queues(sites, ranking, min_units), taken)
 
 
-def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Sequence[Sequence[int]]) -> PruningPlan:
+def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, prices: _Prices) -> PruningPlan:
     """Remove blocks of units in ascending order while ``left`` covers their cost; of what is needed, one site stays.
 
     Args:
         sites: the sites.
         queues: their units.
         left: how much may go.
-        costs: for each queue, what each of its blocks costs.
+        prices: what each block costs.
     """
     owners = torch.repeat_interleave(torch.tensor([len(queue.sizes) for queue in queues]))
     order = torch.argsort(torch.cat([torch.empty(0), *(queue.values for queue in queues)]), stable=True)
@@ -263,7 +264,7 @@ def _take(sites: Sequence[Site], queues: Sequence[_Queue], left: int, costs: Seq
         queue = queues[owner]
         if taken[owner] == len(queue.sizes):
             continue
-        cost, last = costs[owner][taken[owner]], queue.empties and taken[owner] == len(queue.sizes) - 1
+        cost, last = prices.next(owner, taken), queue.empties and taken[owner] == len(queue.sizes) - 1
         if cost > left or (last and queue.one_of and staying[queue.one_of] == 1):
             continue
         left -= cost
@@ -277,7 +278,7 @@ def _keep(sites: Sequence[Site], queues: Sequence[_Queue], taken: Sequence[int])
     keep: dict[str, tuple[int, ...]] = {}
     for queue, count in zip(queues, taken, strict=True):
         keep |= queue.keep_after(sum(queue.sizes[:count]))
-    return PruningPlan({site.name: keep[site.name] for site in sites})
+    return PruningPlan({site.name: keep[site.name] for site in sites}).emptied(sites)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,28 +341,79 @@ class _Queue:
         return {name: tuple(sorted(units)) for name, units in keep.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What the next block of each queue costs.
+
+    Args:
+        queues: the queues.
+        costs: for each queue, what each of its blocks costs while no expert is gone.
+        experts: queue of a mixture -> that of its experts.
+        channels: queue of a mixture -> what all channels of one of its experts cost.
+    """
+
+    queues: Sequence[_Queue]
+    costs: Sequence[Sequence[int]]
+    experts: Mapping[int, int] = field(default_factory=dict)
+    channels: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, queues: Sequence[_Queue], sites: Sequence[Site], cost: Cost) -> _Prices:
+        nested = nested_costs(sites, cost)
+        first = [queue.lots[0][0] for queue in queues]
+        mixtures = {site.name: index for index, site in enumerate(first) if site.name in nested}
+        experts = {mixtures[site.within]: index for index, site in enumerate(first) if site.within in mixtures}
+        channels = {index: nested[name] for name, index in mixtures.items()}
+        return cls(queues, [queue.costs(cost) for queue in queues], experts, channels)
+
+    def next(self, index: int, taken: Sequence[int]) -> int:
+        """Return the cost of a queue's next block.
+
+        Args:
+            index: the queue.
+            taken: for each queue, how many blocks are gone.
+        """
+        price = self.costs[index][taken[index]]
+        if index in self.experts:
+            # A whole expert goes with the channels that it has left, and with the bias that replaces the others.
+            of_experts = self.experts[index]
+            gone = sum(self.costs[of_experts][: taken[of_experts]]) // len(self.queues[of_experts].lots)
+            return price + len(self.queues[index].lots) * (self.channels[index] - gone)
+        for mixture, of_experts in self.experts.items():
+            if of_experts == index:
+                return self._of_those_left(price, mixture, taken[mixture])
+        return price
+
+    def possible(self) -> int:
+        """Return the cost of all that can be removed: of what the model needs one of, the cheapest last block stays."""
+        least: dict[str, list[int]] = {}
+        for queue, costs in zip(self.queues, self.costs, strict=True):
+            if queue.one_of:
+                least.setdefault(queue.one_of, []).append(costs[-1] if queue.empties else 0)
+        sums = [sum(costs) for costs in self.costs]
+        for mixture, of_experts in self.experts.items():
+            count = len(self.costs[mixture])
+            sums[mixture] += count * len(self.queues[mixture].lots) * self.channels[mixture]
+            sums[of_experts] = self._of_those_left(sums[of_experts], mixture, count)
+        return sum(sums) - sum(map(min, least.values()))
+
+    def _of_those_left(self, price: int, mixture: int, taken: int) -> int:
+        """Return what is left of the cost of some channels of all experts when blocks of these are gone."""
+        experts = len(self.queues[self.experts[mixture]].lots)
+        return price // experts * (experts - taken * len(self.queues[mixture].lots))
+
+
 def _queues(sites: Sequence[Site], ranking: Mapping[str, Tensor], min_units: int) -> list[_Queue]:
     """Queue the units of each site."""
     return [_Queue.of(together, ranking, min_units) for together in groups(sites)]
 
 
-def _possible(queues: Sequence[_Queue], costs: Sequence[Sequence[int]]) -> int:
-    """Return the cost of all that can be removed: of what the model needs one of, the cheapest last block stays."""
-    least: dict[str, list[int]] = {}
-    for queue, of_queue in zip(queues, costs, strict=True):
-        if queue.one_of:
-            least.setdefault(queue.one_of, []).append(of_queue[-1] if queue.empties else 0)
-    return sum(map(sum, costs)) - sum(map(min, least.values()))
-
-
 def _check_possible(
     sites: Sequence[Site],
-    queues: Sequence[_Queue],
-    costs: Sequence[Sequence[int]],
+    possible: int,
     budget: Budget,
     amount: int | None,
 ) -> None:
-    possible = _possible(queues, costs)
     if amount is not None:
         if amount > possible:
             raise BudgetError(

@@ -59,7 +59,7 @@ def round_plan(
         BudgetError: the devices cannot share a site, or so few numbers of heads are impossible, or either is possible
             only if more is removed.
     """
-    occupied = [together for together in groups(sites) if plan.keep[together[0].name]]
+    occupied = groups([site for site in sites if plan.keep[site.name]])
     roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in occupied]
     if head_counts:
         roundings = _limit_head_counts(roundings, head_counts)
@@ -160,7 +160,8 @@ class _Rounding:
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
         if site.kind == "mixture":
             step = 1
-        aligned = [*range(step, whole, step), whole]
+        # Experts whose channels are gone do not come back.
+        aligned = [kept] if site.nested else [*range(step, whole, step), whole]
         sizes = [count for count in aligned if can_share(site, count * site.runs, devices)]
         if not sizes:
             width = "width" if site.kind == "mlp" else f"heads ({site.heads} with {site.kv_heads} key/value heads)"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site
+from flapkit.model.site import Site, groups, renumbered
 from flapkit.model.surgery import Correction, bias_of, weight_of
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.statistics import FittedGram, Gram, HeldOutGram, Moments, SiteStatistics, Spread, Statistic
@@ -175,7 +175,7 @@ class Trace:
 
     def pruned_sites(self, plan: PruningPlan, sites: Sequence[Site]) -> list[Site]:
         """Return the traced ones of some sites, with the number of units that a plan keeps; those without have gone."""
-        left = [site for site in traced(sites) if plan.keep[site.name]]
+        left = [site for together in groups(traced(sites)) for site in renumbered(together, plan.keep)]
         return [replace(site, units=len(plan.keep[site.name]), couplings=()) for site in left]
 
     def compare(
@@ -190,9 +190,9 @@ class Trace:
             predicted: site name -> predicted squared error per token, or None.
         """
         errors = {}
+        pruned = {site.name: site for site in self.pruned_sites(plan, list(self._sites.values()))}
         for name, statistics in measured.items():
-            dense, (inputs, outputs) = self._sites[name], self._seen[name]
-            (site,) = self.pruned_sites(plan, [dense])
+            dense, site, (inputs, outputs) = self._sites[name], pruned[name], self._seen[name]
             power = float(outputs.square().sum()) / max(len(outputs), 1)
             if site.units == dense.units or not power:
                 continue

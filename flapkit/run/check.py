@@ -10,7 +10,7 @@ from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
 from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.execution.lightning.loggers import check_loggers
-from flapkit.model.budget import Budget
+from flapkit.model.budget import Budget, prunable
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
 from flapkit.pruning.components import recovery_of
@@ -121,5 +121,9 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),
         [*warnings, *of_lengths],
-        vllm_obstacle(target.config, target.sites),
+        vllm_obstacle(
+            target.config,
+            target.sites,
+            may_remove=recipe.searcher.removes_blocks(prunable(target.sites, settings.budget.base)),
+        ),
     )

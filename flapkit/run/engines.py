@@ -18,9 +18,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flapkit.checkpoint.load import DType, load_config
+from flapkit.checkpoint.serving import vllm_obstacle
 from flapkit.evaluation.speed import Seconds, Workload, read_params
 from flapkit.model.classes import pruned_classes
+from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
+from flapkit.model.layout import sites_of
 from flapkit.model.registration import PREFIX
 from flapkit.run import vllm_worker
 from flapkit.system.errors import InputError, RunError
@@ -183,8 +186,12 @@ class VLLM(Engine):
 
     @classmethod
     def check(cls, path: str, workload: Workload, dtype: DType) -> None:
-        """Raise ``InputError`` if the folder's code is not flapkit's."""
-        has_own_code(path)
+        """Raise ``InputError`` if the folder's code is not flapkit's, or vLLM does not serve such a pruned model."""
+        if not has_own_code(path):
+            return
+        config = load_config(path)
+        if obstacle := vllm_obstacle(config, sites_of(skeleton(config), declaration_of(config))):
+            raise InputError(f"bench: engine vllm does not serve {path}: {obstacle}")
 
     def run(self) -> Seconds:
         """Generate one token, and then again one with as many after it as are to be generated."""

@@ -49,7 +49,7 @@ def next_steps(
 
 def _export(recipe: LoadedRecipe, target: Target, removed: Sequence[str]) -> str:
     """Write the options that export the model to the first format that holds it; empty if none does."""
-    described = replace(prospect(recipe, target.config, target.sites), removed=tuple(removed))
+    described = replace(prospect(recipe, target.config, target.sites), removed=tuple(removed), may_remove=False)
     for name, options in EXPORTS:
         exporter = recipe.registry.create(EXPORTER, name, options)
         try:

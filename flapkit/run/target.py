@@ -13,7 +13,7 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import prunable
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
-from flapkit.pruning.algorithm import check_scored
+from flapkit.pruning.algorithm import check_nested, check_scored
 from flapkit.pruning.unit_choice import UnitChoice, budget_obstacle, choose_unit
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
@@ -65,6 +65,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
         )
     if recipe.searcher.uses_scores:
         check_scored(recipe.method.metric, sites)
+    check_nested(recipe.searcher, sites)
     if recipe.exporters:
         check_exports(recipe.exporters, prospect(recipe, config, sites))
     return Target(config, adapter, sites, chosen.reason)
@@ -97,4 +98,12 @@ def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, 
     budget, biases = recipe.recipe.budget, biased_kinds(config, sites)
     if recipe.method.adds_bias:
         biases |= {site.kind for site in prunable(sites, budget.base)} - {"mixture"}
-    return Prospect(dense_type(config), config, sites, recipe.searcher.uniform, biases, budget.multiple_of)
+    return Prospect(
+        dense_type(config),
+        config,
+        sites,
+        recipe.searcher.uniform,
+        biases,
+        budget.multiple_of,
+        may_remove=recipe.searcher.removes_blocks(prunable(sites, budget.base)),
+    )

@@ -125,10 +125,11 @@ class GGUF(Exporter):
     def check(self, prospect: Prospect) -> None:
         """Refuse models that no architecture of llama.cpp with layers of different sizes can run."""
         check_family(prospect.family, prospect.config, own=self.architecture == "own")
-        if prospect.removed:
+        if prospect.without:
             raise ModelError(
-                f"export gguf: {prospect.removed[0]} is removed except for its bias, and llama.cpp has no bias "
-                "without an attention or MLP; export to hf, or prune with searcher.min_units 1"
+                f"export gguf: {prospect.without}, all but its bias, and llama.cpp has no bias where it has no "
+                "attention or MLP; export to hf, or prune with a searcher that leaves units everywhere (min_units: 1, "
+                "not depth)"
             )
         if self._target(prospect) == OPENELM:
             check_openelm(prospect)

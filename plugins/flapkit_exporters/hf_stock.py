@@ -71,10 +71,10 @@ class HuggingFaceStock(Exporter):
 
     def check(self, prospect: Prospect) -> None:
         """Refuse layers of different sizes, and sizes or biases that the stock classes do not support."""
-        if prospect.removed:
+        if prospect.without:
             raise ModelError(
-                f"export hf-stock: {prospect.removed[0]} is removed whole, but the stock classes need every attention "
-                "and MLP; export to hf, or prune with searcher.min_units 1"
+                f"export hf-stock: {prospect.without}, and the stock classes have all attentions and MLPs; export to "
+                "hf, or prune with a searcher that leaves units everywhere (min_units: 1, not depth)"
             )
         dense = not hasattr(prospect.config, "flapkit")
         if not prospect.uniform and not self.pad:

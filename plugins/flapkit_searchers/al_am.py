@@ -19,6 +19,7 @@ class ALAM(StructureSearcher):
     """
 
     name = "al_am"
+    takes_nested = True
 
     min_units: MinUnits = 1
     attention_power: AttentionPower = 2.0

@@ -33,6 +33,10 @@ class Depth(StructureSearcher):
         ),
     ] = "layers"
 
+    def removes_blocks(self, sites: Sequence[Site]) -> bool:
+        """Tell whether any attention or MLP can go altogether."""
+        return any(site.removable for site in sites)
+
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Remove the lowest layers or blocks until the budget is met.
 

@@ -20,6 +20,7 @@ class PerParameter(StructureSearcher):
     """
 
     name = "per_parameter"
+    takes_nested = True
 
     min_units: MinUnits = 1
 

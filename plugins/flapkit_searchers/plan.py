@@ -26,6 +26,7 @@ class Plan(StructureSearcher):
 
     name = "plan"
     uses_scores = False
+    takes_nested = True
 
     path: Annotated[
         File,
@@ -34,6 +35,11 @@ class Plan(StructureSearcher):
         ),
     ]
 
+    def removes_blocks(self, sites: Sequence[Site]) -> bool:
+        """Tell whether the file does."""
+        keep = PruningPlan.read(self.path).keep
+        return any(site.removable and not keep.get(site.name, (0,)) for site in sites)
+
     def tolerance(self, sites: Sequence[Site], budget: Budget) -> int:
         """Allow the rounding error of a ratio with four digits, or one unit."""
         return max(round(ROUNDING * budget.base), *unit_costs(sites, budget.cost))
@@ -41,7 +47,7 @@ class Plan(StructureSearcher):
     def search(self, sites: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget) -> PruningPlan:
         """Read the plan, and check it against the model and the budget."""
         named = PruningPlan.read(self.path).keep
-        plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named})
+        plan = PruningPlan({**{site.name: tuple(range(site.units)) for site in sites}, **named}).emptied(sites)
         try:
             plan.check(sites)
         except InputError as error:

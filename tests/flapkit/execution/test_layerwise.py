@@ -61,14 +61,14 @@ def test_experts(home):
     )
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_whole_experts(home, sequential):
+@pytest.mark.parametrize(("unit", "sequential"), [("expert", False), ("both", False), ("both", True)])
+def test_whole_experts(home, unit, sequential):
     tiny_model(tiny_config("deepseek_v3", vocab_size=4096)).save_pretrained(home / "dense")
     add_tokenizer(home / "dense")
     changes = {
-        "adapter": {"name": "deepseek_v3", "expert_unit": "expert"},
+        "adapter": {"name": "deepseek_v3", "expert_unit": unit},
         "metric": "reap",
-        "calibration": {**CALIBRATION, "sequential": sequential},
+        "calibration": {**CALIBRATION, "sequential": sequential, "samples": 64},
         "compensator": "least_squares",
     }
     assert_same(

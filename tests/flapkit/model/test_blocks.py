@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ from transformers import DynamicCache, StaticCache
 
 import flapkit
 from flapkit.api import PruneOptions
-from flapkit.checkpoint.export import export
+from flapkit.checkpoint.export import export, prospect_of
 from flapkit.checkpoint.load import load
 from flapkit.checkpoint.save import save
 from flapkit.checkpoint.serving import vllm_obstacle
+from flapkit.evaluation.speed import Workload
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import Correction, apply_plan_, mask_
@@ -28,7 +30,9 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.ranking import remove_lowest
 from flapkit.recipe.load import load_recipe
 from flapkit.registry import ADAPTER, COMPENSATOR, EXPORTER, SEARCHER, Registry
+from flapkit.run.engines import ENGINES
 from flapkit.run.pipeline import run
+from flapkit.run.target import find_target
 from flapkit.system.errors import BudgetError, InputError, ModelError, PluginError
 from flapkit.testing import check_adapter
 
@@ -60,7 +64,11 @@ def test_families(name):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "names",
-    [("layers.0.attention", "layers.0.mlp"), ("layers.3.attention", "layers.3.mlp"), ("layers.0.attention",)],
+    [
+        ("layers.0.attention", "layers.0.mlp", "layers.3.attention", "layers.3.mlp"),
+        ("layers.3.attention", "layers.3.mlp"),
+        ("layers.0.attention",),
+    ],
 )
 def test_every_cache_gives_the_masked_models_text(deep, probe, names):
     sliced, masked = without(deep, *names)
@@ -232,21 +240,59 @@ def test_trains(deep, tokens):
     assert not torch.equal(bias, before)
 
 
-@pytest.mark.parametrize("name", ["gguf", "hf-stock"])
-def test_formats_without_such_layers_say_so(deep, tmp_path, name):
-    sliced, _ = without(deep, "layers.0.attention")
-    save(sliced, tmp_path / "pruned")
-    with pytest.raises(ModelError, match=r"export .*: layers\.0\.attention is removed"):
-        export(tmp_path / "pruned", Registry.load().create(EXPORTER, name, {"verify": False}), tmp_path / "out")
-    assert vllm_obstacle(sliced.config, flapkit.sites(sliced)) == "layer 0 has no attention"
+GONE = {
+    "attention": ("layers.0.attention",),
+    "mlp": ("layers.1.mlp",),
+    "layer": ("layers.0.attention", "layers.0.mlp"),
+}
+TAKEN = [
+    pytest.param(name, gone, marks=[pytest.mark.slow] if name == "onnx" or (name != "hf" and gone != "layer") else [])
+    for name in ("hf", "torch-export", "compressed-tensors", "onnx")
+    for gone in GONE
+]
 
 
-@torch.no_grad()
-def test_torch_export_works(deep, tmp_path):
-    sliced, _ = without(deep, "layers.0.attention", "layers.0.mlp")
+@pytest.mark.parametrize(("name", "gone"), TAKEN)
+def test_formats_with_such_layers(probe, tmp_path, name, gone):
+    sliced, _ = without(make_llama(num_key_value_heads=2), *GONE[gone])
     save(sliced, tmp_path / "pruned")
-    agreed = export(tmp_path / "pruned", Registry.load().create(EXPORTER, "torch-export"), tmp_path / "out")
-    assert agreed.relative < 1e-5
+    agreed = export(tmp_path / "pruned", Registry.load().create(EXPORTER, name), tmp_path / "out")
+    # Weights of 8 bits.
+    assert agreed.relative < (0.1 if name == "compressed-tensors" else 1e-5)
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_formats_without_such_layers_say_so(tmp_path, gone):
+    sliced, _ = without(make_llama(num_key_value_heads=2), *GONE[gone])
+    sites = flapkit.sites(sliced)
+    for name in ("gguf", "hf-stock"):
+        with pytest.raises(
+            ModelError, match=rf"^export {name}: {re.escape(GONE[gone][0])} is gone altogether, .*hf, or"
+        ):
+            Registry.load().create(EXPORTER, name).check(prospect_of(sliced.config, sites))
+    what = f"layer {GONE[gone][0][7]} has no {'MLP' if gone == 'mlp' else 'attention'}"
+    assert vllm_obstacle(sliced.config, sites) == what
+    save(sliced, tmp_path / "pruned")
+    with pytest.raises(InputError, match=f"engine vllm does not serve .*: {what}"):
+        ENGINES["vllm"].check(str(tmp_path / "pruned"), Workload(), "auto")
+
+
+@pytest.mark.parametrize(
+    "searcher", ["depth", {"name": "al_am", "min_units": 0}, {"name": "plan", "path": "plan.json"}]
+)
+def test_they_say_so_before_a_run(home, searcher):
+    (home / "plan.json").write_text('{"keep": {"layers.1.mlp": []}}')
+    for name in ("gguf", "hf-stock"):
+        path = write_recipe(home, metric="angular", searcher=searcher, export=[{"name": name, "verify": False}])
+        says = f"export {name}: the searcher may remove an attention or an MLP altogether"
+        with pytest.raises(ModelError, match=says):
+            find_target(load_recipe(path))
+    (home / "plan.json").write_text('{"keep": {"layers.1.mlp": [0]}}')
+    whole = "al_am" if searcher == "depth" else {**searcher, "min_units": 1} if "min_units" in searcher else searcher
+    find_target(load_recipe(write_recipe(home, searcher=whole, export=[{"name": "gguf", "verify": False}])))
+    target = find_target(load_recipe(write_recipe(home)))
+    assert vllm_obstacle(target.config, target.sites, may_remove=False) == ""
+    assert "may remove an attention" in vllm_obstacle(target.config, target.sites, may_remove=True)
 
 
 def test_a_run_reports_whole_blocks(tmp_path, monkeypatch):

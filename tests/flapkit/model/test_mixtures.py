@@ -9,17 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import flapkit
+from flapkit.api import PruneOptions
 from flapkit.checkpoint.export import export
 from flapkit.checkpoint.serving import vllm_obstacle
+from flapkit.model.budget import Budget, unit_costs
 from flapkit.model.closed_experts import close_experts_
-from flapkit.model.costs import active_cost, param_cost
+from flapkit.model.costs import active_cost, param_cost, weight_cost
 from flapkit.model.declaration import Block
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import apply_plan_, mask_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import logits_of, random_plan, verify
-from flapkit.registry import ADAPTER, EXPORTER, Registry
+from flapkit.pruning.algorithm import find_plan
+from flapkit.registry import ADAPTER, EXPORTER, SEARCHER, Registry
 from flapkit.system.errors import BudgetError, InputError, ModelError, RecipeError
 
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
@@ -165,6 +168,83 @@ def test_whole_experts_after_channels(tmp_path):
     reloaded(model, tmp_path / "pruned", plan)
 
 
+@pytest.mark.parametrize("form", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3, groups", "gpt_oss"])
+def test_experts_and_channels_of_the_others(form, tmp_path):
+    name, changes = FORMS[form]
+    config = tiny_config(name, **changes)
+    model, sites = tiny_model(config), adapter(name, "both").sites(config)
+    assert verify(model, sites).error <= 1e-5
+    plan = random_plan(sites, seed=1)
+    for site in (site for site in sites if site.within):
+        assert bool(plan.keep[site.name]) == (site.expert in plan.keep[site.within])
+    before = model.num_parameters()
+    apply_plan_(model, sites, plan, {})
+    assert before - model.num_parameters() == plan.removed_params(sites)
+    reloaded(model, tmp_path / "pruned", plan)
+    again = {site.name: site.units for site in adapter(name, "both").sites(model.config)}
+    shared = [site.name for site in sites if "shared" in site.name]
+    assert len(shared) == {"qwen2_moe": 2, "deepseek_v3": 1}.get(name, 0)
+    assert all(again[name] == len(plan.keep[name]) > 0 for name in shared)
+    assert "()" not in plan.summary(sites)
+
+
+@pytest.mark.parametrize(("name", "sequential"), [("mixtral", False), ("qwen3_moe", False), ("mixtral", True)])
+def test_one_plan_of_experts_and_channels(name, sequential, tmp_path):
+    model = tiny_model(tiny_config(name, num_local_experts=6, num_experts=6))
+    whole, sites = model.num_parameters(), adapter(name, "both").sites(model.config)
+    options = PruneOptions(sequential=sequential)
+    plan = flapkit.prune_(model, tokens(64), "reap", ratio=0.5, adapter=adapter(name, "both"), options=options)
+    budget = Budget.over(sites, 0.5)
+    assert 0 <= budget.amount - plan.removed_params(sites) < min(unit_costs(sites, budget.cost))
+    assert budget.base == sum(site.params for site in sites)
+    biases = sum(
+        bias.numel() for key, bias in model.named_parameters() if key.endswith(("o_proj.bias", "down_proj_bias"))
+    )
+    assert whole - model.num_parameters() == plan.removed_params(sites) - biases
+    kept = [len(plan.keep[site.name]) for site in sites if site.kind == "mixture"]
+    assert min(kept) >= 2
+    assert sum(kept) < 12
+    assert any(0 < len(plan.keep[site.name]) < site.units for site in sites if site.within)
+    reloaded(model, tmp_path / "pruned", plan)
+    again = Registry.load().create(SEARCHER, "plan", {"path": tmp_path / "pruned" / "plan.json"})
+    assert again.search(sites, {}, budget) == plan
+
+
+@pytest.mark.parametrize("searcher", ["al_am", "per_parameter"])
+@pytest.mark.parametrize("measure", ["params", "active_params", "memory"])
+def test_every_budget_of_experts_and_channels(searcher, measure):
+    model = mixtral(num_local_experts=6)
+    sites = adapter("mixtral", "both").sites(model.config)
+    params = param_cost(model, sites, model.num_parameters(), biased=False)
+    costs = [params, active_cost(model, sites, params), weight_cost(params, torch.bfloat16)]
+    cost = next(cost for cost in costs if cost.measure == measure)
+    draw = torch.Generator().manual_seed(1)
+    scores = {site.name: torch.rand(site.units, site.channels_per_unit, generator=draw).double() for site in sites}
+    for left in (0.8, 0.75):
+        budget = Budget.leaving(cost, sites, int(left * cost.total), f"{measure}: x")
+        plan = find_plan(sites, scores, Registry.load().create(SEARCHER, searcher), budget)
+        assert 0 <= int(left * cost.total) - (cost.total - cost.removed(sites, plan)) < max(unit_costs(sites, cost))
+    sliced = copy.deepcopy(model)
+    apply_plan_(sliced, sites, plan, {})
+    again = adapter("mixtral", "both").sites(sliced.config)
+    counted = param_cost(sliced, again, sliced.num_parameters(), biased=False)
+    assert costs[0].left(sites, plan) == sliced.num_parameters()
+    left_active = active_cost(sliced, again, counted)
+    assert costs[1].left(sites, plan) == left_active.shown(left_active.total)
+    with pytest.raises(BudgetError, match="the largest ratio of blocks"):
+        find_plan(sites, scores, Registry.load().create(SEARCHER, searcher), Budget.over(sites, 0.97))
+
+
+def test_widths_of_the_experts_that_stay_are_rounded():
+    model = mixtral(num_local_experts=6, intermediate_size=24)
+    plan = flapkit.prune_(
+        model, tokens(64), "reap", budget={"ratio": 0.5, "multiple_of": 4}, adapter=adapter("mixtral", "both")
+    )
+    widths = {len(units) for name, units in plan.keep.items() if ".experts." in name and units}
+    assert all(width % 4 == 0 for width in widths)
+    assert any(not units for units in plan.keep.values())
+
+
 def test_equal_layers_need_no_code(tmp_path):
     model = mixtral()
     plan = flapkit.prune_(model, tokens(), "reap", "ul_um", ratio=0.25, of="mixture", adapter=adapter("mixtral"))
@@ -209,5 +289,18 @@ def test_what_does_not_suit_whole_experts_is_refused():
         flapkit.prune_(mixtral(), tokens(), **DEFAULT)
     with pytest.raises(ModelError, match="the declaration of 'llama' has no experts; use channel"):
         adapter("llama").sites(tiny_config("llama"))
+    both = {"name": "auto", "expert_unit": "both"}
+    with pytest.raises(RecipeError, match=r"searcher 'ul_um' does not choose whole experts and channels"):
+        flapkit.prune_(mixtral(), tokens(), "reap", "ul_um", adapter=both)
+    with pytest.raises(
+        BudgetError, match=r"times no whole experts, the units of layers\.0\.mixture; set the adapter's"
+    ):
+        flapkit.prune_(mixtral(), tokens(), "reap", budget={"latency": 0.7}, adapter=both)
+    sites = adapter("mixtral", "both").sites(tiny_config("mixtral"))
+    keep = {site.name: tuple(range(site.units)) for site in sites}
+    for wrong, says in (("layers.0.mixture", "removes this expert"), ("layers.0.experts.0", "keeps this expert")):
+        units = (1, 2, 3) if wrong.endswith("mixture") else ()
+        with pytest.raises(InputError, match=rf"layers\.0\.experts\.0 keeps .* units, and layers\.0\.mixture {says}"):
+            PruningPlan({**keep, wrong: units}).check(sites)
     with pytest.raises(InputError, match="a mixture, and no other block, names its `router`"):
         Block("mixture", "mlp", "experts.down_proj", {"gate": "e"})

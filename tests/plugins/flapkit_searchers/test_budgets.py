@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_llama
+from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import flapkit
@@ -101,6 +102,42 @@ def test_the_numbers_are_those_of_the_model(tokens):
         cache = model(tokens[:1], use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert costs["kv_cache"].left(sites, plan) * tokens.shape[1] == held
+
+
+@pytest.mark.parametrize("asked", ["params", "ratio", "memory", "kv_cache", "active_params"])
+def test_what_is_saved_measures_what_was_asked_for(asked, tokens, tmp_path):
+    """By the tensors of the file, and by the cache that the loaded model fills."""
+    model = make_mixtral() if asked == "active_params" else make_llama(num_key_value_heads=2)
+    sites, dense = flapkit.sites(model), model.num_parameters()
+    costs = costs_of(model, sites)
+    total = dense if asked == "ratio" else costs[asked].shown(costs[asked].total)
+    budget = {
+        "params": {"params": int(0.8 * total)},
+        "ratio": {"ratio": 0.2, "of": "model"},
+        "memory": {"memory": f"{int(0.8 * 2 * total) / 1000}KB"},
+        "kv_cache": {"kv_cache": 0.5},
+        "active_params": {"active_params": int(0.8 * total)},
+    }[asked]
+    plan = flapkit.prune_(model, tokens, budget=budget)
+    flapkit.save(model, tmp_path / "pruned", plan)
+    saved = load_file(tmp_path / "pruned" / "model.safetensors")
+    params = sum(tensor.numel() for tensor in saved.values())
+    experts = sum(tensor.numel() for name, tensor in saved.items() if ".experts." in name)
+    cache = flapkit.load(tmp_path / "pruned")(tokens[:1], use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+    biases = sum(tensor.numel() for name, tensor in saved.items() if name.endswith("bias"))
+    measured, left = {
+        "params": (params, int(0.8 * total)),
+        "ratio": (params - biases, dense - round(0.2 * dense)),
+        "memory": (sum(tensor.nbytes for tensor in saved.values()), int(0.8 * 2 * total)),
+        "kv_cache": (held / tokens.shape[1], 0.5 * total),
+        "active_params": (params - experts * 4 / 6, int(0.8 * total)),
+    }[asked]
+    cost = costs["params" if asked == "ratio" else asked]
+    # The cost of memory is of bfloat16, and the file of float32.
+    unit = max(unit_costs(sites, cost)) / cost.scale * (2 if asked == "memory" else 1)
+    short = measured - left if asked == "ratio" else left - measured
+    assert 0 <= short < unit
 
 
 def test_active_parameters():
