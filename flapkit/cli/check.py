@@ -80,7 +80,7 @@ def check(
     if settings.execution.mode == "layerwise" and any(text.windows is None for text in settings.evaluate.perplexity):
         table.add_row("", "not included: hidden states of texts in `evaluate` without `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
-    table.add_row("compute, about", _compute(needs))
+    table.add_row("compute, about", _compute(needs, outcome.pace))
     _add_presets(table, outcome)
     table.add_row("output", settings.output)
     served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
@@ -98,27 +98,37 @@ def _add_presets(table: Table, outcome: Checked) -> None:
     differs = f"none; the nearest is {preset.name}, with another {', '.join(preset.differs)}"
     table.add_row("preset", differs if preset.differs else preset.name)
     for better in outcome.better:
-        table.add_row(f"better: {better.name}", _cost(better))
+        table.add_row(f"better: {better.name}", _cost(better, outcome.pace))
         changes = [_quoted(f"{key}={_flow(value)}") for key, value in better.settings.items()]
         table.add_row("", " ".join(f"--set {change}" for change in changes))
 
 
-def _cost(better: Better) -> str:
+def _cost(better: Better, pace: float) -> str:
     if better.needs is None:
         return f"not with this recipe: {better.obstacle}"
     needs = better.needs
     passes = f"{needs.passes} pass{'es' if needs.passes != 1 else ''} over the calibration text"
     search = f", {better.search}" if better.search else ""
-    return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {_compute(needs)}"
+    return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {_compute(needs, pace)}"
 
 
-def _compute(needs: Estimate) -> str:
-    """Say what calibration computes, and the search if it runs the model."""
+def _compute(needs: Estimate, pace: float) -> str:
+    """Say what calibration computes, and the search if it runs the model, and how long that takes at a pace."""
     calibration = f"{needs.flops / 1e12:,.2f} TFLOP for calibration"
     if needs.search_flops is None:
         return f"{calibration}, unknown for the trials"
-    search = f", {needs.search_flops / 1e12:,.2f} TFLOP for the search"
-    return calibration + (search if needs.search_flops else "")
+    search = f", {needs.search_flops / 1e12:,.2f} TFLOP for the search" if needs.search_flops else ""
+    return f"{calibration}{search}: {_duration((needs.flops + needs.search_flops) / pace)}"
+
+
+def _duration(seconds: float) -> str:
+    """Say how long something takes on this machine, to about a minute."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute here"
+    if minutes < 120:
+        return f"{minutes} minute{'s' if minutes > 1 else ''} here"
+    return f"{minutes / 60:,.0f} hours here"
 
 
 def _flow(value: Any) -> str:

@@ -5,6 +5,7 @@
 Modules:
     cache: statistics of earlier runs
     executor: the interface of executors, and `prune_`
+    layer_trials: try plans layer by layer
     layerwise: one decoder layer in memory at a time
     needs: memory, disk and passes, computed from sizes
     record_files: the file format of the cache and of unfinished runs

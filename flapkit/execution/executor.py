@@ -6,6 +6,7 @@ repair, slice and evaluate; ``prune_``, in its two halves ``search`` and ``repai
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
 from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
 from flapkit.pruning.statistics import Statistic, size_of
-from flapkit.system.errors import RecipeError
+from flapkit.system.errors import CalibrationError, RecipeError
 from flapkit.system.progress import Progress
 from flapkit.text.windows import check_vocabulary
 
@@ -213,10 +214,15 @@ class Executor(ABC):
             kind: what is minimised.
             correct: computes the corrections of some sites.
             repairing: classes of the statistics that it needs.
-
-        Raises:
-            RecipeError: this executor cannot evaluate candidate plans.
         """
+
+    def plans_together(self, share: float) -> int:
+        """Return how many plans the objective evaluates at once; a searcher's call of it is divided.
+
+        Args:
+            share: of the trial windows.
+        """
+        return 1
 
     @abstractmethod
     def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
@@ -357,13 +363,14 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     return Searched(scores, plan, course)
 
 
-def check_search(method: Method, sites: Sequence[Site], memory: float) -> None:
-    """Refuse a search that judges plans and whose statistics of all sites do not fit in memory together.
+def check_search(method: Method, sites: Sequence[Site], memory: float, of: str = "all sites") -> None:
+    """Refuse a search that judges plans and whose statistics do not fit in memory together.
 
     Args:
         method: the components.
-        sites: the model's sites.
+        sites: all sites of the model, or those of a layer.
         memory: bytes of statistics at a time.
+        of: what the sites are, for the message.
 
     Raises:
         RecipeError: they do not fit.
@@ -371,8 +378,32 @@ def check_search(method: Method, sites: Sequence[Site], memory: float) -> None:
     statistics = tuple(dict.fromkeys([*method.scoring, *needed_for_search(method, sequential=True)]))
     if method.judges and (needed := size_of(statistics, sites)) > memory:
         raise RecipeError(
-            f"searcher {method.searcher.name!r} needs the statistics of all sites in memory together, "
+            f"searcher {method.searcher.name!r} needs the statistics of {of} in memory together, "
             f"{needed / 1e9:,.2f} GB; calibration.statistics_memory is {memory / 1e9:,.2f} GB: raise it"
+        )
+
+
+def check_search_by_layers(method: Method, sites: Sequence[Site], memory: float) -> None:
+    """Refuse a search layer by layer, if the statistics of a layer do not fit in memory; see ``check_search``."""
+    for index in sorted({site.layer for site in sites}):
+        check_search(method, [site for site in sites if site.layer == index], memory, f"layer {index}")
+
+
+def check_judged(method: Method, text: CalibrationText) -> None:
+    """Refuse text without its held-out windows, for a search, that holds out none for the repair, if that needs some.
+
+    Args:
+        method: the components.
+        text: the windows that are measured.
+
+    Raises:
+        CalibrationError: there are too few windows.
+    """
+    holds_out = any(statistic.windows == "held_out" for statistic in needed_for_search(method, sequential=True))
+    if holds_out and not held_out(len(text.windows)).any():  # type: ignore[arg-type]
+        raise CalibrationError(
+            "calibration: plans are judged on one window of four, and their repair holds out one in four of the "
+            "others; use at least five windows, or a repair that holds out none (ridge: 0.01)"
         )
 
 
@@ -434,13 +465,23 @@ def _find_plan(
         objective = executor.objective(searcher.objective, correct, method.repairing)
         history = TrialHistory(searcher.objective)
 
-        def tried(plan: PruningPlan, share: float = 1.0) -> float:
-            value = objective(plan, share)
-            history.add(value, share)
-            stage.advance()
-            return value
+        def tried(plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+            values: list[float] = []
+            together = executor.plans_together(share)
+            for start in range(0, len(plans), together):
+                part = plans[start : start + together]
+                for value in objective(part, share):
+                    history.add(value, share)
+                    values.append(value)
+                stage.advance(len(part))
+            return values
 
         return find_plan(executor.sites, scores, searcher, budget, tried), history.summary()
+
+
+def digest_of(plans: Sequence[PruningPlan]) -> str:
+    """Return a short hash of some plans, to name what an interrupted search has tried."""
+    return hashlib.sha256("".join(plan.to_json() for plan in plans).encode()).hexdigest()[:32]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ of windows. A pruned layer is written at once: there is one file of weights per 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,15 @@ from flapkit.execution.executor import (
     Repair,
     Score,
     Scores,
+    check_judged,
+    check_search_by_layers,
+    digest_of,
+    needed_for_search,
     sweep,
 )
-from flapkit.execution.lightning.data import PruningData
-from flapkit.execution.needs import Needs, Workload
+from flapkit.execution.layer_trials import LayerTrials, Supernet
+from flapkit.execution.lightning.data import PruningData, held_out
+from flapkit.execution.needs import Needs, Workload, supernet_size
 from flapkit.execution.record_files import Record, write_record
 from flapkit.execution.resume import Resume, make_without_store, read_finished
 from flapkit.execution.runtime import Runtime
@@ -44,13 +50,17 @@ from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
+from flapkit.pruning.trials import held_out_windows
 from flapkit.system.errors import RecipeError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import broadcast_from_rank0, lost_processes, rank, window_share
-from flapkit.system.workdir import damaged_as_output_error
+from flapkit.system.workdir import check_space, damaged_as_output_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+SUPERNET = "supernet"
+"""Name of the folder with a search's repaired consumers."""
 
 NOTES = "notes"
 EXPECTED = "expected"
@@ -89,7 +99,8 @@ class LayerwiseExecutor(Executor):
         self.progress = runtime.progress
         self.sites = sites
         self._stream = stream
-        self._text = text
+        self._text = self._judging = text
+        self._searches = False
         self._runtime = runtime
         self._folder = folder
         self._memory = memory
@@ -104,11 +115,13 @@ class LayerwiseExecutor(Executor):
         return shards_of(self._folder / "weights", len(self._stream))
 
     def score(self, score: Score, scoring: Sequence[type[Statistic]], repairing: Sequence[type[Statistic]]) -> Scores:
-        """Measure and score layer by layer; each layer's measurements are written at once, for resumed runs."""
-        stored = repairing if size_of(repairing, self.sites) <= self._memory else ()
+        """Measure and score layer by layer; each layer's measurements are written at once, for resumed runs.
+
+        A search reads the statistics of a layer from its file when it repairs the layer.
+        """
+        stored = repairing if self._searches or size_of(repairing, self.sites) <= self._memory else ()
         needed = tuple(dict.fromkeys([*scoring, *stored]))
-        batches = self._batches() if needed else []
-        files = [self._folder / "calibration" / f"{index:05}.safetensors" for index in range(len(self._stream))]
+        batches, files = self._batches() if needed else [], self._measurements
         with lost_processes(), self._runtime.progress.stage("calibrate", len(files), "layers") as stage:
             for index, hidden in self._resumed("calibration", files, batches):
                 tensors: dict[str, torch.Tensor] = {}
@@ -117,19 +130,74 @@ class LayerwiseExecutor(Executor):
                     tensors |= _saved(measured, stored)
                 broadcast_from_rank0(partial(write_record, files[index], Record(tensors)))
                 stage.advance()
-        records = grouped({name: tensor for file in files for name, tensor in read_finished(file).tensors.items()})
-        self._measured = self._restore(records, stored)
+        read = (item for file in files for item in read_finished(file).tensors.items())
+        records = grouped({name: tensor for name, tensor in read if not self._searches or name.endswith("/scores")})
+        self._measured = None if self._searches else self._restore(self.sites, records, stored)
         return {site.name: records[site.name]["scores"] for site in self.sites if site.name in records}
 
     def for_search(self, method: Method) -> LayerwiseExecutor:
-        """Return itself: ``objective`` and ``learn`` refuse such a search."""
-        return self
+        """Return an executor of the same model that measures its statistics without the held-out windows.
+
+        Raises:
+            OutputError: the disk has no room for the statistics and the repaired consumers.
+        """
+        check_search_by_layers(method, self.sites, self._memory)
+        text = self._text.fitted()
+        check_judged(method, text)
+        broadcast_from_rank0(lambda: self._check_disk(needed_for_search(method, sequential=True)))
+        searching = LayerwiseExecutor(
+            self._stream,
+            self.sites,
+            text,
+            self._runtime,
+            self._folder,
+            memory=self._memory,
+            hidden_on_disk=self._hidden_on_disk,
+            resume=self._resume,
+            saved=self._saved,
+        )
+        searching._judging = self._text
+        searching._searches = True
+        return searching
 
     def objective(
         self, kind: Literal["perplexity", "kl"], correct: Correct, repairing: Sequence[type[Statistic]]
     ) -> Objective:
-        """Refuse: candidate plans are evaluated on a whole model."""
-        raise RecipeError("execution: layerwise: the searcher needs the whole model to evaluate plans; choose another")
+        """Return the objective of trial searchers: sweeps over the layers with the held-out windows."""
+        if broadcast_from_rank0(lambda: _count_finished(self._measurements)) < len(self._measurements):
+            # The searcher uses no scores, so that nothing is measured yet.
+            self.score(lambda *_: {}, (), repairing)
+        known: dict[int, Statistics] = {}
+
+        def correct_(sites: Sequence[Site], plan: PruningPlan) -> Mapping[str, Correction]:
+            layer = sites[0].layer
+            if layer not in known:
+                known.clear()
+                read = grouped(read_finished(self._measurements[layer]).tensors)
+                known[layer] = self._restore(self._in_layer(layer), read, repairing)
+            return correct(sites, known[layer], plan)
+
+        limit = supernet_size(self.sites, self.model.dtype.itemsize)
+        supernet = Supernet(self._folder / SUPERNET, limit, correct_)
+        # All processes must find the same plan, so each uses the windows of all.
+        windows = held_out_windows(self._judging.batches())
+        trials = LayerTrials(self._stream, self.sites, kind, windows, supernet, self._hidden)
+
+        def tried(plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+            def make() -> Record:
+                return Record({"values": torch.tensor(trials(plans, share), dtype=torch.float64)})
+
+            values: list[float] = self._resume(f"trials {digest_of(plans)} {share:g}", make).tensors["values"].tolist()
+            return values
+
+        return tried
+
+    def plans_together(self, share: float) -> int:
+        """Return how many plans share a sweep: their hidden states are as many as those of the calibration text."""
+        windows = len(self._judging.windows)  # type: ignore[arg-type]
+        judging = math.ceil(share * int(held_out(windows).sum()))
+        processes = (window_share() or {"num_replicas": 1})["num_replicas"]
+        return max(1, windows // (max(1, judging) * processes))
 
     def learn(self, searcher: TrainedSearcher, sites: Sequence[Site], scores: Scores, budget: Budget) -> LearnedPlan:
         """Refuse: gates are trained on a whole model."""
@@ -188,11 +256,12 @@ class LayerwiseExecutor(Executor):
     def needs(cls, workload: Workload) -> Needs:
         """Return the needs of one layer at a time: the dense layer and the pruned one are in memory together."""
         outer, largest = workload.layers
-        memory = outer + 2 * largest + workload.statistics + workload.working
+        memory = outer + 2 * largest + max(workload.statistics, workload.layer_statistics) + workload.working
+        disk = workload.written_weights + workload.search_files
         if workload.hidden_on_disk:
-            return Needs(memory, memory, workload.written_weights + 2 * workload.hidden)
+            return Needs(memory, memory, disk + 2 * workload.hidden)
         memory += workload.hidden // workload.processes
-        return Needs(memory, memory, workload.written_weights)
+        return Needs(memory, memory, disk)
 
     def _test(
         self, texts: Mapping[str, EvaluationText], sizes: Mapping[str, int], name: str
@@ -213,6 +282,17 @@ class LayerwiseExecutor(Executor):
                 metrics[text].check(text)
         hidden.clear()
         return {text: metric.compute() for text, metric in metrics.items()}
+
+    @property
+    def _measurements(self) -> list[Path]:
+        """The files of the layers' scores and statistics."""
+        return [self._folder / "calibration" / f"{index:05}.safetensors" for index in range(len(self._stream))]
+
+    def _check_disk(self, statistics: Sequence[type[Statistic]]) -> None:
+        """Refuse a search whose files do not fit on the disk; those of an interrupted run are there already."""
+        needed = size_of(tuple(statistics), self.sites) + supernet_size(self.sites, self.model.dtype.itemsize)
+        written = [file for name in ("calibration", SUPERNET) for file in (self._folder / name).glob("*.safetensors")]
+        check_space(self._folder, needed - sum(file.stat().st_size for file in written))
 
     def _batches(self) -> list[Batch]:
         return self._text.batches(window_share())
@@ -264,14 +344,17 @@ class LayerwiseExecutor(Executor):
         hidden.clear()
 
     def _restore(
-        self, records: Mapping[str, Mapping[str, torch.Tensor]], stored: Sequence[type[Statistic]]
+        self,
+        sites: Sequence[Site],
+        records: Mapping[str, Mapping[str, torch.Tensor]],
+        stored: Sequence[type[Statistic]],
     ) -> dict[str, SiteStatistics]:
         device = float64_device(self._runtime.device)
         return {
             site.name: SiteStatistics(
                 statistic.restored(site, records[f"{site.name}/{_key(statistic)}"]).to(device) for statistic in stored
             )
-            for site in self.sites
+            for site in sites
         }
 
     def _slice_and_write(self, index: int, plan: PruningPlan, repairs: Repairs) -> None:
@@ -282,7 +365,7 @@ class LayerwiseExecutor(Executor):
 
     def _slice_(self, index: int, plan: PruningPlan, corrections: Mapping[str, Correction]) -> None:
         sites = self._in_layer(index)
-        slice_(self.model, sites, PruningPlan({site.name: plan.keep[site.name] for site in sites}), corrections)
+        slice_(self.model, sites, plan.only(sites), corrections)
 
     def _finish(self, plan: PruningPlan, finished: Sequence[int]) -> Repairs:
         """Write the weights outside the layers, and read the pruned model from now on.

@@ -11,7 +11,7 @@ import torch
 from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site
 from flapkit.pruning.algorithm import Method
-from flapkit.pruning.components import corrector_of
+from flapkit.pruning.components import TrialSearcher, corrector_of
 from flapkit.pruning.statistics import Gram, size_of, split_by_memory
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ SWEEP_PASSES = 4
 
 SWEEP_STREAMS = 4
 """Hidden states that a sweep stores: those of the dense and of the pruned model, and the targets of two sites."""
+
+SUPERNETS = 8
+"""How often the disk holds the consumers of all sites in a search layer by layer, repaired for different plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,21 @@ class Workload:
         return max(size_of(statistics, part) for statistics, part in parts) + solving
 
     @property
+    def layer_statistics(self) -> int:
+        """Bytes of a layer's statistics, as far as a search layer by layer has them in memory together."""
+        if not self.method.judges:
+            return 0
+        layers = [[site for site in self.sites if site.layer == index] for index in {site.layer for site in self.sites}]
+        return max(size_of(self.method.statistics, layer) for layer in layers)
+
+    @property
+    def search_files(self) -> int:
+        """Bytes that a search layer by layer writes: the statistics of all sites, and repaired consumers."""
+        if not isinstance(self.method.searcher, TrialSearcher) or not self.removed:
+            return 0
+        return size_of(self.method.repairing, self.sites) + supernet_size(self.sites, self.model.dtype.itemsize)
+
+    @property
     def waiting_weights(self) -> int:
         """Bytes of corrected weights that stay in memory until all are computed."""
         corrected = [site for site in self.sites if site.kind != "mixture"]
@@ -142,3 +160,14 @@ class Needs:
     memory: int
     least: int
     disk: int
+
+
+def supernet_size(sites: Sequence[Site], itemsize: int) -> int:
+    """Return the most bytes of the repaired consumers of a search layer by layer.
+
+    Args:
+        sites: the model's sites.
+        itemsize: bytes of each number of the weights.
+    """
+    repaired = [site for site in sites if site.kind != "mixture"]
+    return SUPERNETS * itemsize * sum((site.channels + 1) * site.out_features for site in repaired)

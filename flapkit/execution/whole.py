@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,13 +22,13 @@ from flapkit.execution.executor import (
     Repair,
     Score,
     Scores,
+    check_judged,
     check_search,
-    needed_for_search,
+    digest_of,
     record_of,
     repairs_of,
     sweep,
 )
-from flapkit.execution.lightning.data import held_out
 from flapkit.execution.needs import Needs, Workload
 from flapkit.execution.record_files import Record
 from flapkit.execution.resume import Resume, make_without_store
@@ -47,7 +46,6 @@ from flapkit.pruning.collector import Batch, Statistics, measure
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher
 from flapkit.pruning.statistics import SiteStatistics, Statistic, size_of, split_by_memory
 from flapkit.pruning.trials import Trials, held_out_windows
-from flapkit.system.errors import CalibrationError
 from flapkit.system.float64 import float64_device
 from flapkit.system.processes import is_rank_zero, keep_common, window_share
 from flapkit.system.progress import Progress
@@ -108,12 +106,7 @@ class WholeExecutor(Executor):
         """Return an executor of the same model that measures its statistics without the held-out windows."""
         check_search(method, self.sites, self._memory)
         text = self._text.fitted()
-        holds_out = any(statistic.windows == "held_out" for statistic in needed_for_search(method, sequential=True))
-        if holds_out and not held_out(len(text.windows)).any():  # type: ignore[arg-type]
-            raise CalibrationError(
-                "calibration: plans are judged on one window of four, and their repair holds out one in four of the "
-                "others; use at least five windows, or a repair that holds out none (ridge: 0.01)"
-            )
+        check_judged(method, text)
         searching = WholeExecutor(
             self.model,
             self.sites,
@@ -151,13 +144,13 @@ class WholeExecutor(Executor):
 
         trials = Trials(self.model, self.sites, kind, windows, correct_, self._memory)
 
-        def tried(plan: PruningPlan, share: float = 1.0) -> float:
-            digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:32]
+        def make(plan: PruningPlan, share: float) -> Record:
+            return Record({"value": torch.tensor(trials(plan, share), dtype=torch.float64)})
 
-            def make() -> Record:
-                return Record({"value": torch.tensor(trials(plan, share), dtype=torch.float64)})
-
-            return float(self._resume(f"trial {digest} {share:g}", make).tensors["value"])
+        def tried(plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+            names = [f"trial {digest_of([plan])} {share:g}" for plan in plans]
+            records = [self._resume(name, partial(make, plan, share)) for name, plan in zip(names, plans, strict=True)]
+            return [float(record.tensors["value"]) for record in records]
 
         return tried
 

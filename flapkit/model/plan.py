@@ -51,6 +51,10 @@ class PruningPlan:
         body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         return f"<table><tr>{head}</tr>{body}</table>"
 
+    def only(self, sites: Sequence[Site]) -> PruningPlan:
+        """Return the plan of some sites."""
+        return PruningPlan({site.name: self.keep[site.name] for site in sites})
+
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ``InputError`` unless the plan fits the sites: known names, and ascending units within range."""
         known = {site.name: site for site in sites}

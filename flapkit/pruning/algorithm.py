@@ -261,8 +261,8 @@ def find_plan(
     if objective is not None and isinstance(searcher, TrialSearcher):
         value = objective
 
-        def judge(plan: PruningPlan, share: float = 1.0) -> float:
-            return value(_complete(plan, pruned, sites, searcher, known, budget), share)
+        def judge(plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+            return value([_complete(plan, pruned, sites, searcher, known, budget) for plan in plans], share)
 
         with _as_plugin_error(where):
             plan = searcher.search_by_trials(pruned, known, budget, judge)

@@ -124,16 +124,19 @@ class StructureSearcher(Component):
 class Objective(Protocol):
     """The objective of trial searchers; lower is better. The recipe's evaluation text is never used."""
 
-    def __call__(self, plan: PruningPlan, share: float = 1.0) -> float:
-        """Apply a plan to a copy of the model, with the recipe's compensators, and evaluate the copy.
+    def __call__(self, plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+        """Apply each plan to a copy of the model, with the recipe's compensators, and evaluate the copy.
+
+        Plans that do not depend on each other's results should come in one call: layer by layer they share the reading
+        of each layer.
 
         Args:
-            plan: over exactly the sites that the searcher got.
+            plans: over exactly the sites that the searcher got.
             share: of the trial windows; the first ones are used.
 
         Returns:
-            On the held-out calibration windows, what the searcher's ``objective`` names: the perplexity, or the KL
-            divergence from the dense model's predictions in nats per token.
+            For each plan, on the held-out calibration windows, what the searcher's ``objective`` names: the perplexity,
+            or the KL divergence from the dense model's predictions in nats per token.
         """
 
 
@@ -170,7 +173,7 @@ class TrialSearcher(StructureSearcher):
             sites: the prunable sites, in the model's order.
             scores: as for ``search``.
             budget: how much to remove.
-            objective: evaluates a plan for exactly these sites.
+            objective: evaluates plans for exactly these sites.
 
         Raises:
             BudgetError: the budget cannot be met.

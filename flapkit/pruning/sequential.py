@@ -153,8 +153,7 @@ class LayerRepair:
 
     def mask_(self, sites: Sequence[Site], plan: PruningPlan, repairs: Repairs) -> None:
         """Zero the removed channels of some of the layer's sites, and correct the rest; call it once per site."""
-        part = PruningPlan({site.name: plan.keep[site.name] for site in sites})
-        mask_(self._runner.model, sites, part, repairs.corrections)
+        mask_(self._runner.model, sites, plan.only(sites), repairs.corrections)
         self.masked = True
 
     def run_pruned(self) -> None:

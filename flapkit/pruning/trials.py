@@ -17,7 +17,6 @@ from flapkit.model.site import Site, groups
 from flapkit.model.surgery import Correction, apply_plan_, copy_sharing_weights
 from flapkit.pruning.collector import Batch, attended
 from flapkit.system.errors import CalibrationError
-from flapkit.system.float64 import float64_device
 from flapkit.text.windows import UNSCORED
 
 if TYPE_CHECKING:
@@ -53,6 +52,42 @@ def held_out_windows(batches: Iterable[Batch]) -> list[Batch]:
     return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
 
 
+Run = Callable[[int], Tensor]
+"""Runs a model on a batch of the trial windows, given its number: the logits [windows, tokens, vocabulary]."""
+
+
+class Judge:
+    """Compares models on the trial windows: by their perplexity, or by their divergence from the dense model.
+
+    Args:
+        kind: what is measured.
+        windows: the trial windows, in batches.
+        dense: runs the dense model.
+    """
+
+    def __init__(self, kind: Literal["perplexity", "kl"], windows: Sequence[Batch], dense: Run) -> None:
+        self.windows = windows
+        self._dense = None
+        if kind == "kl":
+            with torch.no_grad():
+                self._dense = [Predictions.of(dense(number), batch) for number, batch in enumerate(windows)]
+
+    def first(self, share: float) -> Sequence[Batch]:
+        """Return the batches that are a share of the trial windows: the first ones, at least one."""
+        return self.windows[: max(1, math.ceil(share * len(self.windows)))]
+
+    @torch.no_grad()
+    def __call__(self, run: Run, share: float = 1.0) -> float:
+        """Return the perplexity, or the KL divergence in nats per token, over the first windows.
+
+        Args:
+            run: runs the model.
+            share: of the windows.
+        """
+        windows = self.first(share)
+        return perplexity_of(run, windows) if self._dense is None else kl_of(run, windows, self._dense)
+
+
 class Trials:
     """Evaluates plans, each on a copy of the model that shares its weights.
 
@@ -80,13 +115,12 @@ class Trials:
         self._model = model
         self._groups = list(groups(sites))
         self._sites = sites
-        self._windows = windows
+        self._judge = Judge(kind, windows, running(model, windows))
         self._correct = correct
         self._known = _Corrections(memory)
-        self._dense = [Predictions.of(model, batch) for batch in windows] if kind == "kl" else None
 
     def __call__(self, plan: PruningPlan, share: float = 1.0) -> float:
-        """Return the perplexity, or the KL divergence in nats per token, over the first windows.
+        """Return what the judge says of a plan's model.
 
         Args:
             plan: the units to keep.
@@ -94,10 +128,7 @@ class Trials:
         """
         copied = copy_sharing_weights(self._model, self._sites)
         apply_plan_(copied, self._sites, plan, self._corrections(plan))
-        count = max(1, math.ceil(share * len(self._windows)))
-        if self._dense is None:
-            return perplexity_of(copied, self._windows[:count])
-        return kl_of(copied, self._windows[:count], self._dense[:count])
+        return self._judge(running(copied, self._judge.windows), share)
 
     def _corrections(self, plan: PruningPlan) -> dict[str, Correction]:
         found: dict[str, Correction] = {}
@@ -138,20 +169,36 @@ def _bytes(correction: Correction) -> int:
     return sum(part.nbytes for part in (correction.weight, correction.bias) if part is not None)
 
 
-@torch.no_grad()
-def perplexity_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Return the perplexity over all tokens of some windows, on the model's device.
+def running(model: PreTrainedModel, batches: Sequence[Batch]) -> Run:
+    """Return the function that runs a whole model on batches, on its device.
 
     Args:
         model: in evaluation mode.
         batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask``.
     """
-    device = _device(model)
-    measured = Perplexity().to(float64_device(device))
-    for batch in batches:
-        inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = torch.where(attended(inputs), inputs["input_ids"], UNSCORED)
-        measured.update(*cross_entropy(model(**inputs, use_cache=False).logits, labels))
+    device = next(model.get_input_embeddings().parameters()).device
+
+    def run(number: int) -> Tensor:
+        inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batches[number].items()}
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    return run
+
+
+@torch.no_grad()
+def perplexity_of(run: Run, batches: Sequence[Batch]) -> float:
+    """Return the perplexity over all tokens of some windows.
+
+    Args:
+        run: runs the model.
+        batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask``.
+    """
+    measured = Perplexity()
+    for number, batch in enumerate(batches):
+        logits = run(number)
+        labels = torch.where(attended(batch), batch["input_ids"], UNSCORED)
+        measured.update(*cross_entropy(logits, labels.to(logits.device)))
     return float(measured.compute().over_tokens)
 
 
@@ -168,28 +215,27 @@ class Predictions:
     logs: Tensor
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, model: PreTrainedModel, batch: Batch) -> Predictions:
-        """Run the dense model on a batch."""
-        best = [logs.topk(min(LIKELIEST, logs.shape[-1])) for logs in _predicted(model, batch)]
+    def of(cls, logits: Tensor, batch: Batch) -> Predictions:
+        """Keep the likeliest tokens of the dense model's logits [windows, tokens, vocabulary]."""
+        best = [logs.topk(min(LIKELIEST, logs.shape[-1])) for logs in _predicted(logits, batch)]
         return cls(torch.cat([part.indices for part in best]).int(), torch.cat([part.values for part in best]))
 
 
 @torch.no_grad()
-def kl_of(model: PreTrainedModel, batches: Sequence[Batch], dense: Sequence[Predictions]) -> float:
+def kl_of(run: Run, batches: Sequence[Batch], dense: Sequence[Predictions]) -> float:
     """Return the KL divergence of a model's predictions from the dense model's, in nats per token.
 
     All but the likeliest tokens are taken as one, which makes the divergence slightly smaller.
 
     Args:
-        model: in evaluation mode.
+        run: runs the model.
         batches: the text.
-        dense: what the dense model predicts for each batch.
+        dense: what the dense model predicts for each batch, at least as many.
     """
     total, positions = 0.0, 0
-    for batch, wanted in zip(batches, dense, strict=True):
-        start = 0
-        for logs in _predicted(model, batch):
+    for number, batch in enumerate(batches):
+        start, wanted = 0, dense[number]
+        for logs in _predicted(run(number), batch):
             ours = slice(start, start := start + len(logs))
             p, q = wanted.logs[ours], logs.gather(1, wanted.tokens[ours].long())
             rest = [(1 - part.exp().sum(dim=1)).clamp(min=1e-6) for part in (p, q)]
@@ -199,15 +245,8 @@ def kl_of(model: PreTrainedModel, batches: Sequence[Batch], dense: Sequence[Pred
     return total / positions
 
 
-def _predicted(model: PreTrainedModel, batch: Batch) -> Iterable[Tensor]:
+def _predicted(logits: Tensor, batch: Batch) -> Iterable[Tensor]:
     """Yield the logarithms of the probabilities of the next token [positions, vocabulary], some positions at a time."""
-    device = _device(model)
-    inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batch.items()}
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    kept = logits[attended(inputs).to(logits.device)]
+    kept = logits[attended(batch).to(logits.device)]
     for part in kept.split(max(1, AT_ONCE // kept.shape[1])):
         yield part.float().log_softmax(dim=-1)
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    return next(model.get_input_embeddings().parameters()).device

@@ -10,6 +10,7 @@ Modules:
     check: what a recipe will do, without running it
     engines: llama.cpp and vLLM, to time them
     estimate: memory, disk and compute of a run
+    pace: how fast this machine multiplies matrices
     evaluate: evaluate a checkpoint
     executors: open a recipe's model: whole, layer by layer, sharded
     lengths: the lengths of all sequences that a recipe runs through its model

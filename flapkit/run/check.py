@@ -23,6 +23,7 @@ from flapkit.run.estimate import Estimate, check_fits, empty_model, estimate_nee
 from flapkit.run.executors import check_execution, open_runtime
 from flapkit.run.ledger import CostRow, ledger
 from flapkit.run.lengths import recovery_length, run_lengths
+from flapkit.run.pace import measure_pace
 from flapkit.run.presets import Better, Nearest, find_better, find_nearest
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import check_tasks
@@ -41,6 +42,7 @@ class Checked:
         costs: what the model costs before and, with a plan that fits the budget, after.
         needs: memory, disk and compute.
         dtypes: the dtypes of the computation and of the written checkpoint.
+        pace: floating-point operations a second of matrix products here, of all processes of the run together.
         processes: how many processes share a machine's memory.
         unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
             formats.
@@ -59,6 +61,7 @@ class Checked:
     dtypes: DTypes
     preset: Nearest
     better: Sequence[Better]
+    pace: float
     processes: int = 1
     unaligned: Sequence[int] = ()
     left: Sequence[str] = ()
@@ -117,6 +120,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         dtypes,
         preset,
         find_better(recipe, preset, target, dtypes, runtime.processes),
+        measure_pace(runtime.device, empty.dtype) * runtime.processes,
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
         WorkDir(output).records(),

@@ -153,7 +153,7 @@ def estimate_needs(
         sharded = max(own + weights // processes + gathered + batch, reading)
         if settings.trainer.strategy == MODEL_PARALLEL:
             on_device = weights // processes + gathered
-    disk, trained = (layers or whole).disk if workload.hidden_on_disk else whole.disk, None
+    disk, trained = ((layers or whole) if settings.execution.mode == "layerwise" else whole).disk, None
     if (recovery := recovery_of(recipe.compensators)) is not None:
         recovery.attach(empty, target.sites)
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)

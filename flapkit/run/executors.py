@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ import torch
 
 from flapkit.checkpoint.load import load, load_config, open_weights, restore_plan_
 from flapkit.checkpoint.weights import Weights
-from flapkit.execution.executor import CalibrationText, Executor, check_search
+from flapkit.execution.executor import CalibrationText, Executor, check_search, check_search_by_layers
 from flapkit.execution.layerwise import LayerwiseExecutor
 from flapkit.execution.lightning.trainer import MODEL_PARALLEL
 from flapkit.execution.resume import Resume, make_without_store
@@ -23,7 +25,7 @@ from flapkit.model.empty import sees
 from flapkit.model.soundness import check_in_memory, check_plain
 from flapkit.model.spread import check_accelerate, embeddings_device, is_spread
 from flapkit.pruning.collector import needs_gradient
-from flapkit.pruning.components import TrainedSearcher, TrialSearcher
+from flapkit.pruning.components import TrainedSearcher
 from flapkit.pruning.gates import check_gated
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.recipe.schema import Model, Recipe, TrainerSection
@@ -126,10 +128,8 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
             )
         if isinstance(method.searcher, TrainedSearcher):
             check_gated(target.sites)
-        try:
+        with _in_recipe(recipe):
             check_search(method, target.sites, settings.calibration.statistics_bytes)
-        except RecipeError as error:
-            raise RecipeError(f"{recipe.path}: {error}") from error
         return None
     precision = settings.trainer.precision or ""
     refused = {
@@ -138,9 +138,6 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         ),
         "evaluate.zero_shot and samples need the whole model; leave them out, and call `flapkit evaluate` afterwards": (
             settings.evaluate.zero_shot is not None or settings.evaluate.samples is not None
-        ),
-        f"searcher {method.searcher.name!r} needs the whole model to evaluate plans; choose another": (
-            isinstance(method.searcher, TrialSearcher)
         ),
         f"searcher {method.searcher.name!r} trains gates on the whole model; choose another": (
             isinstance(method.searcher, TrainedSearcher)
@@ -160,8 +157,19 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
     for reason, is_refused in refused.items():
         if is_refused:
             raise RecipeError(f"{recipe.path}: execution: layerwise: {reason}")
+    with _in_recipe(recipe):
+        check_search_by_layers(method, target.sites, settings.calibration.statistics_bytes)
     # Once the process group is initialised, transformers saves the tiny model only in the first process.
     return broadcast_from_rank0(lambda: verify(target.config, layers_of(target.sites)))
+
+
+@contextmanager
+def _in_recipe(recipe: LoadedRecipe) -> Iterator[None]:
+    """Name the recipe in a ``RecipeError``."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.path}: {error}") from error
 
 
 def open_stream(

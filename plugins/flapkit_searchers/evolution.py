@@ -95,23 +95,23 @@ class Evolution(TrialSearcher):
             RunError: no plan that was tried has a finite objective.
         """
 
-        def judged(plan: PruningPlan, share: float = 1.0) -> float:
-            tried = objective(plan, share)
-            return tried if math.isfinite(tried) else math.inf
+        def judged(plans: Sequence[PruningPlan], share: float = 1.0) -> list[float]:
+            return [value if math.isfinite(value) else math.inf for value in objective(plans, share)]
 
-        start = self.search(sites, scores, budget)
+        best = self.search(sites, scores, budget)
         draw = random.Random(self.seed)
-        best, value = start, judged(start)
+        (value,) = judged([best])
         log.info("evolution: %s %.4f for AL-AM's plan", self.objective, value)
         for number, step in enumerate(self.steps):
             space = _Space.of(sites, scores, budget, step, self.min_units)
             starts = [space.nearest(best, draw), *(space.starts(draw) if number == 0 else [])]
             rounds = self.generations * (number + 1) // len(self.steps) - self.generations * number // len(self.steps)
-            parent, reached = min(((choice, judged(space.plan(choice))) for choice in starts), key=lambda pair: pair[1])
+            tried = judged([space.plan(choice) for choice in starts])
+            parent, reached = min(zip(starts, tried, strict=True), key=lambda pair: pair[1])
             for _ in range(rounds):
-                for child, tried in self._generation(space, parent, judged, draw):
-                    if tried < reached:
-                        parent, reached = child, tried
+                for child, of_child in self._generation(space, parent, judged, draw):
+                    if of_child < reached:
+                        parent, reached = child, of_child
             if reached < value:
                 best, value = space.plan(parent), reached
             log.info("evolution: %s %.4f after the steps of %.3f", self.objective, value, step)
@@ -123,10 +123,10 @@ class Evolution(TrialSearcher):
         self, space: _Space, parent: Removed, objective: Objective, draw: random.Random
     ) -> Iterator[tuple[Removed, float]]:
         """Try the children of a plan, and yield those that are tried on all windows."""
-        children = {space.mutated(parent, draw) for _ in range(self.children)} - {parent}
-        first = {child: objective(space.plan(child), FIRST_SHARE) for child in sorted(children)}
-        for child in sorted(first, key=first.__getitem__)[: self.survivors]:
-            yield child, objective(space.plan(child))
+        children = sorted({space.mutated(parent, draw) for _ in range(self.children)} - {parent})
+        first = dict(zip(children, objective([space.plan(child) for child in children], FIRST_SHARE), strict=True))
+        best = sorted(first, key=first.__getitem__)[: self.survivors]
+        yield from zip(best, objective([space.plan(child) for child in best]), strict=True)
 
 
 @dataclass(frozen=True)

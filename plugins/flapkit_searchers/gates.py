@@ -61,6 +61,7 @@ class GateTraining(TrainedSearcher):
         float,
         Field(
             gt=0,
+            le=10,
             description="Peak learning rate; at a ratio of 0.5 gates start between 0 and 2, otherwise further apart.",
         ),
     ] = 0.05

@@ -91,11 +91,11 @@ class Optuna(TrialSearcher):
                 name: trial.suggest_float(name, max(0.0, ratio - self.spread), min(1.0, ratio + self.spread))
                 for name, ratio in ratios.items()
             }
-            perplexity = objective(plan_of(chosen))
+            (perplexity,) = objective([plan_of(chosen)])
             return perplexity if math.isfinite(perplexity) else math.inf
 
         # The start's perplexity distinguishes studies with other compensators, models or text.
-        study = self._study(_digest(self, scores, budget, objective(start)))
+        study = self._study(_digest(self, scores, budget, *objective([start])))
         if not _finished(study):
             study.enqueue_trial(ratios)
         study.optimize(try_out, n_trials=max(0, self.trials - _finished(study)))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import flapkit
 from flapkit.checkpoint.load import load, load_tokenizer
-from flapkit.pruning.trials import perplexity_of
+from flapkit.pruning.trials import perplexity_of, running
 
 LENGTH, CHARACTERS = 128, 3_000_000
 DEFAULT = ("bias", "least_squares", "procrustes", "{name: procrustes, ridge: 0.0}")
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def measured(model: PreTrainedModel) -> str:
         batches = [[{"input_ids": part} for part in windows.split(16)] for windows in evaluations]
-        return "  ".join(f"{perplexity_of(model, text):.2f}" for text in batches)
+        return "  ".join(f"{perplexity_of(running(model, text), text):.2f}" for text in batches)
 
     print(f"dense: {measured(load(arguments.model, 'float32'))}", flush=True)
     for windows in arguments.windows:

@@ -243,9 +243,9 @@ class KeepBest(Callback):
         self.losses, self.validations = dict(state_dict["losses"]), dict(state_dict["validations"])
         self.best = dict(state_dict["best"])
 
-    def _not_finite(self, step: int) -> RunError:
+    def _not_finite(self, step: int, trained: str = "loss is") -> RunError:
         return RunError(
-            f"the {self._what}'s loss is not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or "
+            f"the {self._what}'s {trained} not finite at step {step}; lower its lr, set trainer.gradient_clip_val, or "
             "choose another trainer.precision (bf16-mixed, 32-true)"
         )
 
@@ -306,6 +306,17 @@ class LearnGates(KeepBest):
         """Turn the training of the gates on."""
         pl_module.eval()
         self._gates.train()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Also raise an error at the first gates that are not finite, of which the loss need not tell.
+
+        Gates that are open or closed make a finite loss, whatever the values that chose them.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not all(bool(torch.isfinite(values).all()) for values in self._gates.parameters()):
+            raise self._not_finite(trainer.global_step, "gates are")
 
 
 def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: bool) -> list[Callback]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_recipe
+
+from flapkit.cli.check import _compute
 
 METRIC = """
 from dataclasses import dataclass
@@ -79,6 +83,16 @@ def test_check(command, home):
     code, out, err = command("check", write_recipe(home))
     assert code == 0, err
     assert "530,842 of 2,654,208 parameters of blocks" in out
+    assert re.search(r"TFLOP for calibration: .* here", out)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(20, "less than a minute"), (70, "1 minute"), (1500, "25 minutes"), (10_800, "3 hours"), (4e6, "1,111 hours")],
+)
+def test_how_long_a_run_computes(seconds, said):
+    needs = SimpleNamespace(flops=seconds * 2e9, search_flops=seconds * 8e9)
+    assert _compute(needs, 1e10).endswith(f" TFLOP for the search: {said} here")
 
 
 @pytest.mark.parametrize("execution", ["whole", "layerwise"])

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FORMS
+from conftest import FORMS, make_llama
 from executions import CALIBRATION, TEXT, add_tokenizer, assert_same, prune, save_dense
 from safetensors.torch import load_file, save_file
 
+import flapkit
 from flapkit.checkpoint import weights
 from flapkit.checkpoint.load import load_config, open_weights
+from flapkit.execution import executor, needs
 from flapkit.execution import layerwise as module
+from flapkit.execution.layer_trials import LayerTrials, Supernet
+from flapkit.model.plan import PruningPlan
+from flapkit.model.surgery import Correction
 from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.pruning.collector import Collector
 from flapkit.recipe.load import load_recipe
 from flapkit.run.pipeline import run
 from flapkit.system.errors import OutputError, RecipeError
@@ -189,7 +197,97 @@ def test_a_recovery_trains_what_was_written(home):
     assert set(next(iter(record.perplexity.values()))) >= {"dense", "pruned", "recovered"}
 
 
+SEARCH = {"name": "evolution", "generations": 3, "children": 4, "survivors": 2, "steps": [0.25, 0.125]}
+SEARCHED = {
+    "searcher": SEARCH,
+    "compensator": {"name": "least_squares", "ridge": 0.01},
+    "calibration": {**CALIBRATION, "samples": 24},
+}
+
+
+def assert_same_search(whole, other):
+    """Compare the courses of two searches."""
+    expected, found = whole.pruned.search, other.pruned.search
+    assert found["values"] == pytest.approx(expected["values"], rel=1e-4)
+    assert (found["trials"], found["best_trial"]) == (expected["trials"], expected["best_trial"])
+
+
+@pytest.mark.parametrize("hidden", ["memory", "disk"])
+def test_a_search_by_trials(home, hidden):
+    """Several plans share a sweep; values, plan and weights are those of trials on the whole model."""
+    save_dense(home / "dense", num_hidden_layers=3, attention_bias=hidden == "disk")
+    changes = SEARCHED
+    if hidden == "disk":
+        calibration = {**CALIBRATION, "samples": 24, "sequential": True}
+        changes = {**SEARCHED, "searcher": {**SEARCH, "objective": "perplexity"}, "calibration": calibration}
+    layerwise = prune(home, "layerwise", execution={"mode": "layerwise", "hidden_states": hidden}, **changes)
+    whole = prune(home, "whole", **changes)
+    assert_same(whole, layerwise, tolerance=1e-5)
+    assert_same_search(whole, layerwise)
+    assert not list(home.glob(".*"))
+
+
+def test_a_stopped_search_goes_on(home, monkeypatch):
+    """No sweep is run again, and no consumer is repaired again."""
+    save_dense(home / "dense")
+    whole = prune(home, "whole", **SEARCHED)
+    sweeps, repaired = [], []
+    tried, correct = LayerTrials.__call__, executor.find_corrections
+
+    def dying(self, plans, share):
+        sweeps.append(len(plans))
+        if len(sweeps) == 4:
+            raise KeyboardInterrupt
+        return tried(self, plans, share)
+
+    def counted(model, sites, statistics, compensators, plan):
+        repaired.append((sites[0].name, plan.keep[sites[0].name]))
+        return correct(model, sites, statistics, compensators, plan)
+
+    monkeypatch.setattr(LayerTrials, "__call__", dying)
+    monkeypatch.setattr(executor, "find_corrections", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(home, "layerwise", execution="layerwise", **SEARCHED)
+    layerwise = run(load_recipe(home / "layerwise.yaml"), resume=True)
+    assert_same(whole, layerwise, tolerance=1e-5)
+    assert_same_search(whole, layerwise)
+    assert sum(sweeps) - sweeps[3] == whole.pruned.search["trials"]
+    assert len(repaired) == len(set(repaired))
+
+
+@pytest.mark.parametrize(("limit", "times"), [(10_000, 1), (1, 2)])
+def test_repaired_consumers_stay_within_their_part_of_the_disk(tmp_path, limit, times):
+    """What was used last stays; the rest is computed again."""
+    sites = flapkit.sites(make_llama())
+    site, repaired = sites[0], []
+
+    def correct(some, plan):
+        repaired.append(plan.keep[site.name])
+        return {site.name: Correction(bias=torch.ones(site.out_features))}
+
+    supernet = Supernet(tmp_path, limit, correct)
+    plans = [PruningPlan({each.name: (unit,) for each in sites}) for unit in range(2)]
+    for plan in (*plans, plans[1], *plans):
+        (correction,) = supernet.corrections([site], plan).values()
+        assert torch.equal(correction.bias, torch.ones(site.out_features))
+    assert repaired.count((0,)) == times
+    assert len(list(tmp_path.iterdir())) == (2 if times == 1 else 1)
+
+
+def test_a_search_that_the_disk_does_not_hold_is_refused_before_anything_is_measured(home, monkeypatch):
+    save_dense(home / "dense")
+    monkeypatch.setattr(Collector, "__enter__", lambda self: pytest.fail("measured"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+    monkeypatch.setattr(needs, "SUPERNETS", 10_000)
+    with pytest.raises(OutputError, match=r"\.out\.work: the disk has 10\.0 MB free, .* needed"):
+        prune(home, "out", execution="layerwise", report={"error_windows": 0}, evaluate={}, **SEARCHED)
+
+
 REFUSED = {
+    "statistics of layer 0 in memory together": {
+        **SEARCHED,
+        "calibration": {**CALIBRATION, "statistics_memory": "10KB"},
+    },
     "gradients": {"metric": "taylor"},
     "samples": {"evaluate": {"samples": {"prompts": ["def"]}}},
     "flapkit export": {"export": "hf"},
@@ -200,6 +298,6 @@ REFUSED = {
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_needs_the_whole_model_is_refused(home, said):
     save_dense(home / "dense")
-    with pytest.raises(RecipeError, match=rf"execution: layerwise: .*{said}"):
+    with pytest.raises(RecipeError, match=rf"out\.yaml: .*{said}"):
         prune(home, "out", execution="layerwise", **REFUSED[said])
     assert not (home / "out").exists()

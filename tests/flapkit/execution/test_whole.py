@@ -79,7 +79,7 @@ def test_no_statistic_of_a_search_sees_the_windows_that_judge(tokens):
         assert torch.equal(*(statistics[site.name][Gram].spread.squares for statistics in searched))
     assert int(searched[0][sites[0].name][Gram].tokens) == tokens[~held_out(len(tokens))].numel()
     plan = PruningPlan({site.name: tuple(range(site.units // 2)) for site in sites})
-    values = [executor.objective("kl", lambda *_: {}, ())(plan) for executor in searching]
+    values = [executor.objective("kl", lambda *_: {}, ())([plan]) for executor in searching]
     assert values[0] != values[1]
     whole = WholeExecutor(model, sites, text).calibrate([Gram])
     assert int(whole[sites[0].name][Gram].tokens) == tokens.numel()

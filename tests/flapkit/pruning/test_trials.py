@@ -11,7 +11,7 @@ import flapkit
 from flapkit.model.plan import PruningPlan
 from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning import trials
-from flapkit.pruning.trials import Predictions, Trials, held_out_windows, kl_of
+from flapkit.pruning.trials import Judge, Trials, held_out_windows, running
 
 
 def windows(tokens):
@@ -30,29 +30,31 @@ def test_held_out_windows_are_gathered_in_batches(tokens):
 
 
 def test_the_dense_model_diverges_from_itself_by_nothing(llama, tokens):
-    batches = windows(tokens)
-    assert kl_of(llama, batches, [Predictions.of(llama, batch) for batch in batches]) == pytest.approx(0, abs=1e-6)
+    run = running(llama, windows(tokens))
+    assert Judge("kl", windows(tokens), run)(run) == pytest.approx(0, abs=1e-6)
 
 
 @torch.no_grad()
 def test_the_divergence_is_torchs_own(llama, tokens):
     """Where all tokens are among the likeliest ones."""
     sites, batches = flapkit.sites(llama), windows(tokens)
-    dense = [Predictions.of(llama, batch) for batch in batches]
+    run = running(llama, batches)
+    judge = Judge("kl", batches, run)
     wanted = torch.cat([llama(batch["input_ids"]).logits for batch in batches]).flatten(0, 1).log_softmax(dim=-1)
     apply_plan_(llama, sites, half(sites), {})
     found = torch.cat([llama(batch["input_ids"]).logits for batch in batches]).flatten(0, 1).log_softmax(dim=-1)
     expected = functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-    assert kl_of(llama, batches, dense) == pytest.approx(float(expected), rel=1e-4)
+    assert judge(run) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_few_likeliest_tokens_make_the_divergence_smaller(llama, tokens, monkeypatch):
     sites, batches = flapkit.sites(llama), windows(tokens)
-    all_of_them = [Predictions.of(llama, batch) for batch in batches]
+    run = running(llama, batches)
+    all_of_them = Judge("kl", batches, run)
     monkeypatch.setattr(trials, "LIKELIEST", 8)
-    few = [Predictions.of(llama, batch) for batch in batches]
+    few = Judge("kl", batches, run)
     apply_plan_(llama, sites, half(sites), {})
-    assert 0 < kl_of(llama, batches, few) < kl_of(llama, batches, all_of_them)
+    assert 0 < few(run) < all_of_them(run)
 
 
 @pytest.mark.parametrize(("memory", "computed"), [(1e9, 1), (0, 3)])

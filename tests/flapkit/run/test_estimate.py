@@ -16,12 +16,14 @@ from conftest import make_llama, write_recipe
 from executions import add_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
+import flapkit
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import learn_plan
 from flapkit.model.budget import Budget
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import measure, run_batch
+from flapkit.pruning.statistics import Gram, size_of
 from flapkit.recipe.load import load_recipe
 from flapkit.run import estimate
 from flapkit.run.budget import open_budget
@@ -213,6 +215,19 @@ def test_hidden_states_on_the_disk(recipe):
         for where in ("memory", "disk")
     )
     assert disk.disk - memory.disk == 2 * 6 * 24 * 32 * 4
+
+
+def test_the_disk_of_a_search_layer_by_layer(recipe):
+    """The statistics of all sites, and their repaired consumers eight times."""
+    model, method = make_llama(), {"compensator": {"name": "least_squares", "ridge": 0.01}, "budget": {"ratio": 0.3}}
+    ranked, searched, whole = (
+        needs_of(recipe(model, searcher=searcher, execution=mode, **method)).disk
+        for searcher, mode in (("al_am", "layerwise"), ("evolution", "layerwise"), ("evolution", "whole"))
+    )
+    sites = flapkit.sites(model)
+    consumers = sum(4 * (site.channels + 1) * site.out_features for site in sites)
+    assert searched - ranked == size_of([Gram], sites) + 8 * consumers
+    assert whole == ranked
 
 
 def test_what_does_not_fit_is_refused(recipe, monkeypatch):

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flapkit import hookimpl
-from flapkit.execution.lightning.callbacks import Recover
+from flapkit.execution.lightning.callbacks import LearnGates, Recover
 from flapkit.interfaces import RunError
 from flapkit.pruning.components import ImportanceMetric
 from flapkit.execution.lightning.module import CausalLM
@@ -80,12 +80,18 @@ class Watched(Recover):
         weights = b"".join(gathered(weight).numpy().tobytes() for weight in module.state_dict().values())
         Path(f"weights of {rank()}").write_text(hashlib.sha256(weights).hexdigest())
 
+class WatchedGates(LearnGates):
+    def on_train_batch_end(self, trainer, *args, **kwargs):
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if fault("kill in training") and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 class Step(CausalLM):
     def training_step(self, batch):
         return super().training_step(batch) * (float("nan") if fault("nan") else 1.0)
 
 import flapkit.execution.training as stage
-stage.Recover, stage.CausalLM = Watched, Step
+stage.Recover, stage.LearnGates, stage.CausalLM = Watched, WatchedGates, Step
 
 import flapkit.execution.layerwise as layers
 step_all = layers.step_all
@@ -276,6 +282,48 @@ def test_torchrun_layer_by_layer(home, layerwise):
     assert code == 0, err
     assert out.count("block parameters") == 1
     assert is_as(layerwise, home / "layers of torchrun")
+
+
+@pytest.mark.slow
+def test_two_processes_try_the_same_plans_layer_by_layer(home):
+    searcher = {"name": "evolution", "generations": 2, "children": 3, "survivors": 1, "steps": [0.25]}
+    recipe = {**LAYERWISE, "searcher": searcher, "calibration": {**LAYERWISE["calibration"], "samples": 24}}
+    for name, own in (("tried alone", {}), ("tried by two", {"trainer": TWO["trainer"]})):
+        code, out, err = end(flapkit(home, {**recipe, **own}, name))
+        assert code == 0, err
+        assert out.count("block parameters") == 1
+    assert is_as(home / "tried alone", home / "tried by two")
+    assert not list(home.glob(".tried by two*"))
+
+
+GATES = {
+    **TWO,
+    "metric": "wifv",
+    "searcher": {"name": "gates", "steps": 6, "batch_size": 2, "validate_every": 2, "validation_windows": 4},
+    "compensator": {"name": "least_squares", "ridge": 0.01},
+    "calibration": {**TWO["calibration"], "samples": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+def test_gates_of_two_processes_are_those_of_one_with_twice_the_batch(home, stopped):
+    name = f"gates {'stopped' if stopped else 'of two'}"
+    if stopped:
+        code, _, err = end(flapkit(home, GATES, name, fault="kill in training 1"))
+        assert code not in (0, -15), err
+        assert not (home / name).exists()
+    code, out, err = end(flapkit(home, GATES, name, *(["--resume"] if stopped else [])))
+    assert code == 0, err
+    assert out.count("block parameters") == 1
+    if not (home / "gates alone").exists():
+        code, _, err = end(flapkit(home, alone(GATES), "gates alone", "--set", "searcher.batch_size=4"))
+        assert code == 0, err
+    two, one = (json.loads((home / run / "result.json").read_text())["search"] for run in (name, "gates alone"))
+    assert two["training_loss"] == pytest.approx(one["training_loss"], rel=1e-4)
+    assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
+    assert is_as(home / "gates alone", home / name)
+    assert not list(home.glob(f".{name}*"))
 
 
 HALVES = {"trainer": {"accelerator": "cpu", "devices": 2, "strategy": "model_parallel"}, "execution": "layerwise"}

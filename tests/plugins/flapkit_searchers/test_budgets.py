@@ -73,7 +73,11 @@ def test_every_searcher_meets_every_budget(asked, name):
 def test_trials_and_a_plan_that_misses_it(asked):
     sites, scores, budget = asked
     evolution = Registry.load().create(SEARCHER, "evolution", {"generations": 2, "children": 2, "survivors": 1})
-    find_plan(sites, scores, evolution, budget, lambda plan, share=1.0: budget.cost.left(sites, plan))
+
+    def left(plans, share=1.0):
+        return [budget.cost.left(sites, plan) for plan in plans]
+
+    find_plan(sites, scores, evolution, budget, left)
     with pytest.raises(PluginError, match=r"misses|it may miss the budget by"):
         find_plan(sites, scores, _Misses(evolution, budget.amount), budget)
 

@@ -25,7 +25,11 @@ def search(objective, ratio=0.4, **options):
     scores = random_scores(sites)
     searcher = REGISTRY.create(SEARCHER, "evolution", {**SHORT, **options})
     budget = Budget.over(sites, ratio)
-    return sites, budget, find_plan(sites, scores, searcher, budget, objective)
+
+    def objectives(plans, share=1.0):
+        return [objective(plan, share) for plan in plans]
+
+    return sites, budget, find_plan(sites, scores, searcher, budget, objectives)
 
 
 def early(plan, share=1.0):

@@ -210,6 +210,33 @@ def test_a_loss_that_is_not_finite_names_the_step(windows, monkeypatch):
         learn(windows)
 
 
+def test_gates_that_are_not_finite_name_the_step(windows, monkeypatch):
+    """The loss stays finite: a gate is open or closed, whatever its value is."""
+    gates = type(gated(make_llama(), windows)[2])
+    loss = gates.loss
+
+    def without_gradient(self, *args):
+        self.values.register_hook(lambda gradient: gradient * math.nan)
+        return loss(self, *args)
+
+    monkeypatch.setattr(gates, "loss", without_gradient)
+    with pytest.raises(RunError, match="the search's gates are not finite at step 1; lower its lr"):
+        learn(windows)
+
+
+def test_the_largest_learning_rate(windows):
+    """It moves a gate past all others in a step: still a plan within the budget, no worse than the start."""
+    sites, budget, learned = learn(windows, lr=10)
+    assert 0 <= budget.params - learned.plan.removed_params(sites) < max(site.params_per_unit for site in sites)
+    assert learned.validations[learned.best_step] <= learned.validations[0]
+
+
+@pytest.mark.parametrize("lr", [0, 1e30, math.inf, math.nan])
+def test_a_learning_rate_that_makes_no_sense(lr):
+    with pytest.raises(InputError, match="lr"):
+        searcher(lr=lr)
+
+
 def test_too_few_windows(windows):
     with pytest.raises(CalibrationError, match="use at least 4 windows"):
         learn(windows[:3])

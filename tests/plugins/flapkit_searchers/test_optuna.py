@@ -20,7 +20,11 @@ def search(objective, ratio=0.4, **options):
     searcher = REGISTRY.create(SEARCHER, "optuna", options)
     budget = Budget.over(sites, ratio)
     start = REGISTRY.create(SEARCHER, "al_am").search(sites, scores, budget)
-    return sites, budget, start, searcher.search_by_trials(sites, scores, budget, objective)
+
+    def objectives(plans, share=1.0):
+        return [objective(plan) for plan in plans]
+
+    return sites, budget, start, searcher.search_by_trials(sites, scores, budget, objectives)
 
 
 def early(plan):
