@@ -162,6 +162,7 @@
       const { at, measure, line, dots, rows, chosen, stairs, logarithmic } = figures.search;
       const title = (row) => `${at} ${row.at.toLocaleString("en")}\n${row.series}: ${row.value.toPrecision(4)}`;
       const main = rows.filter((row) => row.series === line);
+      const [low, high] = [Math.min, Math.max].map((end) => end(...rows.map((row) => row.value)));
       return {
         rows, title,
         plot: Plot.plot({
@@ -169,7 +170,7 @@
           marginLeft: 52,
           marginRight: 20,
           x: { label: at, labelAnchor: "center", labelOffset: 34, labelArrow: "none", tickSize: 0, ticks: Math.max(3, box.clientWidth / 110), tickFormat: (value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""), inset: 8 },
-          y: { type: logarithmic ? "log" : "linear", grid: true, label: measure, labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(logarithmic ? { tickFormat: (value) => (/^0?[.0]*[125]/.test(String(value)) ? String(value) : "") } : {}) },
+          y: { type: logarithmic ? "log" : "linear", grid: true, label: measure, labelArrow: "none", tickSize: 0, ticks: 5, nice: true, inset: 6, ...(low === high ? { domain: [0, 2 * high || 1] } : {}), ...(logarithmic ? { tickFormat: (value) => (/^0?[.0]*[125]/.test(String(value)) ? String(value) : "") } : {}) },
           marks: [
             Plot.dot(rows.filter((row) => row.series === dots), { x: "at", y: "value", r: 2.5, fill: "var(--gone)" }),
             Plot.line(main, { x: "at", y: "value", stroke: "var(--kept)", strokeWidth: 2, curve: stairs ? "step-after" : "linear" }),

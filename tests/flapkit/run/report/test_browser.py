@@ -53,6 +53,7 @@ def pages(tmp_path_factory):
     made = {
         "run": render_run(make_run(layers=6, search=TRIALS)),
         "large": render_run(make_run(layers=48, search=TRAINING)),
+        "once": render_run(make_run(search={"objective": "perplexity", "trials": 1, "values": {"1": 30.5}})),
         "gaps": render_comparison([without_errors(make_run("a", 0.5, layers=9), 4), make_run("b", 0.5, layers=9)]),
         "comparison": render_comparison([make_run("a", 0.2), make_run("b", 0.5), make_run("c", 0.4)]),
     }
@@ -127,6 +128,16 @@ def test_the_arrow_keys_say_the_values(visit, chart):
     assert len(set(said)) > 1
     page.keyboard.press("Escape")
     assert page.locator("#announcement").text_content() == ""
+
+
+@pytest.mark.parametrize("name", ["run", "large", "once"])
+def test_the_numbers_of_a_search_are_not_cut(visit, name):
+    """Also where there is one value, so that the axis has no extent of its own."""
+    box = visit(name, WIDTHS["phone"]).locator("[data-chart=search] svg").last
+    left = box.bounding_box()["x"]
+    labels = box.locator("[aria-label='y-axis tick label'] text").all()
+    assert len(labels) > 1
+    assert all(label.bounding_box()["x"] >= left for label in labels)
 
 
 def test_dark_and_light_are_the_readers(visit):
