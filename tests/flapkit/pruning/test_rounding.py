@@ -144,7 +144,7 @@ def test_attentions_of_many_sizes_that_the_budget_leaves_alone():
     # The second attention can give a head up, if as much is to go.
     whole = PruningPlan({site.name: tuple(range(site.units)) for site in sites})
     least = sites[2].params_per_unit
-    with pytest.raises(BudgetError, match=rf"1 different numbers .* only if at least {least:,} parameters are removed"):
+    with pytest.raises(BudgetError, match=rf"1 distinct numbers .* only if at least {least:,} parameters are removed"):
         round_plan(sites, whole, {}, head_counts=1)
     keep = {**whole.keep, "layers.0.mlp": tuple(range(1))}
     rounded = round_plan(sites, PruningPlan(keep), {}, head_counts=1)
