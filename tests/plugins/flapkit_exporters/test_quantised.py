@@ -86,7 +86,12 @@ SMOLLM2 = LlamaConfig(num_hidden_layers=1, hidden_size=576, num_attention_heads=
     [
         (LlamaConfig(num_hidden_layers=1), {}, 1, ""),
         (LlamaConfig(num_hidden_layers=1), {"scheme": "w4a16"}, 128, ""),
-        (LlamaConfig(num_hidden_layers=1), {"scheme": "w4a16"}, 64, r"may not divide .*mlp\.down_proj; set budget\.multiple_of: 128"),
+        (
+            LlamaConfig(num_hidden_layers=1),
+            {"scheme": "w4a16"},
+            64,
+            r"may not divide .*mlp\.down_proj; set budget\.multiple_of: 128",
+        ),
         (SMOLLM2, {"scheme": "w4a16"}, 128, r"q_proj has 576 input channels.*set group_size: 64, or scheme: w8a8"),
         (SMOLLM2, {"scheme": "w4a16", "group_size": 64}, 64, ""),
         (GPT2Config(n_layer=1), {}, 1, r"c_proj is not a torch\.nn\.Linear"),
