@@ -7,7 +7,6 @@ is repaired once for each set of kept units.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flapkit.execution.executor import record_of, repairs_of
+from flapkit.execution.executor import digest_of, record_of, repairs_of
 from flapkit.execution.record_files import write_record
 from flapkit.execution.resume import read_finished
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
@@ -55,7 +54,10 @@ class Supernet:
         found: dict[str, Correction] = {}
         for together in groups(sites):
             if plan.removed_units(together[0]):
-                path = self._folder / f"{together[0].name.replace('/', '_')}-{_digest(together, plan)}.safetensors"
+                path = (
+                    self._folder
+                    / f"{together[0].name.replace('/', '_')}-{digest_of([plan.only(together)])}.safetensors"
+                )
                 broadcast_from_rank0(partial(self._ensure, path, together, plan))
                 found |= repairs_of(read_finished(path)).corrections
         return found
@@ -141,8 +143,3 @@ class LayerTrials:
 
     def _running(self, windows: Sequence[Batch], hidden: HiddenStates) -> Callable[[int], Tensor]:
         return lambda number: self._stream.logits(windows[number], hidden[number])
-
-
-def _digest(sites: Sequence[Site], plan: PruningPlan) -> str:
-    kept = repr([plan.keep[site.name] for site in sites])
-    return hashlib.sha256(kept.encode()).hexdigest()[:32]
