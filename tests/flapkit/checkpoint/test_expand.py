@@ -74,7 +74,7 @@ def test_what_does_not_belong_to_the_checkpoint(pruned_folder):
     with pytest.raises(ModelError, match="belongs to this checkpoint"):
         flapkit.expand_lora({name: torch.zeros(39, 2)}, pruned_folder)
     (pruned_folder / "plan.json").unlink()
-    with pytest.raises(ModelError, match=r"plan\.json is missing"):
+    with pytest.raises(ModelError, match=r"plan\.json, the list of the kept units, is missing"):
         flapkit.expand_lora({name: torch.zeros(39, 2)}, pruned_folder)
 
 
