@@ -112,8 +112,8 @@ class Budget:
         cost: what counts, and what each unit costs.
         amount: how much of it to remove.
         ratio: the fraction of ``base`` that this is.
-        of: what the ratio refers to: ``blocks`` (all prunable parameters), ``model`` (all parameters, with embeddings
-            and head), ``attention``, ``mlp`` or ``mixture`` (only these sites, and only they are pruned).
+        of: what the ratio refers to: ``blocks`` (all parameters of the attentions and MLPs), ``model`` (all parameters,
+            with embeddings and head), ``attention``, ``mlp`` or ``mixture`` (these alone; only they are pruned).
         base: the cost that the ratio refers to.
         asked: what the recipe asks to be left, such as ``kv_cache: 0.5``; empty for a ratio.
         left: the most that may be left, unless a ratio was asked for.

@@ -161,12 +161,12 @@ class Site:
 
     @property
     def params(self) -> int:
-        """Parameters of all units."""
-        return self.units * self.params_per_unit
+        """Parameters of all units, and the rest: the same number whatever the unit."""
+        return self.units * self.params_per_unit + self.rest
 
     def removed_params(self, kept: int) -> int:
         """Return the parameters that go if the site keeps a number of units."""
-        return (self.units - kept) * self.params_per_unit + (0 if kept else self.rest)
+        return (self.units - kept) * self.params_per_unit if kept else self.params
 
     @property
     def layer_path(self) -> str:

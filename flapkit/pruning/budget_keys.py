@@ -95,8 +95,9 @@ class BudgetSection(Section):
     )
     of: BudgetBase = Field(
         default="blocks",
-        description="What the ratio is a fraction of: `blocks` (all prunable parameters), `model` (all parameters, "
-        "with embeddings and head), `attention`, `mlp` or `mixture` (these alone; only they are pruned).",
+        description="What the ratio is a fraction of: `blocks` (all parameters of the attentions and MLPs), "
+        "`model` (all parameters, with embeddings and head), `attention`, `mlp` or `mixture` (these alone; only they "
+        "are pruned).",
     )
     params: Params = Field(
         default=None, description="Parameters of the pruned model, with the biases of the compensator, such as `100M`."

@@ -89,9 +89,6 @@ def test_its_sites_and_budget_from_the_configuration_alone(name: str) -> None:
     assert len(sites) == 2 * config.num_hidden_layers
     query = config.num_attention_heads * config.head_dim
     shared = config.num_key_value_heads * config.head_dim
-    if sites[0].units != config.num_key_value_heads:
-        # Single query heads: keys and values stay, and do not count.
-        shared = 0
     block = config.hidden_size * (2 * query + 2 * shared + 3 * config.intermediate_size)
     budget = Budget.over(sites, loaded.recipe.budget.ratio, loaded.recipe.budget.of)
     assert budget.base == config.num_hidden_layers * block

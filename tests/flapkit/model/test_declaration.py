@@ -12,6 +12,7 @@ from transformers import MambaConfig, Phi3Config, T5Config, ViTConfig
 import flapkit
 from flapkit.model import verify as verify_module
 from flapkit.model.adapter import adapter_class
+from flapkit.model.budget import Budget
 from flapkit.model.declaration import Block, Family, evaluate
 from flapkit.model.layout import sites_of
 from flapkit.model.surgery import mask_
@@ -199,6 +200,16 @@ def test_query_heads_keep_the_same_number(probe):
     uneven = {**plan.keep, "layers.0.attention": (0, 1, 2, 4)}
     with pytest.raises(InputError, match="must keep the same number"):
         mask_(make_llama(num_attention_heads=8, num_key_value_heads=2), sites, type(plan)(uneven))
+
+
+def test_a_ratio_means_the_same_number_whatever_the_unit():
+    config = make_llama(num_attention_heads=8, num_key_value_heads=2).config
+    groups, single = (
+        Registry.load().create(ADAPTER, "llama", {"unit": unit}).sites(config) for unit in ("kv_group", "query_head")
+    )
+    assert [site.params for site in groups] == [site.params for site in single]
+    for of in ("blocks", "attention", "mlp"):
+        assert Budget.over(groups, 0.3, of).params == Budget.over(single, 0.3, of).params > 0
 
 
 def test_query_heads_where_a_family_has_none():
