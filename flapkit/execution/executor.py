@@ -27,7 +27,7 @@ from flapkit.execution.resume import Resume, make_without_store
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import (
     Method,
@@ -385,8 +385,8 @@ def check_search(method: Method, sites: Sequence[Site], memory: float, of: str =
 
 def check_search_by_layers(method: Method, sites: Sequence[Site], memory: float) -> None:
     """Refuse a search layer by layer, if the statistics of a layer do not fit in memory; see ``check_search``."""
-    for index in sorted({site.layer for site in sites}):
-        check_search(method, [site for site in sites if site.layer == index], memory, f"layer {index}")
+    for index, in_layer in by_layer(sites).items():
+        check_search(method, in_layer, memory, f"layer {index}")
 
 
 def check_judged(method: Method, text: CalibrationText) -> None:
@@ -505,7 +505,7 @@ def sweep(
         hidden: creates a store of hidden states, given its name.
         resume: reads what an interrupted run has finished, and stores what this one finishes.
     """
-    dense, pruned = hidden("dense"), hidden("pruned")
+    dense, pruned, layers = hidden("dense"), hidden("pruned"), by_layer(sites)
     for number, batch in enumerate(batches):
         embedded = runner.embed(batch)
         dense.put(number, embedded)
@@ -514,7 +514,7 @@ def sweep(
     pruned.advance()
     for index in range(len(runner)):
         with runner.loaded(index) as layer:
-            in_layer = [site for site in sites if site.layer == index]
+            in_layer = layers.get(index, [])
             targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if not site.stacked}
             repair = LayerRepair(runner, index, in_layer, batches, dense, pruned, targets)
             repair.run_dense()

@@ -44,7 +44,7 @@ from flapkit.model.classes import set_pruned_config_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
 from flapkit.model.surgery import Correction, slice_
 from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
@@ -98,6 +98,7 @@ class LayerwiseExecutor(Executor):
         self.model: PreTrainedModel = stream.model
         self.progress = runtime.progress
         self.sites = sites
+        self._layers = by_layer(sites)
         self._stream = stream
         self._text = self._judging = text
         self._searches = False
@@ -239,10 +240,9 @@ class LayerwiseExecutor(Executor):
         self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
     ) -> Iterator[Statistics]:
         """Measure one statistic layer by layer."""
-        stream, hidden = self._stream, self._hidden("observe")
+        stream, hidden, layers = self._stream, self._hidden("observe"), by_layer(sites)
         for index in walk(stream, hidden):
-            in_layer = [site for site in sites if site.layer == index]
-            with Collector(stream.model, in_layer, [statistic]) as collector:
+            with Collector(stream.model, layers.get(index, []), [statistic]) as collector:
                 step_all(stream, index, batches, hidden, collector)
             yield collector.statistics
         hidden.clear()
@@ -298,7 +298,7 @@ class LayerwiseExecutor(Executor):
         return self._text.batches(window_share())
 
     def _in_layer(self, index: int) -> list[Site]:
-        return [site for site in self.sites if site.layer == index]
+        return self._layers.get(index, [])
 
     def _hidden(self, name: str, layers: int = 0) -> HiddenStates:
         """Return the store of hidden states of one pass over the layers.

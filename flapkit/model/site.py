@@ -208,6 +208,14 @@ def renumbered(together: Sequence[Site], keep: Mapping[str, Sequence[int]]) -> l
     return [replace(site, expert=index) if site.within else site for index, site in enumerate(left)]
 
 
+def by_layer(sites: Iterable[Site]) -> dict[int, list[Site]]:
+    """Group sites by their decoder layer, in the model's order: index of the layer -> its sites."""
+    members: dict[int, list[Site]] = {}
+    for site in sites:
+        members.setdefault(site.layer, []).append(site)
+    return members
+
+
 def groups(sites: Sequence[Site]) -> list[list[Site]]:
     """Group the sites that must keep the same number of units, in the model's order; most groups have one site."""
     members: dict[str, list[Site]] = {}
