@@ -42,7 +42,7 @@ from flapkit.pruning.algorithm import (
 )
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
-from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
+from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, layer_copied
 from flapkit.pruning.statistics import Statistic, size_of
 from flapkit.system.errors import CalibrationError, RecipeError
 from flapkit.system.progress import Progress
@@ -513,20 +513,17 @@ def sweep(
     dense.advance()
     pruned.advance()
     for index in range(len(runner)):
-        with runner.loaded(index) as layer:
+        with runner.loaded(index):
             in_layer = layers.get(index, [])
             targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if not site.stacked}
             repair = LayerRepair(runner, index, in_layer, batches, dense, pruned, targets)
             repair.run_dense()
-            runner.layers[index] = copy_layer(runner.model, layer, in_layer)
-            try:
+            with layer_copied(runner, index, in_layer):
                 record = resume(f"repair of layer {index}", lambda: record_of(repair.repair(compensators, plan)))  # noqa: B023
                 repairs = repairs_of(record)
                 if in_layer and not repair.masked:
                     repair.mask_(in_layer, plan, repairs)
                 repair.run_pruned()
-            finally:
-                runner.layers[index] = layer
             for target in targets.values():
                 target.clear()
             yield index, repairs

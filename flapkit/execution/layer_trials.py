@@ -25,7 +25,7 @@ from flapkit.model.site import Site, by_layer, groups
 from flapkit.model.surgery import Correction, mask_
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch
-from flapkit.pruning.sequential import copy_layer
+from flapkit.pruning.sequential import layer_copied
 from flapkit.pruning.trials import Judge
 from flapkit.system.processes import broadcast_from_rank0
 
@@ -130,15 +130,12 @@ class LayerTrials:
     ) -> None:
         """Load a layer, and run every plan's copy of it."""
         stream, sites = self._stream, self._layers.get(index, [])
-        with stream.loaded(index) as layer:
+        with stream.loaded(index):
             for plan, hidden in zip(plans, states, strict=True):
                 corrections = self._supernet.corrections(sites, plan)
-                stream.layers[index] = copy_layer(stream.model, layer, sites)
-                try:
+                with layer_copied(stream, index, sites):
                     mask_(stream.model, sites, plan.only(sites), corrections)
                     step_all(stream, index, windows, hidden)
-                finally:
-                    stream.layers[index] = layer
                 hidden.advance()
 
     def _running(self, windows: Sequence[Batch], hidden: HiddenStates) -> Callable[[int], Tensor]:
