@@ -177,8 +177,7 @@ def is_uniform(sites: Sequence[Site]) -> bool:
     """Return whether all layers have the same sizes."""
     sizes: dict[str, set[tuple[int, ...]]] = {}
     for site in sites:
-        role = site.block.name if site.block else site.kind
-        sizes.setdefault(role, set()).add((site.units, site.heads, site.kv_heads))
+        sizes.setdefault(site.block_name, set()).add((site.units, site.heads, site.kv_heads))
     return all(len(distinct) == 1 for distinct in sizes.values())
 
 

@@ -37,7 +37,7 @@ def check(
     needs, target, settings = outcome.needs, outcome.target, loaded.recipe
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)
     table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
-    blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
+    blocks = dict.fromkeys(site.block_name for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
     if target.why_unit:
         table.add_row("unit: auto", target.why_unit)

@@ -169,6 +169,11 @@ class Site:
         return (self.units - kept) * self.params_per_unit if kept else self.params
 
     @property
+    def block_name(self) -> str:
+        """Name of its block, such as ``attention``; all experts have the same."""
+        return self.block.name if self.block else self.kind
+
+    @property
     def layer_path(self) -> str:
         """Full name of the decoder layer's module."""
         return self.path.removesuffix(f".{self.block.path}") if self.block and self.block.path else self.path

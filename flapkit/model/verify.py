@@ -115,7 +115,7 @@ def plan_without_blocks(sites: Sequence[Site]) -> PruningPlan:
     gone: dict[str, str] = {}
     for site in sites:
         if site.removable and sum(other.one_of == site.one_of for other in sites) > 1:
-            gone.setdefault(site.block.name if site.block else site.kind, site.name)
+            gone.setdefault(site.block_name, site.name)
     names = set(gone.values())
     return PruningPlan({site.name: () if site.name in names else tuple(range(site.units)) for site in sites})
 
@@ -303,8 +303,7 @@ def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) 
     check_sites(model, sites)
     chosen: dict[str, Sequence[Site]] = {}
     for together in groups(sites):
-        first = together[0]
-        chosen.setdefault(first.block.name if first.block else first.kind, together)
+        chosen.setdefault(together[0].block_name, together)
     some = random_plan([site for together in chosen.values() for site in together], seed)
     plan = PruningPlan({site.name: some.keep.get(site.name, tuple(range(site.units))) for site in sites})
     masked = copy_sharing_weights(model, sites, own=tuple(some.keep))
