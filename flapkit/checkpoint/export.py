@@ -19,7 +19,7 @@ from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import sees, skeleton
 from flapkit.model.layout import removed_blocks, sites_of
 from flapkit.model.positions import context_length
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import dense_type
 from flapkit.model.site import Kind, Site
 from flapkit.system.errors import FlapkitError, InputError, ModelError, RunError
 from flapkit.system.progress import Stage
@@ -159,12 +159,7 @@ def prospect_of(config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe a model from its configuration and its sites, without reading weights."""
     removed = removed_blocks(skeleton(config))
     uniform = is_uniform(sites) and not removed
-    return Prospect(dense_type(config), config, sites, uniform, biased_kinds(config, sites), removed=removed)
-
-
-def dense_type(config: PreTrainedConfig) -> str:
-    """Return the dense model type of a dense or a pruned model's configuration."""
-    return config.model_type.removeprefix(PREFIX)
+    return Prospect(dense_type(config.model_type), config, sites, uniform, biased_kinds(config, sites), removed=removed)
 
 
 def biased_kinds(config: PreTrainedConfig, sites: Sequence[Site]) -> frozenset[Kind]:

@@ -26,7 +26,7 @@ from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import HEADS
 from flapkit.model.empty import CAUSAL_LM, auto_class, check_depth
 from flapkit.model.history import plan_of, set_plan_
-from flapkit.model.registration import PREFIX as PRUNED
+from flapkit.model.registration import is_pruned
 from flapkit.model.soundness import check_unquantised, check_weights
 from flapkit.model.spread import check_accelerate
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
@@ -95,7 +95,7 @@ def load(
     check_unquantised(path, config)
     if isinstance(source, Path):
         stored = _check_files(path, source)
-        if config.model_type.startswith(PRUNED):
+        if is_pruned(config):
             _check_pruned(path, source, config)
         else:
             check_size(path, config, _weight_files(path, source))
@@ -134,7 +134,7 @@ def restore_plan_(model: PreTrainedModel) -> None:
         ModelError: the plan is damaged, or not the model's.
     """
     config = model.config
-    if plan_of(model) is not None or not config.model_type.startswith(PRUNED):
+    if plan_of(model) is not None or not is_pruned(config):
         return
     name = config.name_or_path or ""
     path = _plan_file(name, getattr(config, "_commit_hash", None))

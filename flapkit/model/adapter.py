@@ -13,6 +13,7 @@ from flapkit.model.component import Component
 from flapkit.model.declaration import ExpertUnit, Family, Unit, UnitOption, with_experts
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
+from flapkit.model.registration import dense_type
 from flapkit.model.site import Site
 from flapkit.model.verify import verify_declared
 
@@ -103,7 +104,7 @@ class FamilyAdapter(ArchitectureAdapter):
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
         """Return whether the configuration belongs to the family, dense or already pruned."""
-        return config.model_type.removeprefix("flapkit_") in cls.family.model_types
+        return dense_type(config.model_type) in cls.family.model_types
 
     def family_of(self, config: PreTrainedConfig) -> Family:
         """Return the declaration for a configuration; a subclass may choose among several."""

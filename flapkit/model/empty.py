@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import dense_type
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def auto_class(model_type: str) -> str | None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as known
 
-    dense = model_type.removeprefix(PREFIX)
+    dense = dense_type(model_type)
     if dense in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "text_config" in CONFIG_MAPPING[dense].sub_configs:
         return IMAGE_TEXT
     return CAUSAL_LM if dense in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None

@@ -24,7 +24,7 @@ from flapkit.model.classes import pruned_classes
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import is_pruned
 from flapkit.run import vllm_worker
 from flapkit.system.errors import InputError, RunError
 
@@ -228,7 +228,7 @@ def has_own_code(path: str) -> bool:
         InputError: it is not the one that flapkit writes.
     """
     config = load_config(path)
-    classes = pruned_classes(config.model_type) if config.model_type.startswith(PREFIX) else None
+    classes = pruned_classes(config.model_type) if is_pruned(config) else None
     if classes is None:
         return False
     file = Path(path) / classes.file
