@@ -28,6 +28,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
 from flapkit.model.site import Site, by_layer
+from flapkit.model.spread import vocabulary_of
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import (
     Method,
@@ -103,7 +104,7 @@ class CalibrationText:
             DataError: a token is not in the model's vocabulary.
             InputError: a window is longer than the model's table of positions.
         """
-        vocabulary, longest = len(next(model.get_input_embeddings().parameters())), 0
+        vocabulary, longest = vocabulary_of(model), 0
         for batch in self.data().predict_dataloader():
             check_vocabulary(batch["input_ids"], vocabulary)
             longest = max(longest, batch["input_ids"].shape[1])

@@ -39,7 +39,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import round_
 from flapkit.model.site import Site
-from flapkit.model.spread import is_spread
+from flapkit.model.spread import embeddings_device, is_spread
 from flapkit.model.surgery import Correction, apply_plan_, weight_of
 from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
@@ -193,7 +193,7 @@ class WholeExecutor(Executor):
         """Repair in one sweep over the layers, and slice."""
         with self.progress.stage("prune"):
             self._place()
-            device = next(self.model.get_input_embeddings().parameters()).device
+            device = embeddings_device(self.model)
             precision = self._runtime.precision if self._runtime else nullcontext
             runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
             batches, repairs = self._text.batches(window_share()), Repairs()

@@ -23,6 +23,7 @@ from flapkit.model.classes import dense_config
 from flapkit.model.empty import config_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
+from flapkit.model.spread import embeddings_device, vocabulary_of
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
 from flapkit.model.tiny import SIZES, doubled, tiny_config, tiny_model
 from flapkit.system.errors import ModelError
@@ -178,9 +179,8 @@ def logits_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
     Returns:
         Logits of all tokens but padding, [tokens, vocabulary].
     """
-    embeddings = next(model.get_input_embeddings().parameters())
-    tokens = torch.randint(2, len(embeddings), (2, 10), generator=torch.Generator().manual_seed(seed))
-    tokens = tokens.to(embeddings.device)
+    tokens = torch.randint(2, vocabulary_of(model), (2, 10), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens.to(embeddings_device(model))
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     whole = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
