@@ -7,7 +7,6 @@ So the two models' logits are compared, on a tiny random model of the same class
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from flapkit.model.classes import dense_config
-from flapkit.model.empty import config_of
+from flapkit.model.empty import ConfigKey
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.model.spread import embeddings_device, vocabulary_of
@@ -244,14 +243,12 @@ def verify_declared(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> N
         ModelError: the declaration is not exact.
     """
     of: Any = type(adapter)
-    kind: Any = type(config)
-    values = json.dumps(config.to_dict(), default=str, sort_keys=True)
-    _verify_declared(of, TypeAdapter(of).dump_json(adapter), kind, values)
+    _verify_declared(of, TypeAdapter(of).dump_json(adapter), ConfigKey.make(config))
 
 
 @lru_cache(maxsize=16)
-def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
-    adapter, config = TypeAdapter(of).validate_json(options), config_of(kind, json.loads(values))
+def _verify_declared(of: Any, options: bytes, key: ConfigKey) -> None:
+    adapter, config = TypeAdapter(of).validate_json(options), key.config()
     wrong = f"the declaration of adapter {adapter.name!r} is wrong for models of type {config.model_type!r}"
     advice = "correct it (`flapkit check-adapter` lists what fails), or use `adapter: auto` without it"
     tiny = _tiny_of(config)
