@@ -62,6 +62,21 @@ class LoadedRecipe:
         """The components that prune."""
         return Method(self.metric, self.searcher, self.compensators)
 
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.recipe.output).expanduser()
+
+    @property
+    def named_compensators(self) -> list[tuple[Compensator, ComponentSpec]]:
+        """Each compensator, with its name and options in the recipe."""
+        return list(zip(self.compensators, self.recipe.compensator, strict=True))
+
+    def with_compensators(self, named: Sequence[tuple[Compensator, ComponentSpec]]) -> LoadedRecipe:
+        """Return the recipe with other compensators, as ``named_compensators`` lists them."""
+        recipe = self.recipe.model_copy(update={"compensator": tuple(spec for _, spec in named)})
+        return replace(self, recipe=recipe, compensators=tuple(component for component, _ in named))
+
     def of_model(self, path: str, revision: str | None = None) -> LoadedRecipe:
         """Return the recipe for another model: a checkpoint, or a hub id."""
         model = self.recipe.model.model_copy(update={"path": path, "file": None, "revision": revision})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
@@ -81,7 +80,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         FlapkitError: the recipe cannot be run.
     """
     settings = recipe.recipe
-    check_output(Path(settings.output).expanduser(), overwrite=overwrite)
+    check_output(recipe.output, overwrite=overwrite)
     with capture_warnings() as warnings:
         target = find_target(recipe)
     settings.calibration.text.check("calibration")
@@ -105,8 +104,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     params = empty.num_parameters()
     opened = open_budget(recipe, target, params, dtypes.saved)
     needs = estimate_needs(recipe, target, empty, opened.budget, dtypes, runtime.processes)
-    output = Path(settings.output).expanduser()
-    check_space(output, needs.disk)
+    check_space(recipe.output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
     # Last: it needs memory for every unit.
@@ -123,7 +121,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         measure_pace(runtime.device, empty.dtype) * runtime.processes,
         runtime.per_machine,
         unaligned_widths(target.sites, plan),
-        WorkDir(output).records(),
+        WorkDir(recipe.output).records(),
         [*warnings, *of_lengths],
         vllm_obstacle(
             target.config,

@@ -149,7 +149,7 @@ def run(
     Raises:
         FlapkitError: the run fails; no output is written.
     """
-    output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    output, settings = recipe.output, recipe.recipe
     target = find_target(recipe)
     refuse_unmet(recipe, target)
     if not force:
@@ -173,7 +173,7 @@ def run(
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:
             _prune(first, target, context, overwrite=False)
-        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
+        return recover_checkpoint(first.output, prepared, warnings, work, overwrite=overwrite)
 
 
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
@@ -186,19 +186,17 @@ def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     """Return a recipe without its recovery and exports."""
     settings = recipe.recipe
-    pairs = zip(recipe.compensators, settings.compensator, strict=True)
-    pruning = [(component, spec) for component, spec in pairs if component.corrects or component.recovery() is None]
+    pruning = [named for named in recipe.named_compensators if named[0].corrects or named[0].recovery() is None]
     defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
     # A searcher that trains uses them as well.
     trains = isinstance(recipe.method.searcher, TrainedSearcher)
     changed = {
-        "compensator": tuple(spec for _, spec in pruning),
         "trainer": settings.trainer if trains else settings.trainer.model_copy(update=defaults),
         "export": (),
         "output": str(output),
     }
-    compensators = tuple(component for component, _ in pruning)
-    return replace(recipe, recipe=settings.model_copy(update=changed), compensators=compensators, exporters=())
+    first = recipe.with_compensators(pruning)
+    return replace(first, recipe=first.recipe.model_copy(update=changed), exporters=())
 
 
 def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
@@ -263,7 +261,7 @@ def _read(
         budget = open_budget(recipe, target, params, dtypes.saved)
     left = (params - budget.budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
-    recovered = Path(settings.output).expanduser().resolve() != context.work.output
+    recovered = recipe.output.resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
     return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget, dtypes)
 

@@ -79,11 +79,6 @@ class Preparation:
     runtime: Runtime
     dtypes: DTypes
 
-    @property
-    def output(self) -> Path:
-        """The folder that the recovery writes."""
-        return Path(self.recipe.recipe.output).expanduser()
-
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRecord:
@@ -147,7 +142,7 @@ def recover(
     Raises:
         FlapkitError: the recovery fails; the checkpoint is unchanged.
     """
-    output = Path(recipe.recipe.output).expanduser()
+    output = recipe.output
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output} is the checkpoint itself; choose another, such as --set output=recovered")
     # Refuse damaged files before training.
@@ -277,7 +272,7 @@ def recover_checkpoint(
     after = prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate recovered")
     answers = evaluate_tasks(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
-        prepared.output,
+        prepared.recipe.output,
         known.get("params", {}),
         known.get("costs", []),
         {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
@@ -320,7 +315,7 @@ def recover_checkpoint(
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
-    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.output.name
+    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.recipe.output.name
     if not prepared.runtime.sharded:
         model = load(str(checkpoint), prepared.dtypes.compute)
         model.name_or_path = name
@@ -359,9 +354,9 @@ def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path
 
 def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     """Return everything that a training depends on."""
-    specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
+    trained = next(spec for component, spec in recipe.named_compensators if component.recovery())
     return {
-        "compensator": next(spec.model_dump(mode="json") for component, spec in specs if component.recovery()),
+        "compensator": trained.model_dump(mode="json"),
         "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
         "calibration": recipe.recipe.calibration.model_dump(mode="json"),
         "model": recipe.recipe.model.model_dump(mode="json"),

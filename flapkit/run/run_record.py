@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def output(self) -> Path:
         """The folder that the run writes."""
-        return Path(self.recipe.recipe.output).expanduser()
+        return self.recipe.output
 
     @property
     def plan(self) -> PruningPlan:
