@@ -22,7 +22,7 @@ from flapkit.model.positions import context_length
 from flapkit.model.registration import dense_type
 from flapkit.model.site import Kind, Site
 from flapkit.system.errors import FlapkitError, InputError, ModelError, RunError
-from flapkit.system.progress import Stage
+from flapkit.system.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -91,13 +91,13 @@ def export(checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: boo
     return agreed
 
 
-def export_all(checkpoint: Path, exporters: Sequence[Exporter], stage: Stage) -> dict[str, str]:
+def export_all(checkpoint: Path, exporters: Sequence[Exporter], progress: Progress) -> dict[str, str]:
     """Write a recipe's exports into a checkpoint's folder ``exports``.
 
     Args:
         checkpoint: a folder that ``flapkit.save`` wrote.
         exporters: the formats.
-        stage: advances with every finished export.
+        progress: has a stage for them, if there are any.
 
     Returns:
         Name of the file or folder -> how well the results agree.
@@ -105,18 +105,21 @@ def export_all(checkpoint: Path, exporters: Sequence[Exporter], stage: Stage) ->
     Raises:
         FlapkitError: as ``export`` does; the checkpoint itself is kept.
     """
+    if not exporters:
+        return {}
     agreements = {}
-    for exporter in exporters:
-        name = exporter.label + exporter.suffix
-        try:
-            agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name)
-        except FlapkitError as error:
-            raise type(error)(
-                f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
-                f"flapkit export {checkpoint} --to {exporter.name} --output PATH"
-            ) from error
-        agreements[name] = str(agreed) if agreed else "not verified"
-        stage.advance()
+    with progress.stage("export", len(exporters), "exports") as stage:
+        for exporter in exporters:
+            name = exporter.label + exporter.suffix
+            try:
+                agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name)
+            except FlapkitError as error:
+                raise type(error)(
+                    f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
+                    f"flapkit export {checkpoint} --to {exporter.name} --output PATH"
+                ) from error
+            agreements[name] = str(agreed) if agreed else "not verified"
+            stage.advance()
     return agreements
 
 

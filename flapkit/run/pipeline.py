@@ -324,7 +324,7 @@ def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Write the output and its exports in the first process; the others wait until the output is complete."""
-    progress, recipe = context.progress, record.recipe
+    progress = context.progress
 
     def save() -> None:
         context.journal.totals(record.params, record.seconds)
@@ -337,10 +337,7 @@ def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwr
         broadcast_from_rank0(save)
     if not is_rank_zero():
         return record
-    exports = {}
-    if recipe.exporters:
-        with progress.stage("export", len(recipe.exporters), "exports") as stage:
-            exports = export_all(record.output, recipe.exporters, stage)
+    exports = export_all(record.output, record.recipe.exporters, progress)
     record = replace(record, exports=exports, total_seconds=progress.total)
     if record.output.resolve() == context.work.output:
         rewrite_result(record.output, record.result())

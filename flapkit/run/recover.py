@@ -303,10 +303,7 @@ def recover_checkpoint(
         broadcast_from_rank0(write)
     if not is_rank_zero():
         return record
-    exports = {}
-    if recipe.exporters:
-        with progress.stage("export", len(recipe.exporters), "exports") as stage:
-            exports = export_all(record.output, recipe.exporters, stage)
+    exports = export_all(record.output, recipe.exporters, progress)
     seconds = {**known.get("seconds", {}), **progress.seconds}
     record = dataclasses.replace(record, exports=exports, seconds=seconds, total_seconds=progress.total)
     rewrite_result(record.output, record.result())
