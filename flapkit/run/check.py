@@ -25,8 +25,7 @@ from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.pace import measure_pace
 from flapkit.run.presets import Better, Nearest, find_better, find_nearest
 from flapkit.run.target import Target, find_target
-from flapkit.run.tasks import check_tasks
-from flapkit.run.text import recovery_source, render_prompts
+from flapkit.run.text import check_text, recovery_source, render_prompts
 from flapkit.system.workdir import WorkDir, check_space
 
 
@@ -83,11 +82,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     check_output(recipe.output, overwrite=overwrite)
     with capture_warnings() as warnings:
         target = find_target(recipe)
-    settings.calibration.text.check("calibration")
-    for text in settings.evaluate.perplexity:
-        text.check("evaluation")
-    if settings.evaluate.zero_shot is not None:
-        check_tasks(settings.evaluate.zero_shot)
+    check_text(settings)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
     tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
