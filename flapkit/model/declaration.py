@@ -201,6 +201,10 @@ class Family:
     blocks: tuple[Block, ...]
     about: str = ""
 
+    def __hash__(self) -> int:
+        """Hash what tells families apart: blocks hold mappings, which have no hash."""
+        return hash((self.name, self.model_types, self.layers))
+
 
 def with_experts(family: Family, unit: ExpertUnit) -> Family:
     """Return a declaration in which experts lose channels, or mixtures lose whole experts, or both.
