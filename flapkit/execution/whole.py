@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.cache import Calibrated, SiteStates, read_statistic, write_statistic
 from flapkit.execution.executor import (
@@ -90,6 +91,8 @@ class WholeExecutor(Executor):
         saved: torch.dtype | None = None,
         folder: Path | None = None,
     ) -> None:
+        # Of a pruned model, which transformers may have loaded, the new plan is added to that of its folder.
+        restore_plan_(model)
         self.model = model
         self.sites = sites
         self._text = self._judging = text
