@@ -27,7 +27,7 @@ from flapkit.model.classes import HEADS
 from flapkit.model.empty import CAUSAL_LM, auto_class, check_depth
 from flapkit.model.history import plan_of, set_plan_
 from flapkit.model.registration import is_pruned
-from flapkit.model.soundness import check_unquantised, check_weights
+from flapkit.model.soundness import STORED_FLOATS, check_unquantised, check_weights
 from flapkit.model.spread import check_accelerate
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.system.json_files import parse_json
@@ -45,8 +45,6 @@ WEIGHTS = "model.safetensors"
 MAX_TOKEN_ID = 10_000_000
 """A tokenizer with larger token ids is damaged."""
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of floating-point types."""
 
 PROCESSOR = (
     "processor_config.json",
@@ -200,7 +198,7 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
 
 def _stored_type(types: Mapping[str, str]) -> torch.dtype | None:
     """Return the type of the first floating-point tensor, as transformers takes it where config.json names none."""
-    return next((STORED[name] for name in types.values() if name in STORED), None)
+    return next((STORED_FLOATS[name] for name in types.values() if name in STORED_FLOATS), None)
 
 
 def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:

@@ -29,6 +29,7 @@ def check(
     loaded = load_recipe(find_recipe(recipe), overrides or [])
     # A mistake in the recipe is reported before the rest is imported.
     from flapkit.checkpoint.serving import VLLM
+    from flapkit.pruning.rounding import KERNELS
     from flapkit.run.check import check as check_recipe
     from flapkit.run.estimate import memory_limit
     from flapkit.run.ledger import label_of, show
@@ -52,9 +53,8 @@ def check(
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if outcome.unaligned:
-        table.add_row(
-            "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
-        )
+        widths = f"{len(outcome.unaligned)} MLP widths are not multiples of {KERNELS}"
+        table.add_row("widths", f"{widths}; budget.multiple_of: {KERNELS} rounds them")
     budget = outcome.budget
     if budget.asked:
         table.add_row(

@@ -18,7 +18,7 @@ from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.block_table import find_times
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
-from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.evaluation.zero_shot import by_task
 from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
@@ -40,7 +40,7 @@ from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
 from flapkit.run.lengths import run_lengths
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
-from flapkit.run.run_record import RunRecord, compare, count_params, rewrite_result, save_run
+from flapkit.run.run_record import RunRecord, count_params, put_texts_beside, rewrite_result, save_run
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
@@ -225,11 +225,11 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
         subject.budget,
         pruned,
         count_params(subject.target, pruned.plan, subject.dense_params, executor.model.num_parameters()),
-        compare(dense.perplexity, after.perplexity),
+        put_texts_beside({"dense": dense.perplexity, "pruned": after.perplexity}),
         context.progress.seconds,
         context.warnings,
         subject.dtypes,
-        zero_shot=side_by_side(dense.answers, after.answers),
+        zero_shot=by_task({"dense": dense.answers, "pruned": after.answers}),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
         samples=pair_samples(settings.evaluate.samples, dense.samples, after.samples),

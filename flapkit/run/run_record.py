@@ -143,13 +143,6 @@ def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> 
     return {"dense": dense, "pruned": pruned, "blocks": blocks, "removed": plan.removed_params(target.sites)}
 
 
-def compare(
-    dense: Mapping[str, MeasuredPerplexity], pruned: Mapping[str, MeasuredPerplexity]
-) -> dict[str, dict[str, Any]]:
-    """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
-    return put_texts_beside({"dense": dense, "pruned": pruned})
-
-
 def put_texts_beside(models: Mapping[str, Mapping[str, MeasuredPerplexity]]) -> dict[str, dict[str, Any]]:
     """Put the figures of several models side by side, as in ``result.json``.
 
