@@ -42,7 +42,7 @@ class Checked:
         dtypes: the dtypes of the computation and of the written checkpoint.
         pace: floating-point operations a second of matrix products here, of all processes of the run together.
         processes: how many processes share a machine's memory.
-        unaligned: widths of MLPs that will probably not be multiples of ``KERNELS``, which is slow in kernels and formats.
+        unaligned: widths of MLPs that will probably not be multiples of ``KERNELS``, which is slow.
         left: the files of an interrupted run in the output's work folder.
         warnings: warnings that the run will give, as far as they are known.
         unserved: why vLLM will not serve the pruned model; empty if it will.
