@@ -75,6 +75,9 @@ class CalibrationText:
     windows: Tensor | Dataset[Any]
     batch_size: int = 8
 
+    def __len__(self) -> int:
+        return len(self.windows)  # type: ignore[arg-type]
+
     def data(self, share: Mapping[str, int] | None = None) -> PruningData:
         """Return the windows as a data module of Lightning.
 
@@ -89,7 +92,7 @@ class CalibrationText:
 
     def fitted(self) -> CalibrationText:
         """Return the text without its held-out windows."""
-        left = (~held_out(len(self.windows))).nonzero()[:, 0]  # type: ignore[arg-type]
+        left = (~held_out(len(self))).nonzero()[:, 0]
         windows = self.windows[left] if isinstance(self.windows, Tensor) else Subset(self.windows, left.tolist())
         return CalibrationText(windows, self.batch_size)
 
@@ -401,7 +404,7 @@ def check_judged(method: Method, text: CalibrationText) -> None:
         CalibrationError: there are too few windows.
     """
     holds_out = any(statistic.windows == "held_out" for statistic in needed_for_search(method, sequential=True))
-    if holds_out and not held_out(len(text.windows)).any():  # type: ignore[arg-type]
+    if holds_out and not held_out(len(text)).any():
         raise CalibrationError(
             "calibration: plans are judged on one window of four, and their repair holds out one in four of the "
             "others; use at least five windows, or a repair that holds out none (ridge: 0.01)"

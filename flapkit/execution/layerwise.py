@@ -195,7 +195,7 @@ class LayerwiseExecutor(Executor):
 
     def plans_together(self, share: float) -> int:
         """Return how many plans share a sweep: their hidden states are as many as those of the calibration text."""
-        windows = len(self._judging.windows)  # type: ignore[arg-type]
+        windows = len(self._judging)
         judging = math.ceil(share * int(held_out(windows).sum()))
         processes = (window_share() or {"num_replicas": 1})["num_replicas"]
         return max(1, windows // (max(1, judging) * processes))

@@ -200,9 +200,7 @@ def prepare(
             check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, target.adapter))
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(
-            settings.evaluate.perplexity, tokenizer, render, target.config.get_text_config().vocab_size, store
-        )
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.vocab_size, store)
         text = read_training(recipe, recovery, target, tokenizer, runtime, evaluations, store)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime, dtypes)

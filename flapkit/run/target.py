@@ -39,6 +39,11 @@ class Target:
     sites: tuple[Site, ...]
     why_unit: str = ""
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that the model knows."""
+        return int(self.config.get_text_config().vocab_size)
+
 
 def find_target(recipe: LoadedRecipe) -> Target:
     """Read the model's configuration, and find its adapter and its sites.

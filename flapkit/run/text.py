@@ -75,9 +75,7 @@ def read_text(
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
-    evaluations = read_evaluations(
-        recipe.evaluate.perplexity, tokenizer, render, target.config.get_text_config().vocab_size, store
-    )
+    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.vocab_size, store)
     calibration = calibration_windows(recipe.calibration, target, tokenizer, store)
     compared = {
         name: replace(text, overlap=warn_of_overlap(name, text, calibration, "calibration"))
@@ -154,7 +152,7 @@ def calibration_windows(
         samples=settings.samples,
         length=settings.length,
         seed=settings.seed,
-        vocab_size=target.config.get_text_config().vocab_size,
+        vocab_size=target.vocab_size,
         store=store,
     )
 
@@ -305,7 +303,7 @@ def read_recovery_text(
             samples=samples,
             length=training.length,
             seed=training.seed,
-            vocab_size=target.config.get_text_config().vocab_size,
+            vocab_size=target.vocab_size,
             store=store,
         )
 
