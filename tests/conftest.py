@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import resource
@@ -53,6 +54,7 @@ FORMS = {
 }
 
 
+CACHES = itertools.count()
 TEXT = "def pruned(model):\n    return model\n" * 200
 RECIPE = {
     "model": {"path": "builtin:tiny-llama", "dtype": "float32", "save_dtype": "float32"},
@@ -121,7 +123,9 @@ def without(monkeypatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """Keep statistics in a folder of the test's own, and out of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    # Not by `mktemp`, which lists the folders of all tests before.
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(CACHES)}"
+    folder.mkdir()
     monkeypatch.setenv("FLAPKIT_CACHE", str(folder))
     return folder
 
