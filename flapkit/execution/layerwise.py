@@ -128,7 +128,7 @@ class LayerwiseExecutor(Executor):
                 tensors: dict[str, torch.Tensor] = {}
                 for part, measured in self._measure(index, batches, hidden, needed):
                     tensors |= {f"{name}/scores": values for name, values in score(part, measured).items()}
-                    tensors |= _saved(measured, stored)
+                    tensors |= _tensors_of(measured, stored)
                 broadcast_from_rank0(partial(write_record, files[index], Record(tensors)))
                 stage.advance()
         read = (item for file in files for item in read_finished(file).tensors.items())
@@ -418,7 +418,7 @@ def _gathered(files: Sequence[Path], key: str) -> dict[str, Any]:
     return values
 
 
-def _saved(measured: Statistics, stored: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
+def _tensors_of(measured: Statistics, stored: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{_key(statistic)}/{part}": tensor
         for name, statistics in measured.items()

@@ -266,8 +266,7 @@ def _device_map(
     root: Node, recipe: Recipe, compensators: Sequence[Compensator], searchers: Sequence[StructureSearcher]
 ) -> list[Problem]:
     """List what a model that is spread over several devices, in one process, cannot be combined with."""
-    trainer, precision = recipe.trainer, recipe.trainer.precision or ""
-    model = root.child("model")
+    trainer, model = recipe.trainer, root.child("model")
     node = model.child("device_map") if model is not None else None
     if recipe.model.device_map is None or node is None:
         return []
@@ -281,9 +280,7 @@ def _device_map(
         "several processes: one uses all devices; set trainer.devices and trainer.num_nodes to 1": (
             trainer.strategy != "model_parallel" and (trainer.devices != 1 or trainer.num_nodes != 1)
         ),
-        f"trainer.precision: {precision}: set model.dtype instead": (
-            precision.endswith("-true") and precision != "32-true"
-        ),
+        f"trainer.precision: {trainer.precision}: set model.dtype instead": trainer.converts_weights,
         "a compensator that trains: leave it out, and call `flapkit recover` afterwards, without device_map": (
             any(compensator.recovery() is not None for compensator in compensators)
         ),

@@ -270,15 +270,15 @@ def recover_checkpoint(
     after = prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate recovered")
     answers = evaluate_tasks(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
-        prepared.recipe.output,
-        known.get("params", {}),
-        known.get("costs", []),
-        {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
-        add_scores(known.get("zero_shot", {}), "recovered", answers),
-        {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
-        {**known.get("seconds", {}), **progress.seconds},
-        [*known.get("warnings", []), *warnings],
-        known.get("search", {}),
+        output=prepared.recipe.output,
+        params=known.get("params", {}),
+        costs=known.get("costs", []),
+        perplexity={name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
+        zero_shot=add_scores(known.get("zero_shot", {}), "recovered", answers),
+        recovery={**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
+        seconds={**known.get("seconds", {}), **progress.seconds},
+        warnings=[*known.get("warnings", []), *warnings],
+        search=known.get("search", {}),
     )
 
     def write() -> None:
