@@ -10,7 +10,6 @@ import pydantic
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flapkit.checkpoint.load import restore_plan_
 from flapkit.execution.executor import CalibrationText
 from flapkit.execution.executor import prune_ as run_pruning_
 from flapkit.execution.lightning.prune import PruneBeforeTraining
@@ -210,7 +209,6 @@ def _check_model(model: PreTrainedModel, method: Method) -> None:
     """Refuse a model that cannot be pruned, or not by this method."""
     check_plain(model)
     check_in_memory(model)
-    restore_plan_(model)
     name = str(model.config.name_or_path or type(model).__name__)
     check_unquantised(name, model.config)
     check_weights(name, model.named_parameters())

@@ -278,10 +278,14 @@ class Registry:
 
 
 def _installed_plugins() -> list[tuple[ModuleType, str]]:
-    plugins = []
+    plugins, origins = [], dict[Any, str]()
     for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.value, entry.name)):
         distribution = entry_point.dist
-        origin = f"{distribution.name} {distribution.version}" if distribution else entry_point.value
+        if distribution is not None and distribution not in origins:
+            # Once: each look at a name or a version reads all metadata.
+            metadata = distribution.metadata
+            origins[distribution] = f"{metadata['Name']} {metadata['Version']}"
+        origin = origins.get(distribution, entry_point.value)
         try:
             module = entry_point.load()
         except Exception as error:

@@ -33,6 +33,7 @@ from flapkit.model.empty import CAUSAL_LM, auto_class
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
+from flapkit.model.spread import vocabulary_of
 from flapkit.model.surgery import Correction, apply_plan_, consumer_of, mask_, slice_, weight_of
 from flapkit.model.tiny import doubled, tiny_config, tiny_model
 from flapkit.model.verify import (
@@ -86,8 +87,7 @@ class Subject:
     @property
     def tokens(self) -> Tensor:
         """Calibration tokens [64, 12]."""
-        size = len(next(self.model.get_input_embeddings().parameters()))
-        return torch.randint(2, size, (64, 12), generator=torch.Generator().manual_seed(1))
+        return torch.randint(2, vocabulary_of(self.model), (64, 12), generator=torch.Generator().manual_seed(1))
 
     def pruned(self, ratio: float = 0.4, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PruningPlan]:
         """Prune a copy with flapkit's defaults."""

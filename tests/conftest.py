@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test waits for a network.
@@ -22,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flapkit
 from flapkit import cli
 from flapkit.execution.lightning.module import CausalLM
+from flapkit.run.report.document import RunDocument
+from flapkit.run.report.figures import draw_structure
 
 torch.set_num_threads(1)
 
@@ -49,6 +54,7 @@ FORMS = {
 }
 
 
+CACHES = itertools.count()
 TEXT = "def pruned(model):\n    return model\n" * 200
 RECIPE = {
     "model": {"path": "builtin:tiny-llama", "dtype": "float32", "save_dtype": "float32"},
@@ -117,9 +123,31 @@ def without(monkeypatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """Keep statistics in a folder of the test's own, and out of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    # Not by `mktemp`, which lists the folders of all tests before.
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(CACHES)}"
+    folder.mkdir()
     monkeypatch.setenv("FLAPKIT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _once() -> Iterator[None]:
+    """Do once in a process what is the same each time: find installed plugins, and draw the picture beside a report.
+
+    Other tests draw pictures. The speed of products, which takes a tenth of a second, is that of a single one.
+    """
+    found, drawn = functools.cache(entry_points), list[bytes]()
+
+    def draw(run: RunDocument) -> bytes:
+        drawn.extend([] if drawn else [draw_structure(run)])
+        return drawn[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("flapkit.registry.entry_points", found)
+        patched.setattr("lightning.fabric.utilities.registry.entry_points", found)
+        patched.setattr("flapkit.run.run_record.draw_structure", draw)
+        patched.setattr("flapkit.run.pace.SECONDS", 1e-9)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,10 @@ from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import sees, skeleton
 from flapkit.model.layout import removed_blocks, sites_of
 from flapkit.model.positions import context_length
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import dense_type
 from flapkit.model.site import Kind, Site
 from flapkit.system.errors import FlapkitError, InputError, ModelError, RunError
-from flapkit.system.progress import Stage
+from flapkit.system.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -91,13 +91,13 @@ def export(checkpoint: Path, exporter: Exporter, output: Path, *, overwrite: boo
     return agreed
 
 
-def export_all(checkpoint: Path, exporters: Sequence[Exporter], stage: Stage) -> dict[str, str]:
+def export_all(checkpoint: Path, exporters: Sequence[Exporter], progress: Progress) -> dict[str, str]:
     """Write a recipe's exports into a checkpoint's folder ``exports``.
 
     Args:
         checkpoint: a folder that ``flapkit.save`` wrote.
         exporters: the formats.
-        stage: advances with every finished export.
+        progress: has a stage for them, if there are any.
 
     Returns:
         Name of the file or folder -> how well the results agree.
@@ -105,18 +105,21 @@ def export_all(checkpoint: Path, exporters: Sequence[Exporter], stage: Stage) ->
     Raises:
         FlapkitError: as ``export`` does; the checkpoint itself is kept.
     """
+    if not exporters:
+        return {}
     agreements = {}
-    for exporter in exporters:
-        name = exporter.label + exporter.suffix
-        try:
-            agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name)
-        except FlapkitError as error:
-            raise type(error)(
-                f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
-                f"flapkit export {checkpoint} --to {exporter.name} --output PATH"
-            ) from error
-        agreements[name] = str(agreed) if agreed else "not verified"
-        stage.advance()
+    with progress.stage("export", len(exporters), "exports") as stage:
+        for exporter in exporters:
+            name = exporter.label + exporter.suffix
+            try:
+                agreed = export(checkpoint, exporter, checkpoint / EXPORTS / name)
+            except FlapkitError as error:
+                raise type(error)(
+                    f"{error}; the pruned model itself is saved in {checkpoint}; to export it again: "
+                    f"flapkit export {checkpoint} --to {exporter.name} --output PATH"
+                ) from error
+            agreements[name] = str(agreed) if agreed else "not verified"
+            stage.advance()
     return agreements
 
 
@@ -159,12 +162,7 @@ def prospect_of(config: PreTrainedConfig, sites: tuple[Site, ...]) -> Prospect:
     """Describe a model from its configuration and its sites, without reading weights."""
     removed = removed_blocks(skeleton(config))
     uniform = is_uniform(sites) and not removed
-    return Prospect(dense_type(config), config, sites, uniform, biased_kinds(config, sites), removed=removed)
-
-
-def dense_type(config: PreTrainedConfig) -> str:
-    """Return the dense model type of a dense or a pruned model's configuration."""
-    return config.model_type.removeprefix(PREFIX)
+    return Prospect(dense_type(config.model_type), config, sites, uniform, biased_kinds(config, sites), removed=removed)
 
 
 def biased_kinds(config: PreTrainedConfig, sites: Sequence[Site]) -> frozenset[Kind]:
@@ -177,8 +175,7 @@ def is_uniform(sites: Sequence[Site]) -> bool:
     """Return whether all layers have the same sizes."""
     sizes: dict[str, set[tuple[int, ...]]] = {}
     for site in sites:
-        role = site.block.name if site.block else site.kind
-        sizes.setdefault(role, set()).add((site.units, site.heads, site.kv_heads))
+        sizes.setdefault(site.block_name, set()).add((site.units, site.heads, site.kv_heads))
     return all(len(distinct) == 1 for distinct in sizes.values())
 
 

@@ -26,8 +26,8 @@ from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import HEADS
 from flapkit.model.empty import CAUSAL_LM, auto_class, check_depth
 from flapkit.model.history import plan_of, set_plan_
-from flapkit.model.registration import PREFIX as PRUNED
-from flapkit.model.soundness import check_unquantised, check_weights
+from flapkit.model.registration import is_pruned
+from flapkit.model.soundness import STORED_FLOATS, check_unquantised, check_weights
 from flapkit.model.spread import check_accelerate
 from flapkit.system.errors import InputError, ModelError, did_you_mean, is_panic
 from flapkit.system.json_files import parse_json
@@ -45,8 +45,6 @@ WEIGHTS = "model.safetensors"
 MAX_TOKEN_ID = 10_000_000
 """A tokenizer with larger token ids is damaged."""
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of floating-point types."""
 
 PROCESSOR = (
     "processor_config.json",
@@ -95,7 +93,7 @@ def load(
     check_unquantised(path, config)
     if isinstance(source, Path):
         stored = _check_files(path, source)
-        if config.model_type.startswith(PRUNED):
+        if is_pruned(config):
             _check_pruned(path, source, config)
         else:
             check_size(path, config, _weight_files(path, source))
@@ -134,7 +132,7 @@ def restore_plan_(model: PreTrainedModel) -> None:
         ModelError: the plan is damaged, or not the model's.
     """
     config = model.config
-    if plan_of(model) is not None or not config.model_type.startswith(PRUNED):
+    if plan_of(model) is not None or not is_pruned(config):
         return
     name = config.name_or_path or ""
     path = _plan_file(name, getattr(config, "_commit_hash", None))
@@ -200,7 +198,7 @@ def load_config(path: Path | str, *, revision: str | None = None) -> PreTrainedC
 
 def _stored_type(types: Mapping[str, str]) -> torch.dtype | None:
     """Return the type of the first floating-point tensor, as transformers takes it where config.json names none."""
-    return next((STORED[name] for name in types.values() if name in STORED), None)
+    return next((STORED_FLOATS[name] for name in types.values() if name in STORED_FLOATS), None)
 
 
 def _check_no_code(name: Path | str, config: PreTrainedConfig) -> None:

@@ -17,6 +17,7 @@ from flapkit.checkpoint.load import restore_plan_
 from flapkit.checkpoint.modeling_file import ENTRY, sha256_of
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, check_head, pruned_classes
+from flapkit.model.costs import bytes_of
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert_
@@ -132,11 +133,6 @@ def _plan_of(model: PreTrainedModel, claimed: PruningPlan | None) -> PruningPlan
             PLAN,
         )
     return plan
-
-
-def bytes_of(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's weights; tied weights count once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _take_weights(model: PreTrainedModel, weights: Sequence[Path], folder: Path) -> None:

@@ -12,6 +12,7 @@ from flapkit.cli.options import Force, Overrides, Overwrite, RecipeArgument
 from flapkit.cli.output import print_, set_logging
 
 if TYPE_CHECKING:
+    from flapkit.recipe.schema import Recipe
     from flapkit.run.check import Checked
     from flapkit.run.estimate import Estimate
     from flapkit.run.presets import Better
@@ -30,14 +31,30 @@ def check(
     # A mistake in the recipe is reported before the rest is imported.
     from flapkit.checkpoint.serving import VLLM
     from flapkit.run.check import check as check_recipe
-    from flapkit.run.estimate import memory_limit
-    from flapkit.run.ledger import label_of, show
 
     outcome = check_recipe(loaded, overwrite=overwrite, force=force)
-    needs, target, settings = outcome.needs, outcome.target, loaded.recipe
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)
+    _add_method(table, loaded.recipe, outcome)
+    _add_budget(table, outcome)
+    _add_needs(table, loaded.recipe, outcome)
+    _add_presets(table, outcome)
+    table.add_row("output", loaded.recipe.output)
+    served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
+    table.add_row("served by vLLM", served)
+    for warning in outcome.warnings:
+        table.add_row("warning", warning)
+    if outcome.left:
+        table.add_row("interrupted run", f"finished {', '.join(outcome.left)}; --resume continues from it")
+    print_(table)
+
+
+def _add_method(table: Table, settings: Recipe, outcome: Checked) -> None:
+    """Say what is pruned, by which components and on which text."""
+    from flapkit.pruning.rounding import KERNELS
+
+    needs, target = outcome.needs, outcome.target
     table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
-    blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
+    blocks = dict.fromkeys(site.block_name for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
     if target.why_unit:
         table.add_row("unit: auto", target.why_unit)
@@ -52,9 +69,14 @@ def check(
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if outcome.unaligned:
-        table.add_row(
-            "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
-        )
+        widths = f"{len(outcome.unaligned)} MLP widths are not multiples of {KERNELS}"
+        table.add_row("widths", f"{widths}; budget.multiple_of: {KERNELS} rounds them")
+
+
+def _add_budget(table: Table, outcome: Checked) -> None:
+    """Say how much is removed, and what the model costs before and after in every measure."""
+    from flapkit.run.ledger import label_of, show
+
     budget = outcome.budget
     if budget.asked:
         table.add_row(
@@ -66,12 +88,18 @@ def check(
         before, after = show(row.measure, row.dense), show(row.measure, row.pruned)
         most = f", at most {show(row.measure, row.asked)}" if row.asked is not None else ""
         table.add_row("", f"{label_of(row.measure, row.detail)}: {before}, pruned about {after}{most}")
+
+
+def _add_needs(table: Table, settings: Recipe, outcome: Checked) -> None:
+    """Say what memory, disk and compute the run needs."""
+    from flapkit.run.estimate import memory_limit
+
+    needs, several = outcome.needs, outcome.processes > 1
     layerwise = "unknown" if needs.layerwise is None else f"{needs.layerwise / 1e9:,.2f} GB"
     table.add_row("weights", f"{needs.weights / 1e9:,.3f} GB; {outcome.dtypes.summary}")
     memory = f"{needs.whole / 1e9:,.2f} GB whole, {layerwise} layerwise"
     if settings.trainer.strategy == "model_parallel" and needs.sharded is not None:
         memory += f", {needs.sharded / 1e9:,.2f} GB sharded"
-    several = outcome.processes > 1
     table.add_row("memory, about", memory + (f", in each of {outcome.processes} processes" if several else ""))
     available = f"{memory_limit(outcome.processes) / 1e9:,.2f} GB available{' to each' if several else ''}"
     table.add_row("", f"including {needs.own / 1e9:,.2f} GB for Python, libraries and windows of text; {available}")
@@ -81,15 +109,6 @@ def check(
         table.add_row("", "not included: hidden states of texts in `evaluate` without `windows`")
     table.add_row("disk, about", f"{needs.disk / 1e9:,.3f} GB, and 1 MB for the report")
     table.add_row("compute, about", _compute(needs, outcome.pace))
-    _add_presets(table, outcome)
-    table.add_row("output", settings.output)
-    served = f"no: {outcome.unserved}" if outcome.unserved else f"yes, as far as the configuration shows (vLLM {VLLM})"
-    table.add_row("served by vLLM", served)
-    for warning in outcome.warnings:
-        table.add_row("warning", warning)
-    if outcome.left:
-        table.add_row("interrupted run", f"finished {', '.join(outcome.left)}; --resume continues from it")
-    print_(table)
 
 
 def _add_presets(table: Table, outcome: Checked) -> None:

@@ -57,12 +57,11 @@ def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], in
 
     sizes = {}
     for site in sites_of(skeleton(config), family):
-        name = site.block.name if site.block else site.kind
         if site.kind == "attention":
             sizes[site.layer, "heads"] = site.heads
             sizes[site.layer, "KV heads"] = site.kv_heads
         elif site.kind == "mixture":
             sizes[site.layer, "experts"] = site.units
         else:
-            sizes[site.layer, f"{name} width"] = site.channels
+            sizes[site.layer, f"{site.block_name} width"] = site.channels
     return sizes

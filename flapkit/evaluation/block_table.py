@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from flapkit.model.budget import Cost
 from flapkit.model.site import Site
 from flapkit.system.errors import BudgetError, InputError
-from flapkit.system.json_files import read_object
+from flapkit.system.json_files import first_problem, read_object
 from flapkit.system.paths import cache_folder
 from flapkit.system.workdir import write_file
 
@@ -115,9 +115,7 @@ def find_times(sites: Sequence[Site], model: str, batch_size: int, prompt: int) 
     try:
         return _TABLE.validate_json(json.dumps(content), strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where}: {first['msg']}; run `flapkit bench --blocks` again") from error
+        raise InputError(f"{path}: {first_problem(error)}; run `flapkit bench --blocks` again") from error
 
 
 def _path(shapes: str, batch_size: int, prompt: int) -> Path:

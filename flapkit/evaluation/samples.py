@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flapkit.model.spread import embeddings_device
 from flapkit.text.tokenise import tokenise
 
 
@@ -33,7 +34,7 @@ def write_samples(
     Yields:
         The continuation of each prompt, without the prompt.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    device = embeddings_device(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # Not the model's own generation settings, so that all models are compared with the same settings.
     settings = GenerationConfig(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flapkit.model.costs import bytes_of
 from flapkit.model.positions import check_lengths
 
 if TYPE_CHECKING:
@@ -203,10 +204,14 @@ def read_params(model: PreTrainedModel) -> int:
 
 
 def draw_prompt(model: PreTrainedModel, workload: Workload) -> Tensor:
+    """Draw the random tokens of a workload's prompts [batch, prompt], on the model's device."""
+    return draw_tokens(model.config.get_text_config().vocab_size, workload).to(model.device)
+
+
+def draw_tokens(vocabulary: int, workload: Workload) -> Tensor:
     """Draw the random tokens of a workload's prompts [batch, prompt]."""
     generator = torch.Generator().manual_seed(workload.seed)
-    shape = (workload.batch_size, workload.prompt)
-    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    return torch.randint(vocabulary, (workload.batch_size, workload.prompt), generator=generator)
 
 
 def _prefill(model: Any, prompt: Tensor) -> Any:
@@ -272,16 +277,12 @@ def _speed(model: PreTrainedModel, macs: tuple[int, int], peak: int | None, meas
     return Speed(
         params=model.num_parameters(),
         read_params=read_params(model),
-        weights=_weights(model),
+        weights=bytes_of(model),
         peak=peak,
         prefill_macs=macs[0],
         decode_macs=macs[1],
         **measured,
     )
-
-
-def _weights(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _macs(model: PreTrainedModel, prompt: Tensor) -> tuple[int, int]:
@@ -307,9 +308,9 @@ def _peak(model: PreTrainedModel, prompt: Tensor, tokens: int) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         _run(model, prompt, tokens)
-        return _weights(model) + torch.cuda.max_memory_allocated() - before
+        return bytes_of(model) + torch.cuda.max_memory_allocated() - before
     growth = _resident_growth(lambda: _run(model, prompt, tokens))
-    return None if growth is None else _weights(model) + growth
+    return None if growth is None else bytes_of(model) + growth
 
 
 def _resident_growth(run: Callable[[], object]) -> int | None:

@@ -53,11 +53,6 @@ def check_installed() -> None:
         raise InputError('zero-shot tasks need lm-eval; install it with: pip install "flapkit[zeroshot]"')
 
 
-def side_by_side(dense: Mapping[str, TaskScores], pruned: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Arrange the scores of the dense and the pruned model by task and metric, with a paired test."""
-    return by_task({"dense": dense, "pruned": pruned})
-
-
 def by_task(models: Mapping[str, Mapping[str, TaskScores]]) -> dict[str, Any]:
     """Arrange the scores of several models by task and metric, as in ``result.json``.
 
@@ -116,7 +111,7 @@ def add_scores(known: Mapping[str, Any], stage: str, scores: Mapping[str, TaskSc
     """Add another model's scores to those of earlier models.
 
     Args:
-        known: output of ``side_by_side``; may be empty.
+        known: output of ``by_task``; may be empty.
         stage: the model's name in the output, for example ``recovered``.
         scores: task -> scores.
     """

@@ -27,7 +27,8 @@ from flapkit.execution.resume import Resume, make_without_store
 from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.positions import check_lengths
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
+from flapkit.model.spread import vocabulary_of
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import (
     Method,
@@ -42,7 +43,7 @@ from flapkit.pruning.algorithm import (
 )
 from flapkit.pruning.collector import Batch, Statistics
 from flapkit.pruning.components import Compensator, Objective, TrainedSearcher, TrialSearcher
-from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, copy_layer
+from flapkit.pruning.sequential import Hidden, LayerRepair, Runner, layer_copied
 from flapkit.pruning.statistics import Statistic, size_of
 from flapkit.system.errors import CalibrationError, RecipeError
 from flapkit.system.progress import Progress
@@ -74,6 +75,9 @@ class CalibrationText:
     windows: Tensor | Dataset[Any]
     batch_size: int = 8
 
+    def __len__(self) -> int:
+        return len(self.windows)  # type: ignore[arg-type]
+
     def data(self, share: Mapping[str, int] | None = None) -> PruningData:
         """Return the windows as a data module of Lightning.
 
@@ -88,7 +92,7 @@ class CalibrationText:
 
     def fitted(self) -> CalibrationText:
         """Return the text without its held-out windows."""
-        left = (~held_out(len(self.windows))).nonzero()[:, 0]  # type: ignore[arg-type]
+        left = (~held_out(len(self))).nonzero()[:, 0]
         windows = self.windows[left] if isinstance(self.windows, Tensor) else Subset(self.windows, left.tolist())
         return CalibrationText(windows, self.batch_size)
 
@@ -103,7 +107,7 @@ class CalibrationText:
             DataError: a token is not in the model's vocabulary.
             InputError: a window is longer than the model's table of positions.
         """
-        vocabulary, longest = len(next(model.get_input_embeddings().parameters())), 0
+        vocabulary, longest = vocabulary_of(model), 0
         for batch in self.data().predict_dataloader():
             check_vocabulary(batch["input_ids"], vocabulary)
             longest = max(longest, batch["input_ids"].shape[1])
@@ -385,8 +389,8 @@ def check_search(method: Method, sites: Sequence[Site], memory: float, of: str =
 
 def check_search_by_layers(method: Method, sites: Sequence[Site], memory: float) -> None:
     """Refuse a search layer by layer, if the statistics of a layer do not fit in memory; see ``check_search``."""
-    for index in sorted({site.layer for site in sites}):
-        check_search(method, [site for site in sites if site.layer == index], memory, f"layer {index}")
+    for index, in_layer in by_layer(sites).items():
+        check_search(method, in_layer, memory, f"layer {index}")
 
 
 def check_judged(method: Method, text: CalibrationText) -> None:
@@ -400,7 +404,7 @@ def check_judged(method: Method, text: CalibrationText) -> None:
         CalibrationError: there are too few windows.
     """
     holds_out = any(statistic.windows == "held_out" for statistic in needed_for_search(method, sequential=True))
-    if holds_out and not held_out(len(text.windows)).any():  # type: ignore[arg-type]
+    if holds_out and not held_out(len(text)).any():
         raise CalibrationError(
             "calibration: plans are judged on one window of four, and their repair holds out one in four of the "
             "others; use at least five windows, or a repair that holds out none (ridge: 0.01)"
@@ -505,7 +509,7 @@ def sweep(
         hidden: creates a store of hidden states, given its name.
         resume: reads what an interrupted run has finished, and stores what this one finishes.
     """
-    dense, pruned = hidden("dense"), hidden("pruned")
+    dense, pruned, layers = hidden("dense"), hidden("pruned"), by_layer(sites)
     for number, batch in enumerate(batches):
         embedded = runner.embed(batch)
         dense.put(number, embedded)
@@ -513,20 +517,17 @@ def sweep(
     dense.advance()
     pruned.advance()
     for index in range(len(runner)):
-        with runner.loaded(index) as layer:
-            in_layer = [site for site in sites if site.layer == index]
+        with runner.loaded(index):
+            in_layer = layers.get(index, [])
             targets = {site.name: hidden(f"target-{site.name}") for site in in_layer if not site.stacked}
             repair = LayerRepair(runner, index, in_layer, batches, dense, pruned, targets)
             repair.run_dense()
-            runner.layers[index] = copy_layer(runner.model, layer, in_layer)
-            try:
+            with layer_copied(runner, index, in_layer):
                 record = resume(f"repair of layer {index}", lambda: record_of(repair.repair(compensators, plan)))  # noqa: B023
                 repairs = repairs_of(record)
                 if in_layer and not repair.masked:
                     repair.mask_(in_layer, plan, repairs)
                 repair.run_pruned()
-            finally:
-                runner.layers[index] = layer
             for target in targets.values():
                 target.clear()
             yield index, repairs

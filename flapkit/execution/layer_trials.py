@@ -21,11 +21,11 @@ from flapkit.execution.record_files import write_record
 from flapkit.execution.resume import read_finished
 from flapkit.execution.stream import HiddenStates, LayerStream, step_all, walk
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site, groups
+from flapkit.model.site import Site, by_layer, groups
 from flapkit.model.surgery import Correction, mask_
 from flapkit.pruning.algorithm import Repairs
 from flapkit.pruning.collector import Batch
-from flapkit.pruning.sequential import copy_layer
+from flapkit.pruning.sequential import layer_copied
 from flapkit.pruning.trials import Judge
 from flapkit.system.processes import broadcast_from_rank0
 
@@ -98,7 +98,7 @@ class LayerTrials:
         hidden: Callable[[str], HiddenStates],
     ) -> None:
         self._stream = stream
-        self._sites = sites
+        self._layers = by_layer(sites)
         self._supernet = supernet
         self._hidden = hidden
         dense = hidden("trial-dense")
@@ -129,16 +129,13 @@ class LayerTrials:
         self, index: int, plans: Sequence[PruningPlan], states: Sequence[HiddenStates], windows: Sequence[Batch]
     ) -> None:
         """Load a layer, and run every plan's copy of it."""
-        stream, sites = self._stream, [site for site in self._sites if site.layer == index]
-        with stream.loaded(index) as layer:
+        stream, sites = self._stream, self._layers.get(index, [])
+        with stream.loaded(index):
             for plan, hidden in zip(plans, states, strict=True):
                 corrections = self._supernet.corrections(sites, plan)
-                stream.layers[index] = copy_layer(stream.model, layer, sites)
-                try:
+                with layer_copied(stream, index, sites):
                     mask_(stream.model, sites, plan.only(sites), corrections)
                     step_all(stream, index, windows, hidden)
-                finally:
-                    stream.layers[index] = layer
                 hidden.advance()
 
     def _running(self, windows: Sequence[Batch], hidden: HiddenStates) -> Callable[[int], Tensor]:

@@ -44,7 +44,7 @@ from flapkit.model.classes import set_pruned_config_
 from flapkit.model.history import add_plan_
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
 from flapkit.model.surgery import Correction, slice_
 from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Collector, Statistics
@@ -98,6 +98,7 @@ class LayerwiseExecutor(Executor):
         self.model: PreTrainedModel = stream.model
         self.progress = runtime.progress
         self.sites = sites
+        self._layers = by_layer(sites)
         self._stream = stream
         self._text = self._judging = text
         self._searches = False
@@ -127,7 +128,7 @@ class LayerwiseExecutor(Executor):
                 tensors: dict[str, torch.Tensor] = {}
                 for part, measured in self._measure(index, batches, hidden, needed):
                     tensors |= {f"{name}/scores": values for name, values in score(part, measured).items()}
-                    tensors |= _saved(measured, stored)
+                    tensors |= _tensors_of(measured, stored)
                 broadcast_from_rank0(partial(write_record, files[index], Record(tensors)))
                 stage.advance()
         read = (item for file in files for item in read_finished(file).tensors.items())
@@ -194,7 +195,7 @@ class LayerwiseExecutor(Executor):
 
     def plans_together(self, share: float) -> int:
         """Return how many plans share a sweep: their hidden states are as many as those of the calibration text."""
-        windows = len(self._judging.windows)  # type: ignore[arg-type]
+        windows = len(self._judging)
         judging = math.ceil(share * int(held_out(windows).sum()))
         processes = (window_share() or {"num_replicas": 1})["num_replicas"]
         return max(1, windows // (max(1, judging) * processes))
@@ -239,10 +240,9 @@ class LayerwiseExecutor(Executor):
         self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
     ) -> Iterator[Statistics]:
         """Measure one statistic layer by layer."""
-        stream, hidden = self._stream, self._hidden("observe")
+        stream, hidden, layers = self._stream, self._hidden("observe"), by_layer(sites)
         for index in walk(stream, hidden):
-            in_layer = [site for site in sites if site.layer == index]
-            with Collector(stream.model, in_layer, [statistic]) as collector:
+            with Collector(stream.model, layers.get(index, []), [statistic]) as collector:
                 step_all(stream, index, batches, hidden, collector)
             yield collector.statistics
         hidden.clear()
@@ -298,7 +298,7 @@ class LayerwiseExecutor(Executor):
         return self._text.batches(window_share())
 
     def _in_layer(self, index: int) -> list[Site]:
-        return [site for site in self.sites if site.layer == index]
+        return self._layers.get(index, [])
 
     def _hidden(self, name: str, layers: int = 0) -> HiddenStates:
         """Return the store of hidden states of one pass over the layers.
@@ -418,7 +418,7 @@ def _gathered(files: Sequence[Path], key: str) -> dict[str, Any]:
     return values
 
 
-def _saved(measured: Statistics, stored: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
+def _tensors_of(measured: Statistics, stored: Sequence[type[Statistic]]) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{_key(statistic)}/{part}": tensor
         for name, statistics in measured.items()

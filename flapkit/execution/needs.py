@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flapkit.execution.stream import layers_of
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.components import TrialSearcher, corrector_of
 from flapkit.pruning.statistics import Gram, size_of, split_by_memory
@@ -100,8 +100,7 @@ class Workload:
         """Bytes of a layer's statistics, as far as a search layer by layer has them in memory together."""
         if not self.method.judges:
             return 0
-        layers = [[site for site in self.sites if site.layer == index] for index in {site.layer for site in self.sites}]
-        return max(size_of(self.method.statistics, layer) for layer in layers)
+        return max(size_of(self.method.statistics, in_layer) for in_layer in by_layer(self.sites).values())
 
     @property
     def search_files(self) -> int:

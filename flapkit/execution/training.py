@@ -24,7 +24,7 @@ from flapkit.execution.lightning.callbacks import (
     Recover,
     recovery_callbacks,
 )
-from flapkit.execution.lightning.data import RecoveryData
+from flapkit.execution.lightning.data import RecoveryData, held_out
 from flapkit.execution.lightning.loggers import LoggerName, build_loggers
 from flapkit.execution.lightning.module import CausalLM, GatedLM, Optimization
 from flapkit.execution.runtime import Runtime, quietly
@@ -158,10 +158,10 @@ def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
             f"recovery text: expected tokens as a LongTensor [windows, tokens] of at least {HELD_OUT_ONE_IN} windows, "
             f"got {tokens.dtype} {list(tokens.shape)}"
         )
-    held_out = torch.arange(len(tokens)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
-    seen = tokens.cpu()[~held_out]
+    validating = held_out(len(tokens), HELD_OUT_ONE_IN)
+    seen = tokens.cpu()[~validating]
     order = _shuffled(len(seen), training.steps * training.batch_size, training.seed)
-    return RecoveryText(seen[order], tokens.cpu()[held_out][: training.validation_windows])
+    return RecoveryText(seen[order], tokens.cpu()[validating][: training.validation_windows])
 
 
 def windows_per_step(training: Training, runtime: Runtime) -> int:
@@ -260,10 +260,10 @@ def _split_calibration(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split calibration windows into training windows, in random orders as often as needed, and held-out ones."""
     together = {name: torch.cat([batch[name] for batch in text]) for name in (*TEXT, "held_out")}
-    held_out = together["held_out"].bool()
-    chosen = held_out.nonzero()[: training.validation_windows, 0]
+    validating = together["held_out"].bool()
+    chosen = validating.nonzero()[: training.validation_windows, 0]
     chosen = chosen[: len(chosen) - len(chosen) % processes]
-    left = (~held_out).nonzero()[:, 0]
+    left = (~validating).nonzero()[:, 0]
     if not len(left) or not len(chosen):
         raise CalibrationError(
             "calibration: gates are trained on three windows of four, and the best step is chosen on the fourth; use "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from flapkit.checkpoint.load import restore_plan_
 from flapkit.evaluation.protocol import EvaluationText, MeasuredPerplexity
 from flapkit.execution.cache import Calibrated, SiteStates, read_statistic, write_statistic
 from flapkit.execution.executor import (
@@ -39,7 +40,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import round_
 from flapkit.model.site import Site
-from flapkit.model.spread import is_spread
+from flapkit.model.spread import embeddings_device, is_spread
 from flapkit.model.surgery import Correction, apply_plan_, weight_of
 from flapkit.pruning.algorithm import Method, Repairs
 from flapkit.pruning.collector import Batch, Statistics, measure
@@ -90,6 +91,8 @@ class WholeExecutor(Executor):
         saved: torch.dtype | None = None,
         folder: Path | None = None,
     ) -> None:
+        # Of a pruned model, which transformers may have loaded, the new plan is added to that of its folder.
+        restore_plan_(model)
         self.model = model
         self.sites = sites
         self._text = self._judging = text
@@ -193,7 +196,7 @@ class WholeExecutor(Executor):
         """Repair in one sweep over the layers, and slice."""
         with self.progress.stage("prune"):
             self._place()
-            device = next(self.model.get_input_embeddings().parameters()).device
+            device = embeddings_device(self.model)
             precision = self._runtime.precision if self._runtime else nullcontext
             runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
             batches, repairs = self._text.batches(window_share()), Repairs()

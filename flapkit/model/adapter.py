@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from flapkit.model.component import Component
 from flapkit.model.declaration import ExpertUnit, Family, Unit, UnitOption, with_experts
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
+from flapkit.model.registration import dense_type
 from flapkit.model.site import Site
 from flapkit.model.verify import verify_declared
 
@@ -103,7 +105,7 @@ class FamilyAdapter(ArchitectureAdapter):
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
         """Return whether the configuration belongs to the family, dense or already pruned."""
-        return config.model_type.removeprefix("flapkit_") in cls.family.model_types
+        return dense_type(config.model_type) in cls.family.model_types
 
     def family_of(self, config: PreTrainedConfig) -> Family:
         """Return the declaration for a configuration; a subclass may choose among several."""
@@ -129,8 +131,12 @@ def _unit_of(family: Family) -> Unit:
     return "query_head" if all(block.takes_query_heads for block in attention) else "kv_group"
 
 
+@cache
 def adapter_class(family: Family) -> type[FamilyAdapter]:
-    """Make an adapter class from a declaration, so that recipes can name it."""
+    """Make an adapter class from a declaration, so that recipes can name it; always the same one.
+
+    What was verified of a declaration is so known in every registry.
+    """
     about = family.about or f"Models of type {', '.join(family.model_types)}."
     members = {"name": family.name, "family": family, "__doc__": about, "__module__": __name__}
     made = type(f"{family.name.title().replace('_', '')}Adapter", (FamilyAdapter,), members)

@@ -18,7 +18,7 @@ from torch import nn
 
 from flapkit.model import resize
 from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT, auto_class, config_of
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import PREFIX, dense_type, is_pruned
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
 
@@ -121,7 +121,7 @@ def pruned_classes(model_type: str) -> PrunedClasses | None:
     Returns:
         The classes, or None where transformers has no language model of that type.
     """
-    return _make_classes(model_type.removeprefix(PREFIX)) if auto_class(model_type) else None
+    return _make_classes(dense_type(model_type)) if auto_class(model_type) else None
 
 
 @cache
@@ -185,12 +185,12 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     import transformers
 
-    if not config.model_type.startswith(PREFIX):
+    if not is_pruned(config):
         return config
-    stock: Any = transformers.CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+    stock: Any = transformers.CONFIG_MAPPING[dense_type(config.model_type)]
     text, values = config.get_text_config(), _dense_values(config)
     if text is not config:
-        values[TEXT] = {**_dense_values(text), "model_type": text.model_type.removeprefix(PREFIX)}
+        values[TEXT] = {**_dense_values(text), "model_type": dense_type(text.model_type)}
     return config_of(stock, values)
 
 

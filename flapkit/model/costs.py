@@ -21,6 +21,11 @@ ROUTED = "num_experts_per_tok"
 """The configuration's entry for the number of experts that a token goes to."""
 
 
+def bytes_of(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's weights; tied weights count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def param_cost(model: PreTrainedModel, sites: Sequence[Site], total: int, *, biased: bool) -> Cost:
     """Count parameters.
 

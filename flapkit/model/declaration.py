@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from flapkit.model.registration import dense_type
 from flapkit.system.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -200,6 +201,10 @@ class Family:
     blocks: tuple[Block, ...]
     about: str = ""
 
+    def __hash__(self) -> int:
+        """Hash what tells families apart: blocks hold mappings, which have no hash."""
+        return hash((self.name, self.model_types, self.layers))
+
 
 def with_experts(family: Family, unit: ExpertUnit) -> Family:
     """Return a declaration in which experts lose channels, or mixtures lose whole experts, or both.
@@ -239,7 +244,7 @@ def declaration_of(config: PreTrainedConfig) -> Family:
         raise ModelError(
             f"the configuration of type {config.model_type!r} has no flapkit declaration; flapkit did not write it"
         )
-    dense = config.model_type.removeprefix("flapkit_")
+    dense = dense_type(config.model_type)
     try:
         return _FAMILY.validate_python({**declared, "name": dense, "model_types": (dense,)})
     except (TypeError, ValueError, InputError) as error:

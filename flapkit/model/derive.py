@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from flapkit.model.adapter import FamilyAdapter
 from flapkit.model.declaration import Block, Family, declaration_of, with_experts
-from flapkit.model.empty import check_causal, config_of, sees, skeleton
+from flapkit.model.empty import ConfigKey, check_causal, sees, skeleton
 from flapkit.model.gradient_probe import Layer
 from flapkit.model.layout import sites_of
 from flapkit.model.resize import find_module, heads_of, is_linear
@@ -96,14 +95,12 @@ def derive(config: PreTrainedConfig) -> Family:
             "of their language models; docs/families.md lists those that are declared, and docs/architectures.md says "
             "how to declare one"
         )
-    of: Any = type(config)
-    return _derive(of, json.dumps(config.to_dict(), default=str, sort_keys=True))
+    return _derive(ConfigKey.make(config))
 
 
 @lru_cache(maxsize=8)
-def _derive(of: Any, text: str) -> Family:
-    config = config_of(of, json.loads(text))
-    family = None
+def _derive(key: ConfigKey) -> Family:
+    config, family = key.config(), None
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             family = propose(tiny_of(config, attention="eager"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import dense_type
 from flapkit.system.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def auto_class(model_type: str) -> str | None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as known
 
-    dense = model_type.removeprefix(PREFIX)
+    dense = dense_type(model_type)
     if dense in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "text_config" in CONFIG_MAPPING[dense].sub_configs:
         return IMAGE_TEXT
     return CAUSAL_LM if dense in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
@@ -98,6 +99,28 @@ def config_of(of: Any, values: Mapping[str, Any]) -> PreTrainedConfig:
     return config
 
 
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """A configuration as the key of a cache: two with the same class and the same entries are equal.
+
+    Attributes:
+        of: the configuration's class.
+        values: its entries, as JSON.
+    """
+
+    of: type[PreTrainedConfig]
+    values: str
+
+    @classmethod
+    def make(cls, config: PreTrainedConfig) -> ConfigKey:
+        """Make the key of a configuration."""
+        return cls(type(config), json.dumps(config.to_dict(), default=str, sort_keys=True))
+
+    def config(self) -> PreTrainedConfig:
+        """Make the configuration again."""
+        return config_of(self.of, json.loads(self.values))
+
+
 def check_depth(settings: Any) -> None:
     """Raise ``ModelError`` if a configuration, as plain data, has an impossible number of layers."""
     if not isinstance(settings, Mapping):
@@ -127,12 +150,9 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ModelError: transformers has no causal language model for it, or cannot build it.
     """
     check_causal(config)
-    of: Any = type(config)
-    return _skeleton(of, json.dumps(config.to_dict(), default=str, sort_keys=True))
+    return _skeleton(ConfigKey.make(config))
 
 
 @lru_cache(maxsize=4)
-def _skeleton(of: type[PreTrainedConfig], text: str) -> PreTrainedModel:
-    model = build_empty(config_of(of, json.loads(text)))
-    model.tie_weights()
-    return model
+def _skeleton(key: ConfigKey) -> PreTrainedModel:
+    return build_empty(key.config())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flapkit.model.plan import PruningPlan
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import is_pruned
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
 
@@ -57,7 +57,7 @@ def add_plan_(model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan) 
     earlier = plan_of(model)
     if earlier is not None:
         set_plan_(model, compose(earlier, plan, sites))
-    elif not model.config.model_type.startswith(PREFIX):
+    elif not is_pruned(model.config):
         set_plan_(model, plan)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from flapkit.model.registration import dense_type
 from flapkit.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def check_lengths(model: PreTrainedModel, lengths: Mapping[str, int]) -> None:
 def table_length(model: PreTrainedModel) -> int | None:
     """Return the number of positions that a model has a table for; None if it computes positions of any number."""
     config = model.config.get_text_config()
-    if config.model_type.removeprefix("flapkit_") == "mpt":
+    if dense_type(config.model_type) == "mpt":
         # Its ALiBi biases are built for so many positions.
         return int(config.max_seq_len)
     return min(_tables(model), default=None)

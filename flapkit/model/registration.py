@@ -13,6 +13,16 @@ PREFIX = "flapkit_"
 """What stands before a dense model's type in that of the pruned one."""
 
 
+def dense_type(model_type: str) -> str:
+    """Return the type of the dense model of a pruned one; that of a dense model as it is."""
+    return model_type.removeprefix(PREFIX)
+
+
+def is_pruned(config: Any) -> bool:
+    """Tell whether a configuration is that of a pruned model."""
+    return str(config.model_type).startswith(PREFIX)
+
+
 class _Deferred:
     """Stands for a configuration class that is made when the first checkpoint of its type is loaded."""
 
@@ -30,8 +40,7 @@ class _Deferred:
 
         made = pruned_classes(self.model_type)
         if made is None:
-            dense = self.model_type.removeprefix(PREFIX)
-            raise ModelError(f"models of type {dense!r} are not language models of transformers")
+            raise ModelError(f"models of type {dense_type(self.model_type)!r} are not language models of transformers")
         return made.config.from_dict(config, **options)
 
 

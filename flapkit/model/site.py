@@ -169,6 +169,11 @@ class Site:
         return (self.units - kept) * self.params_per_unit if kept else self.params
 
     @property
+    def block_name(self) -> str:
+        """Name of its block, such as ``attention``; all experts have the same."""
+        return self.block.name if self.block else self.kind
+
+    @property
     def layer_path(self) -> str:
         """Full name of the decoder layer's module."""
         return self.path.removesuffix(f".{self.block.path}") if self.block and self.block.path else self.path
@@ -206,6 +211,14 @@ def renumbered(together: Sequence[Site], keep: Mapping[str, Sequence[int]]) -> l
     """
     left = [site for site in together if keep[site.name]]
     return [replace(site, expert=index) if site.within else site for index, site in enumerate(left)]
+
+
+def by_layer(sites: Iterable[Site]) -> dict[int, list[Site]]:
+    """Group sites by their decoder layer, in the model's order: index of the layer -> its sites."""
+    members: dict[int, list[Site]] = {}
+    for site in sites:
+        members.setdefault(site.layer, []).append(site)
+    return members
 
 
 def groups(sites: Sequence[Site]) -> list[list[Site]]:

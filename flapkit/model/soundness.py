@@ -19,11 +19,10 @@ from flapkit.system.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""The data types that can be pruned."""
+STORED_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+"""The data types that can be pruned, by their safetensors names."""
 
-STORED_FLOATS = ("F32", "F16", "BF16", "F64")
-"""The same types by their safetensors names."""
+FLOATS = tuple(STORED_FLOATS.values())
 
 ADVICE = "use the model in float32, float16 or bfloat16, and quantise it after pruning"
 
@@ -179,7 +178,7 @@ def check_weights(
         stored: name of a weight -> the safetensors data type in the file it was converted from.
     """
     for param, weight in weights:
-        dtype = (stored or {}).get(param, STORED_FLOATS[0])
+        dtype = (stored or {}).get(param, "F32")
         if dtype not in STORED_FLOATS:
             raise ModelError(f"model {name}: {param} is quantised (stored as {dtype}); {ADVICE}")
         check_float_weight(f"model {name}: {param}", weight)

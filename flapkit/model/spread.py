@@ -24,6 +24,11 @@ def embeddings_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model has embeddings of."""
+    return len(next(model.get_input_embeddings().parameters()))
+
+
 def check_accelerate(device_map: Any) -> None:
     """Raise ``ModelError`` if a device map is given, and accelerate, which places the weights, is not installed.
 

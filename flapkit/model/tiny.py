@@ -148,12 +148,17 @@ def tiny_config(of: str | PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
         # Latent attention has a key and a value for each query head.
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     changed = {config.attribute_map.get(name, name): value for name, value in changes.items()}
-    values = {name: value for name, value in values.items() if name not in UNTYPED}
+    return _like(config, {**tiny, **SPECIAL, **changed}, "tiny")
+
+
+def _like(config: PreTrainedConfig, changes: Mapping[str, Any], what: str) -> PreTrainedConfig:
+    """Make a configuration with some entries of another changed; ``what`` it is stands in the error's message."""
+    values = {name: value for name, value in config.to_dict().items() if name not in UNTYPED}
     try:
-        return type(config)(**{**values, **tiny, **SPECIAL, **changed})
+        return type(config)(**{**values, **changes})
     except Exception as error:
         # Configuration classes validate in their own ways and may raise anything.
-        raise ModelError(f"no tiny {config.model_type!r}: {type(error).__name__}: {error}") from error
+        raise ModelError(f"no {what} {config.model_type!r}: {type(error).__name__}: {error}") from error
 
 
 def _tiny_with_vision(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -170,12 +175,7 @@ def _tiny_with_vision(config: PreTrainedConfig, changes: Mapping[str, Any]) -> P
         values = part.to_dict()
         small = {name: size for name, size in sizes.items() if values.get(name) is not None}
         parts[key] = config_of(type(part), {**values, **small})
-    values = {name: value for name, value in config.to_dict().items() if name not in UNTYPED}
-    try:
-        return type(config)(**{**values, **parts, **own})
-    except Exception as error:
-        # Configuration classes validate in their own ways and may raise anything.
-        raise ModelError(f"no tiny {config.model_type!r}: {type(error).__name__}: {error}") from error
+    return _like(config, {**parts, **own}, "tiny")
 
 
 def _layer_types(types: list[str]) -> list[str]:
@@ -205,12 +205,7 @@ def doubled(config: PreTrainedConfig) -> PreTrainedConfig:
         of_layers = isinstance(value, list) and len(value) == count and not any(isinstance(x, float) for x in value)
         if key not in PATTERNS and of_layers:
             changes[key] = value * 2
-    kept = {key: value for key, value in values.items() if key not in UNTYPED}
-    try:
-        return type(config)(**{**kept, **changes})
-    except Exception as error:
-        # Configuration classes validate in their own ways and may raise anything.
-        raise ModelError(f"no deeper {config.model_type!r}: {type(error).__name__}: {error}") from error
+    return _like(config, changes, "deeper")
 
 
 def tiny_model(

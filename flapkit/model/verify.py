@@ -7,7 +7,6 @@ So the two models' logits are compared, on a tiny random model of the same class
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -20,9 +19,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from flapkit.model.classes import dense_config
-from flapkit.model.empty import config_of
+from flapkit.model.empty import ConfigKey
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
+from flapkit.model.spread import embeddings_device, vocabulary_of
 from flapkit.model.surgery import apply_plan_, check_sites, copy_sharing_weights, mask_, slice_
 from flapkit.model.tiny import SIZES, doubled, tiny_config, tiny_model
 from flapkit.system.errors import ModelError
@@ -115,7 +115,7 @@ def plan_without_blocks(sites: Sequence[Site]) -> PruningPlan:
     gone: dict[str, str] = {}
     for site in sites:
         if site.removable and sum(other.one_of == site.one_of for other in sites) > 1:
-            gone.setdefault(site.block.name if site.block else site.kind, site.name)
+            gone.setdefault(site.block_name, site.name)
     names = set(gone.values())
     return PruningPlan({site.name: () if site.name in names else tuple(range(site.units)) for site in sites})
 
@@ -178,9 +178,8 @@ def logits_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
     Returns:
         Logits of all tokens but padding, [tokens, vocabulary].
     """
-    embeddings = next(model.get_input_embeddings().parameters())
-    tokens = torch.randint(2, len(embeddings), (2, 10), generator=torch.Generator().manual_seed(seed))
-    tokens = tokens.to(embeddings.device)
+    tokens = torch.randint(2, vocabulary_of(model), (2, 10), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens.to(embeddings_device(model))
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     whole = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
@@ -244,14 +243,12 @@ def verify_declared(adapter: ArchitectureAdapter, config: PreTrainedConfig) -> N
         ModelError: the declaration is not exact.
     """
     of: Any = type(adapter)
-    kind: Any = type(config)
-    values = json.dumps(config.to_dict(), default=str, sort_keys=True)
-    _verify_declared(of, TypeAdapter(of).dump_json(adapter), kind, values)
+    _verify_declared(of, TypeAdapter(of).dump_json(adapter), ConfigKey.make(config))
 
 
 @lru_cache(maxsize=16)
-def _verify_declared(of: Any, options: bytes, kind: Any, values: str) -> None:
-    adapter, config = TypeAdapter(of).validate_json(options), config_of(kind, json.loads(values))
+def _verify_declared(of: Any, options: bytes, key: ConfigKey) -> None:
+    adapter, config = TypeAdapter(of).validate_json(options), key.config()
     wrong = f"the declaration of adapter {adapter.name!r} is wrong for models of type {config.model_type!r}"
     advice = "correct it (`flapkit check-adapter` lists what fails), or use `adapter: auto` without it"
     tiny = _tiny_of(config)
@@ -303,8 +300,7 @@ def verify_loaded(model: PreTrainedModel, sites: Sequence[Site], seed: int = 0) 
     check_sites(model, sites)
     chosen: dict[str, Sequence[Site]] = {}
     for together in groups(sites):
-        first = together[0]
-        chosen.setdefault(first.block.name if first.block else first.kind, together)
+        chosen.setdefault(together[0].block_name, together)
     some = random_plan([site for together in chosen.values() for site in together], seed)
     plan = PruningPlan({site.name: some.keep.get(site.name, tuple(range(site.units))) for site in sites})
     masked = copy_sharing_weights(model, sites, own=tuple(some.keep))

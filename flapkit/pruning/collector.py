@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from flapkit.model.site import Site
+from flapkit.model.spread import embeddings_device
 from flapkit.model.surgery import check_sites, consumer_of
 from flapkit.pruning.experts import See, SeeMixture, unwatch, watch
 from flapkit.pruning.statistics import GradientStatistic, LayerStatistic, SiteStatistics, Statistic
@@ -243,7 +244,7 @@ def run_batch(model: PreTrainedModel, batch: Batch, *, gradient: bool = False) -
         gradient: run the summed cross-entropy of the next token and its backward pass as well. No parameter keeps a
             gradient.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    device = embeddings_device(model)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
     if gradient:
         _backward(model, inputs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flapkit.model.budget import Budget, Cost, nested_costs
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site, groups
+from flapkit.model.site import Site, by_layer, groups
 from flapkit.system.errors import BudgetError, InputError
 
 _FLOOR = "with every site at its minimum"
@@ -101,9 +101,7 @@ def layer_ratios(sites: Sequence[Site], budget: Budget, profile: Sequence[float]
     Raises:
         BudgetError: the profile has the wrong length, is all zero, or removes more than a whole layer.
     """
-    costs: dict[int, int] = {}
-    for site in sites:
-        costs[site.layer] = costs.get(site.layer, 0) + budget.cost.of_all([site])
+    costs = {layer: budget.cost.of_all(members) for layer, members in by_layer(sites).items()}
     if profile and (len(profile) != len(costs) or not any(profile)):
         shown = ", ".join(f"{ratio:g}" for ratio in profile)
         raise BudgetError(f"profile: expected {len(costs)} ratios, one per layer and not all 0, got {shown}")
@@ -144,9 +142,9 @@ def remove_by_layer(
         BudgetError: the profile does not fit the layers, or ``min_units`` does not allow a layer's share.
     """
     keep: dict[str, tuple[int, ...]] = {}
-    due = 0.0
+    due, layers = 0.0, by_layer(sites)
     for layer, ratio in layer_ratios(sites, budget, profile).items():
-        members = [site for site in sites if site.layer == layer]
+        members = layers[layer]
         due += ratio * budget.cost.of_all(members)
         plan = remove_lowest(members, ranking, budget, min_units, round(due) if ratio else 0)
         due -= budget.cost.removed(members, plan)

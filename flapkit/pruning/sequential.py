@@ -259,6 +259,17 @@ def adds_outputs(before: Tensor, after: Tensor, outputs: Any) -> bool:
     return added.shape == change.shape and bool((change - added).norm() <= TOLERANCE * change.norm())
 
 
+@contextmanager
+def layer_copied(runner: Runner, index: int, sites: Sequence[Site]) -> Iterator[None]:
+    """Run a copy of a loaded layer, whose sites can be masked, and put the dense layer back at the end."""
+    layer = runner.layers[index]
+    runner.layers[index] = copy_layer(runner.model, layer, sites)
+    try:
+        yield
+    finally:
+        runner.layers[index] = layer
+
+
 def copy_layer(model: PreTrainedModel, layer: nn.Module, sites: Sequence[Site]) -> nn.Module:
     """Copy a layer; the copy has its own consumers, and shares all other parameters with the original."""
     own = {id(parameter) for site in sites for parameter in consumer_of(model, site).parameters()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from flapkit.evaluation.perplexity import Perplexity, cross_entropy
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
+from flapkit.model.spread import embeddings_device
 from flapkit.model.surgery import Correction, apply_plan_, copy_sharing_weights
 from flapkit.pruning.collector import Batch, attended
 from flapkit.system.errors import CalibrationError
@@ -176,7 +177,7 @@ def running(model: PreTrainedModel, batches: Sequence[Batch]) -> Run:
         model: in evaluation mode.
         batches: mappings with ``input_ids`` [windows, tokens] and perhaps ``attention_mask``.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    device = embeddings_device(model)
 
     def run(number: int) -> Tensor:
         inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in batches[number].items()}

@@ -62,6 +62,21 @@ class LoadedRecipe:
         """The components that prune."""
         return Method(self.metric, self.searcher, self.compensators)
 
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.recipe.output).expanduser()
+
+    @property
+    def named_compensators(self) -> list[tuple[Compensator, ComponentSpec]]:
+        """Each compensator, with its name and options in the recipe."""
+        return list(zip(self.compensators, self.recipe.compensator, strict=True))
+
+    def with_compensators(self, named: Sequence[tuple[Compensator, ComponentSpec]]) -> LoadedRecipe:
+        """Return the recipe with other compensators, as ``named_compensators`` lists them."""
+        recipe = self.recipe.model_copy(update={"compensator": tuple(spec for _, spec in named)})
+        return replace(self, recipe=recipe, compensators=tuple(component for component, _ in named))
+
     def of_model(self, path: str, revision: str | None = None) -> LoadedRecipe:
         """Return the recipe for another model: a checkpoint, or a hub id."""
         model = self.recipe.model.model_copy(update={"path": path, "file": None, "revision": revision})
@@ -251,8 +266,7 @@ def _device_map(
     root: Node, recipe: Recipe, compensators: Sequence[Compensator], searchers: Sequence[StructureSearcher]
 ) -> list[Problem]:
     """List what a model that is spread over several devices, in one process, cannot be combined with."""
-    trainer, precision = recipe.trainer, recipe.trainer.precision or ""
-    model = root.child("model")
+    trainer, model = recipe.trainer, root.child("model")
     node = model.child("device_map") if model is not None else None
     if recipe.model.device_map is None or node is None:
         return []
@@ -266,9 +280,7 @@ def _device_map(
         "several processes: one uses all devices; set trainer.devices and trainer.num_nodes to 1": (
             trainer.strategy != "model_parallel" and (trainer.devices != 1 or trainer.num_nodes != 1)
         ),
-        f"trainer.precision: {precision}: set model.dtype instead": (
-            precision.endswith("-true") and precision != "32-true"
-        ),
+        f"trainer.precision: {trainer.precision}: set model.dtype instead": trainer.converts_weights,
         "a compensator that trains: leave it out, and call `flapkit recover` afterwards, without device_map": (
             any(compensator.recovery() is not None for compensator in compensators)
         ),

@@ -348,6 +348,11 @@ class TrainerSection(Section):
             )
         return precision
 
+    @property
+    def converts_weights(self) -> bool:
+        """Whether Lightning converts the weights themselves to the precision."""
+        return self.precision in ("bf16-true", "16-true")
+
     accumulate_grad_batches: Count = Field(default=1, ge=1, description="In training: batches per optimizer step.")
     gradient_clip_val: float | None = Field(
         default=1.0, gt=0, description="In training: maximum norm of the gradients; `null` does not clip."

@@ -79,8 +79,7 @@ def _kinds(sites: Sequence[Site]) -> dict[tuple[Any, ...], list[Site]]:
     """Gather the sites whose units take the same time: blocks of the same name and shape."""
     kinds: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        name = site.block.name if site.block else site.kind
-        kinds.setdefault((name, site.units, site.channels_per_unit, site.params_per_unit), []).append(site)
+        kinds.setdefault((site.block_name, site.units, site.channels_per_unit, site.params_per_unit), []).append(site)
     return kinds
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from flapkit.checkpoint.folder import check_output
 from flapkit.checkpoint.load import load_tokenizer
@@ -26,8 +25,7 @@ from flapkit.run.lengths import recovery_length, run_lengths
 from flapkit.run.pace import measure_pace
 from flapkit.run.presets import Better, Nearest, find_better, find_nearest
 from flapkit.run.target import Target, find_target
-from flapkit.run.tasks import check_tasks
-from flapkit.run.text import recovery_source, render_prompts
+from flapkit.run.text import check_text, recovery_source, render_prompts
 from flapkit.system.workdir import WorkDir, check_space
 
 
@@ -44,8 +42,7 @@ class Checked:
         dtypes: the dtypes of the computation and of the written checkpoint.
         pace: floating-point operations a second of matrix products here, of all processes of the run together.
         processes: how many processes share a machine's memory.
-        unaligned: widths of MLPs that will probably not be multiples of 32, which are slow in kernels and quantised
-            formats.
+        unaligned: widths of MLPs that will probably not be multiples of ``KERNELS``, which is slow.
         left: the files of an interrupted run in the output's work folder.
         warnings: warnings that the run will give, as far as they are known.
         unserved: why vLLM will not serve the pruned model; empty if it will.
@@ -81,14 +78,10 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         FlapkitError: the recipe cannot be run.
     """
     settings = recipe.recipe
-    check_output(Path(settings.output).expanduser(), overwrite=overwrite)
+    check_output(recipe.output, overwrite=overwrite)
     with capture_warnings() as warnings:
         target = find_target(recipe)
-    settings.calibration.text.check("calibration")
-    for text in settings.evaluate.perplexity:
-        text.check("evaluation")
-    if settings.evaluate.zero_shot is not None:
-        check_tasks(settings.evaluate.zero_shot)
+    check_text(settings)
     check_execution(recipe, target)
     check_loggers(settings.trainer.logger)
     tokenizer = load_tokenizer(settings.model.source, revision=settings.model.revision)
@@ -105,27 +98,26 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
     params = empty.num_parameters()
     opened = open_budget(recipe, target, params, dtypes.saved)
     needs = estimate_needs(recipe, target, empty, opened.budget, dtypes, runtime.processes)
-    output = Path(settings.output).expanduser()
-    check_space(output, needs.disk)
+    check_space(recipe.output, needs.disk)
     if not force:
         check_fits(recipe, needs, runtime)
     # Last: it needs memory for every unit.
     plan, preset = check_floors(recipe, target.sites, opened.budget), find_nearest(recipe)
     return Checked(
-        target,
-        params,
-        opened.budget,
-        ledger(opened.budget, opened.costs, target.sites, plan),
-        needs,
-        dtypes,
-        preset,
-        find_better(recipe, preset, target, dtypes, runtime.processes),
-        measure_pace(runtime.device, empty.dtype) * runtime.processes,
-        runtime.per_machine,
-        unaligned_widths(target.sites, plan),
-        WorkDir(output).records(),
-        [*warnings, *of_lengths],
-        vllm_obstacle(
+        target=target,
+        params=params,
+        budget=opened.budget,
+        costs=ledger(opened.budget, opened.costs, target.sites, plan),
+        needs=needs,
+        dtypes=dtypes,
+        preset=preset,
+        better=find_better(recipe, preset, target, dtypes, runtime.processes),
+        pace=measure_pace(runtime.device, empty.dtype) * runtime.processes,
+        processes=runtime.per_machine,
+        unaligned=unaligned_widths(target.sites, plan),
+        left=WorkDir(recipe.output).records(),
+        warnings=[*warnings, *of_lengths],
+        unserved=vllm_obstacle(
             target.config,
             target.sites,
             may_remove=recipe.searcher.removes_blocks(prunable(target.sites, settings.budget.base)),

@@ -19,6 +19,7 @@ from flapkit.recipe.schema import Recipe
 from flapkit.run.report.document import RECORD, read_checked, read_made, read_record, read_result
 from flapkit.run.report.report_record import ReportRecord
 from flapkit.system.errors import InputError, ModelError
+from flapkit.system.json_files import first_problem
 from flapkit.system.paths import within
 
 RESULT = "result.json"
@@ -120,9 +121,7 @@ class Origin:
         try:
             _FIGURES.validate_python(known.get("perplexity", {}))
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, ("perplexity", *first["loc"])))
-            raise InputError(f"{self.folder / RESULT}: {where}: {first['msg']}") from error
+            raise InputError(f"{self.folder / RESULT}: {first_problem(error, 'perplexity')}") from error
         return known
 
 

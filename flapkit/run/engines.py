@@ -19,12 +19,13 @@ import torch
 
 from flapkit.checkpoint.load import DType, load_config
 from flapkit.checkpoint.serving import vllm_obstacle
-from flapkit.evaluation.speed import Seconds, Workload, read_params
+from flapkit.evaluation.speed import Seconds, Workload, draw_tokens, read_params
 from flapkit.model.classes import pruned_classes
+from flapkit.model.costs import bytes_of
 from flapkit.model.declaration import declaration_of
 from flapkit.model.empty import skeleton
 from flapkit.model.layout import sites_of
-from flapkit.model.registration import PREFIX
+from flapkit.model.registration import is_pruned
 from flapkit.run import vllm_worker
 from flapkit.system.errors import InputError, RunError
 
@@ -111,8 +112,7 @@ class LlamaCpp(Engine):
             n_gpu_layers=0 if device == "cpu" else -1,
             verbose=False,
         )
-        draw = torch.Generator().manual_seed(workload.seed)
-        self._prompt: list[int] = torch.randint(self._model.n_vocab(), (workload.prompt,), generator=draw).tolist()
+        self._prompt: list[int] = draw_tokens(self._model.n_vocab(), workload)[0].tolist()
 
     @classmethod
     def check(cls, path: str, workload: Workload, dtype: DType) -> None:
@@ -152,10 +152,8 @@ class VLLM(Engine):
     def __init__(self, path: str, workload: Workload, device: str, dtype: DType, models: int) -> None:
         model = skeleton(load_config(path))
         self.params, self.read_params = model.num_parameters(), read_params(model)
-        self.weights = sum(parameter.nbytes for parameter in model.parameters())
-        draw = torch.Generator().manual_seed(workload.seed)
-        shape = (workload.batch_size, workload.prompt)
-        prompts = torch.randint(model.config.get_text_config().vocab_size, shape, generator=draw)
+        self.weights = bytes_of(model)
+        prompts = draw_tokens(model.config.get_text_config().vocab_size, workload)
         options: dict[str, Any] = {
             "model": path,
             "dtype": dtype,
@@ -228,7 +226,7 @@ def has_own_code(path: str) -> bool:
         InputError: it is not the one that flapkit writes.
     """
     config = load_config(path)
-    classes = pruned_classes(config.model_type) if config.model_type.startswith(PREFIX) else None
+    classes = pruned_classes(config.model_type) if is_pruned(config) else None
     if classes is None:
         return False
     file = Path(path) / classes.file

@@ -163,14 +163,21 @@ def estimate_needs(
         held, least, disk = max(held, training), max(least, training), disk + left
         layerwise = layerwise and max(layerwise, training)
         sharded = sharded and max(sharded, own + (left + teacher) // processes + gathered + beside)
-    flops = workload.passes * calibration_flops(recipe, target)
-    device = on_device + workload.statistics + batch
-    unread = tuple(dict.fromkeys(dataset for text in texts for dataset in text.unread))
-    mapped = weights if dtypes.compute == dtypes.stored else 0
-    passes = workload.passes
-    search = search_flops(recipe, target, budget, processes)
     return Estimate(
-        weights, mapped, own, held, least, layerwise, sharded, device, disk, flops, search, passes, trained, unread
+        weights=weights,
+        mapped=weights if dtypes.compute == dtypes.stored else 0,
+        own=own,
+        whole=held,
+        least=least,
+        layerwise=layerwise,
+        sharded=sharded,
+        device=on_device + workload.statistics + batch,
+        disk=disk,
+        flops=workload.passes * calibration_flops(recipe, target),
+        search_flops=search_flops(recipe, target, budget, processes),
+        passes=workload.passes,
+        trained=trained,
+        unread=tuple(dict.fromkeys(dataset for text in texts for dataset in text.unread)),
     )
 
 

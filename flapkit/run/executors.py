@@ -131,7 +131,7 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         with _in_recipe(recipe):
             check_search(method, target.sites, settings.calibration.statistics_bytes)
         return None
-    precision = settings.trainer.precision or ""
+    trainer = settings.trainer
     refused = {
         f"metric {method.metric.name!r} needs gradients of the whole model; choose another, such as wifv": (
             needs_gradient(method.statistics)
@@ -151,8 +151,9 @@ def check_execution(recipe: LoadedRecipe, target: Target) -> Forms | None:
         f"adapter {target.adapter.name!r} is verified on the whole model; use an adapter with a declaration": (
             type(target.adapter).confirm is not ArchitectureAdapter.confirm
         ),
-        f"trainer.precision: {precision} is for the whole model; set model.dtype instead": precision.endswith("-true")
-        and precision != "32-true",
+        f"trainer.precision: {trainer.precision} is for the whole model; set model.dtype instead": (
+            trainer.converts_weights
+        ),
     }
     for reason, is_refused in refused.items():
         if is_refused:

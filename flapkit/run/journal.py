@@ -12,7 +12,7 @@ from typing import Any
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.execution.lightning.loggers import LoggerName, build_loggers
 from flapkit.model.plan import PruningPlan
-from flapkit.model.site import Site
+from flapkit.model.site import Site, by_layer
 from flapkit.pruning.site_errors import SiteError
 from flapkit.recipe.schema import Recipe
 from flapkit.run.report.view import short
@@ -45,8 +45,7 @@ class RunLog:
 
     def structure(self, sites: Sequence[Site], plan: PruningPlan) -> None:
         """Log the fraction of units kept in each layer; the step is the layer."""
-        for layer in sorted({site.layer for site in sites}):
-            of_layer = [site for site in sites if site.layer == layer]
+        for layer, of_layer in by_layer(sites).items():
             kinds = {site.kind for site in of_layer}
             self._log({f"kept/{kind}": _fraction(of_layer, kind, plan) for kind in kinds}, layer)
 

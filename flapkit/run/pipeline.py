@@ -18,7 +18,7 @@ from flapkit.checkpoint.load import load_tokenizer
 from flapkit.evaluation.block_table import find_times
 from flapkit.evaluation.protocol import MeasuredPerplexity
 from flapkit.evaluation.scores import TaskScores
-from flapkit.evaluation.zero_shot import side_by_side
+from flapkit.evaluation.zero_shot import by_task
 from flapkit.execution.cache import TokenCache
 from flapkit.execution.executor import CalibrationText, Executor, prune_
 from flapkit.execution.resume import ResumeStore, make_without_store
@@ -40,7 +40,7 @@ from flapkit.run.executors import open_executor, open_runtime
 from flapkit.run.journal import RunLog, open_log
 from flapkit.run.lengths import run_lengths
 from flapkit.run.recover import RecoveryRecord, prepare, recover_checkpoint
-from flapkit.run.run_record import RunRecord, compare, count_params, rewrite_result, save_run
+from flapkit.run.run_record import RunRecord, count_params, put_texts_beside, rewrite_result, save_run
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
@@ -149,7 +149,7 @@ def run(
     Raises:
         FlapkitError: the run fails; no output is written.
     """
-    output, settings = Path(recipe.recipe.output).expanduser(), recipe.recipe
+    output, settings = recipe.output, recipe.recipe
     target = find_target(recipe)
     refuse_unmet(recipe, target)
     if not force:
@@ -173,7 +173,7 @@ def run(
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:
             _prune(first, target, context, overwrite=False)
-        return recover_checkpoint(Path(first.recipe.output), prepared, warnings, work, overwrite=overwrite)
+        return recover_checkpoint(first.output, prepared, warnings, work, overwrite=overwrite)
 
 
 def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
@@ -186,19 +186,17 @@ def _identity(recipe: LoadedRecipe) -> dict[str, Any]:
 def _without_recovery(recipe: LoadedRecipe, output: Path) -> LoadedRecipe:
     """Return a recipe without its recovery and exports."""
     settings = recipe.recipe
-    pairs = zip(recipe.compensators, settings.compensator, strict=True)
-    pruning = [(component, spec) for component, spec in pairs if component.corrects or component.recovery() is None]
+    pruning = [named for named in recipe.named_compensators if named[0].corrects or named[0].recovery() is None]
     defaults = {name: TrainerSection.model_fields[name].default for name in FOR_TRAINING}
     # A searcher that trains uses them as well.
     trains = isinstance(recipe.method.searcher, TrainedSearcher)
     changed = {
-        "compensator": tuple(spec for _, spec in pruning),
         "trainer": settings.trainer if trains else settings.trainer.model_copy(update=defaults),
         "export": (),
         "output": str(output),
     }
-    compensators = tuple(component for component, _ in pruning)
-    return replace(recipe, recipe=settings.model_copy(update=changed), compensators=compensators, exporters=())
+    first = recipe.with_compensators(pruning)
+    return replace(first, recipe=first.recipe.model_copy(update=changed), exporters=())
 
 
 def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwrite: bool) -> RunRecord:
@@ -220,18 +218,18 @@ def _prune(recipe: LoadedRecipe, target: Target, context: RunContext, *, overwri
     after = _measure(subject, runtime, "pruned")
     context.journal.perplexity("pruned", after.perplexity)
     record = RunRecord(
-        recipe,
-        subject.target,
-        subject.tokenizer,
-        subject.text,
-        subject.budget,
-        pruned,
-        count_params(subject.target, pruned.plan, subject.dense_params, executor.model.num_parameters()),
-        compare(dense.perplexity, after.perplexity),
-        context.progress.seconds,
-        context.warnings,
-        subject.dtypes,
-        zero_shot=side_by_side(dense.answers, after.answers),
+        recipe=recipe,
+        target=subject.target,
+        tokenizer=subject.tokenizer,
+        text=subject.text,
+        budget=subject.budget,
+        pruned=pruned,
+        params=count_params(subject.target, pruned.plan, subject.dense_params, executor.model.num_parameters()),
+        perplexity=put_texts_beside({"dense": dense.perplexity, "pruned": after.perplexity}),
+        seconds=context.progress.seconds,
+        warnings=context.warnings,
+        dtypes=subject.dtypes,
+        zero_shot=by_task({"dense": dense.answers, "pruned": after.answers}),
         errors=errors,
         error_tokens=trace.tokens if trace else 0,
         samples=pair_samples(settings.evaluate.samples, dense.samples, after.samples),
@@ -263,7 +261,7 @@ def _read(
         budget = open_budget(recipe, target, params, dtypes.saved)
     left = (params - budget.budget.params) * dtypes.saved.itemsize
     # A recovery writes the pruned model first, and its output at the end.
-    recovered = Path(settings.output).expanduser().resolve() != context.work.output
+    recovered = recipe.output.resolve() != context.work.output
     check_space(context.work.output, left * (2 if recovered else 1))
     return Subject(recipe, target, tokenizer, text, tasks, executor, params, budget, dtypes)
 
@@ -326,7 +324,7 @@ def _samples(subject: Subject, runtime: Runtime, which: str) -> list[str]:
 
 def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwrite: bool) -> RunRecord:
     """Write the output and its exports in the first process; the others wait until the output is complete."""
-    progress, recipe = context.progress, record.recipe
+    progress = context.progress
 
     def save() -> None:
         context.journal.totals(record.params, record.seconds)
@@ -339,10 +337,7 @@ def _write(record: RunRecord, executor: Executor, context: RunContext, *, overwr
         broadcast_from_rank0(save)
     if not is_rank_zero():
         return record
-    exports = {}
-    if recipe.exporters:
-        with progress.stage("export", len(recipe.exporters), "exports") as stage:
-            exports = export_all(record.output, recipe.exporters, stage)
+    exports = export_all(record.output, record.recipe.exporters, progress)
     record = replace(record, exports=exports, total_seconds=progress.total)
     if record.output.resolve() == context.work.output:
         rewrite_result(record.output, record.result())

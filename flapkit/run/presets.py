@@ -76,21 +76,15 @@ def find_better(
 def with_method(recipe: LoadedRecipe, preset: LoadedRecipe) -> LoadedRecipe:
     """Return a recipe with the method of a preset, on its own text and budget; a training stays."""
     calibration = recipe.recipe.calibration.model_copy(update={"sequential": preset.recipe.calibration.sequential})
-    pairs = list(zip(recipe.compensators, recipe.recipe.compensator, strict=True))
-    trained = [(component, spec) for component, spec in pairs if component.recovery() is not None]
+    trained = [named for named in recipe.named_compensators if named[0].recovery() is not None]
+    repaired = recipe.with_compensators([*preset.named_compensators, *trained])
     changed = {
         "metric": preset.recipe.metric,
         "searcher": preset.recipe.searcher,
-        "compensator": (*preset.recipe.compensator, *(spec for _, spec in trained)),
         "calibration": calibration,
     }
-    return replace(
-        recipe,
-        recipe=recipe.recipe.model_copy(update=changed),
-        metric=preset.metric,
-        searcher=preset.searcher,
-        compensators=(*preset.compensators, *(component for component, _ in trained)),
-    )
+    settings = repaired.recipe.model_copy(update=changed)
+    return replace(repaired, recipe=settings, metric=preset.metric, searcher=preset.searcher)
 
 
 def _load(name: str) -> LoadedRecipe:
@@ -134,8 +128,7 @@ def _distances(recipe: LoadedRecipe, preset: LoadedRecipe) -> dict[str, int]:
 
 def _method(recipe: LoadedRecipe) -> dict[str, Any]:
     settings = recipe.recipe
-    pairs = zip(recipe.compensators, settings.compensator, strict=True)
-    repair = next((spec for component, spec in pairs if component.corrects), None)
+    repair = next((spec for component, spec in recipe.named_compensators if component.corrects), None)
     return dict(zip(METHOD, (settings.metric, settings.searcher, repair, settings.calibration.sequential), strict=True))
 
 

@@ -79,11 +79,6 @@ class Preparation:
     runtime: Runtime
     dtypes: DTypes
 
-    @property
-    def output(self) -> Path:
-        """The folder that the recovery writes."""
-        return Path(self.recipe.recipe.output).expanduser()
-
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRecord:
@@ -147,7 +142,7 @@ def recover(
     Raises:
         FlapkitError: the recovery fails; the checkpoint is unchanged.
     """
-    output = Path(recipe.recipe.output).expanduser()
+    output = recipe.output
     if output.resolve() == checkpoint.resolve():
         raise OutputError(f"output {output} is the checkpoint itself; choose another, such as --set output=recovered")
     # Refuse damaged files before training.
@@ -205,9 +200,7 @@ def prepare(
             check_lengths(empty, evaluation_lengths(settings.evaluate, tokenizer, target.adapter))
         tasks = load_tasks(settings.evaluate.zero_shot, tokenizer, empty)
         render = renderer(target.adapter, tokenizer)
-        evaluations = read_evaluations(
-            settings.evaluate.perplexity, tokenizer, render, target.config.get_text_config().vocab_size, store
-        )
+        evaluations = read_evaluations(settings.evaluate.perplexity, tokenizer, render, target.vocab_size, store)
         text = read_training(recipe, recovery, target, tokenizer, runtime, evaluations, store)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     return Preparation(recipe, recovery, text, evaluations, tokenizer, tasks, runtime, dtypes)
@@ -277,15 +270,15 @@ def recover_checkpoint(
     after = prepared.runtime.evaluate(student.model, prepared.evaluations, "evaluate recovered")
     answers = evaluate_tasks(student.model, prepared.tokenizer, prepared.tasks, prepared.runtime, "zero-shot recovered")
     record = RecoveryRecord(
-        prepared.output,
-        known.get("params", {}),
-        known.get("costs", []),
-        {name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
-        add_scores(known.get("zero_shot", {}), "recovered", answers),
-        {**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
-        {**known.get("seconds", {}), **progress.seconds},
-        [*known.get("warnings", []), *warnings],
-        known.get("search", {}),
+        output=prepared.recipe.output,
+        params=known.get("params", {}),
+        costs=known.get("costs", []),
+        perplexity={name: add_text_beside(before[name], "recovered", measured) for name, measured in after.items()},
+        zero_shot=add_scores(known.get("zero_shot", {}), "recovered", answers),
+        recovery={**recovered.summary(), "tokens_sha256": tokens_hash(prepared.text.windows)},
+        seconds={**known.get("seconds", {}), **progress.seconds},
+        warnings=[*known.get("warnings", []), *warnings],
+        search=known.get("search", {}),
     )
 
     def write() -> None:
@@ -308,10 +301,7 @@ def recover_checkpoint(
         broadcast_from_rank0(write)
     if not is_rank_zero():
         return record
-    exports = {}
-    if recipe.exporters:
-        with progress.stage("export", len(recipe.exporters), "exports") as stage:
-            exports = export_all(record.output, recipe.exporters, stage)
+    exports = export_all(record.output, recipe.exporters, progress)
     seconds = {**known.get("seconds", {}), **progress.seconds}
     record = dataclasses.replace(record, exports=exports, seconds=seconds, total_seconds=progress.total)
     rewrite_result(record.output, record.result())
@@ -320,7 +310,7 @@ def recover_checkpoint(
 
 def _open(checkpoint: Path, prepared: Preparation, work: WorkDir) -> Student:
     """Load the pruned model; an adapter that is saved beside it names the output as its base model."""
-    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.output.name
+    recipe, recovery, name = prepared.recipe.of_model(str(checkpoint)), prepared.recovery, prepared.recipe.output.name
     if not prepared.runtime.sharded:
         model = load(str(checkpoint), prepared.dtypes.compute)
         model.name_or_path = name
@@ -359,9 +349,9 @@ def _train(student: Student, origin: Origin, prepared: Preparation, folder: Path
 
 def _identity(recipe: LoadedRecipe, origin: Origin) -> dict[str, Any]:
     """Return everything that a training depends on."""
-    specs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
+    trained = next(spec for component, spec in recipe.named_compensators if component.recovery())
     return {
-        "compensator": next(spec.model_dump(mode="json") for component, spec in specs if component.recovery()),
+        "compensator": trained.model_dump(mode="json"),
         "trainer": recipe.recipe.trainer.model_dump(mode="json", exclude={"logger"}),
         "calibration": recipe.recipe.calibration.model_dump(mode="json"),
         "model": recipe.recipe.model.model_dump(mode="json"),

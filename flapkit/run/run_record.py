@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def output(self) -> Path:
         """The folder that the run writes."""
-        return Path(self.recipe.recipe.output).expanduser()
+        return self.recipe.output
 
     @property
     def plan(self) -> PruningPlan:
@@ -141,13 +141,6 @@ def count_params(target: Target, plan: PruningPlan, dense: int, pruned: int) -> 
     """Gather the parameter counts of a run."""
     blocks = sum(site.params for site in target.sites)
     return {"dense": dense, "pruned": pruned, "blocks": blocks, "removed": plan.removed_params(target.sites)}
-
-
-def compare(
-    dense: Mapping[str, MeasuredPerplexity], pruned: Mapping[str, MeasuredPerplexity]
-) -> dict[str, dict[str, Any]]:
-    """Put the figures of the dense and of the pruned model side by side, by the name of the text."""
-    return put_texts_beside({"dense": dense, "pruned": pruned})
 
 
 def put_texts_beside(models: Mapping[str, Mapping[str, MeasuredPerplexity]]) -> dict[str, dict[str, Any]]:

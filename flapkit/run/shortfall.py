@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flapkit.evaluation.speed import Speed, Workload
+from flapkit.pruning.rounding import KERNELS
 
 SHORT = 0.9
 """A speedup below this fraction of the expected one is explained."""
-
-ALIGNED = 32
-"""Kernels are slow for widths that are not multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,10 @@ def shortfalls(dense: Speed, pruned: Speed, workload: Workload, widths: Widths |
         return []
     lines = [f"{name} is {ratio:.2f} times the dense model's, expected {expected:.2f}" for name, ratio in short.items()]
     if widths is not None:
-        odd = [width for width in widths.inputs if width % ALIGNED]
+        odd = [width for width in widths.inputs if width % KERNELS]
         if odd:
             lines.append(
-                f"{len(odd)} of {len(widths.inputs)} widths are not multiples of {ALIGNED} (the first is {odd[0]}), "
+                f"{len(odd)} of {len(widths.inputs)} widths are not multiples of {KERNELS} (the first is {odd[0]}), "
                 "which is slow in kernels; prune with budget.multiple_of"
             )
     if "decode" in short:

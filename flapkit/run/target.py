@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flapkit.checkpoint.export import biased_kinds, check_exports, dense_type
+from flapkit.checkpoint.export import biased_kinds, check_exports
 from flapkit.checkpoint.formats import Prospect
 from flapkit.checkpoint.load import check_language_model, check_unpickled, load_config
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.model.budget import prunable
+from flapkit.model.registration import dense_type
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
 from flapkit.pruning.algorithm import check_nested, check_scored
@@ -37,6 +38,11 @@ class Target:
     adapter: ArchitectureAdapter
     sites: tuple[Site, ...]
     why_unit: str = ""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that the model knows."""
+        return int(self.config.get_text_config().vocab_size)
 
 
 def find_target(recipe: LoadedRecipe) -> Target:
@@ -99,7 +105,7 @@ def prospect(recipe: LoadedRecipe, config: PreTrainedConfig, sites: tuple[Site, 
     if recipe.method.adds_bias:
         biases |= {site.kind for site in prunable(sites, budget.base)} - {"mixture"}
     return Prospect(
-        dense_type(config),
+        dense_type(config.model_type),
         config,
         sites,
         recipe.searcher.uniform,

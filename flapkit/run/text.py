@@ -17,6 +17,7 @@ from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
 from flapkit.recipe.schema import Calibration, Perplexity, Recipe, Samples
 from flapkit.run.target import Target
+from flapkit.run.tasks import check_tasks
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.system.paths import name_only
 from flapkit.text.conversations import Conversation
@@ -46,6 +47,19 @@ class RunText:
     evaluations: Mapping[str, EvaluationText] = field(default_factory=dict)
 
 
+def check_text(recipe: Recipe) -> None:
+    """Check all text of a recipe, and its tasks, as far as possible without a network and without reading any.
+
+    Raises:
+        InputError: the first problem.
+    """
+    recipe.calibration.text.check("calibration")
+    for text in recipe.evaluate.perplexity:
+        text.check("evaluation")
+    if recipe.evaluate.zero_shot is not None:
+        check_tasks(recipe.evaluate.zero_shot)
+
+
 def read_text(
     recipe: Recipe, target: Target, tokenizer: PreTrainedTokenizerBase, store: TokenStore | None = None
 ) -> RunText:
@@ -61,9 +75,7 @@ def read_text(
         DataError: a text cannot be read or is too short, or the tokenizer does not fit the model.
     """
     render = renderer(target.adapter, tokenizer)
-    evaluations = read_evaluations(
-        recipe.evaluate.perplexity, tokenizer, render, target.config.get_text_config().vocab_size, store
-    )
+    evaluations = read_evaluations(recipe.evaluate.perplexity, tokenizer, render, target.vocab_size, store)
     calibration = calibration_windows(recipe.calibration, target, tokenizer, store)
     compared = {
         name: replace(text, overlap=warn_of_overlap(name, text, calibration, "calibration"))
@@ -140,7 +152,7 @@ def calibration_windows(
         samples=settings.samples,
         length=settings.length,
         seed=settings.seed,
-        vocab_size=target.config.get_text_config().vocab_size,
+        vocab_size=target.vocab_size,
         store=store,
     )
 
@@ -196,11 +208,8 @@ def renderer(
         return None
 
     def render(conversation: Conversation) -> str:
-        text = adapter.render(conversation) if adapter else None
-        if text is not None:
-            start = tokenizer.bos_token or ""
-            return text if text.startswith(start) else start + text
-        return _by_template(tokenizer, conversation)
+        text = _by_adapter(adapter, tokenizer, conversation)
+        return _by_template(tokenizer, conversation) if text is None else text
 
     return render
 
@@ -235,12 +244,16 @@ def _render_open(
     messages: Conversation, adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Render a conversation up to the beginning of the assistant's next message."""
-    if adapter is not None and type(adapter).render is not ArchitectureAdapter.render:
-        text = adapter.render([*messages, {"role": "assistant", "content": ""}])
-        if text is not None:
-            start = tokenizer.bos_token or ""
-            return text if text.startswith(start) else start + text
-    return _by_template(tokenizer, messages, add_generation_prompt=True)
+    text = _by_adapter(adapter, tokenizer, [*messages, {"role": "assistant", "content": ""}])
+    return _by_template(tokenizer, messages, add_generation_prompt=True) if text is None else text
+
+
+def _by_adapter(
+    adapter: ArchitectureAdapter | None, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> str | None:
+    """Render a conversation by the adapter, behind the tokenizer's start token; None if the adapter has no format."""
+    text, start = adapter.render(conversation) if adapter else None, tokenizer.bos_token or ""
+    return None if text is None else start + text.removeprefix(start)
 
 
 def _by_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, **options: Any) -> str:
@@ -290,7 +303,7 @@ def read_recovery_text(
             samples=samples,
             length=training.length,
             seed=training.seed,
-            vocab_size=target.config.get_text_config().vocab_size,
+            vocab_size=target.vocab_size,
             store=store,
         )
 

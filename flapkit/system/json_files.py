@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flapkit.system.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_DEPTH = 100
@@ -47,6 +50,13 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
     return depth
+
+
+def first_problem(error: ValidationError, *within: str) -> str:
+    """Write the first problem of data that pydantic refused: its key, below others if there are any, and what it is."""
+    problem = error.errors()[0]
+    key = ".".join(map(str, (*within, *problem["loc"]))) or "content"
+    return f"{key}: {problem['msg']}"
 
 
 def read_object(path: Path, raises: type[InputError] = InputError) -> dict[str, Any]:

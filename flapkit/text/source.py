@@ -215,10 +215,7 @@ class TextSource(Section):
         """Return about how many bytes of text there are; None if the text is not on this machine."""
         named = DATASETS.get(self.dataset)
         if named and named.hub is None:
-            split = self.split or _split(named, purpose)
-            modules = stdlib_modules().items()
-            paths = [path for module, paths in modules if is_held_out(module) == (split == "heldout") for path in paths]
-            return sum(path.stat().st_size for path in paths)
+            return sum(path.stat().st_size for path in _stdlib_files(self.split or _split(named, purpose)))
         if named or self._path() is None:
             return None
         return sum(map(size_of_text, self._local_files(purpose)))
@@ -374,9 +371,10 @@ def stdlib_documents(split: str) -> list[str]:
     Returns:
         One document per source file.
     """
-    return [
-        path.read_text(encoding="utf-8")
-        for module, paths in sorted(stdlib_modules().items())
-        if is_held_out(module) == (split == "heldout")
-        for path in paths
-    ]
+    return [path.read_text(encoding="utf-8") for path in _stdlib_files(split)]
+
+
+def _stdlib_files(split: str) -> list[Path]:
+    """List the files of a split of the standard library, by module."""
+    modules = sorted(stdlib_modules().items())
+    return [path for module, paths in modules if is_held_out(module) == (split == "heldout") for path in paths]

@@ -6,7 +6,7 @@ import logging
 from functools import cache
 from typing import Any
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flapkit.exporters.llama_cpp")
 
 
 @cache

@@ -53,13 +53,13 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
     Raises:
         ModelError: the layers keep different numbers of query heads for a key/value head, or of experts.
     """
-    roles: dict[str, dict[str, int]] = {}
+    blocks: dict[str, dict[str, int]] = {}
     for site in sites:
-        largest = roles.setdefault(_role(site), {})
+        largest = blocks.setdefault(site.block_name, {})
         for name, size in sizes_of(site).items():
             largest[name] = max(size, largest.get(name, 0))
     for site in sites:
-        wanted = roles[_role(site)]
+        wanted = blocks[site.block_name]
         if wanted.get("E", 0) > site.units and site.kind == "mixture":
             raise ModelError(
                 f"{site.name}: {site.units} experts cannot be padded to {wanted['E']}, as the router would choose the "
@@ -70,7 +70,7 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
                 f"{site.name}: {site.heads} query heads with {site.kv_heads} key/value heads cannot be padded to "
                 f"{wanted['H']} with {wanted['K']}; prune whole key/value groups (unit: kv_group)"
             )
-    return {site.name: roles[_role(site)] for site in sites}
+    return {site.name: blocks[site.block_name] for site in sites}
 
 
 def lengths(prospect: Prospect, sizes: Mapping[str, Sizes]) -> dict[tuple[str, int], tuple[str, int]]:
@@ -120,11 +120,6 @@ def padder(prospect: Prospect, sizes: Mapping[str, Sizes]) -> Callable[[str, Ten
         return tensor
 
     return pad
-
-
-def _role(site: Site) -> str:
-    """Return the name of a site's block, such as ``attention``; all experts have the same."""
-    return site.block.name if site.block else site.kind
 
 
 def _parts(prospect: Prospect, site: Site) -> Iterator[tuple[str, int, str, int]]:

@@ -27,7 +27,7 @@ from flapkit_searchers.al_am import ALAM
 from flapkit_searchers.options import AttentionPower, MinUnits
 from flapkit_searchers.order import places
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flapkit.searchers.evolution")
 
 Removed = tuple[int, ...]
 """How many steps of units each group of sites loses."""

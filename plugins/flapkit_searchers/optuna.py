@@ -31,7 +31,7 @@ from flapkit_searchers.options import AttentionPower, MinUnits
 if TYPE_CHECKING:
     from optuna import Study
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flapkit.searchers.optuna")
 
 Ratios = Mapping[str, float]
 """Site name -> the fraction of its units to remove, before all are scaled to the budget."""

@@ -48,7 +48,7 @@ def test_the_example_of_the_interface_is_exact_in_every_form(tmp_path):
     page = (ROOT / "docs" / "interfaces" / "adapters.md").read_text(encoding="utf-8")
     (text,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "my_ernie.py").write_text(text)
-    check_adapter(load_registry([tmp_path / "my_ernie.py"]).create(ADAPTER, "my_ernie"))
+    check_adapter(load_registry([tmp_path / "my_ernie.py"]).create(ADAPTER, "my_ernie"), checks=CHECKS)
 
 
 def test_a_forgotten_parameter_is_named(yaml):

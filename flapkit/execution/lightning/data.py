@@ -30,9 +30,9 @@ HELD_OUT_ONE_IN = 4
 """One calibration window in this many is held out, to evaluate what was fitted on the others."""
 
 
-def held_out(windows: int) -> Tensor:
-    """Mark the held-out calibration windows, bool [windows]: the last of every four."""
-    return torch.arange(windows) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
+def held_out(windows: int, one_in: int = HELD_OUT_ONE_IN) -> Tensor:
+    """Mark the held-out windows, bool [windows]: of calibration, the last of every four."""
+    return torch.arange(windows) % one_in == one_in - 1
 
 
 class WindowRows(Dataset[Row]):

@@ -15,7 +15,7 @@ from flapkit.model.budget import Measure
 from flapkit.recipe.files import read_settings
 from flapkit.run.report.report_record import ReportRecord, Total
 from flapkit.system.errors import InputError
-from flapkit.system.json_files import read_object
+from flapkit.system.json_files import first_problem, read_object
 
 RECORD, BENCH, PAGE = "report.json", "bench.json", "report.html"
 
@@ -207,6 +207,5 @@ def read_checked(path: Path, of: pydantic.TypeAdapter[Any], raises: type[InputEr
     try:
         of.validate_python(content, strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise raises(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise raises(f"{path}: {first_problem(error)}") from error
     return content

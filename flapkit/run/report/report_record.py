@@ -20,6 +20,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Kind, Site
 from flapkit.pruning.site_errors import SiteError
 from flapkit.system.errors import InputError
+from flapkit.system.json_files import first_problem
 
 BINS = 48
 """Bars of a histogram of scores."""
@@ -185,9 +186,7 @@ class ReportRecord:
         try:
             return _RECORD.validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "content"
-            raise InputError(f"{where}: {key}: {first['msg']}; run `flapkit run` again to rewrite it") from error
+            raise InputError(f"{where}: {first_problem(error)}; run `flapkit run` again to rewrite it") from error
 
 
 _RECORD = TypeAdapter(ReportRecord)

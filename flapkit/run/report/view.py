@@ -213,11 +213,10 @@ def perplexities(result: Mapping[str, Any]) -> Rows:
     """List the perplexities by text: dense, pruned, recovered if there is one, and ``after``, the last of them."""
     rows: Rows = []
     for text, values in (result.get("perplexity") or {}).items():
-        dense, pruned = (_number(values.get(which)) for which in ("dense", "pruned"))
+        dense, pruned, recovered = (values.get(which) for which in ("dense", "pruned", "recovered"))
         if not dense or pruned is None:
             continue
         bits = values.get("bits_per_byte") or {}
-        recovered = _number(values.get("recovered"))
         after = pruned if recovered is None else recovered
         figures = ("dense", "pruned", "recovered", "bits_per_byte")
         notes = {key: value for key, value in values.items() if key not in figures}
@@ -227,12 +226,6 @@ def perplexities(result: Mapping[str, Any]) -> Rows:
             | {"dense_bits": bits.get("dense"), "pruned_bits": bits.get("pruned"), "notes": notes}
         )
     return rows
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, Mapping):
-        value = value.get("perplexity", value.get("value"))
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def tradeoff(name: str, run: RunDocument) -> Rows:
@@ -384,7 +377,7 @@ def figure(value: float) -> str:
         return "∞" if value > 0 else "not finite"
     if abs(value) >= 1e5:
         return f"{value:.3g}"
-    return f"{value:,.{max(0, 3 - len(str(int(abs(value)))) + 0)}f}"
+    return f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}"
 
 
 def percent(ratio: float) -> str:

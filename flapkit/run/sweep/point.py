@@ -147,9 +147,8 @@ class Task:
         recipe = self.point.recipe
         settings = recipe.recipe.model_dump(mode="json", include={"model", "trainer", "metric", "searcher", "budget"})
         settings["adapter"] = str(dense.target.adapter)
-        pairs = zip(recipe.compensators, recipe.recipe.compensator, strict=True)
         # Trials are repaired.
-        repair = [spec.model_dump(mode="json") for component, spec in pairs if component.corrects]
+        repair = [spec.model_dump(mode="json") for component, spec in recipe.named_compensators if component.corrects]
         tried = repair if isinstance(recipe.searcher, TrialSearcher) else None
         text = [self.text.calibration, self.text.run.batch_size]
         return _hash(settings, tried, dense.weights, *text, *_files(self.point))

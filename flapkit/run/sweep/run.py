@@ -28,8 +28,8 @@ from flapkit.run.sweep.point import Dense, Measured, PointText, Task, failed, me
 from flapkit.run.sweep.results import Results, Row
 from flapkit.run.sweep.table import table, to_csv
 from flapkit.run.target import Target, find_target
-from flapkit.run.tasks import check_tasks, load_tasks
-from flapkit.run.text import read_text, recovery_source
+from flapkit.run.tasks import load_tasks
+from flapkit.run.text import check_text, read_text, recovery_source
 from flapkit.system.errors import FlapkitError, RecipeError
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import open_workdir, write_file
@@ -88,11 +88,7 @@ def check_sweep(sweep: Sweep) -> None:
                     "a sweep runs on one device; set trainer.devices and trainer.num_nodes to 1, and remove strategy"
                 )
             target, lengths = find_target(point.recipe), run_lengths(settings, None, None)
-            settings.calibration.text.check("calibration")
-            for text in settings.evaluate.perplexity:
-                text.check("evaluation")
-            if settings.evaluate.zero_shot is not None:
-                check_tasks(settings.evaluate.zero_shot)
+            check_text(settings)
             if isinstance(point.recipe.searcher, TrainedSearcher):
                 check_gated(target.sites)
             if (recovery := recovery_of(point.recipe.compensators)) is not None:

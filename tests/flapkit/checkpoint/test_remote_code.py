@@ -12,10 +12,16 @@ from flapkit.checkpoint.load import load_tokenizer
 from flapkit.model.tiny import tiny_config, tiny_model
 
 SCRIPT = """
-import copy, inspect, re, sys, torch
+import copy, inspect, os, re, sys, torch, transformers
 from transformers import AutoModel, AutoModelForCausalLM
 sys.modules["flapkit"] = None  # as if it were not installed
-for folder in sys.argv[1:]:
+heads = [folder for folder in sys.argv[1:] if os.path.exists(folder + "/auto")]
+for folder in heads:
+    auto = getattr(transformers, open(folder + "/auto").read())
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    probe, logits = torch.load(folder + "/probe.pt")
+    assert torch.equal(copy.deepcopy(model)(probe, attention_mask=torch.ones_like(probe))[0], logits), folder
+for folder in sys.argv[1 + len(heads):]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     probe, logits = torch.load(folder + "/probe.pt"), torch.load(folder + "/logits.pt")
     assert torch.equal(copy.deepcopy(model)(probe).logits, logits), folder
@@ -41,13 +47,15 @@ assert sum("lora_A" in name for name, _ in lora.named_parameters()) == 7 * model
 
 
 def test_loads_without_flapkit(tmp_path):
-    """Plain, with query heads picked from ALiBi, and with experts that have a bias.
+    """Plain, with query heads picked from ALiBi, and with experts that have a bias; and classifiers.
+
+    Some of these let an Auto class build their decoder.
 
     What the card says of other programs is true. Annotations of the constructors are types or absent: vLLM checks
     arguments against them by ``isinstance``.
     """
     tokens = torch.randint(2, 96, (64, 12), generator=torch.Generator().manual_seed(0))
-    folders = []
+    folders = save_classifiers(tmp_path, tokens)
     for model_type in ("llama", "bloom", "mixtral"):
         model = tiny_model(tiny_config(model_type))
         folders.append(tmp_path / model_type)
@@ -56,6 +64,19 @@ def test_loads_without_flapkit(tmp_path):
         torch.save(copy.deepcopy(model)(tokens[:2]).logits.detach(), folders[-1] / "logits.pt")
     save_with_card(tmp_path / "carded")
     run_without_flapkit(SCRIPT, folders)
+
+
+def save_classifiers(folder, tokens):
+    """Prune and save classifiers, each with the name of its Auto class, a text and its logits; return their folders."""
+    folders = []
+    for auto, model in classifiers():
+        folders.append(folder / f"{len(folders)}")
+        flapkit.prune_(model, tokens, ratio=0.4)
+        flapkit.save(model, folders[-1])
+        (folders[-1] / "auto").write_text(auto)
+        logits = copy.deepcopy(model)(tokens[:2], attention_mask=torch.ones_like(tokens[:2]))[0].detach()
+        torch.save((tokens[:2], logits), folders[-1] / "probe.pt")
+    return folders
 
 
 def save_with_card(folder):
@@ -80,31 +101,6 @@ def test_the_cards_arguments_of_lm_eval(tmp_path):
     pytest.importorskip("lm_eval")
     save_with_card(tmp_path / "carded")
     run_without_flapkit(LM_EVAL, [tmp_path / "carded"])
-
-
-HEADS = """
-import copy, sys, torch, transformers
-sys.modules["flapkit"] = None  # as if it were not installed
-for folder in sys.argv[1:]:
-    auto = getattr(transformers, open(folder + "/auto").read())
-    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-    probe, logits = torch.load(folder + "/probe.pt")
-    assert torch.equal(copy.deepcopy(model)(probe, attention_mask=torch.ones_like(probe))[0], logits), folder
-"""
-
-
-def test_classifiers_load_without_flapkit(tmp_path):
-    """Also where the head lets an Auto class build its decoder."""
-    tokens = torch.randint(2, 96, (64, 12), generator=torch.Generator().manual_seed(0))
-    folders = []
-    for auto, model in classifiers():
-        folders.append(tmp_path / f"{len(folders)}")
-        flapkit.prune_(model, tokens, ratio=0.4)
-        flapkit.save(model, folders[-1])
-        (folders[-1] / "auto").write_text(auto)
-        logits = copy.deepcopy(model)(tokens[:2], attention_mask=torch.ones_like(tokens[:2]))[0].detach()
-        torch.save((tokens[:2], logits), folders[-1] / "probe.pt")
-    run_without_flapkit(HEADS, folders)
 
 
 def test_the_code_is_short_and_imports_little(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from flapkit.evaluation.local_tasks import TASKS, find_task
 from flapkit.evaluation.scores import Score, TaskScores
-from flapkit.evaluation.zero_shot import load_harness, side_by_side
+from flapkit.evaluation.zero_shot import by_task, load_harness
 from flapkit.system.errors import DataError, InputError, RunError
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra zeroshot")
@@ -236,7 +236,7 @@ def scores(**metrics: tuple[float, ...]) -> TaskScores:
 def test_side_by_side() -> None:
     pytest.importorskip("scipy")
     dense, pruned = {"piqa": scores(acc=(1.0, 1.0, 0.0, 1.0))}, {"piqa": scores(acc=(1.0, 0.0, 0.0, 0.0))}
-    found = side_by_side(dense, pruned)["piqa"]
+    found = by_task({"dense": dense, "pruned": pruned})["piqa"]
     assert (found["items"], found["sha256"]) == (4, "hash")
     assert found["metrics"]["acc"]["dense"] == {"value": 0.75, "stderr": 0.1}
     assert found["metrics"]["acc"]["paired"]["only_first"] == 2
@@ -245,7 +245,7 @@ def test_side_by_side() -> None:
 
 def test_what_is_not_right_or_wrong_is_not_paired() -> None:
     tasks = {"lambada": scores(perplexity=(3.2, 5.5))}
-    assert "paired" not in side_by_side(tasks, tasks)["lambada"]["metrics"]["perplexity"]
+    assert "paired" not in by_task({"dense": tasks, "pruned": tasks})["lambada"]["metrics"]["perplexity"]
 
 
 @pytest.mark.parametrize("name", TASKS)

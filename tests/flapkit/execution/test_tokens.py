@@ -90,7 +90,8 @@ def test_a_cache_that_cannot_be_written(calls, tokenizer, tmp_path, caplog):
 
 def test_a_second_run_tokenises_nothing(calls, home, cache):
     (home / "text.txt").write_text(TEXT)
-    texts = [{"dataset": "text.txt", "length": 32, "windows": 4}, {"dataset": "text.txt", "length": 32, "stride": 16}]
+    texts = [{"dataset": "text.txt", "length": 32, "windows": 4}]
+    texts.append({"dataset": "text.txt", "length": 32, "stride": 16, "windows": 4})
     recipe = write_recipe(home, evaluate={"perplexity": texts})
     first = run(load_recipe(recipe), cache=cache)
     # Once for the calibration windows, and once with the bytes of each token for both evaluations.

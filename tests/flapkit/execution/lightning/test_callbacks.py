@@ -7,6 +7,7 @@ import torch
 from conftest import make_llama
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import flapkit
 from flapkit.execution.lightning.callbacks import Calibrate, Evaluate
@@ -15,6 +16,7 @@ from flapkit.execution.lightning.module import CausalLM, Optimization
 from flapkit.execution.lightning.prune import Prune, SaveCheckpoint
 from flapkit.execution.lightning.trainer import build_trainer
 from flapkit.model.budget import Budget
+from flapkit.model.history import plan_of
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
 from flapkit.pruning.statistics import Moments
@@ -51,6 +53,13 @@ def test_saves_what_it_pruned(tokens, probe, tmp_path):
     plan = prune_by_trainer(model, tokens, lambda prune: [SaveCheckpoint(prune, tmp_path / "saved")])
     assert (tmp_path / "saved" / "plan.json").read_text() == plan.to_json()
     assert torch.equal(flapkit.load(tmp_path / "saved")(probe).logits, model(probe).logits)
+
+
+def test_a_pruned_model_that_transformers_loaded_is_pruned_on(pruned_folder, tokens, tmp_path):
+    one, other = (AutoModelForCausalLM.from_pretrained(pruned_folder) for _ in range(2))
+    prune_by_trainer(one, tokens, lambda prune: [SaveCheckpoint(prune, tmp_path / "again")])
+    flapkit.prune_(other, tokens, ratio=0.4)
+    assert plan_of(flapkit.load(tmp_path / "again")) == plan_of(one) == plan_of(other)
 
 
 def test_saves_nothing_that_is_not_pruned(tokens, tmp_path):

@@ -25,8 +25,8 @@ def home(tmp_path, monkeypatch):
 
 
 def test_every_point_is_what_a_run_of_it_gives(home, forwards):
-    changes = {"grid": {"metric": ["wifv", "obs"], "compensator": ["bias", "none"]}}
-    sweep = load_sweep(write_sweep(home, **changes))
+    points = [{"metric": "wifv", "compensator": "none"}, {"metric": "obs", "compensator": "bias"}]
+    sweep = load_sweep(write_sweep(home, grid={}, points=points))
     rows = run_sweep(sweep, home / "out")
     assert len(forwards) == 1
     for point, row in zip(sweep.points, rows, strict=True):
