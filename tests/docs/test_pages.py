@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,13 +23,27 @@ NAMES = {
 }
 
 
+def script(name: str) -> ModuleType:
+    """Import a script of the docs."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_generated_pages_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = script("generate")
     for name, text in (generate.pages() | generate.drawings()).items():
         assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python docs/generate.py`: {name} is old"
+
+
+def test_what_belongs_together_stays_on_one_line():
+    code = "<code>a 20 % b</code><pre><code>x: 20 %\ny: 54.8 / 11.4</code></pre>"
+    html = f"<p>20 % of 54.8 / 11.4 ± 4, and / or 5.5 %, <code>--set</code></p>{code}"
+    expected = f"<p>20~% of 54.8~/~11.4~±~4, and / or 5.5~%, <code class='name'>--set</code></p>{code}"
+    expected = expected.replace("~", "\N{NO-BREAK SPACE}").replace("'", '"')
+    assert script("hooks").on_page_content(html, page=None) == expected
 
 
 @pytest.mark.parametrize("page", NAMES)
