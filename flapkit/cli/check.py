@@ -56,13 +56,8 @@ def _add_method(table: Table, settings: Recipe, outcome: Checked) -> None:
 
     needs, target = outcome.needs, outcome.target
     table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
-<<<<<<< HEAD
     blocks = dict.fromkeys(site.block_name for site in target.sites)
-    table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
-=======
-    blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
     table.add_row("adapter", f"{target.adapter.title}: {counted(len(target.sites), 'site')} ({', '.join(blocks)})")
->>>>>>> h-docs
     if target.why_unit:
         table.add_row("unit: auto", target.why_unit)
     specs = [("metric", settings.metric), ("searcher", settings.searcher)]
@@ -79,22 +74,14 @@ def _add_method(table: Table, settings: Recipe, outcome: Checked) -> None:
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if outcome.unaligned:
-<<<<<<< HEAD
-        widths = f"{len(outcome.unaligned)} MLP widths are not multiples of {KERNELS}"
-        table.add_row("widths", f"{widths}; budget.multiple_of: {KERNELS} rounds them")
+        widths = f"the width of {counted(len(outcome.unaligned), 'MLP')} is not a multiple of {KERNELS}"
+        table.add_row("widths", f"{widths}; budget.multiple_of: {KERNELS} rounds it")
 
 
 def _add_budget(table: Table, outcome: Checked) -> None:
     """Say how much is removed, and what the model costs before and after in every measure."""
     from flapkit.run.ledger import label_of, show
 
-=======
-        table.add_row(
-            "widths",
-            f"the width of {counted(len(outcome.unaligned), 'MLP')} is not a multiple of 32; "
-            "budget.multiple_of: 32 rounds it",
-        )
->>>>>>> h-docs
     budget = outcome.budget
     if budget.asked:
         table.add_row(

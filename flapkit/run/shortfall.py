@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flapkit.evaluation.speed import Speed, Workload
-<<<<<<< HEAD
 from flapkit.pruning.rounding import KERNELS
-=======
 from flapkit.system.sizes import counted
->>>>>>> h-docs
 
 SHORT = 0.9
 """A speedup below this fraction of the expected one is explained."""
@@ -53,13 +50,8 @@ def shortfalls(dense: Speed, pruned: Speed, workload: Workload, widths: Widths |
         odd = [width for width in widths.inputs if width % KERNELS]
         if odd:
             lines.append(
-<<<<<<< HEAD
-                f"{len(odd)} of {len(widths.inputs)} widths are not multiples of {KERNELS} (the first is {odd[0]}), "
-                "which is slow in kernels; prune with budget.multiple_of"
-=======
-                f"not a multiple of {ALIGNED}: {len(odd)} of {counted(len(widths.inputs), 'width')} (the first "
+                f"not a multiple of {KERNELS}: {len(odd)} of {counted(len(widths.inputs), 'width')} (the first "
                 f"is {odd[0]}), which is slow in kernels; prune with budget.multiple_of"
->>>>>>> h-docs
             )
     if "decode" in short:
         lines += _constant_time(dense, pruned, workload, widths)
