@@ -45,7 +45,6 @@ WEIGHTS = "model.safetensors"
 MAX_TOKEN_ID = 10_000_000
 """A tokenizer with larger token ids is damaged."""
 
-
 PROCESSOR = (
     "processor_config.json",
     "preprocessor_config.json",
