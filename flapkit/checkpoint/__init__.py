@@ -8,6 +8,7 @@ and ``flapkit.json``. Output is written to a temporary folder and renamed when i
 - ``folder``: write a folder or a file as a whole, or not at all.
 - ``weights``: read and write safetensors files.
 - ``consistency``: check that configuration, plan and tensors fit each other.
+- ``sizes``: compare the sizes of the layers with those of the dense model.
 - ``modeling_file``: check that the modeling file was not changed.
 - ``card``: the model card.
 - ``push``: upload to the Hugging Face hub.

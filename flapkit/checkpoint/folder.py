@@ -26,6 +26,9 @@ LOCAL_RECIPE = "recipe.local.yaml"
 MARK = "flapkit.json"
 """The file that marks a folder as written by flapkit, so that it may be overwritten."""
 
+LAYERS = "layers"
+"""The entry of ``MARK``: layer -> the heads and widths kept, of the dense model's."""
+
 
 def recipe_of(checkpoint: Path) -> Path:
     """Return the file of the recipe that made a checkpoint: with the folders of this machine, if it was made here."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flapkit.checkpoint.card import CARD, model_card
-from flapkit.checkpoint.folder import LOCAL_RECIPE, MARK, PLAN, RECIPE, new_folder
+from flapkit.checkpoint.folder import LAYERS, LOCAL_RECIPE, MARK, PLAN, RECIPE, new_folder
 from flapkit.checkpoint.load import restore_plan_
 from flapkit.checkpoint.modeling_file import ENTRY, sha256_of
+from flapkit.checkpoint.sizes import layer_sizes
 from flapkit.checkpoint.weights import INDEX, Weights
 from flapkit.model.classes import PrunedClasses, check_head, pruned_classes
 from flapkit.model.history import plan_of
@@ -54,7 +55,8 @@ def save(
 
     It contains safetensors, a configuration with transformers' ``per_layer_config``, the modeling file for
     ``trust_remote_code=True``, a model card, ``plan.json`` (the kept units as indices into the dense model, after one
-    pruning or several: the model carries them) and ``flapkit.json`` (versions and metadata). Nothing is pickled.
+    pruning or several: the model carries them) and ``flapkit.json`` (versions, metadata, and the sizes
+    of the layers). Nothing is pickled.
 
     Args:
         model: a model that flapkit pruned.
@@ -107,7 +109,7 @@ def save(
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         published = sorted(name for name in files or () if name != LOCAL_RECIPE)
         record = {"versions": {package: version(package) for package in PACKAGES}, "files": published}
-        record |= said
+        record |= {**said, LAYERS: layer_sizes(model.config)}
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

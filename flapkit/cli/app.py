@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -38,6 +37,8 @@ app = typer.Typer(
 
 def _print_version(show: bool) -> None:
     if show:
+        from importlib.metadata import version
+
         typer.echo(f"flapkit {version('flapkit')}")
         raise typer.Exit
 

@@ -7,15 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from flapkit.cli.app import exit_code_of
 from flapkit.system.processes import is_rank_zero
 from flapkit.system.progress import Event, Listener, duration
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines of a long stage, if stderr is not a terminal."""
@@ -39,8 +40,10 @@ class Bars:
     """
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
         self._console = console
-        self._bars = RichProgress(
+        self._bars = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
             BarColumn(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,32 +12,27 @@ from flapkit.cli.app import app
 from flapkit.cli.output import print_
 from flapkit.system.errors import ModelError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from flapkit.model.declaration import Family
-
 
 @app.command()
 def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by flapkit.")]) -> None:
     """Show the kept heads and widths of a pruned checkpoint, and how it was made."""
-    from flapkit.checkpoint.folder import MARK
-    from flapkit.checkpoint.load import load_config
-    from flapkit.model.classes import dense_config
-    from flapkit.model.declaration import declaration_of
+    from flapkit.checkpoint.folder import LAYERS, MARK
+    from flapkit.checkpoint.modeling_file import check_modeling_file
     from flapkit.system.json_files import read_object
 
-    config = load_config(checkpoint)
+    if not checkpoint.is_dir():
+        raise ModelError(f"model {checkpoint}: folder not found")
     if not (checkpoint / MARK).is_file():
         raise ModelError(f"{checkpoint}: has no {MARK}; flapkit did not write it")
+    check_modeling_file(checkpoint, checkpoint)
     made = read_object(checkpoint / MARK, ModelError)
-    family = declaration_of(config)
-    kept, dense = _sizes(config, family), _sizes(dense_config(config), family)
-    names = list(dict.fromkeys(name for _, name in dense))
+    layers = made.pop(LAYERS, None)
+    if not isinstance(layers, dict) or not all(isinstance(sizes, dict) for sizes in layers.values()):
+        raise ModelError(f"{checkpoint / MARK}: {LAYERS}: expected the heads and widths of each layer")
+    names = list(dict.fromkeys(name for sizes in layers.values() for name in sizes))
     table = Table("layer", *names, title=str(checkpoint))
-    for layer in sorted({layer for layer, _ in dense}):
-        cells = [f"{kept[layer, name]} of {dense[layer, name]}" if (layer, name) in dense else "" for name in names]
-        table.add_row(str(layer), *cells)
+    for layer, sizes in layers.items():
+        table.add_row(layer, *(_text(sizes.get(name, "")) for name in names))
     print_(table)
     for key, value in made.items():
         print_(f"{key}: {_text(value)}")
@@ -48,21 +43,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry is not None)
     return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
-
-
-def _sizes(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
-    """Count the heads and channels of each layer: (layer, name) -> count."""
-    from flapkit.model.empty import skeleton
-    from flapkit.model.layout import sites_of
-
-    sizes = {}
-    for site in sites_of(skeleton(config), family):
-        name = site.block.name if site.block else site.kind
-        if site.kind == "attention":
-            sizes[site.layer, "heads"] = site.heads
-            sizes[site.layer, "KV heads"] = site.kv_heads
-        elif site.kind == "mixture":
-            sizes[site.layer, "experts"] = site.units
-        else:
-            sizes[site.layer, f"{name} width"] = site.channels
-    return sizes

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from flapkit.checkpoint.folder import MARK, PLAN, recipe_of
+from flapkit.checkpoint.folder import LAYERS, MARK, PLAN, recipe_of
 from flapkit.checkpoint.modeling_file import ENTRY
 from flapkit.model.plan import PruningPlan
 from flapkit.recipe.files import read_settings
@@ -85,7 +85,7 @@ class Origin:
             InputError: the folder is not one that flapkit wrote, or one of its files is damaged.
         """
         plan, mark = plan_of(folder), read_mark(folder)
-        made = {key: value for key, value in mark.items() if key not in ("versions", "files", ENTRY)}
+        made = {key: value for key, value in mark.items() if key not in ("versions", "files", ENTRY, LAYERS)}
         result, recipe = folder / RESULT, recipe_of(folder)
         carried, record = carried_by(folder, mark), None
         if RECORD in carried:

@@ -6,6 +6,7 @@ Nothing here knows a model or a recipe. The package imports no other package of 
 Modules:
     errors: the tree of exceptions, and did-you-mean hints
     float64: where there is no float64, and float64 sums over weights without a whole copy
+    imports: call a function once a module is imported
     json_files: read JSON of unknown origin
     paths: check paths of unknown origin
     processes: rank, broadcast and lost processes of a distributed run

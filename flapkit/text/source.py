@@ -7,6 +7,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -340,6 +341,7 @@ _STDLIB_SKIPPED = frozenset(
 _STDLIB_HELD_OUT_ONE_IN = 10
 
 
+@cache
 def stdlib_modules() -> dict[str, list[Path]]:
     """Map each top-level module of Python's standard library to its source files, in a fixed order.
 

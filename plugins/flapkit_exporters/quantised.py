@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-import transformers
-from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -124,6 +122,7 @@ class CompressedTensors(Exporter):
         """Round the weights of one linear after the other, and write them with the settings that tell how."""
         from compressed_tensors import quantization as ct
         from compressed_tensors.compressors.format import infer_module_format
+        from huggingface_hub import save_torch_state_dict
 
         config, scheme = checkpoint.prospect.config, self._scheme()
         linears = linears_of(config)
@@ -160,6 +159,8 @@ class CompressedTensors(Exporter):
     @contextmanager
     def open(self, path: Path) -> Iterator[Runner]:
         """Load the folder with transformers, which computes with the rounded values in float32."""
+        import transformers
+
         # compressed-tensors shows bars while it loads a model, and while it unpacks the weights for the first text.
         with redirect_stderr(io.StringIO()), torch.no_grad():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

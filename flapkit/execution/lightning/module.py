@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from flapkit.evaluation.perplexity import cross_entropy
 from flapkit.execution.lightning.restore import KEY, restore_pruning_
@@ -145,6 +145,9 @@ class CausalLM(LightningModule):
         groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.optimization.lr, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
+        # Where something is trained: its module imports peft.
+        from transformers import get_cosine_schedule_with_warmup
+
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
