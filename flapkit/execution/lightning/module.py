@@ -145,7 +145,7 @@ class CausalLM(LightningModule):
         groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.optimization.lr, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
-        # Where something is trained: its module imports peft.
+        # Not at the top: its module imports peft.
         from transformers import get_cosine_schedule_with_warmup
 
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.optimization.warmup * steps), steps)
