@@ -17,8 +17,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 from flapkit.model.registration import register, register_peft
-from flapkit.system.imports import when_imported
 
 if TYPE_CHECKING:
     from flapkit.api import FlapPruning, PruneOptions, prune_, sites
@@ -83,5 +84,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-when_imported("transformers.models.auto.configuration_auto", register)
-when_imported("peft.utils.constants", register_peft)
+# Runs immediately if the module is already imported.
+register_post_import_hook(register, "transformers.models.auto.configuration_auto")
+register_post_import_hook(register_peft, "peft.utils.constants")

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from wrapt import when_imported
 
 from flapkit.system.errors import OutputError
-from flapkit.system.imports import when_imported
 from flapkit.system.processes import is_rank_zero
 from flapkit.system.progress import duration
 from flapkit.system.workdir import write_file
@@ -98,7 +98,7 @@ def set_logging(*, quiet: bool, verbose: bool) -> None:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     # It retries, and its final error reports the attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    when_imported("transformers.utils.logging", _quiet_transformers)
+    when_imported("transformers.utils.logging")(_quiet_transformers)
     # Lightning sets the level of its root logger on import; these are below it.
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.ERROR)
