@@ -1,7 +1,7 @@
 """Run the commands of docs/gallery.md for the bundled model, and the tutorial, and take the pictures.
 
-``python docs/pictures.py``; ``--run`` and ``--sweep`` are the folders of a run of `smollm2-flap20` and of the sweep
-`smollm2-ablation`, for the pictures of these.
+``python docs/pictures.py``; ``--run``, ``--windows`` and ``--compensation`` are the folders of a run of
+`smollm2-flap20` and of the sweeps `smollm2-windows` and `smollm2-compensation`, for the pictures of these.
 """
 
 from __future__ import annotations
@@ -14,15 +14,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import jupytext
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from flapkit.recipe.files import find_sweep
+from flapkit.run.sweep.load import load_sweep
+from flapkit.run.sweep.plot import draw
+from flapkit.run.sweep.results import Results
+
 HERE = Path(__file__).resolve().parent
 IMAGES = HERE / "images"
 RUNS = Path("runs/gallery")
+TEXTS = ("WikiText-2 test", "TinyStories")
+"""What the sweeps of SmolLM2 measure, in this order; where the texts are local files, their names say less."""
+COMPARED = ("FLAP", "least squares", "uniform, bias", "uniform, least squares")
+"""The methods of the sweep `smollm2-compensation` that docs/presets.md shows."""
 
 
 def commands() -> list[list[str]]:
@@ -43,6 +54,16 @@ def sections(page: Page, report: Path, names: list[str], picture: str) -> None:
     page.screenshot(path=IMAGES / picture, clip=clip, full_page=True)
 
 
+def plot(sweep: str, folder: Path, picture: str, methods: Collection[str] = ()) -> None:
+    """Draw the results of a sweep of SmolLM2 with the names of its texts; all methods, or those that are named."""
+    loaded = load_sweep(find_sweep(sweep))
+    rows = [row for row in Results(folder).rows.values() if not methods or row.method in methods]
+    measured = dict.fromkeys(text for row in rows for text in row.perplexity)
+    titles = {text: f"{name}, {text.partition(', ')[2]}" for text, name in zip(measured, TEXTS, strict=True)}
+    titled = [replace(row, perplexity={titles[text]: value for text, value in row.perplexity.items()}) for row in rows]
+    (IMAGES / picture).write_bytes(draw(titled, loaded.keys, loaded.file.plot, "png"))
+
+
 def tutorial() -> None:
     """Run the tutorial, and keep its picture."""
     code = [cell.source for cell in jupytext.read(HERE / "tutorial.md").cells if cell.cell_type == "code"]
@@ -55,7 +76,8 @@ def main() -> None:
     """Run what has not run yet, and take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--windows", type=Path)
+    parser.add_argument("--compensation", type=Path)
     given = parser.parse_args()
     flapkit = [sys.executable, "-m", "flapkit"]
     for _, *command in commands():
@@ -64,7 +86,9 @@ def main() -> None:
             subprocess.run([*flapkit, *command], check=True)
     tutorial()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         page = browser.new_page(viewport={"width": 1120, "height": 900}, color_scheme="light")
         run = RUNS / "flap20" / "report.html"
         sections(page, run, ["header", "section:has(> #structure)"], "report.png")
@@ -76,8 +100,10 @@ def main() -> None:
             subprocess.run([*flapkit, "report", str(given.run), "-o", str(report)], check=True)
             sections(page, report, ["header", "section:has(> #structure)"], "report-30-layers.png")
         browser.close()
-    if given.sweep:
-        shutil.copy(given.sweep / "plot.png", IMAGES / "sweep.png")
+    if given.windows:
+        plot("smollm2-windows", given.windows, "sweep.png")
+    if given.compensation:
+        plot("smollm2-compensation", given.compensation, "smollm2-compensation.png", COMPARED)
     for path in IMAGES.glob("*.png"):
         with Image.open(path) as image:
             image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)

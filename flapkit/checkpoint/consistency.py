@@ -15,6 +15,7 @@ from flapkit.model.history import is_removed
 from flapkit.model.layout import sites_of
 from flapkit.model.plan import PruningPlan
 from flapkit.system.errors import InputError, ModelError
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -110,7 +111,7 @@ def read_plan(name: Path | str, config: Any, path: Path) -> PruningPlan:
         kept = {0} if is_removed(site, plan.keep) and not units else _units(layers[int(layer)], blocks[block])
         if len(units) not in kept or list(units) != sorted(set(units)) or min(units, default=0) < 0:
             raise ModelError(
-                f"model {name}: plan.json keeps {len(units)} units at {site}, config.json "
+                f"model {name}: plan.json keeps {counted(len(units), 'unit')} at {site}, config.json "
                 f"{' or '.join(str(count) for count in sorted(kept))}; one of the files was changed"
             )
     return plan

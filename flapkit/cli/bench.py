@@ -12,6 +12,7 @@ from flapkit.cli.app import app
 from flapkit.cli.options import AsJson, CheckpointArgument, OutputFile
 from flapkit.cli.output import check_new, print_, set_logging, write_new
 from flapkit.cli.progress import progress_listener
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from flapkit.evaluation.block_table import BlockTimes
@@ -104,7 +105,8 @@ def _print(result: BenchResult) -> None:
         f"{where['engine']}, {where['device']}, {where['threads']} threads on {where['processors']} processors, "
         f"{where['dtype']}"
         f"{', compiled' if where['compiled'] else ''}; batch {work.batch_size}, prompt {work.prompt}, then "
-        f"{work.tokens} tokens; medians [quartiles] of {work.repetitions} turns after {work.warm_up} warm-up turns"
+        f"{counted(work.tokens, 'token')}; medians [quartiles] of {counted(work.repetitions, 'turn')} after "
+        f"{counted(work.warm_up, 'warm-up turn')}"
     )
     for line in result.reasons:
         print_(f"- {line}")

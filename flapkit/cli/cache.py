@@ -9,6 +9,7 @@ from rich.table import Table
 
 from flapkit.cli.app import app
 from flapkit.cli.output import print_
+from flapkit.system.sizes import counted
 
 
 @app.command()
@@ -22,9 +23,9 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove all files.
     files = clear_cache(folder) if clear else entries(folder)
     size = f"{sum(entry.size for entry in files) / 1e6:,.1f} MB"
     if clear:
-        print_(f"{folder}: {len(files)} files removed, {size}")
+        print_(f"{folder}: {counted(len(files), 'file')} removed, {size}")
         return
-    table = Table("content", "model", "MB", "file", title=f"{folder}: {len(files)} files, {size}")
+    table = Table("content", "model", "MB", "file", title=f"{folder}: {counted(len(files), 'file')}, {size}")
     for entry in files:
         table.add_row(entry.statistic or "unreadable", entry.model, f"{entry.size / 1e6:,.1f}", entry.path.name)
     print_(table)

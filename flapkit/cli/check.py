@@ -10,6 +10,8 @@ from rich.table import Table
 from flapkit.cli.app import app
 from flapkit.cli.options import Force, Overrides, Overwrite, RecipeArgument
 from flapkit.cli.output import print_, set_logging
+from flapkit.system.progress import duration
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from flapkit.run.check import Checked
@@ -38,7 +40,7 @@ def check(
     table = Table("", "", title=f"{loaded.path} is valid", show_header=False)
     table.add_row("model", f"{settings.model.source} ({target.config.model_type}), {outcome.params:,} parameters")
     blocks = dict.fromkeys(site.block.name if site.block else site.kind for site in target.sites)
-    table.add_row("adapter", f"{target.adapter.title}: {len(target.sites)} sites ({', '.join(blocks)})")
+    table.add_row("adapter", f"{target.adapter.title}: {counted(len(target.sites), 'site')} ({', '.join(blocks)})")
     if target.why_unit:
         table.add_row("unit: auto", target.why_unit)
     specs = [("metric", settings.metric), ("searcher", settings.searcher)]
@@ -48,12 +50,17 @@ def check(
         table.add_row(kind, f"{spec.name}({options})" if options else spec.name)
     text = settings.calibration
     passes = f", {needs.passes} passes" if needs.passes > 1 else ""
-    table.add_row("calibration", f"{text.text.title}: {text.samples} windows of {text.length} tokens{passes}")
+    table.add_row(
+        "calibration",
+        f"{text.text.title}: {counted(text.samples, 'window')} of {counted(text.length, 'token')}{passes}",
+    )
     if needs.trained is not None:
         table.add_row("recovery", f"{needs.trained:,} parameters are trained after pruning")
     if outcome.unaligned:
         table.add_row(
-            "widths", f"{len(outcome.unaligned)} MLP widths are not multiples of 32; budget.multiple_of: 32 rounds them"
+            "widths",
+            f"the width of {counted(len(outcome.unaligned), 'MLP')} is not a multiple of 32; "
+            "budget.multiple_of: 32 rounds it",
         )
     budget = outcome.budget
     if budget.asked:
@@ -107,7 +114,7 @@ def _cost(better: Better, pace: float) -> str:
     if better.needs is None:
         return f"not with this recipe: {better.obstacle}"
     needs = better.needs
-    passes = f"{needs.passes} pass{'es' if needs.passes != 1 else ''} over the calibration text"
+    passes = f"{counted(needs.passes, 'pass', 'passes')} over the calibration text"
     search = f", {better.search}" if better.search else ""
     return f"{passes}{search}; {needs.whole / 1e9:,.2f} GB whole, {_compute(needs, pace)}"
 
@@ -118,17 +125,8 @@ def _compute(needs: Estimate, pace: float) -> str:
     if needs.search_flops is None:
         return f"{calibration}, unknown for the trials"
     search = f", {needs.search_flops / 1e12:,.2f} TFLOP for the search" if needs.search_flops else ""
-    return f"{calibration}{search}: {_duration((needs.flops + needs.search_flops) / pace)}"
-
-
-def _duration(seconds: float) -> str:
-    """Say how long something takes on this machine, to about a minute."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "less than a minute here"
-    if minutes < 120:
-        return f"{minutes} minute{'s' if minutes > 1 else ''} here"
-    return f"{minutes / 60:,.0f} hours here"
+    seconds = (needs.flops + needs.search_flops) / pace
+    return f"{calibration}{search}: {'less than a minute' if seconds < 60 else f'about {duration(seconds)}'} here"
 
 
 def _flow(value: Any) -> str:

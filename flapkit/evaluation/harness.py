@@ -24,6 +24,7 @@ from flapkit.evaluation.local_tasks import LocalTask
 from flapkit.evaluation.scores import BatchSize, Score, TaskScores
 from flapkit.model.positions import context_length, table_length
 from flapkit.system.errors import DataError, RunError, did_you_mean
+from flapkit.system.sizes import counted
 from flapkit.text.tokenise import tokenise
 
 if TYPE_CHECKING:
@@ -151,9 +152,9 @@ class Harness:
             raise RunError(f"zero-shot task {name}: {str(error) or type(error).__name__}") from error
         if model.truncated:
             log.warning(
-                "zero-shot: %s: %d requests exceed the model's context of %d tokens; their beginning is cut off",
+                "zero-shot: %s: %s cut off at the beginning, to the model's context of %d tokens",
                 name,
-                model.truncated,
+                counted(model.truncated, "request was", "requests were"),
                 model.max_length,
             )
         model.progress.finish()

@@ -10,6 +10,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.registration import PREFIX
 from flapkit.model.site import Site
 from flapkit.system.errors import ModelError
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,8 +107,8 @@ def _compose(site: Site, earlier: Sequence[int] | None, later: Sequence[int]) ->
         return tuple(earlier[unit] for unit in later)
     if len(earlier) not in (site.heads, site.kv_heads):
         raise ModelError(
-            f"{site.name}: the plan of the first pruning keeps {len(earlier)} units, but the model has {site.units}; "
-            "one of the two was changed"
+            f"{site.name}: the plan of the first pruning keeps {counted(len(earlier), 'unit')}, but the model "
+            f"has {site.units}; one of the two was changed"
         )
     if len(later) == site.units:
         return tuple(earlier)

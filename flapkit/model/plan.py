@@ -13,6 +13,7 @@ from typing import Any
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import InputError, did_you_mean
 from flapkit.system.json_files import parse_json
+from flapkit.system.sizes import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class PruningPlan:
 
     def __repr__(self) -> str:
         """Return the numbers of sites and kept units; ``summary`` lists them by layer."""
-        return f"PruningPlan({len(self.keep)} sites, {sum(map(len, self.keep.values())):,} units kept)"
+        kept = sum(map(len, self.keep.values()))
+        return f"PruningPlan({counted(len(self.keep), 'site')}, {counted(kept, 'unit')} kept)"
 
     def summary(self, sites: Sequence[Site] = ()) -> str:
         """Return a table of the number of units that each layer keeps.
@@ -65,12 +67,13 @@ class PruningPlan:
                 raise InputError(f"plan: {name} keeps no unit; keep at least one")
             if known[name].within in known and bool(units) != self._has_expert(known[name]):
                 raise InputError(
-                    f"plan: {name} keeps {len(units)} units, and {known[name].within} "
+                    f"plan: {name} keeps {counted(len(units), 'unit')}, and {known[name].within} "
                     f"{'removes' if units else 'keeps'} this expert; an expert keeps units if it stays, and only then"
                 )
             if 0 < len(units) < known[name].least:
                 raise InputError(
-                    f"plan: {name} keeps {len(units)} experts; its router chooses among at least {known[name].least}"
+                    f"plan: {name} keeps {counted(len(units), 'expert')}; its router chooses among at least "
+                    f"{known[name].least}"
                 )
             if units and max(units) >= known[name].units:
                 raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flapkit.model.declaration import Block
+from flapkit.system.sizes import counted
 
 Kind = Literal["attention", "mlp", "mixture"]
 
@@ -120,8 +121,8 @@ class Site:
 
     def __repr__(self) -> str:
         """Return the name and the size."""
-        size = f"{self.units} units of {self.channels_per_unit} channels, {self.params:,} parameters"
-        return f"Site({self.name!r}, {size})"
+        size = f"{counted(self.units, 'unit')} of {counted(self.channels_per_unit, 'channel')}"
+        return f"Site({self.name!r}, {size}, {counted(self.params, 'parameter')})"
 
     @property
     def units_per_run(self) -> int:

@@ -31,6 +31,7 @@ from flapkit.pruning.site_errors import predict_squared_error
 from flapkit.pruning.statistics import Moments, Statistic
 from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError, RecipeError
 from flapkit.system.float64 import with_float64
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +215,7 @@ def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
             few[site.name] = statistics[site.name][Moments].tokens
     if unseen := [name for name, tokens in few.items() if tokens < 2]:
         raise CalibrationError(
-            f"calibration: {len(unseen)} experts received fewer than two tokens (first: {unseen[0]}); "
+            f"calibration: {counted(len(unseen), 'expert')} received fewer than two tokens (first: {unseen[0]}); "
             "use more text (calibration.samples)"
         )
     rare = {name: tokens for name, tokens in few.items() if tokens < FEW_TOKENS}

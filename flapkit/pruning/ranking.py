@@ -14,6 +14,7 @@ from flapkit.model.budget import Budget, Cost, nested_costs
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError, InputError
+from flapkit.system.sizes import counted
 
 _FLOOR = "with every site at its minimum"
 
@@ -176,7 +177,7 @@ def remove_units(sites: Sequence[Site], ranking: Mapping[str, Tensor], count: in
     possible = prices.possible()
     if count > possible:
         raise BudgetError(
-            f"cannot remove {count} units from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
+            f"cannot remove {counted(count, 'unit')} from {_named(sites)}: {_FLOOR}, at most {possible} can be removed"
         )
     return _take(sites, queues, count, prices)
 

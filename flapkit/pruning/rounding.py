@@ -16,6 +16,7 @@ from flapkit.model.budget import Cost
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError
+from flapkit.system.sizes import counted
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +130,9 @@ def warn_of_unaligned_widths(sites: Sequence[Site], plan: PruningPlan) -> None:
     """Warn of widths that are slow in kernels and quantised formats."""
     if widths := unaligned_widths(sites, plan):
         log.warning(
-            "the widths of %d pruned MLPs are not multiples of %d (the first is %d), which is slow in kernels and "
-            "quantised formats; budget.multiple_of rounds them",
-            len(widths), KERNELS, widths[0],
+            "the width of %s is not a multiple of %d (the first is %d), which is slow in kernels and "
+            "quantised formats; budget.multiple_of rounds it",
+            counted(len(widths), "pruned MLP"), KERNELS, widths[0],
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
 from flapkit.model.site import Site
 from flapkit.pruning.rounding import can_share
+from flapkit.system.sizes import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -70,7 +71,9 @@ def budget_obstacle(sites: Sequence[Site], kind: str, devices: int) -> str:
     for site in sites:
         sizes = range(site.runs, site.units + 1, site.runs)
         if site.runs > 1 and not any(can_share(site, units, devices) for units in sizes):
-            return f"budget.tensor_parallel: {devices} devices cannot share the {site.kv_heads} key/value heads"
+            return (
+                f"budget.tensor_parallel: {devices} devices cannot share the {counted(site.kv_heads, 'key/value head')}"
+            )
     return ""
 
 

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from flapkit.execution.lightning.loggers import LoggerName
 from flapkit.pruning.budget_keys import BudgetSection
 from flapkit.system.options import Count, PathText, Section
-from flapkit.system.sizes import parse_bytes
+from flapkit.system.sizes import counted, parse_bytes
 from flapkit.text.mix import MixedSource, TextMix, apportion
 from flapkit.text.source import DATASET, Split, Subset, TextField, TextSource
 
@@ -165,8 +165,8 @@ class Calibration(Section):
             if not count:
                 raise PydanticCustomError(
                     "mix",
-                    "calibration.mix.{index} gets none of {samples} windows; increase its share, or the samples",
-                    {"index": index, "samples": samples},
+                    "calibration.mix.{index} gets none of {windows}; increase its share, or the samples",
+                    {"index": index, "windows": counted(samples, "window")},
                 )
         return samples
 

@@ -19,6 +19,7 @@ from flapkit.run.estimate import Estimate, empty_model, estimate_needs
 from flapkit.run.executors import check_execution
 from flapkit.run.target import Target
 from flapkit.system.errors import RecipeError
+from flapkit.system.sizes import counted
 
 PRESETS = ("flap", "fast", "balanced", "best")
 """Names of the presets' recipes, from the cheapest to the best."""
@@ -120,9 +121,9 @@ def describe_search(recipe: LoadedRecipe) -> str:
     searcher = recipe.searcher
     if isinstance(searcher, TrainedSearcher):
         training = searcher.training
-        return f"{training.steps:,} training steps of {training.batch_size} windows"
+        return f"{counted(training.steps, 'training step')} of {counted(training.batch_size, 'window')}"
     if isinstance(searcher, TrialSearcher):
-        return "trials" if searcher.expected_trials is None else f"{searcher.expected_trials:,} trials"
+        return "trials" if searcher.expected_trials is None else counted(searcher.expected_trials, "trial")
     return ""
 
 

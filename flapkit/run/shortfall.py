@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flapkit.evaluation.speed import Speed, Workload
+from flapkit.system.sizes import counted
 
 SHORT = 0.9
 """A speedup below this fraction of the expected one is explained."""
@@ -51,8 +52,8 @@ def shortfalls(dense: Speed, pruned: Speed, workload: Workload, widths: Widths |
         odd = [width for width in widths.inputs if width % ALIGNED]
         if odd:
             lines.append(
-                f"{len(odd)} of {len(widths.inputs)} widths are not multiples of {ALIGNED} (the first is {odd[0]}), "
-                "which is slow in kernels; prune with budget.multiple_of"
+                f"not a multiple of {ALIGNED}: {len(odd)} of {counted(len(widths.inputs), 'width')} (the first "
+                f"is {odd[0]}), which is slow in kernels; prune with budget.multiple_of"
             )
     if "decode" in short:
         lines += _constant_time(dense, pruned, workload, widths)

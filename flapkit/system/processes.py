@@ -51,7 +51,7 @@ def check_started(expected: int) -> None:
         started = int(os.environ.get(name, 1)) if mark in os.environ else 1
         if started not in (1, expected):
             raise RecipeError(
-                f"trainer: {started} processes were started, but devices x num_nodes is {expected}; "
+                f"trainer: the number of started processes is {started}, but devices x num_nodes is {expected}; "
                 "set trainer.devices to the processes per machine, and trainer.num_nodes to the number of machines"
             )
 

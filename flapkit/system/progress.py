@@ -130,7 +130,7 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """Write a duration for people: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,4 +1,4 @@
-"""Numbers with a unit, as recipes write them: ``100M`` parameters, ``4GB`` of memory."""
+"""Numbers with a unit: as recipes write them (``100M`` parameters, ``4GB`` of memory), and with a noun in a text."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def parse_bytes(text: str) -> int:
         ValueError: it is none, or has no unit.
     """
     return _parse(text, BYTES)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Write a number with its noun: ``1 window``, ``1,024 windows``.
+
+    Args:
+        number: how many.
+        noun: for one.
+        plural: for another number; by default the noun with an ``s``.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _parse(text: str, units: dict[str, int]) -> int:

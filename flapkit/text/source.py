@@ -15,6 +15,7 @@ from pydantic import Field
 from flapkit.system.errors import DataError, InputError, closest, did_you_mean
 from flapkit.system.options import PathText, Section
 from flapkit.system.paths import to_path
+from flapkit.system.sizes import counted
 from flapkit.text.conversations import Conversation, is_conversation, normalise
 from flapkit.text.files import KNOWN, choose_split, format_of, local_files, read_rows, size_of_text
 
@@ -191,7 +192,7 @@ class TextSource(Section):
         self.check(purpose)
         documents = [self._document(value, where, render) for value, where in self._values(purpose)]
         if not any(document.strip() for document in documents):
-            amount = f"all {len(documents)} documents are empty" if documents else "it has no rows"
+            amount = f"{counted(len(documents), 'document')}, all empty" if documents else "it has no rows"
             raise DataError(f"{self.dataset}: no text: {amount}")
         return documents
 

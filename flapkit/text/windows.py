@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flapkit.system.errors import DataError
+from flapkit.system.sizes import counted
 from flapkit.text.tokenise import CHUNK, Ints, encode_in_chunks, tokenise
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ def _unscored(inputs: Tensor, context: int) -> Tensor:
 
 def _too_little(purpose: str, tokens: int, needed: int, length: int, what: str = "text") -> DataError:
     return DataError(
-        f"{purpose}: the {what} has {tokens} tokens, but {needed} are needed for windows of {length}; "
+        f"{purpose}: the {what} has {counted(tokens, 'token')}, but {needed:,} are needed for windows of {length}; "
         "use more text or a smaller length"
     )
 

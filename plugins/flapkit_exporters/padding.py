@@ -62,13 +62,13 @@ def widest(sites: tuple[Site, ...]) -> dict[str, Sizes]:
         wanted = roles[_role(site)]
         if wanted.get("E", 0) > site.units and site.kind == "mixture":
             raise ModelError(
-                f"{site.name}: {site.units} experts cannot be padded to {wanted['E']}, as the router would choose the "
-                "padding; choose a searcher that prunes all layers equally (ul_*)"
+                f"{site.name}: the number of experts, {site.units}, cannot be padded to {wanted['E']}, as the "
+                "router would choose the padding; choose a searcher that prunes all layers equally (ul_*)"
             )
         if wanted.get("K", 1) > 1 and site.heads * wanted["K"] != wanted["H"] * site.kv_heads:
             raise ModelError(
-                f"{site.name}: {site.heads} query heads with {site.kv_heads} key/value heads cannot be padded to "
-                f"{wanted['H']} with {wanted['K']}; prune whole key/value groups (unit: kv_group)"
+                f"{site.name}: the numbers of query heads and of key/value heads, {site.heads} and {site.kv_heads}, "
+                f"cannot be padded to {wanted['H']} and {wanted['K']}; prune whole key/value groups (unit: kv_group)"
             )
     return {site.name: roles[_role(site)] for site in sites}
 

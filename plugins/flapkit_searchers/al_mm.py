@@ -57,7 +57,10 @@ class ALMM(StructureSearcher):
         keep = remove_units(attention, ranking, heads, self.min_units)
         left = budget.amount - budget.cost.removed(attention, keep)
         if left < 0:
-            raise BudgetError(f"al_mm: {heads} heads exceed the budget of {budget.cost.say(budget.amount)}; set fewer")
+            raise BudgetError(
+                f"al_mm: removing {heads} of the heads exceeds the budget of {budget.cost.say(budget.amount)}; "
+                "set fewer"
+            )
         neurons = remove_lowest(mlp, ranking, budget, self.min_units, left) if mlp else PruningPlan()
         kept = {**keep.keep, **neurons.keep}
         return PruningPlan({site.name: kept[site.name] for site in sites})

@@ -100,7 +100,9 @@ class Optuna(TrialSearcher):
             study.enqueue_trial(ratios)
         study.optimize(try_out, n_trials=max(0, self.trials - _finished(study)))
         first = next(trial.value for trial in study.trials if trial.value is not None)
-        log.info("optuna: perplexity %.3f after %d trials, %.3f at first", study.best_value, _finished(study), first)
+        log.info(
+            "optuna: perplexity %.3f at first, %.3f at best (trials: %d)", first, study.best_value, _finished(study)
+        )
         return plan_of(study.best_params)
 
     def _ranks(self, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class Plan(StructureSearcher):
             plan.check(sites)
         except InputError as error:
             alone = f" (budget.of: {budget.of} prunes these sites only)" if budget.of in ("attention", "mlp") else ""
-            alone = f" (budget.{budget.asked} prunes {len(sites)} sites only)" if budget.asked else alone
+            alone = f" (sites that budget.{budget.asked} prunes: {len(sites)})" if budget.asked else alone
             raise InputError(f"{self.path}: {error}{alone}") from error
         cost, removed = budget.cost, budget.cost.removed(sites, plan)
         if abs(removed - budget.amount) > self.tolerance(sites, budget):

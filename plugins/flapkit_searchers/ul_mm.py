@@ -81,6 +81,8 @@ class ULMM(StructureSearcher):
         kept = remove_units(attention, sums, heads, self.min_units)
         left = round(ratio * cost.of_all([*attention, *mlp])) - cost.removed(attention, kept)
         if left < 0:
-            raise BudgetError(f"ul_mm: {heads} heads exceed the budget of layer {attention[0].layer}; set fewer")
+            raise BudgetError(
+                f"ul_mm: removing {heads} of the heads exceeds the budget of layer {attention[0].layer}; set fewer"
+            )
         neurons = remove_lowest(mlp, sums, budget, self.min_units, left) if mlp else PruningPlan()
         return {**kept.keep, **neurons.keep}

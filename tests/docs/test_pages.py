@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,13 +23,25 @@ NAMES = {
 }
 
 
+def script(name: str) -> ModuleType:
+    """Import a script of the docs."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_generated_pages_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = script("generate")
     for name, text in (generate.pages() | generate.drawings()).items():
         assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python docs/generate.py`: {name} is old"
+
+
+def test_per_cent_stays_beside_its_number():
+    html = "<p>20 % of <code>a 20 % b</code>, 5.5 %</p><pre>x: 20 %\ny: 30 %</pre>"
+    expected = "<p>20\xa0% of <code>a 20 % b</code>, 5.5\xa0%</p><pre>x: 20 %\ny: 30 %</pre>"
+    assert script("hooks").on_page_content(html, page=None) == expected
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flapkit.pruning.collector import COUNTED
 from flapkit.system.errors import DataError
+from flapkit.system.sizes import counted
 from flapkit.text.windows import UNSCORED, Windows
 
 Row = Mapping[str, Any]
@@ -274,7 +275,7 @@ def _sampler(name: str, rows: Dataset[Row], share: Mapping[str, int] | None) -> 
         return None
     if _count(rows) < share["num_replicas"]:
         raise DataError(
-            f"{name}: {_count(rows)} windows cannot be shared by {share['num_replicas']} devices; "
+            f"{name}: {counted(_count(rows), 'window')} cannot be shared by {share['num_replicas']} devices; "
             "give more windows, or lower trainer.devices"
         )
     return UnrepeatedDistributedSampler(rows, shuffle=False, **share)

@@ -15,6 +15,7 @@ from flapkit.run.report import view
 from flapkit.run.report.document import RunDocument, name_runs
 from flapkit.run.report.view import Tile
 from flapkit.system.progress import duration
+from flapkit.system.sizes import counted
 
 TALLEST_SCORES = 900
 """Largest height of the panels with score histograms, in pixels."""
@@ -150,7 +151,7 @@ def tiles(run: RunDocument) -> list[Tile]:
         collected.append(Tile(f"Perplexity, {row['text']}", view.figure(row["after"]), view.figure(row["dense"]), note))
     if tasks := view.zero_shot(run.result):
         dense, pruned = (sum(row[which] for row in tasks) / len(tasks) for which in ("dense", "pruned"))
-        note = f"mean of {len(tasks)} tasks, {view.signed(pruned - dense)} points"
+        note = f"mean of {counted(len(tasks), 'task')}, {view.signed(pruned - dense)} points"
         collected.append(Tile("Zero-shot", f"{pruned:.1f} %", f"{dense:.1f} %", note))
     collected += _speed(run.bench)
     seconds = run.result.get("seconds") or {}
@@ -242,6 +243,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "code": _code,
         "count": view.count,
+        "counted": counted,
         "figure": view.figure,
         "change": view.change,
         "duration": duration,

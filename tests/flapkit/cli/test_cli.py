@@ -74,8 +74,8 @@ def test_cache(command, home):
     assert "0 files" in command("cache")[1]
     assert command("run", home / "recipe.yaml", "-q", "--overwrite")[0] == 0
     code, out, _ = command("cache")
-    assert (code, "1 files" in out, "Moments" in out) == (0, True, True)
-    assert "1 files removed" in command("cache", "--clear")[1]
+    assert (code, "1 file," in out, "Moments" in out) == (0, True, True)
+    assert "1 file removed" in command("cache", "--clear")[1]
     assert "0 files" in command("cache")[1]
 
 
@@ -88,7 +88,7 @@ def test_check(command, home):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(20, "less than a minute"), (70, "1 minute"), (1500, "25 minutes"), (10_800, "3 hours"), (4e6, "1,111 hours")],
+    [(20, "less than a minute"), (70, "about 1 min 10 s"), (9000, "about 2 h 30 min")],
 )
 def test_how_long_a_run_computes(seconds, said):
     needs = SimpleNamespace(flops=seconds * 2e9, search_flops=seconds * 8e9)

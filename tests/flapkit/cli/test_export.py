@@ -61,11 +61,11 @@ def test_odd_widths_are_warned_of_and_rounded(command, tmp_path):
     write_recipe(tmp_path, evaluate={})
     code, out, err = command("check", "recipe.yaml")
     assert code == 0, err
-    assert "MLP widths are not multiples of 32" in out
+    assert "is not a multiple of 32" in out
     code, _, err = command("run", "recipe.yaml")
     assert code == 0
     warned = json.loads((tmp_path / "out" / "result.json").read_text())["warnings"]
-    assert any("are not multiples of 32" in text for text in warned)
+    assert any("is not a multiple of 32" in text for text in warned)
     code, out, err = command("run", "recipe.yaml", "--set", "budget.multiple_of=32", "--overwrite")
     assert code == 0, err
     config = json.loads((tmp_path / "out" / "config.json").read_text())

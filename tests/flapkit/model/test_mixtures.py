@@ -130,7 +130,7 @@ def test_experts_and_heads_in_one_ranking():
 def test_too_few_experts_are_refused():
     sites = adapter("mixtral").sites(tiny_config("mixtral"))
     keep = {site.name: tuple(range(site.units)) for site in sites}
-    with pytest.raises(InputError, match=r"layers\.0\.mixture keeps 1 experts; its router chooses among at least 2"):
+    with pytest.raises(InputError, match=r"layers\.0\.mixture keeps 1 expert; its router chooses among at least 2"):
         PruningPlan({**keep, "layers.0.mixture": (3,)}).check(sites)
     grouped = adapter("deepseek_v3").sites(tiny_config("deepseek_v3", **GROUPED))
     (mixture,) = [site for site in grouped if site.kind == "mixture"]
@@ -262,7 +262,7 @@ def test_different_numbers_of_experts_cannot_be_padded(tmp_path):
     plan = PruningPlan({**keep, "layers.0.mixture": (0, 2)})
     apply_plan_(model, sites, plan, {})
     flapkit.save(model, tmp_path / "pruned", plan)
-    with pytest.raises(ModelError, match="2 experts cannot be padded to 4"):
+    with pytest.raises(ModelError, match="the number of experts, 2, cannot be padded to 4"):
         export(tmp_path / "pruned", Registry.load().create(EXPORTER, "hf-stock", {"pad": True}), tmp_path / "out")
 
 

@@ -152,7 +152,7 @@ def test_options_of_the_resolved_recipe_are_written_out(tmp_path: Path) -> None:
         (
             2,
             "calibration: {mix: [{dataset: x}, {dataset: y}], samples: 1}",
-            "r.yaml:2:59: calibration.samples: calibration.mix.1 gets none of 1 windows; increase its share, or the",
+            "r.yaml:2:59: calibration.samples: calibration.mix.1 gets none of 1 window; increase its share, or the",
         ),
         (
             3,

@@ -132,7 +132,7 @@ def test_figures_of_other_text_are_measured_anew(home, done):
             "the recovery would train on test.txt, and `evaluate` measures",
         ),
         ("compensator.1.validation={dataset: test.txt}", "the recovery would validate on test.txt, and `evaluate`"),
-        ("compensator.1.length=5000", "but 5001 are needed for windows of 5000"),
+        ("compensator.1.length=5000", "but 5,001 are needed for windows of 5000"),
         ("compensator.1.targets=[q_prj]", "lora: targets: there is no linear 'q_prj'; did you mean 'q_proj'?"),
         ("compensator.1.steps=0", "compensator.1.steps: expected at least 1, got 0"),
         ("compensator.1.dataset=nowhere.txt", "nowhere.txt: file or folder not found"),

@@ -32,7 +32,7 @@ def test_widths_attention_and_head_are_named():
     lines = shortfalls(speed(1000, 0.01), speed(500, 0.011, macs=1000), WORK, Widths(2, [64, 33, 31], 200))
     text = "\n".join(lines)
     assert "prefill is 0.91 times the dense model's, expected 2.00" in text
-    assert "2 of 3 widths are not multiples of 32 (the first is 33)" in text
+    assert "not a multiple of 32: 2 of 3 widths (the first is 33)" in text
     assert "a token takes no less time than in the dense model" in text
     assert "attention over the cache is 50%" in text
     assert "the head, which is not pruned, is 40%" in text

@@ -201,7 +201,7 @@ def test_as_many_processes_as_the_recipe_asks_for(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_started(2)
-    with pytest.raises(RecipeError, match="2 processes were started, but devices x num_nodes is 1"):
+    with pytest.raises(RecipeError, match="the number of started processes is 2, but devices x num_nodes is 1"):
         check_started(1)
 
 
@@ -548,5 +548,5 @@ def test_torchrun_with_another_number_of_processes(home):
     code, _, err = end(flapkit(home, alone(TWO), "mismatched", launcher=launcher))
     assert code != 0
     # The other process says it as well, under its own name, if the launcher is slow to end it.
-    assert err.count("error: trainer: 2 processes were started, but devices x num_nodes is 1") == 1
+    assert err.count("error: trainer: the number of started processes is 2, but devices x num_nodes is 1") == 1
     assert not (home / "mismatched").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flapkit.system.progress import Event, Progress
+from flapkit.system.progress import Event, Progress, duration
 
 
 class Clock:
@@ -53,3 +53,18 @@ def test_stages_of_one_name_add_up():
 
 def test_without_an_amount_nobody_knows_what_is_left():
     assert Event("progress", "load", 3, None, "", 1.0).seconds_left is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.04, "0.0 s"),
+        (3.21, "3.2 s"),
+        (59.97, "1 min 0 s"),
+        (250, "4 min 10 s"),
+        (3599.6, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_a_duration_for_people(seconds, said):
+    assert duration(seconds) == said

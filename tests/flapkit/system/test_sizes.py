@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flapkit.system.sizes import parse_bytes, parse_count
+from flapkit.system.sizes import counted, parse_bytes, parse_count
 
 
 def test_numbers_with_units():
@@ -16,3 +16,13 @@ def test_numbers_with_units():
 def test_no_number_of_bytes(text):
     with pytest.raises(ValueError, match="not a number with one of the units KB, MB"):
         parse_bytes(text)
+
+
+def test_a_number_and_its_noun_agree():
+    assert [counted(number, "trial") for number in (0, 1, 2, 1024)] == [
+        "0 trials",
+        "1 trial",
+        "2 trials",
+        "1,024 trials",
+    ]
+    assert [counted(number, "pass", "passes") for number in (1, 2)] == ["1 pass", "2 passes"]

@@ -168,7 +168,7 @@ def test_a_field_that_is_no_text(tmp_path: Path, value: Any, found: str) -> None
 
 
 def test_empty_text(tmp_path: Path) -> None:
-    assert "no text: all 2 documents are empty" in fails(jsonl(tmp_path / "a.jsonl", {"text": ""}, {"text": " \n"}))
+    assert "no text: 2 documents, all empty" in fails(jsonl(tmp_path / "a.jsonl", {"text": ""}, {"text": " \n"}))
     assert "no text: it has no rows" in fails(write(tmp_path / "b.jsonl", ""))
 
 

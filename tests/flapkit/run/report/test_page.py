@@ -128,6 +128,13 @@ def test_tiles_have_names_of_their_own():
     assert len(set(labels)) == len(labels)
 
 
+def test_one_is_no_plural():
+    once = {"objective": "perplexity", "trials": 1, "values": {"1": 30.5}}
+    page = render_run(make_run(search=once))
+    text = re.sub(r"<[^>]+>", "", page.partition("<main")[0].partition("<body")[2] + page.partition("<main")[2])
+    assert re.findall(r"(?<![\d.,])1 (?!is\b|was\b)[a-z]+s\b", text) == []
+
+
 def test_the_menu_has_the_words_of_the_headings():
     for run in (make_run(search=TRIALS), make_run(tasks=False, perplexity={})):
         page = render_run(run)
