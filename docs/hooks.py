@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_CODE_OR_SPACE = re.compile(r"<(pre|code)\b.*?</\1>|(?<=\d) (?=%)", re.DOTALL)
+_SPACE = r"(?<=\d) (?=%|[/±] \d)|(?<=\d [/±]) (?=\d)"
+_NAME = r"<code>(?=[^<\s]{1,24}</code>)"
+_FOUND = re.compile(rf"<pre\b.*?</pre>|{_NAME}|<code\b.*?</code>|{_SPACE}", re.DOTALL)
+_INSTEAD = {" ": "\N{NO-BREAK SPACE}", "<code>": '<code class="name">'}
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep a number and its per cent sign on one line; code stays as it is."""
-    return _CODE_OR_SPACE.sub(lambda found: "\N{NO-BREAK SPACE}" if found[0] == " " else found[0], html)
+    """Keep together on one line: ``50 %``, ``54.8 / 11.4``, ``29.0 ± 4.6``, and names in code, by a class.
+
+    Blocks of code, and longer code in a text, stay as they are.
+    """
+    return _FOUND.sub(lambda found: _INSTEAD.get(found[0], found[0]), html)

@@ -38,9 +38,11 @@ def test_generated_pages_are_up_to_date(monkeypatch):
         assert (DOCS / name).read_text(encoding="utf-8") == text, f"run `python docs/generate.py`: {name} is old"
 
 
-def test_per_cent_stays_beside_its_number():
-    html = "<p>20 % of <code>a 20 % b</code>, 5.5 %</p><pre>x: 20 %\ny: 30 %</pre>"
-    expected = "<p>20\xa0% of <code>a 20 % b</code>, 5.5\xa0%</p><pre>x: 20 %\ny: 30 %</pre>"
+def test_what_belongs_together_stays_on_one_line():
+    code = "<code>a 20 % b</code><pre><code>x: 20 %\ny: 54.8 / 11.4</code></pre>"
+    html = f"<p>20 % of 54.8 / 11.4 ± 4, and / or 5.5 %, <code>--set</code></p>{code}"
+    expected = f"<p>20~% of 54.8~/~11.4~±~4, and / or 5.5~%, <code class='name'>--set</code></p>{code}"
+    expected = expected.replace("~", "\N{NO-BREAK SPACE}").replace("'", '"')
     assert script("hooks").on_page_content(html, page=None) == expected
 
 
