@@ -114,7 +114,7 @@ print(now("VmHWM") - before)
 """Reads the text of a recipe as a run does, and prints by how much the program grows meanwhile."""
 
 
-SAMPLES = 400_000
+SAMPLES = 1_000_000
 
 
 def test_the_windows_are_counted_as_they_are(recipe, monkeypatch):
