@@ -27,8 +27,13 @@ def recipes() -> str:
         "# Recipes",
         "",
         "All keys of a recipe, the YAML file that `flapkit run` takes. An unknown key is an error.",
+        "`flapkit schema` prints the same as JSON schema for editors. A whole recipe, which `flapkit run demo` runs:",
+        "",
+        "```yaml",
+        (HERE.parent / "recipes" / "demo.yaml").read_text(encoding="utf-8").rstrip(),
+        "```",
+        "",
     ]
-    lines += ["`flapkit schema` prints the same as JSON schema for editors.", ""]
     lines += _table(schema, schema["$defs"])
     for name, section in schema["$defs"].items():
         lines += [f"## {name}", "", section.get("description", "").replace("``", "`"), ""]

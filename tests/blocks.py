@@ -22,7 +22,7 @@ PLUGINS = (
     "README.md: # my_metric",
     "docs/architectures.md: from flapkit",
     "docs/how-to/layers.md",
-    "docs/how-to/statistic.md",
+    "docs/how-to/statistic.md: # largest",
     "docs/interfaces/",
 )
 """Snippets of Python that are plugins, which tests load."""

@@ -229,19 +229,23 @@ class Compensator(CalibratedComponent):
     def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
         """List the statistics to measure at a site during sequential repair, when the sites before it are pruned.
 
-        The statistics are then those of the pruned model's inputs. A compensator that can also repair the error of the
+        The statistics are then those of the pruned model's inputs; by default the same classes as otherwise, so that a
+        site's own error is repaired. A compensator that can also repair the error of the
         earlier sites returns statistics with targets, such as ``TargetGram``.
         """
         return self.measures()
 
     @property
     def corrects(self) -> bool:
-        """Tell whether it repairs in closed form."""
+        """Tell whether it repairs in closed form: whether it overrides ``correct``."""
         return type(self).correct is not Compensator.correct
 
     @property
     def adds_bias(self) -> bool:
-        """Tell whether pruned consumers get a bias, which some export formats cannot store."""
+        """Tell whether pruned consumers may get a bias, which budgets count and some export formats cannot store.
+
+        By default whether it repairs in closed form. Override it where the corrections never have a bias.
+        """
         return self.corrects
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:

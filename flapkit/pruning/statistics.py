@@ -29,8 +29,9 @@ STRIPS = 8
 class Statistic(ABC):
     """What calibration measures about the input of one consumer.
 
-    The state is tensors, declared with ``add_state``. Sums are kept in float64, so that the result depends neither on
-    the order nor on the size of the batches. A whole statistic of your own:
+    The state is tensors of any shape and dtype, each declared with ``add_state``; a count is a tensor too. Nothing else
+    is merged over processes, moved between devices, or cached. Sums are kept in float64, so that the result depends
+    neither on the order nor on the size of the batches. A whole statistic of your own:
 
     ```python
     class Largest(Statistic):
@@ -39,7 +40,7 @@ class Statistic(ABC):
             self.add_state("values", torch.zeros(channels))
 
         def update(self, x):
-            self.values = torch.maximum(self.values, x.abs().amax(dim=0))
+            self.values = torch.maximum(self.values, x.abs().amax(dim=0).float())
 
         def combine_(self, states):
             self.values = torch.stack([state["values"] for state in states]).amax(dim=0)

@@ -20,10 +20,10 @@ HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
-def block(page: str, language: str, folder: Path) -> Path:
-    """Write the page's block that begins with a file's name into that file."""
+def block(page: str, language: str, folder: Path, name: str = r"\S+") -> Path:
+    """Write the page's block that begins with a file's name into that file; `name` chooses one of several."""
     text = (HOW_TO / page).read_text(encoding="utf-8")
-    ((name, code),) = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", text, flags=re.DOTALL)
+    ((name, code),) = re.findall(rf"```{language}\n# ({name})\n(.*?)```", text, flags=re.DOTALL)
     (folder / name).write_text(code)
     return folder / name
 
@@ -41,7 +41,8 @@ def test_a_statistic_of_your_own(tmp_path, model, tokens):
 
 
 def test_a_budget_for_each_layer(tmp_path, model, tokens):
-    searcher = load_registry([block("layers.md", "python", tmp_path)]).create(SEARCHER, "owl", {"outlier": 1.5})
+    path = block("layers.md", "python", tmp_path, "owl.py")
+    searcher = load_registry([path]).create(SEARCHER, "owl", {"outlier": 1.5})
     sites = flapkit.sites(model)
     plan = flapkit.prune_(model, tokens, metric="wifn", searcher=searcher, ratio=0.3)
     shares = [
@@ -49,6 +50,18 @@ def test_a_budget_for_each_layer(tmp_path, model, tokens):
         for members in ([site for site in sites if site.layer == layer] for layer in range(3))
     ]
     assert max(shares) - min(shares) > 0.01
+
+
+def test_a_budget_for_each_site(tmp_path, model, tokens):
+    path = block("layers.md", "python", tmp_path, "modules.py")
+    searcher = load_registry([path]).create(SEARCHER, "by_module", {"attention": 0.6})
+    sites = flapkit.sites(model)
+    plan = flapkit.prune_(model, tokens, searcher=searcher, ratio=0.4)
+    weights = {site.name: 0.6 if site.kind == "attention" else 1 for site in sites}
+    of_mlp = 0.4 * sum(site.params for site in sites) / sum(site.params * weights[site.name] for site in sites)
+    for site in sites:
+        share = plan.removed_params([site]) / site.params
+        assert of_mlp * weights[site.name] - 1 / site.units < share <= of_mlp * weights[site.name]
 
 
 def test_a_draft_for_the_dense_model(tmp_path, model, tokens, probe):

@@ -23,6 +23,8 @@ from conftest import write_recipe
 
 import flapkit
 from flapkit.checkpoint.card import CARD
+from flapkit.text import source
+from flapkit.text.source import stdlib_documents
 
 BEFORE = {
     "README.md: import flapkit": """
@@ -54,6 +56,8 @@ BEFORE = {
         from flapkit.model.tiny import tiny_config, tiny_model
         model, tokens = tiny_model(tiny_config("qwen3_moe")), torch.arange(96).view(8, 12)
     """,
+    "docs/how-to/statistic.md: import torch": "",
+    "docs/how-to/statistic.md: import flapkit": "",
     "docs/how-to/vision-language.md: from transformers": """
         from flapkit.checkpoint.load import load_tokenizer
         from flapkit.model.tiny import tiny_config, tiny_model
@@ -64,6 +68,7 @@ BEFORE = {
         path, batches = "builtin:tiny-llama", [{"input_ids": torch.arange(64).view(2, 32)}]
     """,
     "docs/lora.md: import flapkit": "",
+    "docs/reference/lightning.md: import flapkit": "tokens = torch.arange(768).view(24, 32)",
     "docs/reference/text.md: from flapkit": 'open("notes.txt", "w").write("A line of a text. " * 200)',
     "docs/run-the-model.md: from peft": "",
     "docs/run-the-model.md: from safetensors": """
@@ -142,6 +147,10 @@ def test_snippets_run_and_ask_nothing(runs, monkeypatch):
     assert all(any(place.startswith(name) for place in ours) for name in named), "a snippet named here is gone"
     (glm,) = re.findall(r"```yaml\n(# glm\.yaml.*?)```", (ROOT / "docs/architectures.md").read_text(), flags=re.DOTALL)
     (runs / "glm.yaml").write_text(glm)
+    (runs / "largest.py").write_text(next(code for place, code in found.items() if "statistic.md: # largest" in place))
+    monkeypatch.syspath_prepend(runs)
+    few = stdlib_documents("train")[:10]  # The tokens of all of them take minutes.
+    monkeypatch.setattr(source, "stdlib_documents", lambda split: few)
 
     plain = {place: code for place, code in ours.items() if place.startswith(WITHOUT_FLAPKIT)}
     # The process starts in the folder, where only the installed packages are found; flapkit is hidden from it.
