@@ -125,7 +125,10 @@ def test_a_declaration_is_verified_once_for_each_configuration(monkeypatch):
     mine(unit="query_head").check_declaration(tiny_config("llama"))
     mine().check_declaration(tiny_config("llama", attention_bias=True))
     assert [config.attention_bias for config in verified] == [False, False, True]
-    adapter_class(declared)().check_declaration(tiny_config("llama"))
+    # Another registry's class of the same declaration is the same one.
+    adapter_class(replace(declared))().check_declaration(tiny_config("llama"))
+    assert len(verified) == 3
+    adapter_class(replace(declared, name="other"))().check_declaration(tiny_config("llama"))
     assert len(verified) == 4
 
 
