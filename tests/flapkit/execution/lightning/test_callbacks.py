@@ -105,6 +105,7 @@ def test_flap_pruning_before_training(tokens):
     assert trained == {id(parameter) for parameter in model.parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 def test_float16_weights_are_not_trained_into_nan(tokens):
     pruning = flapkit.FlapPruning(tokens[:2], ratio=0.4)
     trainer = Trainer(max_steps=1, accelerator="cpu", devices=1, callbacks=[pruning], **SILENT)
