@@ -38,7 +38,9 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written b
     caption = "removed: of the parameters of the layer's attention and MLP"
     table = Table("layer", *names, "removed", title=str(checkpoint), caption=caption)
     for layer in sorted({layer for layer, _ in dense}):
-        cells = [f"{kept[layer, name]} of {dense[layer, name]}" if (layer, name) in dense else "" for name in names]
+        cells = [
+            f"{kept.get((layer, name), 0)} of {dense[layer, name]}" if (layer, name) in dense else "" for name in names
+        ]
         table.add_row(str(layer), *cells, f"{1 - left[layer] / whole[layer]:.1%}")
     print_(table)
     for key, value in made.items():

@@ -8,8 +8,9 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-from conftest import write_recipe
+from conftest import make_llama, write_recipe
 
+import flapkit
 from flapkit.cli.check import _compute
 
 METRIC = """
@@ -65,6 +66,16 @@ def test_run_then_show(command, home):
     assert code == 2
     assert "exists already" in err
     assert command("run", home / "recipe.yaml", "--overwrite", "--quiet")[:2] == (0, "")
+
+
+def test_show_of_a_model_without_whole_blocks(command, tokens, home):
+    model = make_llama()
+    plan = flapkit.prune_(model, tokens[:2], metric="angular", searcher="depth", compensator="none", ratio=0.5)
+    flapkit.save(model, home / "shallow")
+    assert [] in [list(units) for units in plan.keep.values()]
+    code, out, err = command("show", "shallow")
+    assert code == 0, err
+    assert re.search(r"\b0 of (4|40)\b", out)
 
 
 def test_the_resolved_recipe_gives_the_same_plan(command, home):
