@@ -27,7 +27,10 @@ MARK = "flapkit.json"
 """The file that marks a folder as written by flapkit, so that it may be overwritten."""
 
 LAYERS = "layers"
-"""The entry of ``MARK``: layer -> the heads and widths kept, of the dense model's."""
+"""The entry of ``MARK``: layer -> name -> what is kept, and what the dense model has."""
+
+PARAMS = "parameters"
+"""The name in ``LAYERS`` for the parameters of a layer's attention and MLP; the others are of heads and widths."""
 
 
 def recipe_of(checkpoint: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flapkit.checkpoint.folder import PARAMS
 from flapkit.model.classes import dense_config
 from flapkit.model.declaration import Family, declaration_of
 from flapkit.model.empty import skeleton
@@ -20,7 +21,8 @@ def layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, dict[str, int]]
         config: the pruned model's configuration.
 
     Returns:
-        Layer -> name -> how many are ``kept``, and how many the ``dense`` model has.
+        Layer -> name -> how many are ``kept``, and how many the ``dense`` model has; also of the parameters of the
+        layer's attention and MLP.
 
     Raises:
         ModelError: the configuration is damaged.
@@ -35,15 +37,21 @@ def layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, dict[str, int]]
 
 
 def _counts(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
-    """Count the heads, experts and channels of each layer: (layer, name) -> count."""
-    counts = {}
-    for site in sites_of(skeleton(config), family):
-        name = site.block_name
+    """Count the heads, experts and channels of each layer, and the parameters of its blocks: (layer, name) -> count."""
+    model = skeleton(config)
+    sites = sites_of(model, family)
+    counts: dict[tuple[int, str], int] = {}
+    for site in sites:
         if site.kind == "attention":
             counts[site.layer, "heads"] = site.heads
             counts[site.layer, "KV heads"] = site.kv_heads
         elif site.kind == "mixture":
             counts[site.layer, "experts"] = site.units
         else:
-            counts[site.layer, f"{name} width"] = site.channels
+            counts[site.layer, f"{site.block_name} width"] = site.channels
+    paths = {(site.layer, site.path) for site in sites}
+    # The module of the experts is part of that of the mixture.
+    owned = {(layer, parameter) for layer, path in paths for parameter in model.get_submodule(path).parameters()}
+    for layer, parameter in owned:
+        counts[layer, PARAMS] = counts.get((layer, PARAMS), 0) + parameter.numel()
     return counts

@@ -16,7 +16,7 @@ from flapkit.system.errors import ModelError
 @app.command()
 def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by flapkit.")]) -> None:
     """Show the kept heads and widths of a pruned checkpoint, and how it was made."""
-    from flapkit.checkpoint.folder import LAYERS, MARK
+    from flapkit.checkpoint.folder import LAYERS, MARK, PARAMS
     from flapkit.checkpoint.modeling_file import check_modeling_file
     from flapkit.system.json_files import read_object
 
@@ -28,22 +28,26 @@ def show(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written b
     made = read_object(checkpoint / MARK, ModelError)
     try:
         layers = {
-            layer: {name: f"{counts['kept']} of {counts['dense']}" for name, counts in sizes.items()}
+            layer: {name: (counts["kept"], counts["dense"]) for name, counts in sizes.items()}
             for layer, sizes in made.pop(LAYERS).items()
         }
-    except (AttributeError, KeyError, TypeError) as error:
+        params = {layer: sizes.pop(PARAMS) for layer, sizes in layers.items()}
+        removed = {layer: f"{1 - kept / dense:.1%}" for layer, (kept, dense) in params.items()}
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{checkpoint / MARK}: {LAYERS}: expected the heads and widths of each layer") from error
     names = list(dict.fromkeys(name for sizes in layers.values() for name in sizes))
-    table = Table("layer", *names, title=str(checkpoint))
+    caption = "removed: of the parameters of the layer's attention and MLP"
+    table = Table("layer", *names, "removed", title=str(checkpoint), caption=caption)
     for layer, sizes in layers.items():
-        table.add_row(layer, *(sizes.get(name, "") for name in names))
+        cells = [f"{sizes[name][0]} of {sizes[name][1]}" if name in sizes else "" for name in names]
+        table.add_row(layer, *cells, removed[layer])
     print_(table)
     for key, value in made.items():
         print_(f"{key}: {_text(value)}")
 
 
 def _text(value: Any) -> str:
-    """Write a value of ``flapkit.json`` as text."""
+    """Write a value of ``flapkit.json`` as text, without the options that are not set."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry is not None)
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry not in (None, [], {}))
     return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -25,7 +25,6 @@ from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
-from flapkit.model.precision import name_of
 from flapkit.pruning.budgets import CostedBudget
 from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
@@ -44,7 +43,7 @@ from flapkit.run.run_record import RunRecord, count_params, put_texts_beside, re
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import RunText, read_text, render_prompts
+from flapkit.run.text import RunText, check_text, read_text, render_prompts
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, check_space, open_workdir
@@ -151,6 +150,7 @@ def run(
     """
     output, settings = recipe.output, recipe.recipe
     target = find_target(recipe)
+    check_text(settings)
     refuse_unmet(recipe, target)
     if not force:
         refuse_too_large(recipe, target)
@@ -168,7 +168,7 @@ def run(
             return _prune(recipe, target, context, overwrite=overwrite)
         prepared = prepare(recipe, target, context.progress, cache=cache)
         prepared.runtime.init_processes()
-        first = _without_recovery(recipe, work.path("pruned")).writing(name_of(prepared.dtypes.compute))
+        first = _without_recovery(recipe, work.path("pruned"))
         if broadcast_from_rank0(work.path("pruned").is_dir):
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:

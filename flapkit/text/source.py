@@ -112,7 +112,10 @@ DATASETS: Mapping[str, NamedDataset] = {
 """The datasets that recipes can name."""
 
 
-DATASET = f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN})."
+DATASET = (
+    f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN}), relative to the "
+    "current directory."
+)
 """What a dataset's name in a recipe may be."""
 
 Dataset = Annotated[PathText, Field(description=DATASET)]
@@ -145,6 +148,7 @@ class TextSource(Section):
 
     def check(self, purpose: Purpose) -> None:
         """Raise ``DataError`` for errors that can be found without a network and without reading text."""
+        _check_purpose(purpose)
         named = DATASETS.get(self.dataset)
         if named:
             self._check_named(named)
@@ -153,6 +157,7 @@ class TextSource(Section):
 
     def separator(self, purpose: Purpose) -> str | None:
         """Return the text between documents; None to draw each window within one document."""
+        _check_purpose(purpose)
         named = DATASETS.get(self.dataset)
         if named is None:
             return DEFAULT_SEPARATOR
@@ -184,7 +189,7 @@ class TextSource(Section):
         """Read the documents.
 
         Args:
-            purpose: selects the default split.
+            purpose: ``calibration``, also for training text, or ``evaluation``; selects the default split.
             render: renders a conversation as text; None if the model has no format for conversations.
 
         Raises:
@@ -242,7 +247,7 @@ class TextSource(Section):
                 "write a hub id as owner/name, or give the path of an existing file or folder"
             )
         if self.dataset.startswith((".", "/", "~")) or format_of(path) or self.dataset.count("/") > 1:
-            raise DataError(f"{path}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
+            raise DataError(f"{path.absolute()}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
         return None
 
     def _reach(self) -> Path:
@@ -327,6 +332,11 @@ class TextSource(Section):
             return render(conversation)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+
+
+def _check_purpose(purpose: str) -> None:
+    if purpose not in DEFAULT_SPLITS:
+        raise DataError(f"unknown purpose {purpose!r}{did_you_mean(purpose, DEFAULT_SPLITS)}")
 
 
 def _split(named: NamedDataset, purpose: Purpose) -> str:

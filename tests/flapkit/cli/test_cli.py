@@ -8,8 +8,9 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-from conftest import write_recipe
+from conftest import make_llama, write_recipe
 
+import flapkit
 from flapkit.cli.check import _compute
 
 METRIC = """
@@ -57,10 +58,24 @@ def test_run_then_show(command, home):
     code, out, _ = command("show", "out")
     assert code == 0
     assert "of 512" in out
+    assert "mix" not in out
+    removed = [float(share) for share in re.findall(r"([\d.]+)%", out)]
+    assert len(removed) == 6
+    assert sum(removed) / len(removed) == pytest.approx(20, abs=1)
     code, _, err = command("run", home / "recipe.yaml")
     assert code == 2
     assert "exists already" in err
     assert command("run", home / "recipe.yaml", "--overwrite", "--quiet")[:2] == (0, "")
+
+
+def test_show_of_a_model_without_whole_blocks(command, tokens, home):
+    model = make_llama()
+    plan = flapkit.prune_(model, tokens[:2], metric="angular", searcher="depth", compensator="none", ratio=0.5)
+    flapkit.save(model, home / "shallow")
+    assert [] in [list(units) for units in plan.keep.values()]
+    code, out, err = command("show", "shallow")
+    assert code == 0, err
+    assert re.search(r"\b0 of (4|40)\b", out)
 
 
 def test_the_resolved_recipe_gives_the_same_plan(command, home):
