@@ -112,10 +112,11 @@ class Calibrate(Callback):
             self._collector.check()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the statistics of all ranks."""
+        """Merge the statistics of all ranks, and make them ordinary tensors, which a training can use."""
         if self._collector:
             self._collector.merge()
             self.statistics = self._collector.statistics
+            _leave_inference_mode_(self.statistics)
         self._unhook()
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
@@ -335,6 +336,15 @@ def recovery_callbacks(training: Training, folder: Path | None, *, log_rate: boo
             ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, every_n_epochs=1, enable_version_counter=False)
         )
     return callbacks
+
+
+def _leave_inference_mode_(statistics: Statistics) -> None:
+    """Replace the tensors that Lightning's ``predict`` made under inference mode: no training could use them."""
+    with torch.inference_mode(False):
+        for statistic in (statistic for of_site in statistics.values() for statistic in of_site.values()):
+            for name, value in statistic.state.items():
+                if value.is_inference():
+                    setattr(statistic, name, value.clone())
 
 
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flapkit.checkpoint.save import save
@@ -53,7 +54,9 @@ class Prune(Callback):
         executor = WholeExecutor(
             model_of(pl_module), self._sites, text, statistics=self._calibrate.statistics, memory=math.inf
         )
-        self.pruned = prune_(executor, self._method, self._budget)
+        # Lightning predicts under inference mode, and parameters made under it could never be trained.
+        with torch.inference_mode(False):
+            self.pruned = prune_(executor, self._method, self._budget)
 
 
 class SaveCheckpoint(Callback):

@@ -29,13 +29,17 @@ SILENT = {"logger": False} | dict.fromkeys(
 )
 
 
-def prune_by_trainer(model, tokens, more=lambda prune: []):
+def pruning_callbacks(model):
     registry = Registry.load()
     bias = registry.create(COMPENSATOR, "bias")
     method = Method(registry.create(METRIC, "wifv"), registry.create(SEARCHER, "al_am"), (bias,))
     sites = flapkit.sites(model)
     calibrate = Calibrate(sites, [Moments])
-    prune = Prune(calibrate, sites, method, Budget.over(sites, 0.4))
+    return calibrate, Prune(calibrate, sites, method, Budget.over(sites, 0.4))
+
+
+def prune_by_trainer(model, tokens, more=lambda prune: []):
+    calibrate, prune = pruning_callbacks(model)
     trainer = build_trainer([calibrate, prune, *more(prune)], accelerator="cpu", devices=1)
     trainer.predict(CausalLM(model), PruningData(tokens), return_predictions=False)
     return prune.pruned.plan
@@ -69,13 +73,21 @@ def test_saves_nothing_that_is_not_pruned(tokens, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_trains_after_the_trainer_pruned(tokens):
-    """Parameters made under inference mode could not be trained."""
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_a_plain_trainer_prunes_trains_and_saves(tokens, probe, tmp_path):
+    """Lightning predicts under inference mode; what was made under it could not be trained."""
     model = make_llama()
-    prune_by_trainer(model, tokens)
-    model.train()
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    calibrate, prune = pruning_callbacks(model)
+    callbacks = [calibrate, prune, SaveCheckpoint(prune, tmp_path / "saved", after="fit")]
+    trainer = Trainer(max_steps=1, accelerator="cpu", devices=1, callbacks=callbacks, **SILENT)
+    module = CausalLM(model, Optimization(lr=1e-2, warmup=0.0))
+    trainer.predict(module, PruningData(tokens), return_predictions=False)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    assert not any(part.is_inference() for of in calibrate.statistics.values() for part in of[Moments].state.values())
+    pruned = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.fit(module.train(), DataLoader(WindowRows({"input_ids": tokens}), batch_size=8, collate_fn=collate))
+    assert not any(torch.equal(parameter, pruned[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(flapkit.load(tmp_path / "saved")(probe).logits, model.eval()(probe).logits)
 
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
