@@ -22,6 +22,7 @@ from flapkit.model.costs import bytes_of
 from flapkit.model.history import plan_of
 from flapkit.model.plan import PruningPlan
 from flapkit.model.precision import convert_
+from flapkit.model.soundness import check_finite
 from flapkit.system.errors import InputError, ModelError
 from flapkit.system.paths import within
 from flapkit.system.workdir import OVERWRITE, WorkDir
@@ -33,6 +34,11 @@ PACKAGES = ("flapkit", "torch", "transformers", "lightning", "safetensors")
 
 TEXTS = ("result.json", RECIPE)
 """The files that the model card quotes."""
+
+DIVERGED = (
+    "nothing was written. If the model was trained, train it again with a lower learning rate, and in float32 "
+    "(`model.float()`) or in mixed precision: in float16, most optimizers fail"
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ def save(
         work: the folder's work folder, if it is already open (``flapkit.system.workdir``).
 
     Raises:
-        ModelError: flapkit has no classes to load such a model.
+        ModelError: flapkit has no classes to load such a model, or its weights are not finite.
         InputError: the plan is not the model's.
         OutputError: the folder exists, cannot be written, or another process writes it.
     """
@@ -83,6 +89,8 @@ def save(
     head, carried = check_head(model), _plan_of(model, plan)
     if dtype is not None and not weights:
         convert_(model, dtype)
+    for name, parameter in model.named_parameters():
+        check_finite(f"save: {name}", parameter, DIVERGED)
     needed = sum(map(len, (files or {}).values())) + (0 if weights else bytes_of(model))
     # Commands open the work folder themselves.
     option = OVERWRITE if work else "overwrite=True"

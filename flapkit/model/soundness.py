@@ -185,18 +185,17 @@ def check_weights(
         check_finite(f"model {name}: {param}", weight)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor, advice: str = "download or convert the model again") -> None:
     """Raise ``ModelError`` if a tensor has values that are not finite.
 
     Args:
         name: the tensor's name.
         tensor: skipped if it is on the meta device, or not of a floating-point type.
+        advice: what to do.
     """
     if tensor.is_meta or not tensor.numel() or tensor.dtype not in FLOATS:
         return
     # One pass without a copy: aminmax propagates NaN as well as infinity.
     if not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
         count = int((~torch.isfinite(tensor)).sum())
-        raise ModelError(
-            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite; download or convert the model again"
-        )
+        raise ModelError(f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite; {advice}")

@@ -202,6 +202,10 @@ class KeepBest(Callback):
         """The first step with the lowest validation loss; None before the first validation."""
         return min(self.validations, key=self.validations.__getitem__, default=None)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train float16 weights with an optimizer that would make them NaN."""
+        check_optimizers(trainer)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed the dropout, so that a resumed training equals an uninterrupted one."""
         torch.manual_seed(self._seed + trainer.current_epoch * trainer.world_size + trainer.global_rank)
@@ -279,6 +283,7 @@ class Recover(KeepBest):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn dropout on."""
+        super().on_fit_start(trainer, pl_module)
         pl_module.train()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,6 +310,7 @@ class LearnGates(KeepBest):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn the training of the gates on."""
+        super().on_fit_start(trainer, pl_module)
         pl_module.eval()
         self._gates.train()
 
@@ -345,6 +351,27 @@ def _leave_inference_mode_(statistics: Statistics) -> None:
             for name, value in statistic.state.items():
                 if value.is_inference():
                     setattr(statistic, name, value.clone())
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """Raise ``RunError`` if an optimizer of torch would make the trainer's weights NaN, because they are float16.
+
+    Adam and its relatives divide by the root of a mean square plus ``eps``, and 1e-8 is 0 in float16: a gradient of 0
+    then becomes 0/0. Optimizers of other packages may compute in float32.
+    """
+    for optimizer in trainer.optimizers:
+        kind = type(optimizer)
+        if not kind.__module__.startswith("torch."):
+            continue
+        for group in optimizer.param_groups:
+            eps = group.get("eps", 1.0)
+            is_half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+            if is_half and not group.get("fused") and not torch.tensor(eps, dtype=torch.float16):
+                raise RunError(
+                    f"the weights to train are float16, in which the eps of {kind.__name__}, {eps:g}, is 0: the first "
+                    "step would make them NaN. Train them in float32: call `model.float()` before (in a recipe: "
+                    "`model.dtype: float32`), and set the trainer's precision to 32-true, bf16-mixed or 16-mixed"
+                )
 
 
 def _trained(module: LightningModule) -> list[tuple[str, nn.Parameter]]:

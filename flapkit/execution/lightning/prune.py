@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flapkit.checkpoint.save import save
 from flapkit.execution.executor import CalibrationText, prune_
-from flapkit.execution.lightning.callbacks import Calibrate, model_of
+from flapkit.execution.lightning.callbacks import Calibrate, check_optimizers, model_of
 from flapkit.execution.lightning.restore import KEY, restore_pruning_, state_of
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.budget import Budget
@@ -57,6 +57,10 @@ class Prune(Callback):
         # Lightning predicts under inference mode, and parameters made under it could never be trained.
         with torch.inference_mode(False):
             self.pruned = prune_(executor, self._method, self._budget)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train float16 weights with an optimizer that would make them NaN."""
+        check_optimizers(trainer)
 
 
 class SaveCheckpoint(Callback):
@@ -141,6 +145,10 @@ class PruneBeforeTraining(Callback):
 
         vars(pl_module)["on_load_checkpoint"] = restore
         vars(strategy)["setup"] = prune_and_set_up
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to train float16 weights with an optimizer that would make them NaN."""
+        check_optimizers(trainer)
 
     def _keep(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         self.plan, self._state = plan, state_of(model, plan)

@@ -6,11 +6,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import largest_file, make_llama
 
 import flapkit
 from flapkit.checkpoint.folder import MARK, check_output, new_folder
-from flapkit.system.errors import OutputError
+from flapkit.system.errors import ModelError, OutputError
 from flapkit.system.workdir import work_folder
 
 
@@ -56,6 +57,15 @@ def test_python_is_told_of_its_own_argument(llama, tokens, tmp_path, what):
         flapkit.save(llama, tmp_path / "out")
     assert "--overwrite" not in str(refused.value)
     flapkit.save(llama, tmp_path / "out", overwrite=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(llama, tokens, tmp_path):
+    flapkit.prune_(llama, tokens[:2], ratio=0.2)
+    with torch.no_grad():
+        llama.model.norm.weight[:3] = torch.nan
+    with pytest.raises(ModelError, match=r"save: model\.norm\.weight: 3 of .* nothing was written.* lower learning"):
+        flapkit.save(llama, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrites_only_its_own(tmp_path):

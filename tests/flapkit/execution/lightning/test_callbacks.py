@@ -105,6 +105,15 @@ def test_flap_pruning_before_training(tokens):
     assert trained == {id(parameter) for parameter in model.parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_float16_weights_are_not_trained_into_nan(tokens):
+    pruning = flapkit.FlapPruning(tokens[:2], ratio=0.4)
+    trainer = Trainer(max_steps=1, accelerator="cpu", devices=1, callbacks=[pruning], **SILENT)
+    loader = DataLoader(WindowRows({"input_ids": tokens[:2]}), batch_size=2, collate_fn=collate)
+    with pytest.raises(RunError, match=r"float16, in which the eps of AdamW, 1e-08, is 0.*model\.float\(\)"):
+        trainer.fit(CausalLM(make_llama().half()).train(), loader)
+
+
 def test_no_hook_is_left(tokens):
     model = make_llama()
     with torch.no_grad():
