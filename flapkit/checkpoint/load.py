@@ -344,7 +344,7 @@ def _source(path: Path | str, revision: str | None = None) -> Path | str:
             f"model {name}: this is a file; give a {GGUF} file, or the folder of a Hugging Face checkpoint"
         )
     if isinstance(path, Path) or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name}: folder not found")
+        raise ModelError(f"model {name}: folder not found: {folder.absolute()}")
     return name
 
 
@@ -353,7 +353,7 @@ def _download_gguf(path: Path | str, file: Path, revision: str | None) -> Path:
     owner, _, rest = str(path).partition("/")
     repository, _, inside = rest.partition("/")
     if isinstance(path, Path) or file.is_absolute() or owner.startswith((".", "~")) or not owner or not inside:
-        raise ModelError(f"model {path}: file not found")
+        raise ModelError(f"model {path}: file not found: {file.absolute()}")
     return Path(
         _call(path, lambda: huggingface_hub.hf_hub_download(f"{owner}/{repository}", inside, revision=revision))
     )

@@ -85,8 +85,8 @@ class Model(Section):
     """The model to prune."""
 
     path: PathText = Field(
-        description="A Hugging Face hub id, a folder, a GGUF file, or `builtin:tiny-llama`, the model that comes with "
-        "flapkit.",
+        description="A Hugging Face hub id, a folder or a GGUF file, relative to the current directory, or "
+        "`builtin:tiny-llama`, the model that comes with flapkit.",
     )
     file: str | None = Field(
         default=None, min_length=1, description="GGUF file within the folder, or within the hub's repository."

@@ -18,7 +18,7 @@ from flapkit.run.executors import load_model, open_runtime
 from flapkit.run.lengths import evaluation_lengths
 from flapkit.run.run_record import put_texts_beside
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import read_evaluations, renderer
+from flapkit.run.text import check_evaluation, read_evaluations, renderer
 from flapkit.system.errors import InputError
 from flapkit.system.processes import lost_processes
 from flapkit.system.progress import Progress
@@ -62,6 +62,7 @@ def evaluate_checkpoint(
     settings = recipe.recipe
     if not settings.evaluate.perplexity and settings.evaluate.zero_shot is None:
         raise InputError(f"{recipe.path}: evaluate: nothing to evaluate; set `perplexity` or `zero_shot`")
+    check_evaluation(settings.evaluate)
     runtime = open_runtime(settings.trainer, progress)
     with lost_processes():
         return _evaluate(checkpoint, recipe, against, runtime)

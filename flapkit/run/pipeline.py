@@ -44,7 +44,7 @@ from flapkit.run.run_record import RunRecord, count_params, put_texts_beside, re
 from flapkit.run.samples import compare_pruned, make_trace, pair_samples, sample, trace_dense
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import RunText, read_text, render_prompts
+from flapkit.run.text import RunText, check_text, read_text, render_prompts
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
 from flapkit.system.progress import Progress
 from flapkit.system.workdir import WorkDir, check_space, open_workdir
@@ -151,6 +151,7 @@ def run(
     """
     output, settings = recipe.output, recipe.recipe
     target = find_target(recipe)
+    check_text(settings)
     refuse_unmet(recipe, target)
     if not force:
         refuse_too_large(recipe, target)

@@ -38,7 +38,14 @@ from flapkit.run.report.page import render_run
 from flapkit.run.run_record import add_text_beside, put_texts_beside, recipe_files, rewrite_result
 from flapkit.run.target import Target, find_target
 from flapkit.run.tasks import evaluate_tasks, load_tasks
-from flapkit.run.text import read_evaluations, read_recovery_text, recovery_source, renderer, warn_of_overlap
+from flapkit.run.text import (
+    check_evaluation,
+    read_evaluations,
+    read_recovery_text,
+    recovery_source,
+    renderer,
+    warn_of_overlap,
+)
 from flapkit.system.errors import OutputError, RecipeError, RunError
 from flapkit.system.paths import names_only, without_folders
 from flapkit.system.processes import broadcast_from_rank0, is_rank_zero, lost_processes
@@ -189,6 +196,7 @@ def prepare(
             f"{recipe.path}: export: exports would lack the adapter of `merge: false`; set `merge: true`, or remove "
             "`export`"
         )
+    check_evaluation(recipe.recipe.evaluate)
     settings, runtime = recipe.recipe, open_runtime(recipe.recipe.trainer, progress)
     with progress.stage("recovery text"):
         path, revision = (

@@ -15,13 +15,13 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, windows_per_step
 from flapkit.model.adapter import ArchitectureAdapter
 from flapkit.pruning.recovery import Training, hold_out
-from flapkit.recipe.schema import Calibration, Perplexity, Recipe, Samples
+from flapkit.recipe.schema import Calibration, Evaluate, Perplexity, Recipe, Samples
 from flapkit.run.target import Target
 from flapkit.run.tasks import check_tasks
 from flapkit.system.errors import DataError, RecipeError
 from flapkit.system.paths import name_only
 from flapkit.text.conversations import Conversation
-from flapkit.text.mix import Documents, TextMix, draw_mix
+from flapkit.text.mix import Documents, TextMix, draw_mix, naming
 from flapkit.text.overlap import NOTEWORTHY, Overlap, find_overlap
 from flapkit.text.source import Render, TextSource
 from flapkit.text.windows import Encoded, TokenStore, encode_measured
@@ -53,11 +53,23 @@ def check_text(recipe: Recipe) -> None:
     Raises:
         InputError: the first problem.
     """
-    recipe.calibration.text.check("calibration")
-    for text in recipe.evaluate.perplexity:
-        text.check("evaluation")
-    if recipe.evaluate.zero_shot is not None:
-        check_tasks(recipe.evaluate.zero_shot)
+    # The sources of a mix name their own keys.
+    with naming("" if recipe.calibration.mix else "calibration"):
+        recipe.calibration.text.check("calibration")
+    check_evaluation(recipe.evaluate)
+
+
+def check_evaluation(evaluate: Evaluate) -> None:
+    """Check the text and the tasks of an evaluation, as ``check_text`` does.
+
+    Raises:
+        InputError: the first problem.
+    """
+    for index, text in enumerate(evaluate.perplexity):
+        with naming(f"evaluate.perplexity.{index}"):
+            text.check("evaluation")
+    if evaluate.zero_shot is not None:
+        check_tasks(evaluate.zero_shot)
 
 
 def read_text(

@@ -112,7 +112,10 @@ DATASETS: Mapping[str, NamedDataset] = {
 """The datasets that recipes can name."""
 
 
-DATASET = f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN})."
+DATASET = (
+    f"A dataset by name (`flapkit list datasets`), a hub id, or a local file or folder ({KNOWN}), relative to the "
+    "current directory."
+)
 """What a dataset's name in a recipe may be."""
 
 Dataset = Annotated[PathText, Field(description=DATASET)]
@@ -242,7 +245,7 @@ class TextSource(Section):
                 "write a hub id as owner/name, or give the path of an existing file or folder"
             )
         if self.dataset.startswith((".", "/", "~")) or format_of(path) or self.dataset.count("/") > 1:
-            raise DataError(f"{path}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
+            raise DataError(f"{path.absolute()}: file or folder not found{did_you_mean(self.dataset, DATASETS)}")
         return None
 
     def _reach(self) -> Path:

@@ -11,10 +11,10 @@ from flapkit_adapters.vicuna import SYSTEM, Vicuna
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.evaluation.samples import write_samples
 from flapkit.recipe.load import load_recipe
-from flapkit.recipe.schema import Perplexity, Samples
+from flapkit.recipe.schema import Evaluate, Perplexity, Samples
 from flapkit.run.check import check
 from flapkit.run.pipeline import run
-from flapkit.run.text import name_evaluations, render_prompts, renderer
+from flapkit.run.text import check_evaluation, check_text, name_evaluations, render_prompts, renderer
 from flapkit.system.errors import DataError, RecipeError
 
 TEMPLATE = (
@@ -42,6 +42,14 @@ def test_names_say_what_is_measured():
         Perplexity(dataset="stdlib", length=64, stride=32),
     ]
     assert list(name_evaluations(texts)) == ["stdlib heldout, 64 tokens", "stdlib, 64 tokens, stride 32"]
+
+
+def test_a_missing_file_is_named_with_its_key_and_folder(home):
+    missing = home / "none.txt"
+    with pytest.raises(DataError, match=f"^evaluate.perplexity.1: {missing}: file or folder not found"):
+        check_evaluation(Evaluate(perplexity=(Perplexity(dataset="stdlib"), Perplexity(dataset="./none.txt"))))
+    with pytest.raises(DataError, match=f"^calibration: {missing}: file or folder not found"):
+        check_text(load_recipe(write_recipe(home), ["calibration.dataset=none.txt"]).recipe)
 
 
 def test_equal_names_are_numbered():
