@@ -29,6 +29,9 @@ MARK = "flapkit.json"
 LAYERS = "layers"
 """The entry of ``MARK``: layer -> the heads and widths kept, of the dense model's."""
 
+PARAMETERS = "parameters"
+"""The key of the parameters of a layer's attention and MLP in there."""
+
 
 def recipe_of(checkpoint: Path) -> Path:
     """Return the file of the recipe that made a checkpoint: with the folders of this machine, if it was made here."""

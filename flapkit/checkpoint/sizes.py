@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from flapkit.checkpoint.folder import PARAMETERS
 from flapkit.model.classes import dense_config
 from flapkit.model.declaration import Family, declaration_of
 from flapkit.model.empty import skeleton
@@ -20,7 +22,8 @@ def layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, dict[str, int]]
         config: the pruned model's configuration.
 
     Returns:
-        Layer -> name -> how many are ``kept``, and how many the ``dense`` model has.
+        Layer -> name -> how many are ``kept``, and how many the ``dense`` model has; ``PARAMETERS`` are those of the
+        layer's pruned blocks.
 
     Raises:
         ModelError: the configuration is damaged.
@@ -35,9 +38,15 @@ def layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, dict[str, int]]
 
 
 def _counts(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
-    """Count the heads, experts and channels of each layer: (layer, name) -> count."""
-    counts = {}
-    for site in sites_of(skeleton(config), family):
+    """Count the heads, experts, channels and pruned blocks' parameters of each layer: (layer, name) -> count."""
+    counts = Counter[tuple[int, str]]()
+    model = skeleton(config)
+    sites = sites_of(model, family)
+    paths = {(site.layer, site.path) for site in sites}
+    # A set: the module of the experts is part of that of the mixture.
+    for layer, of in {(layer, of) for layer, path in paths for of in model.get_submodule(path).parameters()}:
+        counts[layer, PARAMETERS] += of.numel()
+    for site in sites:
         name = site.block_name
         if site.kind == "attention":
             counts[site.layer, "heads"] = site.heads

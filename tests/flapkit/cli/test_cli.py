@@ -57,6 +57,10 @@ def test_run_then_show(command, home):
     code, out, _ = command("show", "out")
     assert code == 0
     assert "of 512" in out
+    assert "mix" not in out
+    removed = [float(share) for share in re.findall(r"([\d.]+)%", out)]
+    assert len(removed) == 6
+    assert sum(removed) / len(removed) == pytest.approx(20, abs=1)
     code, _, err = command("run", home / "recipe.yaml")
     assert code == 2
     assert "exists already" in err
