@@ -82,11 +82,6 @@ class LoadedRecipe:
         model = self.recipe.model.model_copy(update={"path": path, "file": None, "revision": revision})
         return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
-    def writing(self, dtype: str) -> LoadedRecipe:
-        """Return the recipe with another type of the written weights."""
-        model = self.recipe.model.model_copy(update={"save_dtype": dtype})
-        return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
-
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Load a recipe from a file.

@@ -25,7 +25,6 @@ from flapkit.execution.resume import ResumeStore, make_without_store
 from flapkit.execution.runtime import Runtime
 from flapkit.model.empty import skeleton
 from flapkit.model.positions import check_lengths
-from flapkit.model.precision import name_of
 from flapkit.pruning.budgets import CostedBudget
 from flapkit.pruning.components import TrainedSearcher, recovery_of
 from flapkit.pruning.rounding import warn_of_unaligned_widths
@@ -169,7 +168,7 @@ def run(
             return _prune(recipe, target, context, overwrite=overwrite)
         prepared = prepare(recipe, target, context.progress, cache=cache)
         prepared.runtime.init_processes()
-        first = _without_recovery(recipe, work.path("pruned")).writing(name_of(prepared.dtypes.compute))
+        first = _without_recovery(recipe, work.path("pruned"))
         if broadcast_from_rank0(work.path("pruned").is_dir):
             log.info("resuming from the pruned model in %s", first.recipe.output)
         else:

@@ -84,6 +84,16 @@ def test_both_executors_write_the_same_rounded_weights(half, compensator, sequen
     assert_same(prune(half, "out", **changes), prune(half, "layers", execution="layerwise", **changes), 1e-2)
 
 
+def test_a_training_leaves_the_checkpoints_type(half):
+    (half / "training.txt").write_text("class Other:\n    size = 3\n" * 100)
+    lora = {"name": "lora", "rank": 1, "steps": 1, "validate_every": 1, "validation_windows": 1, "length": 8}
+    record = prune(half, "out", compensator=["bias", {**lora, "dataset": "training.txt"}], report={"error_windows": 0})
+    assert {tensor.dtype for tensor in open_weights(record.output).values()} == {torch.bfloat16}
+    params, memory = (next(row for row in record.costs if row["measure"] == name) for name in ("params", "memory"))
+    assert memory["detail"] == "bfloat16"
+    assert memory["dense"] == 2 * params["dense"]
+
+
 @pytest.mark.parametrize("mode", ["whole", "layerwise"])
 def test_what_is_measured_is_what_is_written(half, mode):
     record = prune(half, "out", execution=mode)
