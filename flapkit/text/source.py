@@ -148,6 +148,7 @@ class TextSource(Section):
 
     def check(self, purpose: Purpose) -> None:
         """Raise ``DataError`` for errors that can be found without a network and without reading text."""
+        _check_purpose(purpose)
         named = DATASETS.get(self.dataset)
         if named:
             self._check_named(named)
@@ -156,6 +157,7 @@ class TextSource(Section):
 
     def separator(self, purpose: Purpose) -> str | None:
         """Return the text between documents; None to draw each window within one document."""
+        _check_purpose(purpose)
         named = DATASETS.get(self.dataset)
         if named is None:
             return DEFAULT_SEPARATOR
@@ -187,7 +189,7 @@ class TextSource(Section):
         """Read the documents.
 
         Args:
-            purpose: selects the default split.
+            purpose: ``calibration``, also for training text, or ``evaluation``; selects the default split.
             render: renders a conversation as text; None if the model has no format for conversations.
 
         Raises:
@@ -330,6 +332,11 @@ class TextSource(Section):
             return render(conversation)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+
+
+def _check_purpose(purpose: str) -> None:
+    if purpose not in DEFAULT_SPLITS:
+        raise DataError(f"unknown purpose {purpose!r}{did_you_mean(purpose, DEFAULT_SPLITS)}")
 
 
 def _split(named: NamedDataset, purpose: Purpose) -> str:

@@ -274,6 +274,12 @@ def test_a_missing_file(missing: str) -> None:
     assert "file or folder not found" in fails(missing)
 
 
+def test_an_unknown_purpose() -> None:
+    for use in (TextSource(dataset="stdlib").documents, TextSource(dataset="stdlib").separator):
+        with pytest.raises(DataError, match="unknown purpose 'calib'; did you mean 'calibration'"):
+            use("calib")  # type: ignore[arg-type]
+
+
 def test_what_has_no_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "x")
     assert "a file has no split 'train'; omit `split`" in fails(path, split="train")
