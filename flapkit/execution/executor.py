@@ -36,6 +36,7 @@ from flapkit.pruning.algorithm import (
     Repairs,
     check_nested,
     check_scored,
+    check_states,
     find_corrections,
     find_plan,
     repair_sites,
@@ -359,6 +360,7 @@ def search(executor: Executor, method: Method, budget: Budget, *, sequential: bo
     if method.judges and budget.amount:
         executor = executor.for_search(method)
     check_nested(method.searcher, executor.sites)
+    check_states(method.statistics, executor.sites)
     scores: Scores = {}
     if method.searcher.uses_scores:
         check_scored(method.metric, executor.sites)

@@ -203,6 +203,20 @@ def check_nested(searcher: StructureSearcher, sites: Sequence[Site]) -> None:
         )
 
 
+def check_states(statistics: Sequence[type[Statistic]], sites: Sequence[Site]) -> None:
+    """Refuse statistics without a state: they could not be merged over processes, cached, or counted in memory.
+
+    Raises:
+        PluginError: one of them has none.
+    """
+    for statistic in statistics if sites else ():
+        if not statistic.of(sites[0]).state:
+            raise PluginError(
+                f"statistic {statistic.__name__!r} has no state; declare each tensor that it keeps in __init__: "
+                "self.add_state(name, tensor)"
+            )
+
+
 def check_experts(sites: Sequence[Site], statistics: Statistics) -> None:
     """Refuse experts that received too few calibration tokens, and warn of those that received few.
 

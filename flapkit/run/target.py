@@ -14,7 +14,7 @@ from flapkit.model.budget import prunable
 from flapkit.model.registration import dense_type
 from flapkit.model.site import Site
 from flapkit.model.soundness import check_unquantised
-from flapkit.pruning.algorithm import check_nested, check_scored
+from flapkit.pruning.algorithm import check_nested, check_scored, check_states
 from flapkit.pruning.unit_choice import UnitChoice, budget_obstacle, choose_unit
 from flapkit.recipe.load import LoadedRecipe
 from flapkit.system.errors import ModelError
@@ -72,6 +72,7 @@ def find_target(recipe: LoadedRecipe) -> Target:
     if recipe.searcher.uses_scores:
         check_scored(recipe.method.metric, sites)
     check_nested(recipe.searcher, sites)
+    check_states(recipe.method.statistics, sites)
     if recipe.exporters:
         check_exports(recipe.exporters, prospect(recipe, config, sites))
     return Target(config, adapter, sites, chosen.reason)

@@ -86,6 +86,24 @@ class GoesOverBudget(RemovesNothing):
         return ALAM().search(sites, scores, replace(budget, amount=round(1.5 * budget.amount)))
 
 
+class Stateless(Statistic):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.largest = torch.zeros(channels)
+
+    def update(self, x):
+        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+
+
+@dataclass(frozen=True)
+class UsesStateless(ImportanceMetric):
+    name = "uses_stateless"
+    statistics = (Stateless,)
+
+    def score(self, site, stats, weight):
+        return stats[Stateless].largest.view(site.units, -1)
+
+
 MISTAKES = {
     "searcher 'removes_all': its plan removes .* of blocks.*, but the budget is .*40.00%": {"searcher": RemovesAll()},
     "searcher 'removes_nothing': its plan removes 0 parameters": {"searcher": RemovesNothing()},
@@ -93,6 +111,7 @@ MISTAKES = {
     "metric 'raises' at layers.0.attention: RuntimeError": {"metric": Raises()},
     # Although the compensator has it measured.
     "metric 'undeclared' at layers.0.attention: KeyError: .*Moments was not measured": {"metric": Undeclared()},
+    r"statistic 'Stateless' has no state; .* self\.add_state\(name, tensor\)": {"metric": UsesStateless()},
     "compensator 'returns_none' at layers.*: expected a Correction, got a NoneType": {"compensator": ReturnsNone()},
     "searcher 'returns_dict': expected a PruningPlan, got a dict": {"searcher": ReturnsDict()},
     "searcher 'looks_for_layers': KeyError: 'layer0'": {"searcher": LooksForLayers()},
