@@ -5,7 +5,7 @@ A preset's settings stand in its recipe (``recipes/best.yaml``) and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from flapkit.pruning.components import TrainedSearcher, TrialSearcher
 from flapkit.recipe.files import read_settings, shipped_recipes
 from flapkit.recipe.load import LoadedRecipe, load_recipe
 from flapkit.recipe.schema import ComponentSpec
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, ComponentKind
 from flapkit.run.budget import open_budget
 from flapkit.run.dtypes import DTypes
 from flapkit.run.estimate import Estimate, empty_model, estimate_needs
@@ -70,22 +71,49 @@ def find_nearest(recipe: LoadedRecipe) -> Nearest:
 def find_better(
     recipe: LoadedRecipe, nearest: Nearest, target: Target, dtypes: DTypes, processes: int = 1
 ) -> list[Better]:
-    """Estimate what a recipe would need with the method of each preset that is better than the nearest one."""
-    return [_better(recipe, name, target, dtypes, processes) for name in PRESETS[PRESETS.index(nearest.name) + 1 :]]
+    """Estimate what a recipe would need with the method of each preset that is better than the nearest one.
+
+    Components of others' plugins stay: whoever tries them does not want them replaced.
+    """
+    found: list[Better] = []
+    for name in PRESETS[PRESETS.index(nearest.name) + 1 :]:
+        better = _better(recipe, name, target, dtypes, processes)
+        if better.settings and better.settings not in [known.settings for known in found]:
+            found.append(better)
+    return found
 
 
-def with_method(recipe: LoadedRecipe, preset: LoadedRecipe) -> LoadedRecipe:
-    """Return a recipe with the method of a preset, on its own text and budget; a training stays."""
+def with_method(recipe: LoadedRecipe, preset: LoadedRecipe, keep: Collection[str] = ()) -> LoadedRecipe:
+    """Return a recipe with the method of a preset, on its own text and budget; a training stays.
+
+    Args:
+        recipe: the recipe.
+        preset: the preset.
+        keep: keys of components that stay.
+    """
     calibration = recipe.recipe.calibration.model_copy(update={"sequential": preset.recipe.calibration.sequential})
     trained = [named for named in recipe.named_compensators if named[0].recovery() is not None]
-    repaired = recipe.with_compensators([*preset.named_compensators, *trained])
+    repairing = [named for named in recipe.named_compensators if named[0].recovery() is None]
+    repairs = repairing if "compensator" in keep else preset.named_compensators
+    repaired = recipe.with_compensators([*repairs, *trained])
+    scoring, searching = (recipe if key in keep else preset for key in ("metric", "searcher"))
     changed = {
-        "metric": preset.recipe.metric,
-        "searcher": preset.recipe.searcher,
+        "metric": scoring.recipe.metric,
+        "searcher": searching.recipe.searcher,
         "calibration": calibration,
     }
     settings = repaired.recipe.model_copy(update=changed)
-    return replace(repaired, recipe=settings, metric=preset.metric, searcher=preset.searcher)
+    return replace(repaired, recipe=settings, metric=scoring.metric, searcher=searching.searcher)
+
+
+def _of_others(recipe: LoadedRecipe) -> set[str]:
+    """Return the keys of a recipe's method whose components are not flapkit's own."""
+    used: list[tuple[ComponentKind[Any], str]] = [
+        (METRIC, recipe.recipe.metric.name),
+        (SEARCHER, recipe.recipe.searcher.name),
+    ]
+    used += [(COMPENSATOR, spec.name) for component, spec in recipe.named_compensators if component.corrects]
+    return {kind.name for kind, name in used if not recipe.registry.origin(kind, name).startswith("flapkit ")}
 
 
 def _load(name: str) -> LoadedRecipe:
@@ -94,10 +122,13 @@ def _load(name: str) -> LoadedRecipe:
 
 def _better(recipe: LoadedRecipe, name: str, target: Target, dtypes: DTypes, processes: int) -> Better:
     preset = _load(name)
-    changed = with_method(recipe, preset)
+    kept = _of_others(recipe)
+    changed = with_method(recipe, preset, kept)
     written = read_settings(shipped_recipes()[name])
     values = {**written, "calibration.sequential": preset.recipe.calibration.sequential}
-    settings = {key: values[key] for key, distance in _distances(recipe, preset).items() if distance}
+    settings = {
+        key: values[key] for key, distance in _distances(recipe, preset).items() if distance and key not in kept
+    }
     try:
         check_execution(changed, target)
     except RecipeError as error:

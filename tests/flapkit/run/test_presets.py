@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import write_recipe
 
 from flapkit.recipe.files import find_recipe
 from flapkit.recipe.load import load_recipe
 from flapkit.run.check import check
-from flapkit.run.presets import PRESETS, find_nearest, with_method
+from flapkit.run.dtypes import choose_dtypes
+from flapkit.run.presets import PRESETS, find_better, find_nearest, with_method
+from flapkit.run.target import find_target
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -59,3 +62,32 @@ def test_the_command_shows_them(command, recipe):
     assert code == 0
     assert "better: best" in out
     assert "--set compensator=least_squares --set calibration.sequential=true" in out
+
+
+PLUGIN = """
+from dataclasses import dataclass
+import flapkit
+from flapkit.interfaces import ImportanceMetric
+
+@dataclass(frozen=True)
+class Mine(ImportanceMetric):
+    name = "mine"
+
+    def score(self, site, stats, weight):
+        return weight.abs().sum(0).view(site.units, -1)
+
+@flapkit.hookimpl
+def flapkit_metrics():
+    return [Mine]
+"""
+
+
+def test_a_metric_of_ones_own_is_not_replaced(home):
+    (home / "mine.py").write_text(PLUGIN)
+    recipe = load_recipe(write_recipe(home, metric="mine", plugins=["mine.py"]))
+    target = find_target(recipe)
+    dtypes = choose_dtypes(recipe.recipe.model, target.config, torch.device("cpu"))
+    better = find_better(recipe, find_nearest(recipe), target, dtypes)
+    assert [found.name for found in better] == ["fast", "balanced", "best"]
+    assert not any("metric" in found.settings for found in better)
+    assert all(found.settings["compensator"] == "least_squares" for found in better)
