@@ -87,7 +87,12 @@ def main() -> None:
     dense = measured(model, own)
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     for budget in budgets(dense, asked.latency):
-        given = [f"budget={budget}", f"model={{path: {asked.model}, dtype: float32}}", "evaluate={}"]
+        given = [
+            f"budget={budget}",
+            f"model={{path: {asked.model}, dtype: float32}}",
+            "save_dtype=float32",
+            "evaluate={}",
+        ]
         if "latency" in budget:
             given[0] = f"budget={budget[:-1]}, prompt: {asked.prompt}}}"
         with tempfile.TemporaryDirectory() as folder:

@@ -103,8 +103,10 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, max_model_len, trust_remote_code, **options):
+        assert options["kv_cache_memory_bytes"] > 0
         if options["max_num_seqs"] > 2:
-            raise ValueError("too many")
+            print("\\x1b[31m(Worker pid=1) ERROR\\x1b[0m ValueError: too many", flush=True)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
         print("vLLM says this and that")
         self.length = max_model_len
     def generate(self, prompts, sampling, use_tqdm):
@@ -119,5 +121,5 @@ def test_vllm_runs_in_a_process_without_flapkit(tmp_path, monkeypatch):
     found = bench("builtin:tiny-llama", None, SMALL, engine="vllm", device="cpu")
     assert found.environment["version"] == "vllm 0.0"
     assert len(found.speeds["builtin:tiny-llama"].decode.values) == 2
-    with pytest.raises(RunError, match="vLLM stopped while it ran builtin:tiny-llama: ValueError: too many"):
+    with pytest.raises(RunError, match=r"vLLM stopped while it ran builtin:tiny-llama: ValueError: too many$"):
         bench("builtin:tiny-llama", None, Workload(batch_size=3, prompt=4, tokens=2), engine="vllm", device="cpu")
