@@ -244,10 +244,12 @@ def _run(case: Case) -> Served:
 
 
 def families() -> list[str]:
-    """List the families that come with flapkit."""
+    """List the families of language models that come with flapkit; with a vision tower, vLLM needs more than text."""
+    from flapkit.model.tiny import tiny_config
     from flapkit.registry import ADAPTER, Registry
 
-    return [name for name in Registry.load().names(ADAPTER) if name not in ("auto", "vicuna")]
+    names = [name for name in Registry.load().names(ADAPTER) if name not in ("auto", "vicuna")]
+    return [name for name in names if (config := tiny_config(name)).get_text_config() is config]
 
 
 def measure(names: Sequence[str]) -> Iterator[tuple[str, str, Served]]:
