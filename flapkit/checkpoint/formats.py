@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Runner: TypeAlias = Callable[[Tensor], Tensor]
 """Runs an exported model: tokens [n] -> logits [n, vocabulary], float32 on the CPU."""
 
+MAY_REMOVE = "the searcher may remove an attention or an MLP altogether"
+"""Said before a run, of what needs both in every layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
@@ -51,7 +54,7 @@ class Prospect:
         """A clause that names an attention or an MLP that is gone, or may be; empty if all keep units."""
         if self.removed:
             return f"{self.removed[0]} is gone altogether"
-        return "the searcher may remove an attention or an MLP altogether" if self.may_remove else ""
+        return MAY_REMOVE if self.may_remove else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flapkit.checkpoint.formats import MAY_REMOVE
 from flapkit.model.classes import dense_config
 from flapkit.model.empty import sees
 from flapkit.model.site import Site
@@ -48,5 +49,5 @@ def vllm_obstacle(config: PreTrainedConfig, sites: Sequence[Site], *, may_remove
         if without := [layer for layer in range(dense.num_hidden_layers) if layer not in layers]:
             return f"layer {without[0]} has no {what}"
     if may_remove:
-        return "the searcher may remove an attention or an MLP altogether, and vLLM needs both in every layer"
+        return f"{MAY_REMOVE}, and vLLM needs both in every layer"
     return ""

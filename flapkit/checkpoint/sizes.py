@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from flapkit.checkpoint.folder import PARAMS
@@ -31,16 +32,16 @@ def layer_sizes(config: PreTrainedConfig) -> dict[str, dict[str, dict[str, int]]
     kept, dense = _counts(config, family), _counts(dense_config(config), family)
     layers: dict[str, dict[str, dict[str, int]]] = {}
     for layer, name in dense:
-        counts = {"kept": kept.get((layer, name), 0), "dense": dense[layer, name]}
+        counts = {"kept": kept[layer, name], "dense": dense[layer, name]}
         layers.setdefault(str(layer), {})[name] = counts
     return layers
 
 
-def _counts(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], int]:
+def _counts(config: PreTrainedConfig, family: Family) -> Counter[tuple[int, str]]:
     """Count the heads, experts and channels of each layer, and the parameters of its blocks: (layer, name) -> count."""
     model = skeleton(config)
     sites = sites_of(model, family)
-    counts: dict[tuple[int, str], int] = {}
+    counts = Counter[tuple[int, str]]()
     for site in sites:
         if site.kind == "attention":
             counts[site.layer, "heads"] = site.heads
@@ -53,5 +54,5 @@ def _counts(config: PreTrainedConfig, family: Family) -> dict[tuple[int, str], i
     # The module of the experts is part of that of the mixture.
     owned = {(layer, parameter) for layer, path in paths for parameter in model.get_submodule(path).parameters()}
     for layer, parameter in owned:
-        counts[layer, PARAMS] = counts.get((layer, PARAMS), 0) + parameter.numel()
+        counts[layer, PARAMS] += parameter.numel()
     return counts
