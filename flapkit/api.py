@@ -17,7 +17,7 @@ from flapkit.execution.runtime import Runtime
 from flapkit.execution.training import RecoveryText, recover_, take_windows
 from flapkit.execution.whole import WholeExecutor
 from flapkit.model.adapter import ArchitectureAdapter
-from flapkit.model.budget import Budget, BudgetBase
+from flapkit.model.budget import Budget, BudgetBase, Rounding
 from flapkit.model.classes import check_head, pruned_classes
 from flapkit.model.empty import CAUSAL_LM, IMAGE_TEXT
 from flapkit.model.plan import PruningPlan
@@ -81,6 +81,11 @@ class PruneOptions:
                 continue
             if not isinstance(value, (int, float)) or not value > 0:
                 raise RecipeError(f"{name}: expected a number above 0, found {value!r}")
+
+    @property
+    def rounding(self) -> Rounding:
+        """The sizes that the pruned layers may have."""
+        return Rounding(self.multiple_of, self.tensor_parallel, self.head_counts or 0)
 
 
 DEFAULTS = PruneOptions()
@@ -162,8 +167,7 @@ def prune_(
     resolved.check_declaration(model.config)
     params = model.num_parameters()
     if asked is None:
-        rounding = (options.multiple_of, options.tensor_parallel, options.head_counts or 0)
-        removed = Budget.over(model_sites, 0.2 if ratio is None else ratio, of, params, *rounding)
+        removed = Budget.over(model_sites, 0.2 if ratio is None else ratio, of, params, options.rounding)
     else:
         name = str(model.config.name_or_path or "MODEL")
         costed = work_out(asked, model, model_sites, params, model.dtype, biased=method.adds_bias, name=name)

@@ -13,7 +13,7 @@ from flapkit.checkpoint.formats import Checkpoint, Exporter, Prospect, Runner
 from flapkit.checkpoint.load import DType, load, open_weights
 from flapkit.hookspecs import hookimpl
 from flapkit.model.adapter import ArchitectureAdapter, FamilyAdapter
-from flapkit.model.budget import Budget, BudgetBase, Cost, Measure, unit_costs
+from flapkit.model.budget import Budget, BudgetBase, Cost, Measure, Rounding, unit_costs
 from flapkit.model.classes import PRUNED_KEYS, dense_config
 from flapkit.model.declaration import Block, Family
 from flapkit.model.derive import Auto
@@ -122,6 +122,7 @@ __all__ = [
     "PruningPlan",
     "RecipeError",
     "Recovery",
+    "Rounding",
     "RunError",
     "Runner",
     "Site",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flapkit.execution.lightning.module import CausalLM, Optimization
-from flapkit.text.source import stdlib_documents
+from flapkit.text.stdlib import stdlib_documents
 
 WINDOW = 256
 BATCH = 32

@@ -41,7 +41,7 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; everyt
 
 def _rows(kind: Kind) -> list[tuple[str, str, str]]:
     if kind is Kind.DATASETS:
-        from flapkit.text.source import DATASETS
+        from flapkit.text.named import DATASETS
 
         return [(name, dataset.description, "flapkit") for name, dataset in DATASETS.items()]
     if kind in (Kind.RECIPES, Kind.SWEEPS):

@@ -105,6 +105,30 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """The sizes that pruned layers may have, whichever searcher chose the units.
+
+    Args:
+        multiple_of: round pruned widths (input channels of consumers) to a multiple of this.
+        tensor_parallel: round them further, so that this many devices can share every layer.
+        head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
+    """
+
+    multiple_of: int = 1
+    tensor_parallel: int = 1
+    head_counts: int = 0
+
+    @property
+    def any_size(self) -> bool:
+        """Whether every size is allowed, so that nothing is rounded."""
+        return self == ANY_SIZE
+
+
+ANY_SIZE = Rounding()
+"""Nothing is rounded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """How much to remove, and of what, as an exact number.
 
@@ -117,9 +141,7 @@ class Budget:
         base: the cost that the ratio refers to.
         asked: what the recipe asks to be left, such as ``kv_cache: 0.5``; empty for a ratio.
         left: the most that may be left, unless a ratio was asked for.
-        multiple_of: round pruned widths (input channels of consumers) to a multiple of this, with every searcher.
-        tensor_parallel: round them further, so that this many devices can share every layer.
-        head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
+        rounding: the sizes that the pruned layers may have.
     """
 
     cost: Cost
@@ -129,9 +151,7 @@ class Budget:
     base: int
     asked: str = ""
     left: int = 0
-    multiple_of: int = 1
-    tensor_parallel: int = 1
-    head_counts: int = 0
+    rounding: Rounding = ANY_SIZE
 
     @classmethod
     def over(
@@ -140,9 +160,7 @@ class Budget:
         ratio: float,
         of: BudgetBase = "blocks",
         model_params: int = 0,
-        multiple_of: int = 1,
-        tensor_parallel: int = 1,
-        head_counts: int = 0,
+        rounding: Rounding = ANY_SIZE,
     ) -> Budget:
         """Make a budget from a ratio of parameters, counting its base over a model's sites.
 
@@ -151,9 +169,7 @@ class Budget:
             ratio: the fraction to remove, at least 0 and below 1.
             of: what the ratio refers to.
             model_params: number of parameters of the model; needed if ``of`` is ``model``.
-            multiple_of: round pruned widths to a multiple of this.
-            tensor_parallel: round them further, so that this many devices can share every layer.
-            head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
+            rounding: the sizes that the pruned layers may have.
 
         Raises:
             BudgetError: the ratio is not in [0, 1), or ``of`` is unknown.
@@ -174,7 +190,7 @@ class Budget:
             )
         cost = Cost("params", model_params or base, units, rest=rest)
         amount = round(ratio * base)
-        return cls(cost, amount, ratio, of, base, "", 0, multiple_of, tensor_parallel, head_counts)
+        return cls(cost, amount, ratio, of, base, rounding=rounding)
 
     @classmethod
     def leaving(
@@ -183,9 +199,7 @@ class Budget:
         sites: Sequence[Site],
         left: int,
         asked: str,
-        multiple_of: int = 1,
-        tensor_parallel: int = 1,
-        head_counts: int = 0,
+        rounding: Rounding = ANY_SIZE,
     ) -> Budget:
         """Make a budget from the most that may be left.
 
@@ -197,9 +211,7 @@ class Budget:
             sites: all sites of the model.
             left: the most that the pruned model may cost.
             asked: the recipe's key and value, such as ``kv_cache: 0.5``.
-            multiple_of: round pruned widths to a multiple of this.
-            tensor_parallel: round them further, so that this many devices can share every layer.
-            head_counts: the largest number of distinct key/value head counts over all layers; 0 for any.
+            rounding: the sizes that the pruned layers may have.
 
         Raises:
             BudgetError: the dense model costs no more, or a model without all its units costs more.
@@ -224,8 +236,7 @@ class Budget:
         # A mixture can run out of experts, and a token then uses no less of the router: it is not the cheapest unit.
         others = unit_costs([site for site in sites if site.kind != "mixture"], cost)
         amount = -(-need // grain) * grain + min(others or steps) - grain
-        rounding = (multiple_of, tensor_parallel, head_counts)
-        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, *rounding)
+        return cls(cost, amount, need / cost.total, "blocks", cost.total, asked, left, rounding)
 
     @property
     def params(self) -> int:
@@ -250,9 +261,8 @@ class Budget:
 
     def __repr__(self) -> str:
         """Return the amount and the rounding, without the costs of all sites."""
-        rounding = f"multiple_of={self.multiple_of}, tensor_parallel={self.tensor_parallel}"
-        rounding += f", head_counts={self.head_counts}"
-        return f"Budget({str(self)!r}, of={self.of!r}, {rounding})"
+        rounding = "" if self.rounding.any_size else f", {self.rounding}"
+        return f"Budget({str(self)!r}, of={self.of!r}{rounding})"
 
     def __str__(self) -> str:
         """Write what was asked for, and what it means."""

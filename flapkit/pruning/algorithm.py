@@ -314,10 +314,9 @@ def _complete(
             f"{'the model' if budget.asked else budget.of}), but the budget is {budget.amount:,} ({budget.ratio:.2%}); "
             f"it may miss the budget by {tolerance:,}: one unit, unless the searcher overrides `tolerance`"
         )
-    if budget.multiple_of > 1 or budget.tensor_parallel > 1 or budget.head_counts:
+    if not budget.rounding.any_size:
         _check_unpruned(sites, pruned, budget)
-        rounding = (budget.multiple_of, budget.tensor_parallel, budget.head_counts)
-        plan = round_plan(pruned, plan, scores, *rounding, cost=cost)
+        plan = round_plan(pruned, plan, scores, budget.rounding, cost=cost)
     complete = PruningPlan({site.name: plan.keep.get(site.name, tuple(range(site.units))) for site in sites})
     try:
         complete.check_left(sites)
@@ -329,15 +328,15 @@ def _complete(
 def _check_unpruned(sites: Sequence[Site], pruned: Sequence[Site], budget: Budget) -> None:
     """Raise ``BudgetError`` if sites outside the budget cannot be shared, or have too many numbers of heads."""
     whole = {site.kv_heads for site in sites if site.kind == "attention" and site not in pruned}
-    if len(whole) > budget.head_counts > 0:
+    if len(whole) > budget.rounding.head_counts > 0:
         raise BudgetError(
             f"budget.head_counts: the attentions have {len(whole)} different numbers of key/value heads already, "
             f"and budget.{budget.asked or f'of: {budget.of}'} does not prune them"
         )
     for site in sites:
-        if site not in pruned and not can_share(site, site.units, budget.tensor_parallel):
+        if site not in pruned and not can_share(site, site.units, budget.rounding.tensor_parallel):
             raise BudgetError(
-                f"budget.tensor_parallel: {budget.tensor_parallel} devices cannot share {site.name}, and "
+                f"budget.tensor_parallel: {budget.rounding.tensor_parallel} devices cannot share {site.name}, and "
                 f"budget.{budget.asked or f'of: {budget.of}'} does not prune it"
             )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from flapkit.model.budget import BudgetBase
+from flapkit.model.budget import BudgetBase, Rounding
 from flapkit.system.options import Count, Section
 from flapkit.system.sizes import BYTES, parse_bytes, parse_count
 
@@ -190,6 +190,11 @@ class BudgetSection(Section):
     def asked(self) -> str:
         """What is asked to be left, such as ``kv_cache: 0.5``; empty for a ratio."""
         return "" if self.ratio is not None else f"{self.kind}: {getattr(self, self.kind)}"
+
+    @property
+    def rounding(self) -> Rounding:
+        """The sizes that the pruned layers may have."""
+        return Rounding(self.multiple_of, self.tensor_parallel, self.head_counts or 0)
 
     @property
     def base(self) -> BudgetBase:

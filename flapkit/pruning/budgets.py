@@ -66,13 +66,12 @@ def work_out(
     if asked.latency is not None:
         _check_timed(asked, sites)
         costs.append(find_times(sites, name, asked.batch, asked.prompt).cost(asked.on))
-    rounding = (asked.multiple_of, asked.tensor_parallel, asked.head_counts or 0)
     if asked.ratio is not None:
-        return CostedBudget(Budget.over(sites, asked.ratio, asked.of, params, *rounding), tuple(costs))
+        return CostedBudget(Budget.over(sites, asked.ratio, asked.of, params, asked.rounding), tuple(costs))
     cost = next((cost for cost in costs if cost.measure == asked.kind), None)
     if cost is None or not cost.units:
         raise BudgetError(f"budget.{asked.asked}: {_missing(asked, model.config.model_type, sites)}")
-    return CostedBudget(Budget.leaving(cost, sites, _left(asked, cost), asked.asked, *rounding), tuple(costs))
+    return CostedBudget(Budget.leaving(cost, sites, _left(asked, cost), asked.asked, asked.rounding), tuple(costs))
 
 
 def _check_timed(asked: BudgetSection, sites: Sequence[Site]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flapkit.model.budget import Cost
+from flapkit.model.budget import Cost, Rounding
 from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups
 from flapkit.system.errors import BudgetError
@@ -28,9 +28,7 @@ def round_plan(
     sites: Sequence[Site],
     plan: PruningPlan,
     scores: Mapping[str, Tensor],
-    multiple_of: int = 1,
-    tensor_parallel: int = 1,
-    head_counts: int = 0,
+    rounding: Rounding,
     *,
     cost: Cost | None = None,
 ) -> PruningPlan:
@@ -47,10 +45,8 @@ def round_plan(
         sites: the sites of the plan.
         plan: the units kept.
         scores: site name -> scores [units, k]; at a site without scores, later units are removed first.
-        multiple_of: the number.
-        tensor_parallel: the number of devices that share every site.
-        head_counts: the most different numbers of key/value heads that attentions may keep; 0 for any. Those are kept
-            that change the fewest, or others if the plan's budget cannot be met with them.
+        rounding: the sizes that the sites may have. Of the numbers of key/value heads, those are kept that change the
+            fewest heads, or others if the plan's budget cannot be met with them.
         cost: what the plan's budget counts; parameters by default.
 
     Returns:
@@ -61,39 +57,39 @@ def round_plan(
             only if more is removed.
     """
     occupied = groups([site for site in sites if plan.keep[site.name]])
-    roundings = [_Rounding.of(together, plan, multiple_of, tensor_parallel, cost) for together in occupied]
-    if head_counts:
-        roundings = _limit_head_counts(roundings, head_counts)
-    counts = [rounding.up or rounding.down for rounding in roundings]
-    left = sum(rounding.restored(count) for rounding, count in zip(roundings, counts, strict=True))
+    choices = [_Sizes.of(together, plan, rounding, cost) for together in occupied]
+    if rounding.head_counts:
+        choices = _limit_head_counts(choices, rounding.head_counts)
+    counts = [sizes.up or sizes.down for sizes in choices]
+    left = sum(sizes.restored(count) for sizes, count in zip(choices, counts, strict=True))
     # Sites that had to be rounded down have lost more than was asked for: others get units back, the cheapest first.
-    steps = [step for index, rounding in enumerate(roundings) if (step := rounding.step_up(counts[index], index))]
+    steps = [step for index, sizes in enumerate(choices) if (step := sizes.step_up(counts[index], index))]
     heapq.heapify(steps)
     while left < 0:
         if not steps:
-            least = sum(r.step_cost * (r.together[0].units_per_run - r.sizes[-1]) for r in roundings)
+            least = sum(r.step_cost * (r.together[0].units_per_run - r.allowed[-1]) for r in choices)
             amount = f"{least:,} parameters" if cost is None else cost.say(least)
-            rule = f"budget.tensor_parallel: {tensor_parallel} devices can share every layer"
-            if head_counts:
-                rule = f"budget.head_counts: {head_counts} distinct numbers of key/value heads are possible"
+            rule = f"budget.tensor_parallel: {rounding.tensor_parallel} devices can share every layer"
+            if rounding.head_counts:
+                rule = f"budget.head_counts: {rounding.head_counts} distinct numbers of key/value heads are possible"
             raise BudgetError(
                 f"{rule} only if at least {amount} are removed; raise budget.ratio (or lower another budget), or "
-                f"choose a {'larger' if head_counts else 'smaller'} number"
+                f"choose a {'larger' if rounding.head_counts else 'smaller'} number"
             )
         restored, _, index, counts[index] = heapq.heappop(steps)
         left += restored
-        if step := roundings[index].step_up(counts[index], index):
+        if step := choices[index].step_up(counts[index], index):
             heapq.heappush(steps, step)
-    order = sorted(range(len(roundings)), key=lambda index: roundings[index].before - roundings[index].down)
+    order = sorted(range(len(choices)), key=lambda index: choices[index].before - choices[index].down)
     for index in order:
-        rounding = roundings[index]
-        lost = rounding.step_cost * (counts[index] - rounding.down)
-        if 0 < rounding.down < counts[index] and lost <= left:
-            counts[index] = rounding.down
+        sizes = choices[index]
+        lost = sizes.step_cost * (counts[index] - sizes.down)
+        if 0 < sizes.down < counts[index] and lost <= left:
+            counts[index] = sizes.down
             left -= lost
     keep = {name: units for name, units in plan.keep.items() if not units}
-    for rounding, count in zip(roundings, counts, strict=True):
-        for site in rounding.together:
+    for sizes, count in zip(choices, counts, strict=True):
+        for site in sizes.together:
             keep[site.name] = _choose(site, plan.keep[site.name], scores.get(site.name), count)
     return PruningPlan({name: keep[name] for name in plan.keep})
 
@@ -137,34 +133,33 @@ def warn_of_unaligned_widths(sites: Sequence[Site], plan: PruningPlan) -> None:
 
 
 @dataclass(frozen=True)
-class _Rounding:
-    """Sites that keep the same number of units in each of their runs.
+class _Sizes:
+    """The sizes of sites that keep the same number of units in each of their runs.
 
     Args:
         together: the sites.
         before: the number in the plan.
-        sizes: all allowed numbers, ascending.
+        allowed: all numbers that they may keep, ascending.
         step_cost: cost of one additional unit in each run.
     """
 
     together: list[Site]
     before: int
-    sizes: Sequence[int]
+    allowed: Sequence[int]
     step_cost: int
 
     @classmethod
-    def of(
-        cls, together: list[Site], plan: PruningPlan, multiple_of: int, devices: int, cost: Cost | None
-    ) -> _Rounding:
+    def of(cls, together: list[Site], plan: PruningPlan, rounding: Rounding, cost: Cost | None) -> _Sizes:
         site = together[0]
         kept, whole = len(plan.keep[site.name]) // site.runs, site.units_per_run
+        multiple_of, devices = rounding.multiple_of, rounding.tensor_parallel
         step = multiple_of // math.gcd(multiple_of, site.runs * site.channels_per_unit)
         if site.kind == "mixture":
             step = 1
         # Experts whose channels are gone do not come back.
         aligned = [kept] if site.nested else [*range(step, whole, step), whole]
-        sizes = [count for count in aligned if can_share(site, count * site.runs, devices)]
-        if not sizes:
+        allowed = [count for count in aligned if can_share(site, count * site.runs, devices)]
+        if not allowed:
             width = "width" if site.kind == "mlp" else f"heads ({site.heads} with {site.kv_heads} key/value heads)"
             rule = f" to multiples of {multiple_of}" if multiple_of > 1 else ""
             raise BudgetError(
@@ -172,19 +167,19 @@ class _Rounding:
                 "share it; choose a smaller number"
             )
         step_cost = sum(site.runs * (cost.of(site) if cost else site.params_per_unit) for site in together)
-        return cls(together, kept, sizes, step_cost)
+        return cls(together, kept, allowed, step_cost)
 
     @property
     def down(self) -> int:
         """The largest allowed number up to ``before``; 0 if there is none."""
-        at = bisect_right(self.sizes, self.before)
-        return self.sizes[at - 1] if at else 0
+        at = bisect_right(self.allowed, self.before)
+        return self.allowed[at - 1] if at else 0
 
     @property
     def up(self) -> int:
         """The smallest allowed number from ``before`` on; 0 if there is none."""
-        at = bisect_left(self.sizes, self.before)
-        return self.sizes[at] if at < len(self.sizes) else 0
+        at = bisect_left(self.allowed, self.before)
+        return self.allowed[at] if at < len(self.allowed) else 0
 
     @property
     def least(self) -> int:
@@ -194,7 +189,7 @@ class _Rounding:
     @property
     def nearest(self) -> int:
         """The allowed number nearest to ``before``; of two, the smaller."""
-        return min(self.sizes, key=lambda size: abs(size - self.before))
+        return min(self.allowed, key=lambda size: abs(size - self.before))
 
     def restored(self, count: int) -> int:
         """Return what is restored if the sites keep a number of units per run, and not ``before``."""
@@ -206,10 +201,10 @@ class _Rounding:
         Returns:
             The cost; the units that come back in all, so that sites of equal cost take turns; the index; the size.
         """
-        at = bisect_right(self.sizes, count)
-        if at == len(self.sizes):
+        at = bisect_right(self.allowed, count)
+        if at == len(self.allowed):
             return None
-        larger = self.sizes[at]
+        larger = self.allowed[at]
         return self.step_cost * (larger - count), larger - self.before, index, larger
 
     def kv_heads(self, count: int) -> int:
@@ -217,18 +212,18 @@ class _Rounding:
         site = self.together[0]
         return site.sizes(count * site.runs)["K"]
 
-    def limited(self, numbers: Sequence[int]) -> _Rounding:
+    def limited(self, numbers: Sequence[int]) -> _Sizes:
         """Allow an attention only some numbers of key/value heads; other sites stay as they are."""
         if self.together[0].kind != "attention":
             return self
-        return replace(self, sizes=[size for size in self.sizes if self.kv_heads(size) in numbers])
+        return replace(self, allowed=[size for size in self.allowed if self.kv_heads(size) in numbers])
 
     def changed(self) -> int | float:
         """Return the cost of the units that change at least; infinity if no size is allowed."""
-        return min((abs(self.restored(size)) for size in self.sizes), default=math.inf)
+        return min((abs(self.restored(size)) for size in self.allowed), default=math.inf)
 
 
-def _limit_head_counts(roundings: Sequence[_Rounding], number: int) -> list[_Rounding]:
+def _limit_head_counts(choices: Sequence[_Sizes], number: int) -> list[_Sizes]:
     """Allow attentions only so many different numbers of key/value heads.
 
     Numbers go one after the other, always the one without which the fewest units change. Then the largest is raised
@@ -237,28 +232,28 @@ def _limit_head_counts(roundings: Sequence[_Rounding], number: int) -> list[_Rou
     Raises:
         BudgetError: the attentions have no such numbers in common.
     """
-    heads = [rounding for rounding in roundings if rounding.together[0].kind == "attention"]
+    heads = [sizes for sizes in choices if sizes.together[0].kind == "attention"]
     if not heads:
-        return list(roundings)
-    allowed = sorted({rounding.kv_heads(size) for rounding in heads for size in rounding.sizes})
-    numbers = sorted({rounding.kv_heads(rounding.nearest) for rounding in heads})
+        return list(choices)
+    possible = sorted({sizes.kv_heads(size) for sizes in heads for size in sizes.allowed})
+    numbers = sorted({sizes.kv_heads(sizes.nearest) for sizes in heads})
     while len(numbers) > number:
         without = [[other for other in numbers if other != gone] for gone in numbers]
-        numbers = min(without, key=lambda some: sum(rounding.limited(some).changed() for rounding in heads))
+        numbers = min(without, key=lambda some: sum(sizes.limited(some).changed() for sizes in heads))
 
     def restored(numbers: Sequence[int], *, most: bool) -> float:
         """Return what comes back if all sites are rounded up, or down; infinity if one of them has no size."""
-        found = [rounding.limited(numbers) for rounding in roundings]
-        if not all(rounding.sizes for rounding in found):
+        found = [sizes.limited(numbers) for sizes in choices]
+        if not all(sizes.allowed for sizes in found):
             return math.inf
-        return sum(rounding.restored(rounding.sizes[-1] if most else rounding.least) for rounding in found)
+        return sum(sizes.restored(sizes.allowed[-1] if most else sizes.least) for sizes in found)
 
-    for larger in allowed[bisect_right(allowed, numbers[-1]) :]:
+    for larger in possible[bisect_right(possible, numbers[-1]) :]:
         more = [*numbers[:-1], larger]
         if restored(numbers, most=True) >= 0 or restored(more, most=True) == math.inf:
             break
         numbers = more
-    for smaller in reversed(allowed[: bisect_left(allowed, numbers[0])]):
+    for smaller in reversed(possible[: bisect_left(possible, numbers[0])]):
         fewer = [smaller, *numbers[1:]]
         if restored(numbers, most=False) <= 0 or not 0 <= restored(fewer, most=True) < math.inf:
             break
@@ -268,7 +263,7 @@ def _limit_head_counts(roundings: Sequence[_Rounding], number: int) -> list[_Rou
             f"budget.head_counts: the attentions differ in size, and cannot all keep one of {number} numbers of "
             "key/value heads; choose a larger number"
         )
-    return [rounding.limited(numbers) for rounding in roundings]
+    return [sizes.limited(numbers) for sizes in choices]
 
 
 def _choose(site: Site, keep: Sequence[int], scores: Tensor | None, count: int) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ from flapkit.run.dtypes import DTypes, choose_dtypes
 from flapkit.run.executors import open_runtime
 from flapkit.run.target import Target
 from flapkit.system.errors import ModelError, RecipeError
-from flapkit.text.source import Purpose, TextSource
+from flapkit.text.named import Purpose
+from flapkit.text.source import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

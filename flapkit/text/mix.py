@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flapkit.system.errors import DataError
-from flapkit.text.source import Purpose, Render, TextSource
+from flapkit.text.named import Purpose
+from flapkit.text.source import Render, TextSource
 from flapkit.text.windows import TokenStore, draw_windows
 
 if TYPE_CHECKING:

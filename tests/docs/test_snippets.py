@@ -23,8 +23,8 @@ from conftest import write_recipe
 
 import flapkit
 from flapkit.checkpoint.card import CARD
-from flapkit.text import source
-from flapkit.text.source import stdlib_documents
+from flapkit.text import places
+from flapkit.text.stdlib import stdlib_documents
 
 BEFORE = {
     "README.md: import flapkit": """
@@ -150,7 +150,7 @@ def test_snippets_run_and_ask_nothing(runs, monkeypatch):
     (runs / "largest.py").write_text(next(code for place, code in found.items() if "statistic.md: # largest" in place))
     monkeypatch.syspath_prepend(runs)
     few = stdlib_documents("train")[:10]  # The tokens of all of them take minutes.
-    monkeypatch.setattr(source, "stdlib_documents", lambda split: few)
+    monkeypatch.setattr(places, "stdlib_documents", lambda split: few)
 
     plain = {place: code for place, code in ours.items() if place.startswith(WITHOUT_FLAPKIT)}
     # The process starts in the folder, where only the installed packages are found; flapkit is hidden from it.

@@ -16,15 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from flapkit.system.errors import DataError
-from flapkit.text.source import (
-    DATASETS,
-    NamedDataset,
-    Purpose,
-    TextSource,
-    is_held_out,
-    stdlib_documents,
-    stdlib_modules,
-)
+from flapkit.text.named import DATASETS, NamedDataset, Purpose
+from flapkit.text.source import TextSource
+from flapkit.text.stdlib import is_held_out, stdlib_documents, stdlib_modules
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

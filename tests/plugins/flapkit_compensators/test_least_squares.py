@@ -22,7 +22,7 @@ from flapkit.pruning.components import needed_statistics
 from flapkit.pruning.statistics import Gram, HeldOutGram
 from flapkit.pruning.trials import perplexity_of, running
 from flapkit.system.errors import CalibrationError
-from flapkit.text.source import stdlib_documents
+from flapkit.text.stdlib import stdlib_documents
 from flapkit.text.windows import encode
 
 KEEP = (0, 2, 3)
