@@ -31,7 +31,7 @@ from flapkit.execution.runtime import Runtime, quietly
 from flapkit.model.site import Site
 from flapkit.pruning.collector import Batch
 from flapkit.pruning.gates import GatedModel, Gates
-from flapkit.pruning.recovery import HELD_OUT_ONE_IN, Recovery, Trainable, Training
+from flapkit.pruning.recovery import VALIDATION_ONE_IN, Recovery, Trainable, Training
 from flapkit.system.errors import CalibrationError, DataError, OutputError
 from flapkit.system.json_files import read_object
 from flapkit.system.processes import broadcast_from_rank0
@@ -153,12 +153,12 @@ def take_windows(training: Training, tokens: Tensor) -> RecoveryText:
     Raises:
         DataError: there are fewer than ten windows, or the tokens have a wrong shape or dtype.
     """
-    if tokens.dim() != 2 or tokens.dtype != torch.long or len(tokens) < HELD_OUT_ONE_IN:
+    if tokens.dim() != 2 or tokens.dtype != torch.long or len(tokens) < VALIDATION_ONE_IN:
         raise DataError(
-            f"recovery text: expected tokens as a LongTensor [windows, tokens] of at least {HELD_OUT_ONE_IN} windows, "
-            f"got {tokens.dtype} {list(tokens.shape)}"
+            "recovery text: expected tokens as a LongTensor [windows, tokens] of at least "
+            f"{VALIDATION_ONE_IN} windows, got {tokens.dtype} {list(tokens.shape)}"
         )
-    validating = held_out(len(tokens), HELD_OUT_ONE_IN)
+    validating = held_out(len(tokens), VALIDATION_ONE_IN)
     seen = tokens.cpu()[~validating]
     order = _shuffled(len(seen), training.steps * training.batch_size, training.seed)
     return RecoveryText(seen[order], tokens.cpu()[validating][: training.validation_windows])

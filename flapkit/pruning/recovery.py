@@ -19,7 +19,7 @@ from flapkit.text.source import Dataset, Split, Subset, TextField, TextSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HELD_OUT_ONE_IN = 10
+VALIDATION_ONE_IN = 10
 """One document in this many is held out of the recovery text, to choose the best step."""
 
 
@@ -72,7 +72,12 @@ class Training:
         """
         if self.dataset is None:
             return calibration
-        return TextMix.of(TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field))
+        own = TextSource(dataset=self.dataset, subset=self.subset, split=self.split, field=self.field)
+        return TextMix.of(own, "recovery text")
+
+    def validation_source(self) -> TextMix | None:
+        """Return where the validation text comes from; None to hold out a part of the training text."""
+        return None if self.validation is None else TextMix.of(self.validation, "validation text of the recovery")
 
 
 class Trainable(Protocol):
@@ -152,13 +157,13 @@ def hold_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         The documents to train on, and those to validate on.
     """
-    if len(documents) >= HELD_OUT_ONE_IN:
-        held_out = [document for index, document in enumerate(documents) if _is_held_out(index)]
-        return [document for index, document in enumerate(documents) if not _is_held_out(index)], held_out
-    ends = [len(document) - len(document) // HELD_OUT_ONE_IN for document in documents]
+    if len(documents) >= VALIDATION_ONE_IN:
+        held_out = [document for index, document in enumerate(documents) if _validates(index)]
+        return [document for index, document in enumerate(documents) if not _validates(index)], held_out
+    ends = [len(document) - len(document) // VALIDATION_ONE_IN for document in documents]
     cut = list(zip(documents, ends, strict=True))
     return [document[:end] for document, end in cut], [document[end:] for document, end in cut]
 
 
-def _is_held_out(index: int) -> bool:
-    return index % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
+def _validates(index: int) -> bool:
+    return index % VALIDATION_ONE_IN == VALIDATION_ONE_IN - 1

@@ -91,7 +91,7 @@ def check(recipe: LoadedRecipe, *, overwrite: bool = False, force: bool = False)
         training = {} if recovery is None else recovery_length(recovery.training)
         check_lengths(skeleton(target.config), run_lengths(settings, tokenizer, target.adapter) | training)
     if recovery is not None:
-        recovery_source(recovery.training, settings).check("calibration")
+        recovery_source(recovery.training, settings)
     runtime = open_runtime(settings.trainer)
     dtypes = choose_dtypes(settings.model, target.config, runtime.device)
     empty = empty_model(target, dtypes)

@@ -170,20 +170,20 @@ def calibration_windows(
 
 
 def recovery_source(training: Training, recipe: Recipe) -> TextMix:
-    """Return where a recovery's training text comes from.
+    """Return where a recovery's training text comes from. All its text is checked, as by ``check_text``.
 
     Raises:
+        DataError: the first problem of a text.
         RecipeError: training or validation text is evaluated as well, which would make the figure meaningless.
     """
-    mix = training.source(recipe.calibration.text)
-    used_for = [(source, "train") for source in mix.sources]
-    if training.validation is not None:
-        used_for.append((training.validation, "validate"))
+    mix, validating = training.source(recipe.calibration.text), training.validation_source()
+    used_for = [(mix, "train")] if validating is None else [(mix, "train"), (validating, "validate")]
     for used, purpose in used_for:
-        for evaluation in recipe.evaluate.perplexity:
-            if used.shares_text(evaluation):
+        used.check("calibration")
+        for source in used.sources:
+            if any(source.shares_text(evaluation) for evaluation in recipe.evaluate.perplexity):
                 raise RecipeError(
-                    f"compensator: the recovery would {purpose} on {used.dataset}, and `evaluate` measures the "
+                    f"compensator: the recovery would {purpose} on {source.dataset}, and `evaluate` measures the "
                     "perplexity of the same text; choose other text for one of them"
                 )
     return mix
@@ -301,12 +301,13 @@ def read_recovery_text(
     """
     render = renderer(target.adapter, tokenizer)
     texts = mix.documents("calibration", render)
-    if training.validation is None:
+    validating = training.validation_source()
+    if validating is None:
         halves = [hold_out(documents.texts) for documents in texts]
         held_out = [replace(documents, texts=rest) for documents, (_, rest) in zip(texts, halves, strict=True)]
         texts = [replace(documents, texts=first) for documents, (first, _) in zip(texts, halves, strict=True)]
     else:
-        held_out = TextMix.of(training.validation).documents("calibration", render)
+        held_out = validating.documents("calibration", render)
 
     def draw(documents: Sequence[Documents], samples: int) -> Tensor:
         return draw_mix(

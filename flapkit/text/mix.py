@@ -61,9 +61,14 @@ class TextMix:
     keys: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: TextSource) -> TextMix:
-        """Return a single source as a mix."""
-        return cls((source,), (1.0,), ("",))
+    def of(cls, source: TextSource, key: str = "") -> TextMix:
+        """Return a single source as a mix.
+
+        Args:
+            source: the source.
+            key: how messages call it; by default they name its dataset alone.
+        """
+        return cls((source,), (1.0,), (key,))
 
     @property
     def title(self) -> str:

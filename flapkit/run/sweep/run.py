@@ -92,7 +92,7 @@ def check_sweep(sweep: Sweep) -> None:
             if isinstance(point.recipe.searcher, TrainedSearcher):
                 check_gated(target.sites)
             if (recovery := recovery_of(point.recipe.compensators)) is not None:
-                recovery_source(recovery.training, settings).check("calibration")
+                recovery_source(recovery.training, settings)
                 lengths |= recovery_length(recovery.training)
             if (settings.model, lengths) not in checked:
                 checked.append((settings.model, lengths))

@@ -37,9 +37,10 @@ def test_divergence_is_what_torch_says_of_each_token():
 def test_the_calibrations_text_is_the_default():
     calibration = TextMix.of(TextSource(dataset="stdlib", split="train"))
     assert Training().source(calibration) == calibration
-    assert Training(dataset="wikitext2", split="train").source(calibration) == TextMix.of(
-        TextSource(dataset="wikitext2", split="train")
-    )
+    own = TextSource(dataset="wikitext2", split="train")
+    assert Training(dataset="wikitext2", split="train").source(calibration).sources == (own,)
+    assert Training().validation_source() is None
+    assert Training(validation=own).validation_source().sources == (own,)
 
 
 def test_a_split_of_no_dataset():

@@ -10,11 +10,19 @@ from flapkit_adapters.vicuna import SYSTEM, Vicuna
 
 from flapkit.checkpoint.load import load, load_tokenizer
 from flapkit.evaluation.samples import write_samples
+from flapkit.pruning.components import recovery_of
 from flapkit.recipe.load import load_recipe
 from flapkit.recipe.schema import Evaluate, Perplexity, Samples
 from flapkit.run.check import check
 from flapkit.run.pipeline import run
-from flapkit.run.text import check_evaluation, check_text, name_evaluations, render_prompts, renderer
+from flapkit.run.text import (
+    check_evaluation,
+    check_text,
+    name_evaluations,
+    recovery_source,
+    render_prompts,
+    renderer,
+)
 from flapkit.system.errors import DataError, RecipeError
 
 TEMPLATE = (
@@ -50,6 +58,19 @@ def test_a_missing_file_is_named_with_its_key_and_folder(home):
         check_evaluation(Evaluate(perplexity=(Perplexity(dataset="stdlib"), Perplexity(dataset="./none.txt"))))
     with pytest.raises(DataError, match=f"^calibration: {missing}: file or folder not found"):
         check_text(load_recipe(write_recipe(home), ["calibration.dataset=none.txt"]).recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("dataset: none.txt", "recovery text"),
+        ("dataset: stdlib, validation: {dataset: none.txt}", "validation text of the recovery"),
+    ],
+)
+def test_a_missing_recovery_text_is_named_before_anything_runs(home, options, text):
+    recipe = load_recipe(write_recipe(home), [f"compensator=[bias, {{name: lora, {options}}}]"])
+    with pytest.raises(DataError, match=f"^{text}: {home / 'none.txt'}: file or folder not found"):
+        recovery_source(recovery_of(recipe.compensators).training, recipe.recipe)
 
 
 def test_equal_names_are_numbered():
