@@ -89,8 +89,7 @@ def main() -> None:
     for budget in budgets(dense, asked.latency):
         given = [
             f"budget={budget}",
-            f"model={{path: {asked.model}, dtype: float32}}",
-            "save_dtype=float32",
+            f"model={{path: {asked.model}, dtype: float32, save_dtype: float32}}",
             "evaluate={}",
         ]
         if "latency" in budget:
