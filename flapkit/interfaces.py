@@ -22,6 +22,7 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.resize import count_rows, is_conv1d, is_linear, rows_of, tensor_of
 from flapkit.model.site import Coupling, Kind, Site, groups
 from flapkit.model.surgery import Correction
+from flapkit.pruning.angles import Angles
 from flapkit.pruning.components import (
     Compensator,
     ImportanceMetric,
@@ -30,8 +31,19 @@ from flapkit.pruning.components import (
     TrainedSearcher,
     TrialSearcher,
 )
+from flapkit.pruning.contributions import Contributions
 from flapkit.pruning.gates import Gates
+from flapkit.pruning.gram import (
+    FittedGram,
+    FittedTargetGram,
+    Gram,
+    HeldOutGram,
+    HeldOutTargetGram,
+    TargetGram,
+    UnitGram,
+)
 from flapkit.pruning.knapsack import remove_cheapest
+from flapkit.pruning.moments import Moments, Spread
 from flapkit.pruning.ranking import (
     layer_ratios,
     raise_attention,
@@ -43,23 +55,7 @@ from flapkit.pruning.ranking import (
     whole_units,
 )
 from flapkit.pruning.recovery import Recovery, Trainable, Training, divergence, next_token_loss
-from flapkit.pruning.statistics import (
-    Angles,
-    Contributions,
-    FittedGram,
-    FittedTargetGram,
-    GradientStatistic,
-    Gram,
-    HeldOutGram,
-    HeldOutTargetGram,
-    LayerStatistic,
-    Moments,
-    SiteStatistics,
-    Spread,
-    Statistic,
-    TargetGram,
-    UnitGram,
-)
+from flapkit.pruning.statistics import GradientStatistic, LayerStatistic, SiteStatistics, Statistic
 from flapkit.system.errors import (
     BudgetError,
     CalibrationError,

@@ -45,7 +45,7 @@ from flapkit.model.verify import (
     verify_without_blocks,
 )
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.system.errors import FlapkitError, ModelError
 
 BASE = "default"

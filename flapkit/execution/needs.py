@@ -12,7 +12,8 @@ from flapkit.execution.stream import layers_of
 from flapkit.model.site import Site, by_layer
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.components import TrialSearcher, corrector_of
-from flapkit.pruning.statistics import Gram, size_of, split_by_memory
+from flapkit.pruning.gram import Gram
+from flapkit.pruning.statistics import size_of, split_by_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

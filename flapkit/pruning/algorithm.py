@@ -26,9 +26,10 @@ from flapkit.pruning.components import (
     corrector_of,
     needed_statistics,
 )
+from flapkit.pruning.moments import Moments
 from flapkit.pruning.rounding import can_share, round_plan
 from flapkit.pruning.site_errors import predict_squared_error
-from flapkit.pruning.statistics import Moments, Statistic
+from flapkit.pruning.statistics import Statistic
 from flapkit.system.errors import BudgetError, CalibrationError, FlapkitError, InputError, PluginError, RecipeError
 from flapkit.system.float64 import with_float64
 from flapkit.system.sizes import counted

@@ -27,7 +27,8 @@ from flapkit.model.surgery import consumer_of, mask_
 from flapkit.pruning.algorithm import Repairs, find_corrections
 from flapkit.pruning.collector import AllSeen, Batch, Collector, Statistics
 from flapkit.pruning.components import Compensator, corrector_of
-from flapkit.pruning.statistics import SiteStatistics, Statistic, TargetGram
+from flapkit.pruning.gram import TargetGram
+from flapkit.pruning.statistics import SiteStatistics, Statistic
 from flapkit.system.float64 import with_float64
 
 if TYPE_CHECKING:

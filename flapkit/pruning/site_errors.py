@@ -15,7 +15,9 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site, groups, renumbered
 from flapkit.model.surgery import Correction, bias_of, weight_of
 from flapkit.pruning.collector import Batch, Statistics
-from flapkit.pruning.statistics import FittedGram, Gram, HeldOutGram, Moments, SiteStatistics, Spread, Statistic
+from flapkit.pruning.gram import FittedGram, Gram, HeldOutGram
+from flapkit.pruning.moments import Moments, Spread
+from flapkit.pruning.statistics import SiteStatistics, Statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -37,8 +37,8 @@ from flapkit.model.site import Site
 from flapkit.model.surgery import apply_plan_, consumer_of, slice_
 from flapkit.pruning.algorithm import Method, find_corrections, find_plan, score_sites
 from flapkit.pruning.collector import measure
+from flapkit.pruning.moments import Moments
 from flapkit.pruning.ranking import raise_attention, standardise
-from flapkit.pruning.statistics import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 BATCH = 16

@@ -20,7 +20,8 @@ from flapkit.model.budget import Budget
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import Batch, measure, run_batch
-from flapkit.pruning.statistics import FittedGram, Gram, HeldOutGram, Moments
+from flapkit.pruning.gram import FittedGram, Gram, HeldOutGram
+from flapkit.pruning.moments import Moments
 from flapkit.registry import COMPENSATOR, SEARCHER, Registry
 
 

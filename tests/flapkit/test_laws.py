@@ -15,7 +15,7 @@ from flapkit.model.surgery import apply_plan_, mask_, slice_
 from flapkit.pruning.algorithm import find_corrections, find_plan, score_sites
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 

@@ -11,7 +11,8 @@ import torch
 
 from flapkit.model.site import Site
 from flapkit.pruning.components import ImportanceMetric
-from flapkit.pruning.statistics import Moments, SiteStatistics
+from flapkit.pruning.moments import Moments
+from flapkit.pruning.statistics import SiteStatistics
 from flapkit.registry import METRIC, Registry
 from flapkit.system.errors import PluginError
 

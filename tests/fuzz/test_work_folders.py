@@ -24,7 +24,7 @@ from flapkit.execution.stream import HiddenStates
 from flapkit.execution.training import Workplace
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import Repairs
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.system.workdir import WorkDir, open_workdir
 
 SITES = make_sites(1)

@@ -21,7 +21,8 @@ from flapkit.execution.record_files import FORMAT
 from flapkit.execution.runtime import Runtime
 from flapkit.execution.whole import WholeExecutor
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Gram, HeldOutGram, Moments
+from flapkit.pruning.gram import Gram, HeldOutGram
+from flapkit.pruning.moments import Moments
 from flapkit.system.paths import cache_folder
 
 RUNTIME = Runtime({"accelerator": "cpu", "devices": 1})

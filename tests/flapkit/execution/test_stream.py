@@ -13,7 +13,7 @@ from flapkit.model.classes import IMAGE_TEXT
 from flapkit.model.empty import auto_class
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import Collector, measure
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.registry import ADAPTER, Registry
 from flapkit.system.errors import ModelError
 

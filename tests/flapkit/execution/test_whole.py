@@ -15,7 +15,9 @@ from flapkit.execution.whole import WholeExecutor
 from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import Collector, measure
-from flapkit.pruning.statistics import Gram, HeldOutGram, Moments, UnitGram, size_of, split_by_memory
+from flapkit.pruning.gram import Gram, HeldOutGram, UnitGram
+from flapkit.pruning.moments import Moments
+from flapkit.pruning.statistics import size_of, split_by_memory
 from flapkit.registry import METRIC, SEARCHER, Registry
 from flapkit.system.errors import RecipeError
 

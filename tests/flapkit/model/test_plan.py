@@ -16,7 +16,8 @@ from flapkit.model.plan import PruningPlan
 from flapkit.model.site import Site
 from flapkit.model.surgery import Correction
 from flapkit.pruning.algorithm import Pruned
-from flapkit.pruning.statistics import Moments, SiteStatistics
+from flapkit.pruning.moments import Moments
+from flapkit.pruning.statistics import SiteStatistics
 from flapkit.system.errors import BudgetError, InputError
 
 SITES = (

@@ -12,7 +12,7 @@ from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.model.verify import logits_of
 from flapkit.pruning.collector import Collector, measure
 from flapkit.pruning.experts import watch
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.system.errors import CalibrationError, ModelError
 
 

@@ -19,8 +19,9 @@ from flapkit.model.plan import PruningPlan
 from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import measure, run_batch
 from flapkit.pruning.components import Compensator
+from flapkit.pruning.gram import Gram
+from flapkit.pruning.moments import Moments
 from flapkit.pruning.ranking import standardise
-from flapkit.pruning.statistics import Gram, Moments
 from flapkit.registry import COMPENSATOR, METRIC, Registry
 from flapkit.system.errors import CalibrationError, DataError, ModelError
 

@@ -15,8 +15,8 @@ from flapkit.model.site import groups
 from flapkit.model.surgery import copy_sharing_weights, mask_
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.algorithm import Repairs
+from flapkit.pruning.gram import Gram, TargetGram
 from flapkit.pruning.sequential import LayerRepair, adds_outputs, copy_layer
-from flapkit.pruning.statistics import Gram, TargetGram
 
 
 def layer_repair(model, index, tokens, before=None):

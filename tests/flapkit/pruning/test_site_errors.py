@@ -14,8 +14,8 @@ from flapkit.model.budget import Budget
 from flapkit.pruning import site_errors
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
+from flapkit.pruning.gram import Gram
 from flapkit.pruning.site_errors import Trace
-from flapkit.pruning.statistics import Gram
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 
 

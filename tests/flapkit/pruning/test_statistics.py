@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flapkit.pruning.statistics import Gram, Moments, SiteStatistics, UnitGram
+from flapkit.pruning.gram import Gram, UnitGram
+from flapkit.pruning.moments import Moments
+from flapkit.pruning.statistics import SiteStatistics
 from flapkit.system.errors import CalibrationError
 
 

@@ -23,7 +23,8 @@ from flapkit.execution.training import learn_plan
 from flapkit.model.budget import Budget
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.collector import measure, run_batch
-from flapkit.pruning.statistics import Gram, size_of
+from flapkit.pruning.gram import Gram
+from flapkit.pruning.statistics import size_of
 from flapkit.recipe.load import load_recipe
 from flapkit.run import estimate
 from flapkit.run.budget import open_budget

@@ -19,7 +19,7 @@ from flapkit.model.surgery import apply_plan_
 from flapkit.pruning.algorithm import find_corrections
 from flapkit.pruning.collector import measure
 from flapkit.pruning.components import needed_statistics
-from flapkit.pruning.statistics import Gram, HeldOutGram
+from flapkit.pruning.gram import Gram, HeldOutGram
 from flapkit.pruning.trials import perplexity_of, running
 from flapkit.system.errors import CalibrationError
 from flapkit.text.stdlib import stdlib_documents

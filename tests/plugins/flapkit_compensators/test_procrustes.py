@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import flapkit
 from flapkit.api import PruneOptions
-from flapkit.pruning.statistics import Gram, SiteStatistics, TargetGram
+from flapkit.pruning.gram import Gram, TargetGram
+from flapkit.pruning.statistics import SiteStatistics
 
 KEPT = [0, 2, 3, 4, 5]
 

@@ -10,7 +10,8 @@ from planted import site_of
 
 import flapkit
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Gram, SiteStatistics
+from flapkit.pruning.gram import Gram
+from flapkit.pruning.statistics import SiteStatistics
 
 
 def statistics(x, gradient, units):

@@ -8,7 +8,7 @@ import torch
 from flapkit.model.tiny import tiny_config, tiny_model
 from flapkit.pruning.algorithm import score_sites
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Contributions
+from flapkit.pruning.contributions import Contributions
 from flapkit.registry import ADAPTER, METRIC, Registry
 
 TOKENS = torch.randint(2, 96, (12, 10), generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,8 @@ from conftest import make_llama
 import flapkit
 from flapkit.model.budget import Budget
 from flapkit.model.tiny import tiny_config, tiny_model
+from flapkit.pruning.angles import Angles
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Angles
 from flapkit.registry import METRIC, SEARCHER, Registry
 from flapkit.system.errors import BudgetError
 

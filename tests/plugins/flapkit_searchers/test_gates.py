@@ -25,7 +25,8 @@ from flapkit.model.surgery import Correction, apply_plan_
 from flapkit.pruning.algorithm import find_plan
 from flapkit.pruning.collector import measure
 from flapkit.pruning.gates import GatedModel
-from flapkit.pruning.statistics import Gram, Moments
+from flapkit.pruning.gram import Gram
+from flapkit.pruning.moments import Moments
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, InputError, ModelError, RunError
 

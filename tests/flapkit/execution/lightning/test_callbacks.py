@@ -19,7 +19,7 @@ from flapkit.model.budget import Budget
 from flapkit.model.history import plan_of
 from flapkit.pruning.algorithm import Method
 from flapkit.pruning.collector import measure
-from flapkit.pruning.statistics import Moments
+from flapkit.pruning.moments import Moments
 from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, RecipeError, RunError
 from flapkit.text.windows import cut_windows
