@@ -93,9 +93,8 @@ class TextSource(Section):
         Raises:
             DataError: the data cannot be found or read, or has no text.
         """
-        place = self._place(purpose)
-        place.check(self._field)
-        documents = [self._document(value, where, render) for value, where in place.rows(self._field)]
+        rows = self._place(purpose).rows(self._field)
+        documents = [self._document(value, where, render) for value, where in rows]
         if not any(document.strip() for document in documents):
             amount = f"{counted(len(documents), 'document')}, all empty" if documents else "it has no rows"
             raise DataError(f"{self.dataset}: no text: {amount}")
