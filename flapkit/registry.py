@@ -10,6 +10,7 @@ import importlib.util
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -146,13 +147,7 @@ class Registry:
         Raises:
             PluginError: no plugin offers the name, or an option is unknown or has a wrong type or value.
         """
-        component = self.get(kind, name)
-        try:
-            return pydantic.TypeAdapter(component).validate_python(dict(options or {}))
-        except pydantic.ValidationError as error:
-            known = [field.name for field in dataclasses.fields(cast("Any", component))]
-            problems = "; ".join(_describe(problem, known) for problem in error.errors())
-            raise PluginError(f"{kind.name} {name!r}: {problems}") from error
+        return _checked(kind, self.get(kind, name), options or {})
 
     def build(self, kind: ComponentKind[C], chosen: C | Choice) -> C:
         """Return a component from a choice.
@@ -165,6 +160,13 @@ class Registry:
             PluginError: it is none of these, no plugin offers the name, or an option is wrong.
         """
         if isinstance(chosen, kind.interface):
+            if dataclasses.is_dataclass(chosen):
+                options = {
+                    field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen) if field.init
+                }
+                # An object may have options that no recipe can hold, such as a tensor: these are its own to check.
+                with suppress(pydantic.PydanticUserError, pydantic.PydanticUndefinedAnnotation):
+                    _checked(kind, type(chosen), options)
             return chosen
         if isinstance(chosen, str):
             return self.create(kind, chosen)
@@ -323,6 +325,20 @@ def _call(hook: Any, origin: str) -> list[Any]:
             f"plugin {origin}: hook {hook.__name__} failed: {type(error).__name__}: {error}; "
             "it must return an iterable of classes"
         ) from error
+
+
+def _checked(kind: ComponentKind[C], component: type[C], options: Mapping[str, Any]) -> C:
+    """Build a component with options that its fields' types check and convert.
+
+    Raises:
+        PluginError: an option is unknown or has a wrong type or value.
+    """
+    try:
+        return pydantic.TypeAdapter(component).validate_python(dict(options))
+    except pydantic.ValidationError as error:
+        known = [field.name for field in dataclasses.fields(cast("Any", component))]
+        problems = "; ".join(_describe(problem, known) for problem in error.errors())
+        raise PluginError(f"{kind.name} {component.name!r}: {problems}") from error
 
 
 def _describe(problem: Any, known: Sequence[str]) -> str:

@@ -31,6 +31,25 @@ class Gram(SpreadStatistic):
     def __init__(self, channels: int, blocks: int = 1) -> None:
         super().__init__(channels)
         self.blocks = blocks
+        self._is_whole = False
+
+    @property
+    def spread(self) -> Spread:
+        """What was seen. Text is added to one half of wide products; the other half is filled in here."""
+        spread = super().spread
+        if not self._is_whole:
+            _mirror_(spread.squares)
+            self._is_whole = True
+        return spread
+
+    def _keep(self, spread: Spread) -> None:
+        super()._keep(spread)
+        self._is_whole = False
+
+    def is_finite(self) -> bool:
+        """Tell whether all inputs so far were finite: no product is larger than the squares of its channels."""
+        squares = self._squares.diagonal(dim1=-2, dim2=-1) if self._squares.dim() == 3 else self._squares
+        return bool(torch.isfinite(self._mean).all() and torch.isfinite(squares).all())
 
     def _empty(self, device: torch.device) -> Spread:
         width = self.channels // self.blocks
@@ -60,6 +79,7 @@ class Gram(SpreadStatistic):
         rows[-1] = delta * (seen * batch / (seen + batch)).sqrt()
         # Mixed precision would round the products.
         with torch.autocast(x.device.type, enabled=False):
+            self._is_whole = False
             _add_products_(self._squares, rows.view(len(rows), self.blocks, -1).transpose(0, 1))
         self._mean = self._mean + delta * (batch / (seen + batch))
         self._tokens = seen + batch
@@ -121,16 +141,27 @@ class UnitGram(Gram):
         return cls(site.channels, site.units)
 
 
+def _strips(products: Tensor) -> list[tuple[int, int]]:
+    """Return the strips in which products [blocks, width, width] are computed; none where all are computed at once."""
+    blocks, width, _ = products.shape
+    if blocks > 1 or width < 64 * STRIPS:
+        return []
+    return list(itertools.pairwise(width * strip // STRIPS for strip in range(STRIPS + 1)))
+
+
 def _add_products_(total: Tensor, rows: Tensor) -> None:
     """Add the products x'x of rows [blocks, rows, width] to their sums [blocks, width, width], in place.
 
-    Only one half of a wide product is computed, in strips; the other half is the same.
+    In strips, only the lower half is added: ``_mirror_`` fills in the upper one.
     """
-    width = rows.shape[2]
-    if len(rows) > 1 or width < 64 * STRIPS:
+    strips = _strips(total)
+    if not strips:
         total += rows.mT @ rows
-        return
-    for start, stop in itertools.pairwise(width * strip // STRIPS for strip in range(STRIPS + 1)):
-        strip = rows[0, :, start:].T @ rows[0, :, start:stop]
-        total[0, start:, start:stop] += strip
-        total[0, start:stop, stop:] += strip[stop - start :].T
+    for start, stop in strips:
+        total[0, start:, start:stop] += rows[0, :, start:].T @ rows[0, :, start:stop]
+
+
+def _mirror_(total: Tensor) -> None:
+    """Copy the lower half of products that are computed in strips to the upper half, in place."""
+    for start, stop in _strips(total):
+        total[0, start:stop, stop:] = total[0, stop:, start:stop].T

@@ -32,13 +32,6 @@ class Spread(NamedTuple):
     mean: Tensor
     squares: Tensor
 
-    def products(self, deviation: Tensor) -> Tensor:
-        """Return the squares of a deviation from the mean [channels], or its products, of ``squares``' shape."""
-        if self.squares.dim() == 1:
-            return deviation.square()
-        blocks = deviation.to(self.squares.dtype).view(len(self.squares), -1)
-        return blocks[:, :, None] * blocks[:, None, :]
-
     def merged(self, other: Spread) -> Spread:
         """Merge with the spread of other tokens: Chan, Golub and LeVeque (1979), equation 2.1."""
         tokens = self.tokens + other.tokens
@@ -46,8 +39,12 @@ class Spread(NamedTuple):
             return self
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.tokens / tokens)
-        between = self.products(delta).mul_((self.tokens * other.tokens / tokens).to(self.squares.dtype))
-        return Spread(tokens, mean, between.add_(self.squares).add_(other.squares))
+        between = (delta * (self.tokens * other.tokens / tokens).sqrt()).to(self.squares.dtype)
+        squares = self.squares + other.squares
+        if squares.dim() == 1:
+            return Spread(tokens, mean, squares.add_(between.square()))
+        blocks = between.view(len(squares), -1)
+        return Spread(tokens, mean, squares.baddbmm_(blocks[:, :, None], blocks[:, None, :]))
 
 
 class SpreadStatistic(Statistic):

@@ -95,11 +95,8 @@ class LeastSquares(Compensator):
         ridge, gain = _choose_ridge(problem(fitted, outputs), judge)
         if gain < 0:
             return self._correction(whole, weight[:, kept], ridge)
-        power = float(judge.power)
-        note = (
-            f"{'bias' if self.intercept else 'no repair'}, since least squares is not better on held-out text "
-            f"(mean squared error {power + gain:.4g}, compared with {power:.4g})"
-        )
+        instead = "bias" if self.intercept else "no repair"
+        note = f"{instead}, since the squared error of least squares on held-out text is not smaller (+{gain:.2g})"
         return Correction(bias=whole.target if self.intercept else None, note=note)
 
     def _spreads(self, stats: SiteStatistics) -> tuple[Spread, Spread | None]:
@@ -125,14 +122,12 @@ class _Problem(NamedTuple):
         cross: E[(x - mean)(e - target)'] [kept channels, out_features].
         mean: of x [kept channels].
         target: mean of e [out_features].
-        power: E|e - target|² [].
     """
 
     products: Tensor
     cross: Tensor
     mean: Tensor
     target: Tensor
-    power: Tensor
 
     @classmethod
     def of(
@@ -151,30 +146,28 @@ class _Problem(NamedTuple):
         mean, scale = spread.mean.to(dtype), (1 / spread.tokens).to(dtype)
         channels = weight.shape[1]
         dense = weight.to(dtype) if outputs is None else outputs.T @ weight.to(dtype)
-
-        def product(rows: Tensor, columns: Tensor) -> Tensor:
-            part = spread.squares[0][rows][:, columns].to(dtype) * scale
-            return part if intercept else part.addr_(mean[rows], mean[columns])
-
-        products = product(kept, kept)
         if len(mean) == channels:
             removed = torch.ones(channels, dtype=torch.bool, device=weight.device)
             removed[kept] = False
-            gone = removed.nonzero().squeeze(1)
-            lost = dense[:, gone]
-            cross, target = product(kept, gone) @ lost.T, lost @ mean[gone]
-            power = ((lost @ product(gone, gone)) * lost).sum()
+            others = removed.nonzero().squeeze(1)
         else:
-            left, targets = dense[:, kept], torch.arange(channels, len(mean), device=weight.device)
-            wanted, made = product(kept, targets), products @ left.T
-            own, centre = product(targets, targets), mean[targets]
-            if outputs is not None:
-                wanted, own, centre = wanted @ outputs, outputs.T @ own @ outputs, outputs.T @ centre
-            cross, target = wanted - made, centre - left @ mean[kept]
-            power = own.diagonal().sum() + ((made - 2 * wanted) * left.T).sum()
+            others = torch.arange(channels, len(mean), device=weight.device)
+        columns = torch.cat([kept, others])
+        squares = spread.squares[0].index_select(0, kept).to(dtype).index_select(1, columns).mul_(scale)
         if not intercept:
-            return cls(products, cross, torch.zeros_like(mean[kept]), torch.zeros_like(target), power)
-        return cls(products, cross, mean[kept], target, power)
+            squares.addr_(mean[kept], mean[columns])
+        products, beside = squares.split([len(kept), len(others)], dim=1)
+        if len(mean) == channels:
+            lost = dense[:, others]
+            cross, target = beside @ lost.T, lost @ mean[others]
+        else:
+            left, wanted, centre = dense[:, kept], beside, mean[others]
+            if outputs is not None:
+                wanted, centre = beside @ outputs, outputs.T @ centre
+            cross, target = wanted - products @ left.T, centre - left @ mean[kept]
+        if not intercept:
+            return cls(products, cross, torch.zeros_like(mean[kept]), torch.zeros_like(target))
+        return cls(products, cross, mean[kept], target)
 
     def fit(self, ridge: float) -> Tensor:
         """Return the change [kept channels, out_features] of the kept columns that makes good most of the gap."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 import torch
+from flapkit_compensators.least_squares import LeastSquares
+from flapkit_searchers.gates import GateTraining
 
 from flapkit.model.site import Site
 from flapkit.pruning.components import ImportanceMetric
 from flapkit.pruning.moments import Moments
 from flapkit.pruning.statistics import SiteStatistics
-from flapkit.registry import METRIC, Registry
+from flapkit.registry import COMPENSATOR, METRIC, SEARCHER, Registry
 from flapkit.system.errors import PluginError
 
 SOURCE = """
@@ -94,6 +97,27 @@ def test_a_choice_is_a_name_a_mapping_or_a_component():
     for wrong in ({"strength": 3}, 5, [mine]):
         with pytest.raises(PluginError, match=r"expected a name, a mapping with `name`.*known: mine"):
             registry.build(METRIC, wrong)
+
+
+def test_an_object_is_checked_like_a_recipe():
+    registry = Registry.load()
+    with pytest.raises(PluginError, match=r"compensator 'least_squares': option 'ridge.*greater than or equal to 0"):
+        registry.build(COMPENSATOR, LeastSquares(ridge=-1.0))
+    with pytest.raises(PluginError, match="searcher 'gates': option 'steps'"):
+        registry.build(SEARCHER, GateTraining(steps=0))
+
+
+def test_an_option_that_no_recipe_can_hold_is_not_checked():
+    @dataclass(frozen=True)
+    class Table(ImportanceMetric):
+        name = "table"
+        values: torch.Tensor
+
+        def score(self, site, stats, weight):
+            return self.values
+
+    table = Table(torch.ones(2))
+    assert Registry.load().build(METRIC, table) is table
 
 
 def test_the_example_of_the_metrics_interface_is_a_metric():
