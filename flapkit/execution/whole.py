@@ -194,17 +194,18 @@ class WholeExecutor(Executor):
 
     def repair_in_sequence_(self, plan: PruningPlan, compensators: Sequence[Compensator]) -> Repairs:
         """Repair in one sweep over the layers, and slice."""
-        with self.progress.stage("prune"):
-            self._place()
-            device = embeddings_device(self.model)
-            precision = self._runtime.precision if self._runtime else nullcontext
-            runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
+        self._place()
+        device = embeddings_device(self.model)
+        precision = self._runtime.precision if self._runtime else nullcontext
+        runner = LayerRunner(self.model, layers_of(self.sites), device, precision)
+        with self.progress.stage("prune", len(runner), "layers") as stage:
             batches, repairs = self._text.batches(window_share()), Repairs()
             sweeping = sweep(runner, self.sites, plan, compensators, batches, lambda name: HiddenStates(), self._resume)
             for _, repaired in sweeping:
                 repairs = repairs.merged(repaired)
+                stage.advance()
             self._apply_(plan, repairs)
-            return repairs
+        return repairs
 
     def observe(
         self, sites: Sequence[Site], statistic: type[Statistic], batches: Sequence[Batch]
