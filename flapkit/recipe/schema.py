@@ -363,7 +363,7 @@ class TrainerSection(Section):
     ] = Field(
         default=("csv",),
         description="Where metrics of every stage and of training are logged: a name or a list, `[]` for nowhere. "
-        "`csv` and `tensorboard` write into the output's folder `logs`; `wandb` and `mlflow` need their package.",
+        "`csv` and `tensorboard` write into the output's folder `logs`; all but `csv` need their package.",
     )
 
 
