@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flapkit.pruning.gram import Gram, UnitGram
+from flapkit.pruning.gram import STRIPS, Gram, UnitGram
 from flapkit.pruning.moments import Moments
 from flapkit.pruning.statistics import SiteStatistics
 from flapkit.system.errors import CalibrationError
@@ -139,14 +139,32 @@ def test_ranks_are_merged_exactly(of, options):
     torch.testing.assert_close(merged.spread.squares, whole.spread.squares)
 
 
-@pytest.mark.parametrize("width", [256, 301])
+@pytest.mark.parametrize("width", [64 * STRIPS, 64 * STRIPS + 45])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wide_gram_is_computed_in_strips(width, dtype):
+    """Whole whenever it is read: between batches, after a merge of ranks, and restored from its state."""
     x = (correlated(6, 400, 16) @ torch.randn(16, width, dtype=torch.float64)).to(dtype)
-    found = gram(*x.split(150)).covariance[0]
     expected = torch.cov(x.T.double(), correction=0)
-    assert torch.equal(found, found.T)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    read = Gram(width)
+    for part in x.split(150):
+        read.update(part)
+        assert torch.equal(read.spread.squares, read.spread.squares.mT)
+    ranks = [gram(x[:150]), gram(x[150:])]
+    merged, restored = Gram(width), Gram(width)
+    merged.combine_([rank.state for rank in ranks])
+    for name, value in gram(*x.split(150)).state.items():
+        setattr(restored, name, value)
+    for found in (read, merged, restored):
+        covariance = found.covariance[0]
+        assert torch.equal(covariance, covariance.T)
+        torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_product_that_overflows_is_known():
+    """Each input and its mean are finite; the products of the channels are not."""
+    x = torch.zeros(4, 64 * STRIPS)
+    x[0, 3] = 1e30
+    assert not gram(x).is_finite()
 
 
 def test_a_covariance_needs_two_tokens():
