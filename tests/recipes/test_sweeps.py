@@ -26,7 +26,7 @@ def test_it_loads_and_says_what_it_does(name):
     assert sweep.file.output == f"runs/sweeps/{name}"
     model = "models/smollm2-135m" if name.startswith(("smollm2", "scoreboard")) else "builtin:tiny-llama"
     assert {point.recipe.recipe.model.path for point in sweep.points} == {model}
-    assert len({point.label for point in sweep.points}) == len(sweep.points) >= 12
+    assert len({point.label for point in sweep.points}) == len(sweep.points) >= 4
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -40,7 +40,7 @@ def test_the_scoreboard_has_the_presets():
     """By the same settings, so that what is measured is what users get."""
     sweep = load_sweep(SWEEPS["scoreboard"])
     assert {point.recipe.recipe.budget.ratio for point in sweep.points} == {0.125, 0.2, 0.3, 0.375, 0.5}
-    same = {"FLAP": "flap", "least squares": "fast", "sweep": "balanced", "gates": "best"}
+    same = {"FLAP": "flap", "least squares": "fast", "sequential least squares": "balanced", "gates": "best"}
     for method, preset in same.items():
         (point,) = select(sweep, ["budget.ratio=0.5", f"method={method}"]).points
         assert find_nearest(point.recipe) == Nearest(preset, [])
