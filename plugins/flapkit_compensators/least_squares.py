@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, reduce
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from flapkit.interfaces import (
     Site,
     SiteStatistics,
     Spread,
-    Statistic,
     TargetGram,
 )
 
@@ -64,52 +64,83 @@ class LeastSquares(Compensator):
         """Whether the intercept is on."""
         return self.intercept
 
-    def measures(self) -> tuple[type[Statistic], ...]:
+    def measures(self) -> tuple[type[Gram], ...]:
         """Return the statistics to measure: of held-out windows only for ``ridge: auto``."""
         return (FittedGram, HeldOutGram) if self.ridge == "auto" else (Gram,)
 
-    def measures_in_sequence(self) -> tuple[type[Statistic], ...]:
+    def measures_in_sequence(self) -> tuple[type[Gram], ...]:
         """List what must be measured where the earlier sites are pruned already: the same, with targets."""
         return (FittedTargetGram, HeldOutTargetGram) if self.ridge == "auto" else (TargetGram,)
 
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
-        fitted, held_out = self._spreads(stats)
         kept = torch.tensor(site.channels_of(keep), dtype=torch.long, device=weight.device)
+        fitted, *others = (_Rows.of(spread, kept) for spread in self._spreads(stats))
 
-        def problem(spread: Spread, outputs: Tensor | None = None) -> _Problem:
-            return _Problem.of(spread, weight, kept, intercept=self.intercept, outputs=outputs)
+        def whole() -> _Problem:
+            return _Problem.of(reduce(_Rows.merged, others, fitted), weight, intercept=self.intercept)
 
         if not keep:
-            whole = problem(fitted if held_out is None else fitted.merged(held_out))
-            return Correction(bias=whole.target if self.intercept else None)
-        if held_out is None:
-            return self._correction(problem(fitted), weight[:, kept], float(self.ridge))
+            return Correction(bias=whole().target if self.intercept else None)
+        if self.ridge != "auto":
+            return self._correction(whole(), weight[:, kept], self.ridge)
+        (held_out,) = others
         if not held_out.tokens:
             raise CalibrationError(
                 "compensator.ridge: auto needs held-out calibration windows, one in four, and there are none; "
                 "use at least four windows, or a ridge such as 0.01"
             )
         outputs = _combinations(site.out_features, weight.device)
-        judge, whole = problem(held_out, outputs), problem(fitted.merged(held_out))
-        ridge, gain = _choose_ridge(problem(fitted, outputs), judge)
+        combined = outputs.T @ weight.to(outputs.dtype)
+        problems = (
+            _Problem.of(rows, combined, intercept=self.intercept, outputs=outputs) for rows in (fitted, held_out)
+        )
+        ridge, gain = _choose_ridge(*problems)
         if gain < 0:
-            return self._correction(whole, weight[:, kept], ridge)
+            return self._correction(whole(), weight[:, kept], ridge)
         instead = "bias" if self.intercept else "no repair"
         note = f"{instead}, since the squared error of least squares on held-out text is not smaller (+{gain:.2g})"
-        return Correction(bias=whole.target if self.intercept else None, note=note)
+        return Correction(bias=whole().target if self.intercept else None, note=note)
 
-    def _spreads(self, stats: SiteStatistics) -> tuple[Spread, Spread | None]:
-        """Return what was seen on the text to fit, and on the held-out windows with ``ridge: auto``."""
+    def _spreads(self, stats: SiteStatistics) -> list[Spread]:
+        """Return what was seen on the text to fit and, with ``ridge: auto``, on the held-out windows."""
         in_sequence = TargetGram in stats or FittedTargetGram in stats
-        if self.ridge != "auto":
-            return stats[TargetGram if in_sequence else Gram].spread, None
-        fitted, held_out = (FittedTargetGram, HeldOutTargetGram) if in_sequence else (FittedGram, HeldOutGram)
-        return stats[fitted].spread, stats[held_out].spread
+        return [stats[kind].spread for kind in (self.measures_in_sequence() if in_sequence else self.measures())]
 
     def _correction(self, problem: _Problem, columns: Tensor, ridge: float) -> Correction:
         change = problem.fit(ridge)
         return Correction(columns + change.T, problem.target - change.T @ problem.mean if self.intercept else None)
+
+
+class _Rows(NamedTuple):
+    """What was seen of the kept channels, beside all channels and perhaps their targets.
+
+    Args:
+        kept: the kept channels.
+        tokens: how many, float64 [1].
+        mean: of all columns, float64 [columns].
+        squares: summed products of the deviations [kept channels, columns].
+    """
+
+    kept: Tensor
+    tokens: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, spread: Spread, kept: Tensor) -> _Rows:
+        """Take the rows of the kept channels."""
+        return cls(kept, spread.tokens, spread.mean, spread.squares[0].index_select(0, kept))
+
+    def merged(self, other: _Rows) -> _Rows:
+        """Merge with the rows of other tokens, as ``Spread.merged``."""
+        tokens = self.tokens + other.tokens
+        if not tokens:
+            return self
+        delta = other.mean - self.mean
+        between = (delta * (self.tokens * other.tokens / tokens).sqrt()).to(self.squares)
+        squares = (self.squares + other.squares).addr_(between[self.kept], between)
+        return _Rows(self.kept, tokens, self.mean + delta * (other.tokens / tokens), squares)
 
 
 class _Problem(NamedTuple):
@@ -130,41 +161,37 @@ class _Problem(NamedTuple):
     target: Tensor
 
     @classmethod
-    def of(
-        cls, spread: Spread, weight: Tensor, kept: Tensor, *, intercept: bool, outputs: Tensor | None = None
-    ) -> _Problem:
+    def of(cls, rows: _Rows, dense: Tensor, *, intercept: bool, outputs: Tensor | None = None) -> _Problem:
         """Take what was measured; where no targets were, they are the dense consumer's outputs.
 
         Args:
-            spread: of the inputs, and perhaps of the targets after them.
-            weight: the dense consumer's [out_features, channels].
-            kept: the kept channels.
+            rows: what was seen.
+            dense: the dense consumer's weight [out_features, channels], or combinations of its rows.
             intercept: whether a bias will take care of the means.
-            outputs: combinations of the outputs [out_features, combinations] to take, in float32, in their place.
+            outputs: those combinations of the outputs [out_features, combinations], float32.
         """
-        dtype = spread.squares.dtype if outputs is None else torch.float32
-        mean, scale = spread.mean.to(dtype), (1 / spread.tokens).to(dtype)
-        channels = weight.shape[1]
-        dense = weight.to(dtype) if outputs is None else outputs.T @ weight.to(dtype)
-        if len(mean) == channels:
-            removed = torch.ones(channels, dtype=torch.bool, device=weight.device)
-            removed[kept] = False
-            others = removed.nonzero().squeeze(1)
+        dtype = rows.squares.dtype if outputs is None else outputs.dtype
+        mean, scale = rows.mean.to(dtype), (1 / rows.tokens).to(dtype)
+        kept, dense, channels = rows.kept, dense.to(dtype), dense.shape[1]
+        aimed = len(mean) > channels
+        if aimed:
+            others = torch.arange(channels, len(mean), device=dense.device)
         else:
-            others = torch.arange(channels, len(mean), device=weight.device)
+            removed = torch.ones(channels, dtype=torch.bool, device=dense.device).index_fill_(0, kept, False)
+            others = removed.nonzero().squeeze(1)
         columns = torch.cat([kept, others])
-        squares = spread.squares[0].index_select(0, kept).to(dtype).index_select(1, columns).mul_(scale)
+        squares = rows.squares.to(dtype).index_select(1, columns).mul_(scale)
         if not intercept:
             squares.addr_(mean[kept], mean[columns])
         products, beside = squares.split([len(kept), len(others)], dim=1)
-        if len(mean) == channels:
-            lost = dense[:, others]
-            cross, target = beside @ lost.T, lost @ mean[others]
-        else:
-            left, wanted, centre = dense[:, kept], beside, mean[others]
+        if aimed:
+            left, wanted, centre = dense.index_select(1, kept), beside, mean[others]
             if outputs is not None:
                 wanted, centre = beside @ outputs, outputs.T @ centre
             cross, target = wanted - products @ left.T, centre - left @ mean[kept]
+        else:
+            lost = dense.index_select(1, others)
+            cross, target = beside @ lost.T, lost @ mean[others]
         if not intercept:
             return cls(products, cross, torch.zeros_like(mean[kept]), torch.zeros_like(target))
         return cls(products, cross, mean[kept], target)
@@ -187,22 +214,23 @@ class _Problem(NamedTuple):
 
 
 def _choose_ridge(fitted: _Problem, held_out: _Problem) -> tuple[float, float]:
-    """Go downhill from the middle ridge on the held-out text.
+    """Go downhill from the middle ridge on the held-out text: up, where the best one is more often, or else down.
 
     Returns:
         The ridge, and by how much it alters the error of no repair on the held-out text; below 0 it is better.
     """
-    gains: dict[int, float] = {}
 
+    @cache
     def gain(index: int) -> float:
-        if index not in gains:
-            outside = not 0 <= index < len(RIDGES)
-            gains[index] = float("inf") if outside else held_out.gain(fitted, fitted.fit(RIDGES[index]))
-        return gains[index]
+        outside = not 0 <= index < len(RIDGES)
+        return float("inf") if outside else held_out.gain(fitted, fitted.fit(RIDGES[index]))
 
-    best = len(RIDGES) // 2
-    while gain(better := min(best - 1, best + 1, key=gain)) < gain(best):
-        best = better
+    best = middle = len(RIDGES) // 2
+    for step in (1, -1):
+        while gain(best + step) < gain(best):
+            best += step
+        if best != middle:
+            break
     return RIDGES[best], gain(best)
 
 
