@@ -27,6 +27,7 @@ from flapkit.pruning.collector import measure
 from flapkit.pruning.gates import GatedModel
 from flapkit.pruning.gram import Gram
 from flapkit.pruning.moments import Moments
+from flapkit.pruning.recovery import divergence, next_token_loss
 from flapkit.registry import SEARCHER, Registry
 from flapkit.system.errors import CalibrationError, InputError, ModelError, RunError
 
@@ -202,6 +203,16 @@ def test_padding_does_not_count(windows):
         return learn(rows, steps=4)[2]
 
     assert trained(0) == trained(7)
+
+
+def test_the_loss_is_the_divergence_and_the_weighted_cross_entropy(windows):
+    _, _, gates = gated(make_llama(), windows, cross_entropy=0.5)
+    logits, dense = torch.randn(2, 2, 4, 96, generator=torch.Generator().manual_seed(0))
+    tokens, attended = windows[:2, :4], torch.ones(2, 4, dtype=torch.bool)
+    expected = divergence(logits, dense, attended) + 0.5 * next_token_loss(logits, tokens, attended)
+    torch.testing.assert_close(gates.loss(logits, dense, tokens, attended), expected)
+    _, _, gates = gated(make_llama(), windows)
+    torch.testing.assert_close(gates.loss(logits, dense, tokens, attended), divergence(logits, dense, attended))
 
 
 def test_a_loss_that_is_not_finite_names_the_step(windows, monkeypatch):
