@@ -210,13 +210,17 @@ class StandIn(nn.Module):
 
     mean: Tensor
     covariance: Tensor | None
+    rows: Tensor | None
     matrix: Tensor | None
 
     def __init__(self, site: Site, mean: Tensor, covariance: Tensor | None) -> None:
         super().__init__()
         self._site = site
-        for name, value in (("mean", mean), ("covariance", covariance), ("matrix", None)):
+        for name, value in (("mean", mean), ("covariance", covariance)):
             self.register_buffer(name, None if value is None else value.float(), persistent=False)
+        # The channels that were open when the fit was made, and what each of them tells of all [rows, channels].
+        for name in ("rows", "matrix"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, inputs: Tensor, open_: Tensor) -> Tensor:
         """Return the stand-in of every channel, whether it is open or not.
@@ -226,9 +230,9 @@ class StandIn(nn.Module):
             open_: 1 for an open channel, 0 for a closed one [channels].
         """
         mean = self.mean.to(inputs.dtype)
-        if self.matrix is None:
+        if self.matrix is None or self.rows is None:
             return mean.expand_as(inputs)
-        seen = ((inputs - mean) * open_).flatten(0, -2)
+        seen = ((inputs - mean) * open_).flatten(0, -2).index_select(1, self.rows)
         # Mixed precision multiplies in another dtype.
         return torch.addmm(mean, seen, self.matrix.to(inputs.dtype)).view_as(inputs).to(inputs.dtype)
 
@@ -243,26 +247,26 @@ class StandIn(nn.Module):
             keep: the open units.
         """
         if self.covariance is None or not keep:
-            self.matrix = None
+            self.rows = self.matrix = None
             return
+        self.rows = torch.tensor(self._site.channels_of(keep), device=self.covariance.device)
         with torch.autocast(self.covariance.device.type, enabled=False):
-            self.matrix = self._fitted(self.covariance, keep)
+            self.matrix = self._fitted(self.covariance, self.rows)
 
-    def _fitted(self, covariance: Tensor, keep: Sequence[int]) -> Tensor:
-        site = self._site
-        kept = torch.tensor(site.channels_of(keep), device=covariance.device)
-        closed = torch.ones(site.channels, dtype=torch.bool, device=covariance.device).index_fill_(0, kept, False)
-        inner = covariance[kept[:, None], kept]
+    def _fitted(self, covariance: Tensor, kept: Tensor) -> Tensor:
+        width, units = self._site.channels_per_unit, len(kept) // self._site.channels_per_unit
+        closed = torch.ones(len(covariance), device=kept.device).index_fill_(0, kept, 0).nonzero()[:, 0]
+        rows = covariance.index_select(0, kept)
+        inner = rows.index_select(1, kept)
         inner.diagonal().add_(RIDGE * covariance.diagonal().mean() or 1)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
-        width = site.channels_per_unit
-        blocks = inverse.view(len(keep), width, -1)
-        own = blocks.view(len(keep), width, len(keep), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        blocks = inverse.view(units, width, -1)
+        own = blocks.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         residual = torch.linalg.solve(own, blocks).reshape_as(inverse)
         residual.diagonal().sub_(1)
-        matrix = torch.zeros_like(covariance)
-        matrix[kept[:, None], kept] = -residual.T
-        matrix[kept[:, None], closed.nonzero()[:, 0]] = inverse @ covariance[kept][:, closed]
+        matrix = torch.empty_like(rows)
+        matrix[:, kept] = -residual.T
+        matrix[:, closed] = inverse @ rows.index_select(1, closed)
         return matrix
 
 
