@@ -1,7 +1,7 @@
 """Run the commands of docs/gallery.md for the bundled model, and the tutorial, and take the pictures.
 
-``python docs/pictures.py``; ``--run``, ``--windows`` and ``--compensation`` are the folders of a run of
-`smollm2-flap20` and of the sweeps `smollm2-windows` and `smollm2-compensation`, for the pictures of these.
+``python docs/pictures.py``; ``--run``, ``--windows``, ``--compensation`` and ``--scoreboard`` are the folders of a run
+of `smollm2-flap20` and of the sweeps `smollm2-windows`, `smollm2-compensation` and `scoreboard`, for their pictures.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ TEXTS = ("WikiText-2 test", "TinyStories")
 """What the sweeps of SmolLM2 measure, in this order; where the texts are local files, their names say less."""
 COMPARED = ("FLAP", "least squares", "uniform, bias", "uniform, least squares")
 """The methods of the sweep `smollm2-compensation` that docs/presets.md shows."""
+SCORED = ("layers", "Wanda-sp", "LLM-Pruner's taylor", "FLAP", "uniform", "least squares")
+"""The methods of the scoreboard that docs/sweeps.md shows: without magnitude, whose perplexities are millions."""
 
 
 def commands() -> list[list[str]]:
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--windows", type=Path)
     parser.add_argument("--compensation", type=Path)
+    parser.add_argument("--scoreboard", type=Path)
     given = parser.parse_args()
     flapkit = [sys.executable, "-m", "flapkit"]
     for _, *command in commands():
@@ -104,6 +107,8 @@ def main() -> None:
         plot("smollm2-windows", given.windows, "sweep.png")
     if given.compensation:
         plot("smollm2-compensation", given.compensation, "smollm2-compensation.png", COMPARED)
+    if given.scoreboard:
+        plot("scoreboard", given.scoreboard, "scoreboard.png", SCORED)
     for path in IMAGES.glob("*.png"):
         with Image.open(path) as image:
             image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
