@@ -25,15 +25,24 @@ class Spread(NamedTuple):
         tokens: how many, float64 [1].
         mean: float64 [channels].
         squares: summed squares of the deviations [channels]; or summed products of the deviations of channels of one
-            block [blocks, width, width], blocks being runs of ``width`` channels.
+            block [blocks, width, width], blocks being runs of ``width`` channels; or some rows of these products.
     """
 
     tokens: Tensor
     mean: Tensor
     squares: Tensor
 
-    def merged(self, other: Spread) -> Spread:
-        """Merge with the spread of other tokens: Chan, Golub and LeVeque (1979), equation 2.1."""
+    def rows(self, channels: Tensor) -> Spread:
+        """Take only some channels' rows of the products [blocks, channels, width]."""
+        return self._replace(squares=self.squares.index_select(1, channels))
+
+    def merged(self, other: Spread, rows: Tensor | None = None) -> Spread:
+        """Merge with the spread of other tokens: Chan, Golub and LeVeque (1979), equation 2.1.
+
+        Args:
+            other: of the same channels.
+            rows: the channels whose rows both have; None for all.
+        """
         tokens = self.tokens + other.tokens
         if not tokens:
             return self
@@ -44,7 +53,8 @@ class Spread(NamedTuple):
         if squares.dim() == 1:
             return Spread(tokens, mean, squares.add_(between.square()))
         blocks = between.view(len(squares), -1)
-        return Spread(tokens, mean, squares.baddbmm_(blocks[:, :, None], blocks[:, None, :]))
+        left = blocks if rows is None else blocks[:, rows]
+        return Spread(tokens, mean, squares.baddbmm_(left[:, :, None], blocks[:, None, :]))
 
 
 class SpreadStatistic(Statistic):

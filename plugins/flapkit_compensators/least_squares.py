@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -75,10 +75,11 @@ class LeastSquares(Compensator):
     def correct(self, site: Site, stats: SiteStatistics, weight: Tensor, keep: Sequence[int]) -> Correction:
         """Return the new columns [out_features, kept channels] and, with the intercept, the bias."""
         kept = torch.tensor(site.channels_of(keep), dtype=torch.long, device=weight.device)
-        fitted, *others = (_Rows.of(spread, kept) for spread in self._spreads(stats))
+        fitted, *others = (spread.rows(kept) for spread in self._spreads(stats))
 
         def whole() -> _Problem:
-            return _Problem.of(reduce(_Rows.merged, others, fitted), weight, intercept=self.intercept)
+            merged = fitted.merged(others[0], rows=kept) if others else fitted
+            return _Problem.of(merged, kept, weight, intercept=self.intercept)
 
         if not keep:
             return Correction(bias=whole().target if self.intercept else None)
@@ -93,7 +94,8 @@ class LeastSquares(Compensator):
         outputs = _combinations(site.out_features, weight.device)
         combined = outputs.T @ weight.to(outputs.dtype)
         problems = (
-            _Problem.of(rows, combined, intercept=self.intercept, outputs=outputs) for rows in (fitted, held_out)
+            _Problem.of(spread, kept, combined, intercept=self.intercept, outputs=outputs)
+            for spread in (fitted, held_out)
         )
         ridge, gain = _choose_ridge(*problems)
         if gain < 0:
@@ -110,37 +112,6 @@ class LeastSquares(Compensator):
     def _correction(self, problem: _Problem, columns: Tensor, ridge: float) -> Correction:
         change = problem.fit(ridge)
         return Correction(columns + change.T, problem.target - change.T @ problem.mean if self.intercept else None)
-
-
-class _Rows(NamedTuple):
-    """What was seen of the kept channels, beside all channels and perhaps their targets.
-
-    Args:
-        kept: the kept channels.
-        tokens: how many, float64 [1].
-        mean: of all columns, float64 [columns].
-        squares: summed products of the deviations [kept channels, columns].
-    """
-
-    kept: Tensor
-    tokens: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def of(cls, spread: Spread, kept: Tensor) -> _Rows:
-        """Take the rows of the kept channels."""
-        return cls(kept, spread.tokens, spread.mean, spread.squares[0].index_select(0, kept))
-
-    def merged(self, other: _Rows) -> _Rows:
-        """Merge with the rows of other tokens, as ``Spread.merged``."""
-        tokens = self.tokens + other.tokens
-        if not tokens:
-            return self
-        delta = other.mean - self.mean
-        between = (delta * (self.tokens * other.tokens / tokens).sqrt()).to(self.squares)
-        squares = (self.squares + other.squares).addr_(between[self.kept], between)
-        return _Rows(self.kept, tokens, self.mean + delta * (other.tokens / tokens), squares)
 
 
 class _Problem(NamedTuple):
@@ -161,18 +132,21 @@ class _Problem(NamedTuple):
     target: Tensor
 
     @classmethod
-    def of(cls, rows: _Rows, dense: Tensor, *, intercept: bool, outputs: Tensor | None = None) -> _Problem:
+    def of(
+        cls, spread: Spread, kept: Tensor, dense: Tensor, *, intercept: bool, outputs: Tensor | None = None
+    ) -> _Problem:
         """Take what was measured; where no targets were, they are the dense consumer's outputs.
 
         Args:
-            rows: what was seen.
+            spread: of the inputs, and perhaps of the targets after them; only the rows of the kept channels.
+            kept: the kept channels.
             dense: the dense consumer's weight [out_features, channels], or combinations of its rows.
             intercept: whether a bias will take care of the means.
             outputs: those combinations of the outputs [out_features, combinations], float32.
         """
-        dtype = rows.squares.dtype if outputs is None else outputs.dtype
-        mean, scale = rows.mean.to(dtype), (1 / rows.tokens).to(dtype)
-        kept, dense, channels = rows.kept, dense.to(dtype), dense.shape[1]
+        dtype = spread.squares.dtype if outputs is None else outputs.dtype
+        mean, scale = spread.mean.to(dtype), (1 / spread.tokens).to(dtype)
+        dense, channels = dense.to(dtype), dense.shape[1]
         aimed = len(mean) > channels
         if aimed:
             others = torch.arange(channels, len(mean), device=dense.device)
@@ -180,7 +154,7 @@ class _Problem(NamedTuple):
             removed = torch.ones(channels, dtype=torch.bool, device=dense.device).index_fill_(0, kept, False)
             others = removed.nonzero().squeeze(1)
         columns = torch.cat([kept, others])
-        squares = rows.squares.to(dtype).index_select(1, columns).mul_(scale)
+        squares = spread.squares[0].to(dtype).index_select(1, columns).mul_(scale)
         if not intercept:
             squares.addr_(mean[kept], mean[columns])
         products, beside = squares.split([len(kept), len(others)], dim=1)
